@@ -1,0 +1,1 @@
+"""mllama_kernels."""

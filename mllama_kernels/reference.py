@@ -1,0 +1,243 @@
+"""Every op in plain PyTorch: any floating dtype including float64, any device, differentiable.
+
+Names and signatures are those of :mod:`mllama_kernels`, so a model runs on either module. The functions
+round where `transformers` rounds; the kernels are tested against them in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "add_rms_norm",
+    "cross_attention",
+    "gated_residual",
+    "patch_embed",
+    "rms_norm",
+    "rotary_attention",
+    "rotary_attention_cached",
+    "swiglu",
+    "vision_attention",
+]
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """``weight * round(x / sqrt(mean(x^2) + eps))``; see :func:`mllama_kernels.rms_norm`."""
+    wide = x.to(_statistics_dtype(x.dtype))
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normalized.to(x.dtype) * weight
+
+
+def gated_residual(x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
+    """``residual + tanh(gate) * row_mask * x``; see :func:`mllama_kernels.gated_residual`."""
+    if row_mask is not None:  # selects rather than multiplies: a hidden row may hold anything
+        x = x.masked_fill(~row_mask.unsqueeze(-1), 0)
+    return residual + gate.tanh() * x
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual add, then :func:`rms_norm` of the sum; see :func:`mllama_kernels.add_rms_norm`."""
+    if gate is not None:
+        total = gated_residual(x, residual, gate, row_mask)
+    elif row_mask is not None:
+        total = residual + x.masked_fill(~row_mask.unsqueeze(-1), 0)
+    else:
+        total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``; see :func:`mllama_kernels.swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of x (..., L, H, D) by cos, sin (..., L, D/2)."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x.chunk(2, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softmax_scale: float | None) -> Tensor:
+    """Softmax attention of q (..., Lq, Hq, D) over k, v (..., Lk, Hkv, D).
+
+    ``visible`` broadcasts to (..., Lq, Lk); a query that sees no key gives zeros.
+    """
+    group = q.shape[-2] // k.shape[-2]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    k, v = k.repeat_interleave(group, dim=-3), v.repeat_interleave(group, dim=-3)
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if visible is not None:
+        visible = visible.unsqueeze(-3)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        # A row of -inf has no softmax: give it any finite scores, then drop its output.
+        empty = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(empty, 0)
+        v = v.masked_fill(~visible.any(-2).unsqueeze(-1), 0)  # 0 * NaN would let hidden values out
+    weights = scores.softmax(-1, dtype=_statistics_dtype(q.dtype)).to(q.dtype)
+    out = weights @ v
+    if visible is not None:
+        out = out.masked_fill(empty, 0)
+    return out.transpose(-3, -2).contiguous()
+
+
+def _causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """(num_queries, num_keys): the queries are the last rows of the keys' sequence."""
+    position = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return torch.arange(num_keys, device=device) <= position.unsqueeze(-1)
+
+
+def rotary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    interleaved: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Causal grouped-query attention with RoPE; see :func:`mllama_kernels.rotary_attention`."""
+    q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    if cu_seqlens is None:
+        return _attention(q, k, v, _causal(q.shape[1], k.shape[1], q.device), softmax_scale)
+    bounds = cu_seqlens.tolist()
+    rows = [
+        _attention(
+            q[begin:end], k[begin:end], v[begin:end], _causal(end - begin, end - begin, q.device), softmax_scale
+        )
+        for begin, end in zip(bounds[:-1], bounds[1:])
+    ]
+    return torch.cat([*rows, torch.zeros_like(q[bounds[-1] :])])
+
+
+def rotary_attention_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    cache_lens: Tensor,
+    *,
+    max_seqlen: int,
+    softmax_scale: float | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Append to a paged cache and attend; see :func:`mllama_kernels.rotary_attention_cached`."""
+    q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    page_size = k_cache.shape[2]
+    bounds, past = cu_seqlens.tolist(), cache_lens.tolist()
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        if begin == end:
+            continue
+        total = past[b] + end - begin
+        position = torch.arange(total, device=q.device)
+        page, row = page_table[b, position // page_size].long(), position % page_size
+        k_cache[page[past[b] :], :, row[past[b] :]] = k[begin:end]
+        v_cache[page[past[b] :], :, row[past[b] :]] = v[begin:end]
+        visible = _causal(end - begin, total, q.device)
+        out[begin:end] = _attention(q[begin:end], k_cache[page, :, row], v_cache[page, :, row], visible, softmax_scale)
+    return out
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile_mask: Tensor | None = None,
+    *,
+    q_norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    softmax_scale: float | None = None,
+    tile_table: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Grouped-query attention over image tiles; see :func:`mllama_kernels.cross_attention`."""
+    if q_norm_weight is not None:
+        q = rms_norm(q, q_norm_weight, eps)
+    if tile_table is None:
+        tokens = k.shape[2]
+        visible = None if tile_mask is None else tile_mask.repeat_interleave(tokens, dim=-1)
+        return _attention(q, k.flatten(1, 2), v.flatten(1, 2), visible, softmax_scale)
+    assert cu_seqlens is not None
+    tokens = k.shape[1]
+    bounds = cu_seqlens.tolist()
+    out = [torch.zeros_like(q[bounds[-1] :])]
+    for b in reversed(range(len(bounds) - 1)):
+        rows = slice(bounds[b], bounds[b + 1])
+        present = tile_table[b] >= 0
+        slots = tile_table[b].clamp_min(0).long()
+        mask = present.expand(bounds[b + 1] - bounds[b], -1)
+        if tile_mask is not None:
+            mask = mask & tile_mask[rows]
+        visible = mask.repeat_interleave(tokens, dim=-1)
+        out.insert(0, _attention(q[rows], k[slots].flatten(0, 1), v[slots].flatten(0, 1), visible, softmax_scale))
+    return torch.cat(out)
+
+
+def vision_attention(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, *, softmax_scale: float | None = None
+) -> Tensor:
+    """Full attention with pad-to-pad pairs masked; see :func:`mllama_kernels.vision_attention`."""
+    visible = None if padding is None else ~(padding.unsqueeze(-1) & padding.unsqueeze(-2))
+    return _attention(q, k, v, visible, softmax_scale)
+
+
+def patch_embed(
+    pixel_values: Tensor,
+    aspect_ratio_ids: Tensor,
+    patch_weight: Tensor,
+    class_embedding: Tensor,
+    position_embedding: Tensor,
+    position_gate: Tensor,
+    tile_position_embedding: Tensor,
+    pre_tile_embedding: Tensor,
+    pre_tile_gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    pad_to: int = 8,
+) -> Tensor:
+    """Pixels to the tokens that enter the vision encoder; see :func:`mllama_kernels.patch_embed`."""
+    images, tiles = pixel_values.shape[:2]
+    width, patch = patch_weight.shape[0], patch_weight.shape[-1]
+    x = F.conv2d(pixel_values.flatten(0, 1), patch_weight, stride=patch).flatten(2).transpose(1, 2)
+    x = x.reshape(images, tiles, -1, width)
+    ids = aspect_ratio_ids.long()
+    x = x + pre_tile_embedding[ids].view(images, tiles, 1, width) * pre_tile_gate.tanh()
+    x = torch.cat([class_embedding.expand(images, tiles, 1, width), x], dim=2)
+    tokens = x.shape[2]
+    gate = position_gate.tanh()
+    x = x + (1 - gate) * position_embedding
+    x = x + gate * tile_position_embedding[ids].view(images, tiles, tokens, width)
+    x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
+    return F.pad(x, (0, 0, 0, -tokens % pad_to))
