@@ -1,1 +1,26 @@
-"""mllama_kernels."""
+"""Kernels for Llama 3.2 Vision on CPU and CUDA, as ordinary torch functions.
+
+:mod:`mllama_kernels.reference` has the same functions in plain PyTorch.
+"""
+
+from mllama_kernels import reference
+from mllama_kernels.cross_attention import cross_attention
+from mllama_kernels.gated_residual import gated_residual
+from mllama_kernels.patch_embed import patch_embed
+from mllama_kernels.rms_norm import add_rms_norm, rms_norm
+from mllama_kernels.rotary_attention import rotary_attention, rotary_attention_cached
+from mllama_kernels.swiglu import swiglu
+from mllama_kernels.vision_attention import vision_attention
+
+__all__ = [
+    "add_rms_norm",
+    "cross_attention",
+    "gated_residual",
+    "patch_embed",
+    "reference",
+    "rms_norm",
+    "rotary_attention",
+    "rotary_attention_cached",
+    "swiglu",
+    "vision_attention",
+]

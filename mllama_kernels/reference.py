@@ -34,7 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return normalized.to(x.dtype) * weight
 
 
-def gated_residual(x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None = None
+) -> Tensor:
     """``residual + tanh(gate) * row_mask * x``; see :func:`mllama_kernels.gated_residual`."""
     if row_mask is not None:  # selects rather than multiplies: a hidden row may hold anything
         x = x.masked_fill(~row_mask.unsqueeze(-1), 0)
@@ -77,7 +79,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softmax_scale: float | None) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softmax_scale: float | None
+) -> Tensor:
     """Softmax attention of q (..., Lq, Hq, D) over k, v (..., Lk, Hkv, D).
 
     ``visible`` broadcasts to (..., Lq, Lk); a query that sees no key gives zeros.
@@ -126,7 +130,11 @@ def rotary_attention(
     bounds = cu_seqlens.tolist()
     rows = [
         _attention(
-            q[begin:end], k[begin:end], v[begin:end], _causal(end - begin, end - begin, q.device), softmax_scale
+            q[begin:end],
+            k[begin:end],
+            v[begin:end],
+            _causal(end - begin, end - begin, q.device),
+            softmax_scale,
         )
         for begin, end in zip(bounds[:-1], bounds[1:])
     ]
@@ -163,7 +171,9 @@ def rotary_attention_cached(
         k_cache[page[past[b] :], :, row[past[b] :]] = k[begin:end]
         v_cache[page[past[b] :], :, row[past[b] :]] = v[begin:end]
         visible = _causal(end - begin, total, q.device)
-        out[begin:end] = _attention(q[begin:end], k_cache[page, :, row], v_cache[page, :, row], visible, softmax_scale)
+        out[begin:end] = _attention(
+            q[begin:end], k_cache[page, :, row], v_cache[page, :, row], visible, softmax_scale
+        )
     return out
 
 
@@ -199,12 +209,22 @@ def cross_attention(
         if tile_mask is not None:
             mask = mask & tile_mask[rows]
         visible = mask.repeat_interleave(tokens, dim=-1)
-        out.insert(0, _attention(q[rows], k[slots].flatten(0, 1), v[slots].flatten(0, 1), visible, softmax_scale))
+        out.insert(
+            0,
+            _attention(
+                q[rows], k[slots].flatten(0, 1), v[slots].flatten(0, 1), visible, softmax_scale
+            ),
+        )
     return torch.cat(out)
 
 
 def vision_attention(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, *, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
 ) -> Tensor:
     """Full attention with pad-to-pad pairs masked; see :func:`mllama_kernels.vision_attention`."""
     visible = None if padding is None else ~(padding.unsqueeze(-1) & padding.unsqueeze(-2))

@@ -1,0 +1,67 @@
+"""Loads the compiled ops, and says why when they cannot be loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "gated_residual",
+    "swiglu",
+    "rotary_attention",
+    "rotary_attention_cached",
+    "cross_attention",
+    "vision_attention",
+    "patch_embed",
+)
+
+
+def _load() -> tuple[Path | None, str | None]:
+    """The library's path, or the reason it is not there."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return None, "the compiled library is missing; run `pip install .` in the source tree"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return None, f"{found[0].name} could not be loaded under torch {torch.__version__}: {error}"
+    return found[0], None
+
+
+path, missing = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, CUDA version and architectures of the compiled library; empty without one."""
+    if path is None:
+        return {}
+    function = ctypes.CDLL(str(path)).mllama_kernels_build_info
+    function.restype = ctypes.c_char_p
+    return json.loads(function().decode())
+
+
+has_cuda = bool(build_info().get("cuda"))
+simulated = bool(build_info().get("simulated"))
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can."""
+    if missing:
+        return missing
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"there are kernels for CPU and CUDA, none for {device_type}"
+    if simulated:
+        return "this build runs the CUDA kernels on CPU tensors (MLLAMA_KERNELS_SIMULATE=1)"
+    if not has_cuda:
+        return "the library was built without CUDA; reinstall with nvcc on PATH or CUDA_HOME set"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None

@@ -1,0 +1,224 @@
+"""Builds mllama_kernels/_C.abi3.so: the CPU kernels and, where nvcc is found, the CUDA kernels.
+
+Environment: MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MLLAMA_KERNELS_CUDA=auto|1|0,
+MLLAMA_KERNELS_SIMULATE=1 (embed PTX and run the CUDA kernels on CPU tensors), CXX.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch the library runs on
+MIN_TORCH, MIN_CUDA = (2, 11), (12, 8)
+X86 = platform.machine() in ("x86_64", "AMD64")
+# The CPU kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
+ISA_FLAGS = {"generic": ""}
+if X86:
+    ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
+    ISA_FLAGS["avx512"] = (
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c -mamx-tile -mamx-bf16"
+    )
+
+
+def version(text: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", text)[:2]
+    return int(major), int(minor)
+
+
+def fail(found: str, needed: str, remedy: str) -> None:
+    sys.exit(
+        f"\nmllama-kernels cannot be built.\n  found:  {found}\n  needed: {needed}\n  remedy: {remedy}\n"
+    )
+
+
+def find_torch():
+    try:
+        import torch
+    except ImportError:
+        fail(
+            "no torch",
+            "torch >= 2.11 to compile against",
+            "pip install torch, or drop --no-build-isolation",
+        )
+    if version(torch.__version__) < MIN_TORCH:
+        fail(f"torch {torch.__version__}", "torch >= 2.11", "pip install -U torch")
+    return torch
+
+
+def find_tool(name: str, remedy: str) -> str:
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        fail(f"no {name} on PATH", name, remedy)
+    return path
+
+
+def find_cuda(torch) -> tuple[Path, str] | None:
+    """(CUDA home, nvcc version), or None for a CPU-only build."""
+    wanted = os.environ.get("MLLAMA_KERNELS_CUDA", "auto")
+    if wanted not in ("auto", "1", "0"):
+        fail(f"MLLAMA_KERNELS_CUDA={wanted}", "auto, 1 or 0", "unset it")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and Path("/usr/local/cuda/bin/nvcc").exists():
+        home = "/usr/local/cuda"
+    if home is None and nvcc:
+        home = str(Path(nvcc).resolve().parents[1])
+    missing = "no nvcc (CUDA_HOME and PATH)"
+    if home:
+        have_nvcc = (Path(home) / "bin" / "nvcc").exists()
+        have_headers = (Path(home) / "include" / "cuda_runtime.h").exists()
+        if have_nvcc and have_headers:
+            return check_cuda(torch, Path(home))
+        missing = (
+            f"CUDA_HOME={home} without {'include/cuda_runtime.h' if have_nvcc else 'bin/nvcc'}"
+        )
+    if wanted == "1" or os.environ.get("CUDA_HOME"):
+        fail(
+            missing, "nvcc and its headers, CUDA >= 12.8", "set CUDA_HOME, or MLLAMA_KERNELS_CUDA=0"
+        )
+    print(f"mllama-kernels: {missing}; building the CPU kernels only", file=sys.stderr)
+    return None
+
+
+def check_cuda(torch, home: Path) -> tuple[Path, str]:
+    text = subprocess.run(
+        [home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
+    )
+    found = re.search(r"release ([\d.]+)", text.stdout).group(1)
+    remedy = (
+        "point CUDA_HOME at a fitting toolkit, or set MLLAMA_KERNELS_CUDA=0 for the CPU kernels"
+    )
+    if version(found) < MIN_CUDA:
+        fail(f"nvcc {found} in {home}", "CUDA >= 12.8", remedy)
+    if torch.version.cuda and version(torch.version.cuda)[0] != version(found)[0]:
+        major = version(torch.version.cuda)[0]
+        fail(f"nvcc {found}, torch for CUDA {torch.version.cuda}", f"nvcc of CUDA {major}", remedy)
+    return home, found
+
+
+def gencode(torch) -> tuple[str, str]:
+    """nvcc's flags and a name for what they produce."""
+    if os.environ.get("MLLAMA_KERNELS_SIMULATE") == "1":
+        return "-gencode arch=compute_80,code=compute_80 --no-compress", "compute_80"
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        names = [f"{major}.{minor}{'a' if major == 9 else ''}"]
+    codes = []
+    for name in names or ["8.0+PTX", "9.0a"]:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if match is None or int(match[1]) < 8:
+            fail(
+                f"TORCH_CUDA_ARCH_LIST={name}",
+                "8.0 or newer, as in '8.0;9.0a'",
+                "correct or unset it",
+            )
+        arch = match[1] + match[2] + match[3]
+        codes.append((arch, f"sm_{arch}"))
+        if match[4]:
+            codes.append((arch, f"compute_{arch}"))
+    flags = " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in codes)
+    return flags, "/".join(code for _, code in codes)
+
+
+def jobs() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return int(os.environ["MAX_JOBS"])
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pages = os.sysconf("SC_AVPHYS_PAGES") if sys.platform == "linux" else 1 << 20
+    gigabytes = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(cpus, int(gigabytes / 2)))  # one nvcc holds up to 2 GB
+
+
+def ninja_file(build: Path, output: Path) -> str:
+    torch = find_torch()
+    from torch.utils import cpp_extension
+
+    cxx = os.environ.get("CXX") or find_tool("c++", "install a C++20 compiler, such as g++ >= 11")
+    cuda = find_cuda(torch)
+    simulate = os.environ.get("MLLAMA_KERNELS_SIMULATE") == "1"
+    if simulate and cuda is None:
+        fail("MLLAMA_KERNELS_SIMULATE=1 without CUDA", "nvcc and its headers", "set CUDA_HOME")
+    includes = " ".join(f"-isystem {shlex.quote(p)}" for p in cpp_extension.include_paths())
+    common = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -Wall"
+    defines = "-DMLLAMA_X86=1" if X86 else ""
+    link = (
+        f"-L{shlex.quote(cpp_extension.library_paths()[0])} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+    )
+    if cuda:
+        home, found = cuda
+        flags, name = gencode(torch)
+        defines += f" -DMLLAMA_WITH_CUDA -DUSE_CUDA -DMLLAMA_CUDA_VERSION={found} -DMLLAMA_CUDA_ARCHS={name}"
+        defines += " -DMLLAMA_SIMULATE" if simulate else ""
+        runtime = "-lcudart" if simulate else "-lcudart_static -ldl -lrt -lpthread"
+        lib = next((p for p in (home / "lib64", home / "lib") if p.exists()), home / "lib64")
+        link += f" -L{shlex.quote(str(lib))} {runtime}"
+        nvcc = (
+            f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 -lineinfo {flags} {defines}"
+        )
+        nvcc += f" --threads {os.environ.get('NVCC_THREADS', '1')} -ccbin {shlex.quote(cxx)}"
+        nvcc += " -Xcompiler -fPIC,-fvisibility=hidden -cudart " + (
+            "shared" if simulate else "static"
+        )
+    lines = [
+        "rule cxx",
+        f"  command = {cxx} {common} {defines} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = c++ $in $isa",
+        "rule nvcc",
+        f"  command = {nvcc if cuda else 'false'} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
+        "rule link",
+        f"  command = {cxx} -shared -o $out $in {link}\n  description = link $out",
+    ]
+    objects = []
+
+    def add(rule: str, source: Path, flags: str = "", isa: str = "") -> None:
+        objects.append(f"{source.relative_to(ROOT / 'csrc')}.{isa}.o".replace("/", "_"))
+        lines.append(f"build {objects[-1]}: {rule} {str(source).replace(' ', '$ ')}")
+        lines.append(f"  flags = {flags}\n  isa = {isa}")
+
+    csrc = ROOT / "csrc"
+    if cuda:  # the slowest first
+        for source in sorted((csrc / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size):
+            add("nvcc", source)
+    for source in sorted((csrc / "cpu").glob("*.cpp")):
+        for isa, flags in ISA_FLAGS.items() if source.name != "dispatch.cpp" else [("", "")]:
+            add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
+    add("cxx", csrc / "bindings.cpp", f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
+    add("cxx", csrc / "build_info.cpp")
+    lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        ninja = find_tool("ninja", "pip install ninja")
+        (build / "build.ninja").write_text(ninja_file(build, output))
+        try:
+            subprocess.run([ninja, "-C", build, "-j", str(jobs())], check=True)
+        except subprocess.CalledProcessError:
+            sys.exit("mllama-kernels: the compiler stopped with the error above")
+
+
+setup(
+    ext_modules=[Extension("mllama_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
