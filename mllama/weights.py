@@ -1,0 +1,217 @@
+"""Loading a model from a checkpoint folder, one file at a time. Saving is in `saving.py`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mllama.checkpoint import Checkpoint, CheckpointError, read_json
+from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama.generation_config import GenerationConfig
+from mllama.hub import resolve_folder
+from mllama.key_layout import KeyLayout
+from mllama.meta_files import MetaCheckpoint, find_meta_folder
+from mllama.progress import ByteProgress
+from mllama.safetensors_files import SafetensorsCheckpoint
+from mllama.saving import save_pretrained
+from mllama.semantics import SemanticsLike, resolve_semantics, semantics_of_checkpoint
+
+__all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
+
+logger = logging.getLogger("mllama")
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_Config = MllamaConfig | MllamaTextConfig | MllamaVisionConfig
+_CONFIGS: dict[str, type[_Config]] = {
+    "MllamaForConditionalGeneration": MllamaConfig,
+    "MllamaModel": MllamaConfig,
+    "MllamaForCausalLM": MllamaTextConfig,
+    "MllamaTextModel": MllamaTextConfig,
+    "MllamaVisionModel": MllamaVisionConfig,
+}
+# The entry of a whole model's config.json that configures one tower.
+_PART = {MllamaTextConfig: "text_config", MllamaVisionConfig: "vision_config"}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_pretrained(
+    cls: type[_Model],
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    semantics: SemanticsLike = "auto",
+) -> _Model:
+    """A model of class `cls` with the weights of a folder or hub id, in evaluation mode.
+
+    Files are memory-mapped and copied tensor by tensor into parameters that already lie on the target
+    device, so host memory peaks at one mapped file above what the model itself takes there (for a CPU
+    target: the model and one mapped file). Nothing stays mapped afterwards. Nothing that a
+    configuration names is imported or executed.
+
+    Args:
+        cls: the model class; a class that is part of the stored model (`MllamaForCausalLM` of a vision
+            model) takes its part and leaves the rest.
+        name_or_path: folder with config.json and safetensors (single, or sharded with an index), or
+            Meta's `original/` layout, or a hub id.
+        dtype: dtype of the parameters; None or "auto": the one config.json names, else the one most
+            of the stored bytes have.
+        device: where the parameters go; None: torch's default device.
+        backend: "auto", "kernels" or "reference".
+        semantics: see `mllama.semantics`; "auto": read from the folder, with the reason logged.
+    Raises:
+        CheckpointError: one error that lists every fault of the files and tensors.
+        FileNotFoundError, ModuleNotFoundError: see `mllama.hub.resolve_folder`.
+        ValueError: an unknown dtype, backend or semantics, or an impossible configuration.
+    """
+    layout = KeyLayout(cls.__name__)
+    requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
+    folder = resolve_folder(name_or_path)
+    raw, checkpoint, original = _open(folder)
+    config = _config(cls, folder, raw, semantics, original)
+    with torch.device("meta"):
+        model = cls(config, backend=backend)
+    expected = dict(model.state_dict())
+    sources = _match(folder, raw, checkpoint, layout, expected)
+    chosen = requested or _stored_dtype(raw, checkpoint, sources.values())
+    _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
+    _fill(model, checkpoint, sources)
+    model.generation_config = _generation_config(folder, config, checkpoint)
+    return model.eval()
+
+
+def _open(folder: Path) -> tuple[dict[str, Any], Checkpoint, bool]:
+    """The folder's configuration, its tensors, and whether it is Meta's layout."""
+    if (folder / "config.json").is_file():
+        return read_json(folder / "config.json"), SafetensorsCheckpoint(folder), False
+    meta_folder = find_meta_folder(folder)
+    if meta_folder is None:
+        reason = "no config.json, and no params.json with consolidated.*.pth (Meta's layout) either"
+        raise CheckpointError(folder, [reason])
+    checkpoint = MetaCheckpoint(meta_folder)
+    return checkpoint.config, checkpoint, True
+
+
+def _config(
+    cls: type[nn.Module], folder: Path, raw: dict[str, Any], wanted: SemanticsLike, original: bool
+) -> _Config:
+    """The configuration `cls` needs, with the semantics settled (and said)."""
+    kind = _CONFIGS[cls.__name__]
+    entries, stored = raw, raw.get("model_type")
+    if stored == MllamaConfig.model_type and kind is not MllamaConfig:
+        entries = raw.get(_PART[kind]) or {}
+    elif stored != kind.model_type:
+        raise CheckpointError(
+            folder,
+            [f"config.json has model_type {stored!r}, {cls.__name__} needs {kind.model_type!r}"],
+        )
+    if isinstance(wanted, str) and wanted == "auto":
+        semantics, reason = semantics_of_checkpoint(raw, original_layout=original)
+    else:
+        semantics, reason = resolve_semantics(wanted), "asked for by the caller"
+    logger.info("semantics %s for %s: %s", semantics.name, folder, reason)
+    return kind.from_dict({**entries, "semantics": semantics})
+
+
+def _match(
+    folder: Path,
+    raw: dict[str, Any],
+    checkpoint: Checkpoint,
+    layout: KeyLayout,
+    expected: dict[str, Tensor],
+) -> dict[str, str]:
+    """Canonical name of each parameter's tensor by its name in the model; every fault in one error."""
+    problems = list(checkpoint.problems)
+    if "quantization_config" in raw:
+        problems.append(
+            "config.json has a quantization_config; quantised weights are not supported"
+        )
+    sources: dict[str, str] = {}
+    for canonical, info in checkpoint.tensors.items():
+        if layout.is_other_part(canonical):
+            continue
+        name = layout.module_name(canonical)
+        if name not in expected:
+            problems.append(f"extra: {info.stored_name} {info.shape} in {info.file}")
+            continue
+        sources[name] = canonical
+        wanted = tuple(expected[name].shape)
+        if info.shape != wanted:
+            problems.append(f"wrong shape: {info.stored_name} is {info.shape}, expected {wanted}")
+        if info.dtype is None:
+            problems.append(
+                f"wrong dtype: {info.stored_name} is {info.dtype_name}, expected {', '.join(_DTYPES)}"
+            )
+    accounted = set(sources) | {layout.module_name(name) for name in checkpoint.unreadable}
+    # Where no header could be read, every tensor would be missing: the file's own fault says it.
+    if checkpoint.tensors or not checkpoint.problems:
+        for name in expected.keys() - accounted:
+            shape = tuple(expected[name].shape)
+            problems.append(f"missing: {layout.published_name(name)} {shape}")
+    if problems:
+        raise CheckpointError(folder, sorted(problems))
+    return sources
+
+
+def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {list(_DTYPES)} or 'auto', got {dtype!r}")
+    return _DTYPES[name]
+
+
+def _stored_dtype(raw: dict[str, Any], checkpoint: Checkpoint, names: Any) -> torch.dtype:
+    parts = [raw, *(raw.get(part) or {} for part in _PART.values())]
+    for entries in parts:
+        named = entries.get("dtype") or entries.get("torch_dtype")
+        if named:
+            return _parse_dtype(named)
+    sizes: Counter[torch.dtype] = Counter()
+    for name in names:
+        info = checkpoint.tensors[name]
+        sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model built on the meta device uninitialised parameters on `device`."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
+    # state_dict() holds views, of rows for fused projections: filling them needs no second copy.
+    targets = {canonical: model.state_dict()[name] for name, canonical in sources.items()}
+    total = sum(checkpoint.tensors[name].nbytes for name in targets)
+    with torch.no_grad(), ByteProgress("loading", total) as progress:
+        for name, tensor in checkpoint.read(targets):
+            targets[name].copy_(tensor)
+            progress.advance(checkpoint.tensors[name].nbytes)
+
+
+def _generation_config(folder: Path, config: _Config, checkpoint: Checkpoint) -> GenerationConfig:
+    """The folder's defaults; without generation_config.json, the special tokens of the configuration."""
+    path = folder / "generation_config.json"
+    if isinstance(checkpoint, MetaCheckpoint):
+        entries = checkpoint.generation_config
+    elif path.is_file():
+        entries = read_json(path)
+    else:
+        text = getattr(config, "text_config", config)
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        entries = {name: getattr(text, name, None) for name in names}
+    return GenerationConfig.from_dict(entries)
