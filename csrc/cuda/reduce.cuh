@@ -1,0 +1,44 @@
+// Sums and maxima over lanes, warps and blocks. The order of additions depends on the number of
+// threads alone, so a row's result does not depend on the grid.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace mllama {
+
+constexpr int kWarpSize = 32;
+
+// Sum over aligned groups of kLanes lanes; every lane gets it. All 32 lanes must call.
+template <int kLanes = kWarpSize>
+__device__ __forceinline__ float warp_sum(float x) {
+  static_assert(kLanes > 0 && kLanes <= kWarpSize && (kLanes & (kLanes - 1)) == 0);
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  }
+  return x;
+}
+
+template <int kLanes = kWarpSize>
+__device__ __forceinline__ float warp_max(float x) {
+  static_assert(kLanes > 0 && kLanes <= kWarpSize && (kLanes & (kLanes - 1)) == 0);
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  }
+  return x;
+}
+
+// Sum over a one-dimensional block of whole warps; every thread gets it. To be called once per
+// kernel: a second call would overwrite the partial sums while slower warps still read them.
+__device__ __forceinline__ float block_sum_once(float x) {
+  __shared__ float warp_sums[kWarpSize];
+  x = warp_sum(x);
+  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  float total = 0.0f;
+  for (unsigned w = 0; w < blockDim.x / kWarpSize; ++w) total += warp_sums[w];
+  return total;
+}
+
+}  // namespace mllama

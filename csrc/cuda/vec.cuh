@@ -1,0 +1,101 @@
+// 16-byte vectors of a dtype, conversions to and from float32, and dispatch on the run-time dtype.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../common.h"
+
+namespace mllama {
+
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_f32(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_f32(float x);
+template <>
+__device__ __forceinline__ float from_f32<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_f32<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// x as T stores it, in float32. Kernels round where a chain of PyTorch operators would.
+template <typename T>
+__device__ __forceinline__ float round_to(float x) {
+  return to_f32(from_f32<T>(x));
+}
+
+template <typename T>
+struct alignas(16) Vec {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  T data[kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ Vec<T> zero_vec() {
+  Vec<T> v;
+  *reinterpret_cast<uint4*>(&v) = make_uint4(0, 0, 0, 0);
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec(const T* address) {
+  return *reinterpret_cast<const Vec<T>*>(address);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vec(T* address, const Vec<T>& v) {
+  *reinterpret_cast<Vec<T>*>(address) = v;
+}
+
+// The first `count` elements one by one, for addresses of any alignment; the rest is zero.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_elements(const T* address, int64_t count) {
+  Vec<T> v = zero_vec<T>();
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    if (i < count) v.data[i] = address[i];
+  }
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_elements(T* address, const Vec<T>& v, int64_t count) {
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    if (i < count) address[i] = v.data[i];
+  }
+}
+
+// Whether every row at `address`, rows `stride` elements apart, starts on a 16-byte boundary.
+inline bool is_aligned16(const void* address, int64_t stride, DType dtype) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * element_size(dtype) % 16 == 0;
+}
+
+// f(T{}) for the element type of `dtype`; CUDA kernels take no float64.
+template <typename F>
+cudaError_t dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat16:
+      return f(__half{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace mllama
