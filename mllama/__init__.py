@@ -1,0 +1,57 @@
+"""Llama 3.2 Vision on its own kernels, with the names of `transformers`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mllama.cache import MllamaCache
+    from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+    from mllama.image_processor import MllamaImageProcessor
+    from mllama.model import MllamaForCausalLM, MllamaForConditionalGeneration, MllamaModel
+    from mllama.processor import MllamaProcessor
+    from mllama.semantics import Semantics
+    from mllama.text import MllamaTextModel
+    from mllama.vision import MllamaVisionModel
+
+# Imported on first use: a processor needs no model, a configuration no torch ops.
+_MODULES = {
+    "MllamaCache": "mllama.cache",
+    "MllamaConfig": "mllama.config",
+    "MllamaForCausalLM": "mllama.model",
+    "MllamaForConditionalGeneration": "mllama.model",
+    "MllamaImageProcessor": "mllama.image_processor",
+    "MllamaModel": "mllama.model",
+    "MllamaProcessor": "mllama.processor",
+    "MllamaTextConfig": "mllama.config",
+    "MllamaTextModel": "mllama.text",
+    "MllamaVisionConfig": "mllama.config",
+    "MllamaVisionModel": "mllama.vision",
+    "Semantics": "mllama.semantics",
+}
+
+__all__ = [
+    "MllamaCache",
+    "MllamaConfig",
+    "MllamaForCausalLM",
+    "MllamaForConditionalGeneration",
+    "MllamaImageProcessor",
+    "MllamaModel",
+    "MllamaProcessor",
+    "MllamaTextConfig",
+    "MllamaTextModel",
+    "MllamaVisionConfig",
+    "MllamaVisionModel",
+    "Semantics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,97 @@
+"""What all models of this package share: configuration, backend, initialisation, loading, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mllama import weights
+from mllama.backend import Ops
+from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama.layers import init_normal
+from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
+
+_Model = TypeVar("_Model", bound="MllamaPreTrainedModel")
+
+
+class MllamaPreTrainedModel(nn.Module):
+    """Base of the models.
+
+    Args:
+        config: the model's configuration; kept as a copy whose ``semantics`` are settled.
+        backend: "auto" (the kernels where the compiled library loads), "kernels" or "reference"; or
+            the ops of the model that this one is part of.
+        semantics: overrides the config's; see :mod:`mllama.semantics`.
+    """
+
+    config: Any
+
+    def __init__(
+        self,
+        config: MllamaConfig | MllamaTextConfig | MllamaVisionConfig,
+        *,
+        backend: str | Ops = "auto",
+        semantics: SemanticsLike | None = None,
+    ) -> None:
+        super().__init__()
+        self.semantics: Semantics = resolve_semantics(
+            config.semantics if semantics is None else semantics
+        )
+        self.config = dataclasses.replace(config, semantics=self.semantics)
+        self._is_part = isinstance(backend, Ops)
+        self.ops: Ops = backend if isinstance(backend, Ops) else Ops(backend)
+
+    @property
+    def backend(self) -> str:
+        """ "kernels" or "reference"; assigning changes the whole model it belongs to."""
+        return self.ops.backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self.ops.select(backend)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def init_weights(self) -> None:
+        """Draw all parameters anew as `transformers` does; a part leaves it to the whole."""
+        if self._is_part:
+            return
+        std = getattr(self.config, "text_config", self.config).initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("gate"):  # gates begin closed, but those of the global vision layers
+                nn.init.zeros_(parameter)
+            elif name.endswith(
+                (".gate_attn", ".gate_ffn", "class_embedding", "embedding.embedding")
+            ):
+                nn.init.normal_(parameter, std=std)
+        for module in self.modules():
+            init_normal(module, std)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        backend: str = "auto",
+        semantics: SemanticsLike = "auto",
+    ) -> _Model:
+        """Load a checkpoint folder; see :func:`mllama.weights.load_pretrained`."""
+        return weights.load_pretrained(
+            cls, folder, dtype=dtype, device=device, backend=backend, semantics=semantics
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder; see :func:`mllama.weights.save_pretrained`."""
+        weights.save_pretrained(self, folder)

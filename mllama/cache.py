@@ -1,0 +1,153 @@
+"""Keys and values of earlier tokens and of images, preallocated and paged.
+
+Self-attention: every layer has a pool of pages, (num_pages, Hkv, page_size, D) for k and for v, and
+``page_table`` (B, max_pages) int32 says which pages hold a sequence. Cross-attention: every layer has a
+pool of tiles, (num_slots, P, Hkv, D), k already normalised, and ``tile_table`` (B, T) int32 says which
+slots hold the tiles a sequence may see, -1 for a tile that is not stored.
+
+``lengths`` and ``next_position`` live on the device and are updated in place, so a decode step needs
+nothing from the host and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mllama.config import MllamaTextConfig
+from mllama.tiles import TileMemory
+
+PAGE_SIZE = 64
+
+
+class MllamaCache:
+    """The ``past_key_values`` of the models in this package.
+
+    Args:
+        config: of the text tower.
+        batch_size: B, the number of sequences.
+        dtype, device: of keys and values.
+        max_tokens: tokens per sequence to make room for. None: pages are added as needed, each time at
+            least doubling. A number: all room is made now, and needing more is an error.
+
+    Attributes:
+        lengths: (B,) int32, tokens stored per sequence (padding is not stored).
+        next_position: (B, 1) int64, default position of the next token of each sequence.
+        columns: text columns seen so far, padding included: what `transformers` calls the sequence
+            length. Kept on the host; no sequence is longer.
+        tile_table: (B, T) int32; T grows when images are added.
+        memory: the tiles that the next token of each sequence sees without a mask of its own.
+    """
+
+    def __init__(
+        self,
+        config: MllamaTextConfig,
+        batch_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self._self_index = {layer: i for i, layer in enumerate(config.self_attention_layers)}
+        self._cross_index = {
+            layer: i for i, layer in enumerate(sorted(config.cross_attention_layers))
+        }
+        self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
+        self._options = {"dtype": dtype, "device": device}
+        # (layers, 2, num_pages, Hkv, page_size, D) and (layers, 2, num_slots, P, Hkv, D)
+        self._pages = torch.empty(
+            len(self._self_index), 2, 0, self._heads, PAGE_SIZE, self._head_dim, **self._options
+        )
+        self._tiles = torch.empty(
+            len(self._cross_index), 2, 0, 0, self._heads, self._head_dim, **self._options
+        )
+        self.page_table = torch.empty(batch_size, 0, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.reset()
+        if max_tokens is not None:
+            self._add_pages(-(-max_tokens // PAGE_SIZE))
+
+    def reset(self) -> None:
+        """Forget all tokens and images; the memory is kept for the next use."""
+        self.lengths.zero_()
+        self.next_position.zero_()
+        self.columns = 0
+        self.num_tiles_stored = 0
+        self.tile_table = torch.empty(
+            self.batch_size, 0, dtype=torch.int32, device=self.lengths.device
+        )
+        self.memory = TileMemory()
+
+    def get_seq_length(self) -> int:
+        """Text columns seen so far, padding included."""
+        return self.columns
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per sequence that fit without another allocation."""
+        return self.page_table.shape[1] * PAGE_SIZE
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles per sequence, T, stored or not; 0 before any image."""
+        return self.tile_table.shape[1]
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v pools of a self-attention layer, (num_pages, Hkv, page_size, D)."""
+        k, v = self._pages[self._self_index[layer]]
+        return k, v
+
+    def tiles(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v pools of a cross-attention layer, (num_slots, P, Hkv, D)."""
+        k, v = self._tiles[self._cross_index[layer]]
+        return k, v
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` more text columns.
+
+        Raises: ValueError when the cache was made with ``max_tokens`` and they do not fit.
+        """
+        needed = self.columns + tokens
+        if self.max_tokens is not None:
+            if needed > self.max_tokens:
+                raise ValueError(
+                    f"the cache was made for max_tokens={self.max_tokens}; it holds {self.columns} "
+                    f"and {tokens} more do not fit"
+                )
+        elif needed > self.capacity:
+            self._add_pages(max(-(-needed // PAGE_SIZE), 2 * self.page_table.shape[1]))
+
+    def _add_pages(self, max_pages: int) -> None:
+        batch, old = self.page_table.shape
+        first = self._pages.shape[2]
+        added = torch.arange(
+            first, first + batch * (max_pages - old), dtype=torch.int32, device=self.lengths.device
+        )
+        self.page_table = torch.cat([self.page_table, added.view(batch, -1)], dim=1)
+        layers, _, _, *page = self._pages.shape
+        pages = torch.zeros(layers, 2, batch * max_pages, *page, **self._options)
+        pages[:, :, :first] = self._pages
+        self._pages = pages
+
+    def add_tiles(self, table: Tensor, count: int, tokens_per_tile: int) -> None:
+        """Make room for ``count`` tiles whose (B, T) table of new entries, or -1, is ``table``."""
+        first, stored = self.num_tiles_stored, self._tiles
+        if first + count > stored.shape[2] or tokens_per_tile != stored.shape[3]:
+            layers, _, _, _, heads, head_dim = stored.shape
+            self._tiles = torch.empty(
+                layers, 2, first + count, tokens_per_tile, heads, head_dim, **self._options
+            )
+            if first:
+                self._tiles[:, :, :first] = stored[:, :, :first]
+        self.tile_table = torch.cat(
+            [self.tile_table, torch.where(table >= 0, table + first, -1)], dim=1
+        )
+        self.num_tiles_stored = first + count
+
+    def store_tiles(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the newest tiles' k and v, (n, P, Hkv, D), of one layer."""
+        newest = slice(self.num_tiles_stored - k.shape[0], self.num_tiles_stored)
+        pool_k, pool_v = self.tiles(layer)
+        pool_k[newest], pool_v[newest] = k, v

@@ -1,0 +1,279 @@
+"""The models: both towers joined, and the heads that turn their output into logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllama.backend import Ops
+from mllama.base import MllamaPreTrainedModel
+from mllama.cache import MllamaCache
+from mllama.checks import check_image_tokens, check_images, check_states, check_text
+from mllama.config import MllamaConfig, MllamaTextConfig
+from mllama.generation import GenerationMixin
+from mllama.loss import causal_lm_loss
+from mllama.outputs import BaseModelOutput, CausalLMOutput
+from mllama.semantics import SemanticsLike
+from mllama.text import MllamaTextModel
+from mllama.tiles import ImageTiles
+from mllama.vision import MllamaVisionModel
+
+
+class MllamaModel(MllamaPreTrainedModel):
+    """Vision tower, projector and text tower, without the output head.
+
+    Args:
+        config, backend, semantics: see :class:`MllamaPreTrainedModel`.
+    """
+
+    config: MllamaConfig
+
+    def __init__(
+        self,
+        config: MllamaConfig,
+        *,
+        backend: str | Ops = "auto",
+        semantics: SemanticsLike | None = None,
+    ) -> None:
+        super().__init__(config, backend=backend, semantics=semantics)
+        vision, text = self.config.vision_config, self.config.text_config
+        self.vision_model = MllamaVisionModel(vision, backend=self.ops)
+        self.language_model = MllamaTextModel(text, backend=self.ops)
+        self.multi_modal_projector = nn.Linear(vision.vision_output_dim, text.hidden_size)
+        self.init_weights()
+
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        aspect_ratio_ids: Tensor,
+        aspect_ratio_mask: Tensor,
+        cross_attention_mask: Tensor | None = None,
+    ) -> ImageTiles:
+        """Vision tower and projector: the tiles that text may see.
+
+        Args: as in :meth:`forward`.
+        Returns: all tiles when image-less rows leak, since those rows see them all; otherwise the tiles
+            that belong to an image or that the mask shows to some token.
+        """
+        batch = pixel_values.shape[0]
+        images = (t.flatten(0, 1) for t in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
+        states = self.vision_model.encode(*images).flatten(0, 1)
+        if self.semantics.imageless_rows == "leak":
+            return ImageTiles.of_states(self.multi_modal_projector(states), batch)
+        keep = ((aspect_ratio_mask != 0) & (aspect_ratio_ids > 0).unsqueeze(-1)).flatten(1)
+        if cross_attention_mask is not None:
+            shown = (cross_attention_mask == 1).any(1).flatten(1)
+            keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
+        kept = self.multi_modal_projector(states[keep.flatten()])
+        return ImageTiles(kept, ImageTiles.table_of(keep))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        aspect_ratio_mask: Tensor | None = None,
+        aspect_ratio_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        cross_attention_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Run both towers.
+
+        Args:
+            pixel_values: (B, M, tiles, C, t, t), images that are not in the cache yet.
+            aspect_ratio_ids: (B, M) int64, 0 for a padded image.
+            aspect_ratio_mask: (B, M, tiles), 1 for a tile of the image, 0 for padding.
+            cross_attention_states: what the projector gave for such images, instead of
+                ``pixel_values``; neither tower nor projector runs.
+            others: see :meth:`MllamaTextModel.forward`.
+        Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
+            ``hidden_states``.
+        Raises: ValueError naming what was given and what is expected, before anything runs.
+        """
+        config = self.config
+        text = check_text(
+            config.text_config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+        )
+        tiles = None
+        if pixel_values is not None:
+            if cross_attention_states is not None:
+                raise ValueError("give pixel_values or cross_attention_states, not both")
+            check_images(config.vision_config, pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+            assert aspect_ratio_ids is not None and aspect_ratio_mask is not None
+            check_image_tokens(
+                config, text, aspect_ratio_ids, cross_attention_mask, past_key_values
+            )
+            tiles = self.encode_images(
+                pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
+            )
+        elif cross_attention_states is not None:
+            check_states(config.text_config, cross_attention_states, text.batch)
+            tiles = ImageTiles.of_states(cross_attention_states, text.batch)
+        else:
+            check_image_tokens(config, text, None, cross_attention_mask, past_key_values)
+        return self.language_model.run(
+            text,
+            tiles,
+            cross_attention_mask,
+            past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+
+
+def _kept_rows(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The columns of hidden (B, L, E) whose logits are wanted: the last so many (0: all), or by index."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    return hidden[:, logits_to_keep]
+
+
+class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
+    """Llama 3.2 Vision: text and images in, logits out.
+
+    Args:
+        config, backend, semantics: see :class:`MllamaPreTrainedModel`.
+    """
+
+    config: MllamaConfig
+
+    def __init__(
+        self,
+        config: MllamaConfig,
+        *,
+        backend: str | Ops = "auto",
+        semantics: SemanticsLike | None = None,
+    ) -> None:
+        super().__init__(config, backend=backend, semantics=semantics)
+        text = self.config.text_config
+        self.model = MllamaModel(self.config, backend=self.ops)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        aspect_ratio_mask: Tensor | None = None,
+        aspect_ratio_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        cross_attention_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+    ) -> CausalLMOutput:
+        """Logits of the next token, and the loss.
+
+        Args:
+            labels: (B, L) int64, -100 where there is no target; image tokens never are one. The shift
+                happens here.
+            logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
+            others: see :meth:`MllamaModel.forward`.
+        Returns: ``loss`` (float32, None without labels), ``logits`` (B, kept, V) in the model's dtype,
+            ``past_key_values``, ``hidden_states``.
+        Raises: ValueError naming what was given and what is expected, before anything runs.
+        """
+        _check_labels(labels, logits_to_keep)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            aspect_ratio_mask=aspect_ratio_mask,
+            aspect_ratio_ids=aspect_ratio_ids,
+            attention_mask=attention_mask,
+            cross_attention_mask=cross_attention_mask,
+            cross_attention_states=cross_attention_states,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache if labels is None else bool(use_cache),
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(_kept_rows(outputs.last_hidden_state, logits_to_keep))
+        loss = (
+            None
+            if labels is None
+            else causal_lm_loss(logits, labels, self.config.image_token_index)
+        )
+        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+
+class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
+    """The text tower alone with its head; images only as precomputed states.
+
+    Args:
+        config: a text configuration, or a whole one, whose text part is used.
+        backend, semantics: see :class:`MllamaPreTrainedModel`.
+    """
+
+    config: MllamaTextConfig
+
+    def __init__(
+        self,
+        config: MllamaTextConfig | MllamaConfig,
+        *,
+        backend: str | Ops = "auto",
+        semantics: SemanticsLike | None = None,
+    ) -> None:
+        super().__init__(
+            getattr(config, "text_config", config), backend=backend, semantics=semantics
+        )
+        self.model = MllamaTextModel(self.config, backend=self.ops)
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+    ) -> CausalLMOutput:
+        """Logits of the next token in float32, and the loss.
+
+        Args: as in :meth:`MllamaForConditionalGeneration.forward`; ``cross_attention_mask`` is per
+            tile, (B, L, M, tiles), here too.
+        """
+        _check_labels(labels, logits_to_keep)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cross_attention_states=cross_attention_states,
+            cross_attention_mask=cross_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache if labels is None else bool(use_cache),
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(_kept_rows(outputs.last_hidden_state, logits_to_keep)).float()
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+
+def _check_labels(labels: Any, logits_to_keep: int | Tensor) -> None:
+    if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")

@@ -1,0 +1,56 @@
+"""Padded batches as packed tokens: only real tokens are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the real tokens of a padded (B, L) batch lie in a packed (N, ...) tensor, row by row.
+
+    Attributes:
+        batch, length: B and L.
+        rows: (N,) int64, where each packed token lies in the flattened batch; None if all are real.
+        cu_seqlens: (B + 1,) int32, first packed token of each sequence, and N.
+        max_seqlen: at least the number of real tokens of any sequence.
+    """
+
+    batch: int
+    length: int
+    rows: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Packing:
+        """Pack the tokens at which ``mask`` (B, L) is not 0. Reads the mask on the host."""
+        batch, length = mask.shape
+        lengths = (mask != 0).sum(1)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
+        if total == batch * length:
+            return cls(batch, length, None, cu_seqlens, length)
+        rows = mask.flatten().nonzero().squeeze(1)
+        return cls(batch, length, rows, cu_seqlens, longest)
+
+    @classmethod
+    def dense(cls, batch: int, length: int, device: torch.device) -> Packing:
+        """All tokens are real; nothing is read on the host."""
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        return cls(batch, length, None, cu_seqlens, length)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, L, ...) to (N, ...)."""
+        x = x.flatten(0, 1)
+        return x if self.rows is None else x[self.rows]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N, ...) to (B, L, ...), zero at padding."""
+        if self.rows is not None:
+            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.rows, x)
+        return x.unflatten(0, (self.batch, self.length))

@@ -1,0 +1,322 @@
+"""The text tower: Llama 3 layers on packed tokens, with gated cross-attention layers between them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mllama.backend import Ops
+from mllama.base import MllamaPreTrainedModel
+from mllama.cache import MllamaCache
+from mllama.checks import TextInputs, check_cross_attention_mask, check_states, check_text
+from mllama.config import MllamaTextConfig
+from mllama.layers import FusedLinear, ResidualStream, RMSNorm
+from mllama.outputs import BaseModelOutput
+from mllama.packing import Packing
+from mllama.rope import RotaryEmbedding
+from mllama.semantics import SemanticsLike
+from mllama.tiles import ImageTiles, TileView, view_of_tokens
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What all layers of one forward share besides the residual stream.
+
+    Attributes:
+        cos, sin: (N, D / 2) in the stream's dtype.
+        packing: how the N tokens form B sequences.
+        cache: where k and v of earlier tokens are; None to attend within this call only.
+        tile_states: (n, P, E) of the images that are new in this call; None if none is.
+        tile_table: (B, T) int32 slots of the tiles; None if there is no image at all, and then the
+            cross-attention layers are skipped.
+        view: which tiles each token sees.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    packing: Packing
+    cache: MllamaCache | None
+    tile_states: Tensor | None
+    tile_table: Tensor | None
+    view: TileView
+
+
+class MllamaTextMLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: MllamaTextConfig, ops: Ops) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.ops = ops
+        self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
+        self.gate_up_proj.add_projections(self)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj.joined(x)))
+
+
+class MllamaTextSelfAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        self.qkv_proj = FusedLinear(
+            config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
+        )
+        self.qkv_proj.add_projections(self)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
+        cu_seqlens, max_seqlen = inputs.packing.cu_seqlens, inputs.packing.max_seqlen
+        if inputs.cache is None:
+            out = self.ops.rotary_attention(
+                q, k, v, inputs.cos, inputs.sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
+        else:
+            k_pages, v_pages = inputs.cache.pages(self.layer)
+            out = self.ops.rotary_attention_cached(
+                q,
+                k,
+                v,
+                inputs.cos,
+                inputs.sin,
+                k_pages,
+                v_pages,
+                inputs.cache.page_table,
+                cu_seqlens,
+                inputs.cache.lengths,
+                max_seqlen=max_seqlen,
+            )
+        return self.o_proj(out.flatten(1))
+
+
+class MllamaTextCrossAttention(nn.Module):
+    """Grouped-query attention from text to image tiles, with normalised queries and keys."""
+
+    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.kv_proj = FusedLinear(config.hidden_size, {"k_proj": kv, "v_proj": kv})
+        self.kv_proj.add_projections(self)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """states (n, P, E) to normalised k, and v, (n, P, Hkv, D)."""
+        k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.kv_proj(states))
+        return self.ops.rms_norm(k, self.k_norm.weight, self.k_norm.eps), v
+
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        k = v = None
+        if inputs.tile_states is not None:
+            k, v = self.keys_and_values(inputs.tile_states)
+        if inputs.cache is not None:
+            if k is not None:
+                inputs.cache.store_tiles(self.layer, k, v)
+            k, v = inputs.cache.tiles(self.layer)
+        out = self.ops.cross_attention(
+            self.q_proj(x).unflatten(-1, (-1, self.head_dim)),
+            k,
+            v,
+            inputs.view.tile_mask,
+            q_norm_weight=self.q_norm.weight,
+            eps=self.q_norm.eps,
+            tile_table=inputs.tile_table,
+            cu_seqlens=inputs.packing.cu_seqlens,
+            max_seqlen=inputs.packing.max_seqlen,
+        )
+        return self.o_proj(out.flatten(1))
+
+
+class MllamaSelfAttentionDecoderLayer(nn.Module):
+    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MllamaTextSelfAttention(config, layer, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MllamaTextMLP(config, ops)
+
+    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
+        stream.add(self.self_attn(stream.norm(self.input_layernorm), inputs))
+        stream.add(self.mlp(stream.norm(self.post_attention_layernorm)))
+
+
+class MllamaCrossAttentionDecoderLayer(nn.Module):
+    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn = MllamaTextCrossAttention(config, layer, ops)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MllamaTextMLP(config, ops)
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
+        attended = self.cross_attn(stream.norm(self.input_layernorm), inputs)
+        stream.add(attended, self.cross_attn_attn_gate)
+        transformed = self.mlp(stream.norm(self.post_attention_layernorm))
+        stream.add(transformed, self.cross_attn_mlp_gate, inputs.view.row_mask)
+
+
+class MllamaTextModel(MllamaPreTrainedModel):
+    """The text tower without the output head.
+
+    Args:
+        config, backend, semantics: see :class:`MllamaPreTrainedModel`.
+    """
+
+    config: MllamaTextConfig
+
+    def __init__(
+        self,
+        config: MllamaTextConfig,
+        *,
+        backend: str | Ops = "auto",
+        semantics: SemanticsLike | None = None,
+    ) -> None:
+        super().__init__(config, backend=backend, semantics=semantics)
+        config, ops = self.config, self.ops
+        # Eight rows more than there are output classes; the image token is the first of them.
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size + 8, config.hidden_size, config.pad_token_id
+        )
+        cross = set(config.cross_attention_layers)
+        self.layers = nn.ModuleList(
+            (MllamaCrossAttentionDecoderLayer if i in cross else MllamaSelfAttentionDecoderLayer)(
+                config, i, ops
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._rotary = RotaryEmbedding(config)
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        past_key_values: MllamaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Run the tower on (B, L) tokens.
+
+        Args:
+            input_ids: (B, L) int64; or ``inputs_embeds`` (B, L, E) instead.
+            attention_mask: (B, L) or (B, past + L), 0 at padding, which may lie anywhere.
+            position_ids: (B, L) or (1, L); default: on from the cache, one per column, padding included.
+            cross_attention_states: (B * M * tiles, P, E) projected vision states of images that are not
+                in the cache yet.
+            cross_attention_mask: (B, L, M, tiles) or with the rows of the past before, M counting all
+                images, old ones first; 1 where a token sees a tile. Absent: on a cache that holds
+                images the tokens are taken for generated ones and see what the last token saw;
+                otherwise every token sees every tile.
+            past_key_values: the cache of an earlier call, extended in place.
+            use_cache: return a cache; default: the config's choice, but not in training mode.
+            output_hidden_states: return the stream before each layer, and the normed result.
+        Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
+            ``hidden_states``.
+        Raises: ValueError naming what was given and what is expected.
+        """
+        text = check_text(
+            self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+        )
+        tiles = None
+        if cross_attention_states is not None:
+            check_states(self.config, cross_attention_states, text.batch)
+            tiles = ImageTiles.of_states(cross_attention_states, text.batch)
+        return self.run(
+            text,
+            tiles,
+            cross_attention_mask,
+            past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+
+    def run(
+        self,
+        text: TextInputs,
+        tiles: ImageTiles | None,
+        cross_attention_mask: Tensor | None,
+        cache: MllamaCache | None,
+        *,
+        use_cache: bool | None,
+        output_hidden_states: bool,
+    ) -> BaseModelOutput:
+        """The forward on checked inputs, with the new images as tiles."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = MllamaCache(self.config, text.batch, dtype=self.dtype, device=self.device)
+        # The cache holds values, not a graph: with one, the forward is inference.
+        with torch.no_grad() if cache is not None else nullcontext():
+            return self._run(text, tiles, cross_attention_mask, cache, output_hidden_states)
+
+    def _run(
+        self,
+        text: TextInputs,
+        tiles: ImageTiles | None,
+        cross_attention_mask: Tensor | None,
+        cache: MllamaCache | None,
+        output_hidden_states: bool,
+    ) -> BaseModelOutput:
+        packing = text.packing()
+        if cache is not None:
+            cache.reserve(text.length)
+            if tiles is not None:
+                cache.add_tiles(tiles.table, tiles.states.shape[0], tiles.states.shape[1])
+        table = tiles.table if cache is None and tiles is not None else None
+        if cache is not None and cache.num_tiles:
+            table = cache.tile_table
+        view = TileView(None, None)
+        if table is not None:
+            if cross_attention_mask is not None:
+                check_cross_attention_mask(cross_attention_mask, text.batch, table.shape[1])
+            view = view_of_tokens(
+                table,
+                packing,
+                cross_attention_mask,
+                self.semantics,
+                cache.memory if cache is not None else None,
+                past=cache.columns if cache is not None else 0,
+                new_images=tiles is not None,
+            )
+        positions = text.positions(cache)
+        embeds = (
+            self.embed_tokens(text.input_ids) if text.inputs_embeds is None else text.inputs_embeds
+        )
+        x = packing.pack(embeds)
+        cos, sin = self._rotary(packing.pack(positions.expand(text.batch, -1)), x.dtype)
+        inputs = LayerInputs(
+            cos, sin, packing, cache, tiles.states if tiles is not None else None, table, view
+        )
+        stream, hidden = ResidualStream(self.ops, x), []
+        for layer in self.layers:
+            if isinstance(layer, MllamaCrossAttentionDecoderLayer) and table is None:
+                continue  # no image: the layer adds nothing
+            if output_hidden_states:
+                hidden.append(packing.unpack(stream.value()))
+            layer(stream, inputs)
+        last = packing.unpack(stream.norm(self.norm))
+        if cache is not None:
+            text.advance(cache, packing, positions)
+        return BaseModelOutput(
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=(*hidden, last) if output_hidden_states else None,
+        )
