@@ -1,0 +1,77 @@
+"""Fixtures every test may use: the device an op runs on, and the closing count of where tests ran."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+import mllama_kernels._library as library
+
+SIMULATED = library.simulated
+DEVICES = ["cpu"] + (
+    ["cuda"] if torch.cuda.is_available() and library.has_cuda and not SIMULATED else []
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=None,
+        help="seed of the random tests; drawn and printed if absent",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:
+        config.option.seed = random.randrange(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    where = "the CUDA kernels under simulation" if SIMULATED else " and ".join(DEVICES)
+    return f"seed {config.getoption('--seed')}; ops run on {where}; {library.missing or library.path.name}"
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the op runs: the CPU, and a GPU if there is one. On a simulated build: CUDA code on CPU."""
+    if library.missing:
+        pytest.fail(f"the compiled ops are not there: {library.missing}")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Every test starts from the run's seed, so that one test can be repeated alone."""
+    value = request.config.getoption("--seed")
+    torch.manual_seed(value)
+    random.seed(value)
+    return value
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`full` runs only when asked for by -m; gpu tests skip in words where there is no GPU."""
+    if "full" not in (config.getoption("-m") or "") and os.environ.get("MLLAMA_TEST_FULL") != "1":
+        kept = [item for item in items if item.get_closest_marker("full") is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many of the tests that passed ran their ops on the CPU, under simulation and on a GPU."""
+    passed = [
+        report for report in terminalreporter.stats.get("passed", []) if report.when == "call"
+    ]
+    gpu = sum("[cuda" in report.nodeid or "-cuda" in report.nodeid for report in passed)
+    cpu = len(passed) - gpu
+    simulated = cpu if SIMULATED else 0
+    terminalreporter.write_line(
+        f"tests that ran on CPU: {cpu - simulated}, under simulation: {simulated}, on a GPU: {gpu}"
+    )

@@ -1,0 +1,94 @@
+"""Comparison with float64, and what the op tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mllama_kernels._library as library
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter that runs CUDA kernels without a GPU is some 10^5 times slower than one.
+SIMULATED = library.simulated
+
+
+def grid(small: list[Any], more: list[Any]) -> list[Any]:
+    """The cases of a test: all of them, or the first few under simulation."""
+    return small if SIMULATED else small + more
+
+
+def to_double(value: Any) -> Any:
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def assert_no_worse(
+    actual: Tensor | tuple[Tensor, ...],
+    reference: Callable[..., Any],
+    *args: Any,
+    k: float = 2.0,
+    **kwargs: Any,
+) -> None:
+    """Error against float64 is at most k times plain PyTorch's in the same dtype, or half an ulp."""
+    exact = reference(*map(to_double, args), **{n: to_double(v) for n, v in kwargs.items()})
+    plain = reference(*args, **kwargs)
+    if torch.is_tensor(actual):
+        actual, exact, plain = (actual,), (exact,), (plain,)
+    assert len(actual) == len(exact)
+    for a, e, p in zip(actual, exact, plain):
+        compare(a, e, p, k)
+
+
+def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> None:
+    """One output against the float64 result, with plain PyTorch's error as the measure."""
+    ideal = exact.to(actual.dtype)  # what a perfect kernel would store
+    assert actual.shape == ideal.shape, (
+        f"shape {tuple(actual.shape)}, expected {tuple(ideal.shape)}"
+    )
+    assert actual.is_contiguous()
+    wrong = actual.isfinite() != ideal.isfinite()
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} elements are (not) finite by mistake"
+    )
+    keep = ideal.isfinite() & plain.isfinite()
+    a, p, e = (t[keep].double() for t in (actual, plain, exact))
+    for order in (float("inf"), 2) if e.numel() else ():
+        error = torch.linalg.vector_norm(a - e, order).item()
+        floor = torch.finfo(actual.dtype).eps / 2 * torch.linalg.vector_norm(e, order).item()
+        allowed = max(k * torch.linalg.vector_norm(p - e, order).item(), floor)
+        assert error <= allowed, f"{order}-norm of the error is {error:.2e}, allowed {allowed:.2e}"
+
+
+def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(device=device, dtype=dtype)
+
+
+def strided(t: Tensor, extra: int = 8) -> Tensor:
+    """The same values as a view cut out of a tensor that is `extra` wider in the last dimension."""
+    wide = torch.full(
+        (*t.shape[:-1], t.shape[-1] + extra), float("nan"), dtype=t.dtype, device=t.device
+    )
+    wide[..., : t.shape[-1]] = t
+    return wide[..., : t.shape[-1]]
+
+
+def opcheck(name: str, args: tuple[Any, ...]) -> None:
+    """torch's own checks of schema, fake implementation, autograd registration and tracing."""
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
+    torch.library.opcheck(getattr(torch.ops.mllama_kernels, name).default, args, test_utils=tests)
+
+
+def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """torch.compile(fullgraph=True) gives the bits that eager gives."""
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*args, **kwargs)
+    eager = function(*args, **kwargs)
+    for c, e in zip(*((r,) if torch.is_tensor(r) else r for r in (compiled, eager))):
+        assert torch.equal(c, e)

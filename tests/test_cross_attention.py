@@ -1,0 +1,180 @@
+"""cross_attention: dense and packed, prefill and decode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import FLOATS, SIMULATED, assert_compiles, assert_no_worse, grid, opcheck, randn
+
+import mllama_kernels
+from mllama_kernels import reference
+
+# batch, rows, tiles, tokens per tile, query heads, key/value heads, head_dim
+CASES = grid(
+    [(1, 9, 2, 17, 4, 1, 64), (2, 1, 3, 33, 2, 2, 128), (1, 20, 2, 65, 4, 2, 80)],
+    [
+        (1, 1, 1, 1, 1, 1, 64),
+        (2, 70, 4, 65, 8, 2, 128),
+        (1, 130, 5, 26, 3, 1, 64),
+        (3, 1, 4, 257, 8, 2, 128),
+        (1, 33, 4, 1601, 4, 1, 128),
+        (2, 1, 4, 1601, 8, 1, 128),
+    ],
+)
+
+
+def make(case, dtype, device):
+    batch, rows, tiles, tokens, heads, kv_heads, dim = case
+    q = randn(batch, rows, heads, dim, dtype=dtype, device=device)
+    kv = randn(batch, tiles, tokens, 2, kv_heads, dim, dtype=dtype, device=device)
+    mask = torch.rand(batch, rows, tiles, device=device) < 0.5
+    return q, kv[:, :, :, 0], kv[:, :, :, 1], mask
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_float64(device, dtype, case, masked):
+    q, k, v, mask = make(case, dtype, device)
+    mask = mask if masked else None
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", CASES[:3])
+def test_q_norm(device, dtype, case):
+    q, k, v, mask = make(case, dtype, device)
+    weight = randn(q.shape[-1], dtype=dtype, device=device)
+    out = mllama_kernels.cross_attention(q, k, v, mask, q_norm_weight=weight, softmax_scale=0.2)
+    kwargs = {"q_norm_weight": weight, "softmax_scale": 0.2}
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask, **kwargs)
+    normed = mllama_kernels.rms_norm(q, weight)
+    apart = mllama_kernels.cross_attention(normed, k, v, mask, softmax_scale=0.2)
+    torch.testing.assert_close(out, apart, rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("longest", grid([1, 6], [40]))
+def test_packed(device, dtype, longest):
+    """Ragged rows over a pool of tiles, shared and absent ones included, equal each sequence alone."""
+    lengths = [longest, 0, 1, max(1, longest - 1)]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    total = int(bounds[-1])
+    q = randn(total, 4, 64, dtype=dtype, device=device)
+    k, v = (randn(5, 37, 2, 64, dtype=dtype, device=device) for _ in range(2))
+    table = torch.tensor([[0, 1, -1], [2, 3, 4], [4, -1, 0], [-1, -1, -1]], device=device).int()
+    mask = torch.rand(total, 3, device=device) < 0.7
+    kwargs = {"tile_table": table, "cu_seqlens": bounds, "max_seqlen": longest}
+    out = mllama_kernels.cross_attention(q, k, v, mask, **kwargs)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask, **kwargs)
+    assert not out[bounds[3] :].any()
+    everything = mllama_kernels.cross_attention(q, k, v, **kwargs)
+    assert_no_worse(everything, reference.cross_attention, q, k, v, None, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_hidden_tiles(device, dtype, rows):
+    """Hiding a tile equals deleting it, NaN in it stays out, and hiding all gives exact zeros."""
+    q, k, v, mask = make((2, rows, 3, 21, 4, 2, 64), dtype, device)
+    k, v = k.contiguous(), v.contiguous()
+    mask[:] = torch.tensor([True, False, True], device=device)
+    k[:, 1] = v[:, 1] = float("nan")
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert out.isfinite().all()
+    kept = mllama_kernels.cross_attention(q, k[:, ::2], v[:, ::2])
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, kept, rtol=tolerance, atol=tolerance)
+    mask[0] = False
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert not out[0].any() and out[1].any()
+
+
+def test_nan_in_a_tile_hidden_from_one_row_only(device):
+    """Rows of one block: a NaN tile reaches the row that sees it and no other."""
+    q, k, v, mask = make((1, 6, 2, 19, 2, 1, 64), torch.bfloat16, device)
+    k, v = k.contiguous(), v.contiguous()
+    v[:, 1, 3] = float("nan")
+    mask[..., 0] = True
+    mask[..., 1] = False
+    mask[0, 4, 1] = True
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert out[0, 4].isnan().all()
+    assert out[0, [0, 1, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_gqa_equals_repeated_heads(device, rows):
+    q, k, v, mask = make((1, rows, 2, 33, 6, 2, 64), torch.float32, device)
+    shared = mllama_kernels.cross_attention(q, k, v, mask)
+    repeated = mllama_kernels.cross_attention(
+        q, k.repeat_interleave(3, 3), v.repeat_interleave(3, 3), mask
+    )
+    torch.testing.assert_close(shared, repeated, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_batch_invariant_and_repeatable(device, dtype, rows):
+    q, k, v, mask = make((3, rows, 2, 40, 4, 2, 64), dtype, device)
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert torch.equal(mllama_kernels.cross_attention(q, k, v, mask), out)
+    assert torch.equal(mllama_kernels.cross_attention(q[2:], k[2:], v[2:], mask[2:]), out[2:])
+
+
+@pytest.mark.full
+@pytest.mark.skipif(SIMULATED, reason="too many keys for the simulator")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 512])
+def test_checkpoint_shape(device, dtype, rows):
+    q, k, v, mask = make((1, rows, 4, 1601, 32, 8, 128), dtype, device)
+    weight = randn(128, dtype=dtype, device=device)
+    out = mllama_kernels.cross_attention(q, k, v, mask, q_norm_weight=weight)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask, q_norm_weight=weight)
+
+
+def test_empty_and_torch_machinery(device):
+    q, k, v, mask = make((1, 3, 2, 9, 2, 1, 64), torch.float32, device)
+    assert mllama_kernels.cross_attention(q[:, :0], k, v, mask[:, :0]).shape == (1, 0, 2, 64)
+    assert not mllama_kernels.cross_attention(q, k[:, :0], v[:, :0]).any()
+    opcheck(
+        "cross_attention",
+        (
+            q,
+            k.contiguous(),
+            v.contiguous(),
+            mask,
+            torch.ones(64, device=device),
+            1e-5,
+            0.1,
+            None,
+            None,
+            3,
+        ),
+    )
+    assert_compiles(mllama_kernels.cross_attention, q, k, v, mask)
+    with pytest.raises(NotImplementedError, match="cross_attention has no backward kernel"):
+        mllama_kernels.cross_attention(q.requires_grad_(), k, v).sum().backward()
+
+
+def test_errors(device):
+    q, k, v, mask = make((1, 3, 2, 9, 4, 2, 64), torch.float32, device)
+    with pytest.raises(
+        RuntimeError, match=r"tile_mask must have shape \(1, 3, 2\), got \(1, 3, 1\)"
+    ):
+        mllama_kernels.cross_attention(q, k, v, mask[..., :1])
+    with pytest.raises(RuntimeError, match=r"key/value heads \(2\) must divide .* \(3\)"):
+        mllama_kernels.cross_attention(q[:, :, :3], k, v)
+    with pytest.raises(RuntimeError, match="tile_table and cu_seqlens are given together"):
+        table = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        mllama_kernels.cross_attention(q[0], k[0], v[0], tile_table=table)
+    with pytest.raises(RuntimeError, match="tile_mask must be bool, got int64"):
+        mllama_kernels.cross_attention(q, k, v, mask.long())
+    if device.type == "cpu":
+        table = torch.tensor([[0, 2]], dtype=torch.int32)
+        bounds = torch.tensor([0, 3], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="tile_table holds slot 2; k has slots 0 to 1"):
+            mllama_kernels.cross_attention(
+                q[0], k[0], v[0], tile_table=table, cu_seqlens=bounds, max_seqlen=3
+            )

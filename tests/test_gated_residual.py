@@ -1,0 +1,67 @@
+"""gated_residual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn, strided
+
+import mllama_kernels
+from mllama_kernels import reference
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", grid([(3, 7), (2, 2, 136)], [(1, 1), (65, 4096), (9, 8193)]))
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_float64(device, dtype, shape, masked):
+    x, residual = (randn(*shape, dtype=dtype, device=device) for _ in range(2))
+    gate = randn(1, dtype=dtype, device=device)
+    mask = torch.rand(shape[:-1], device=device) < 0.5 if masked else None
+    out = mllama_kernels.gated_residual(x, residual, gate, mask)
+    assert_no_worse(out, reference.gated_residual, x, residual, gate, mask)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_properties(device, dtype):
+    """A zero gate and a hidden row leave the residual's bits; a large gate adds x whole."""
+    x, residual = (randn(4, 72, dtype=dtype, device=device) for _ in range(2))
+    zero = torch.zeros(1, dtype=dtype, device=device)
+    assert torch.equal(mllama_kernels.gated_residual(x, residual, zero), residual)
+    assert torch.equal(mllama_kernels.gated_residual(x, residual, zero + 20), x + residual)
+    mask = torch.tensor([True, False, True, False], device=device)
+    x[1::2] = float("inf")
+    out = mllama_kernels.gated_residual(x, residual, zero + 1, mask)
+    assert torch.equal(out[1::2], residual[1::2])
+
+
+def test_strided_and_empty(device):
+    x, residual = (randn(3, 5, 40, dtype=torch.float32, device=device) for _ in range(2))
+    gate = torch.ones(1, device=device)
+    expected = mllama_kernels.gated_residual(x, residual, gate)
+    assert torch.equal(
+        mllama_kernels.gated_residual(strided(x), strided(residual, 3), gate), expected
+    )
+    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(mllama_kernels.gated_residual(swapped, residual, gate), expected)
+    assert mllama_kernels.gated_residual(x[:0], residual[:0], gate).shape == (0, 5, 40)
+
+
+def test_torch_machinery(device):
+    x, residual = torch.randn(3, 16, device=device), torch.randn(3, 16, device=device)
+    gate, mask = torch.randn(1, device=device), torch.tensor([True, False, True], device=device)
+    opcheck("gated_residual", (x, residual, gate, mask))
+    assert_compiles(mllama_kernels.gated_residual, x, residual, gate, mask)
+    with pytest.raises(NotImplementedError, match="gated_residual has no backward kernel"):
+        mllama_kernels.gated_residual(x, residual, gate.requires_grad_()).sum().backward()
+
+
+def test_errors(device):
+    x, gate = torch.randn(3, 16, device=device), torch.ones(1, device=device)
+    with pytest.raises(RuntimeError, match=r"gate must have one element, got shape \(3,\)"):
+        mllama_kernels.gated_residual(x, x, gate.expand(3))
+    with pytest.raises(RuntimeError, match=r"row_mask must have the leading shape of x, \(3, 16\)"):
+        mllama_kernels.gated_residual(x, x, gate, torch.ones(4, dtype=torch.bool, device=device))
+    with pytest.raises(
+        RuntimeError, match="residual must have the dtype of x, float32, got bfloat16"
+    ):
+        mllama_kernels.gated_residual(x, x.bfloat16(), gate)

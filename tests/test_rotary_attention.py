@@ -1,0 +1,229 @@
+"""rotary_attention and rotary_attention_cached."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import (
+    FLOATS,
+    SIMULATED,
+    assert_compiles,
+    assert_no_worse,
+    compare,
+    grid,
+    opcheck,
+    randn,
+)
+from numerics import to_double
+
+import mllama_kernels
+from mllama_kernels import reference
+
+# batch, length, query heads, key/value heads, head_dim
+CASES = grid(
+    [(1, 9, 4, 1, 64), (2, 67, 2, 1, 128), (1, 33, 2, 2, 80)],
+    [(1, 1, 1, 1, 64), (2, 129, 8, 2, 128), (1, 200, 6, 2, 80), (1, 300, 8, 1, 64)],
+)
+
+
+def angles(positions, dim, dtype):
+    frequency = 500000.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
+    angle = positions[..., None].float() * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def make(case, dtype, device):
+    batch, length, heads, kv_heads, dim = case
+    qkv = randn(batch, length, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    cos, sin = angles(torch.arange(length, device=device)[None], dim, dtype)
+    return q, k, v, cos, sin
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_matches_float64(device, dtype, case, interleaved):
+    args = make(case, dtype, device)
+    out = mllama_kernels.rotary_attention(*args, interleaved=interleaved)
+    assert_no_worse(out, reference.rotary_attention, *args, interleaved=interleaved)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(SIMULATED, reason="too many keys for the simulator")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_checkpoint_shape(device, dtype):
+    args = make((1, 2048, 32, 8, 128), dtype, device)
+    assert_no_worse(mllama_kernels.rotary_attention(*args), reference.rotary_attention, *args)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_packed_equals_each_sequence_alone(device, dtype):
+    lengths = grid([5, 0, 20], [130, 1])
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    total = int(bounds[-1])
+    q, k, v, _, _ = (t[0] for t in make((1, total, 4, 2, 64), dtype, device))
+    cos, sin = angles(torch.cat([torch.arange(n) for n in lengths]).to(device), 64, dtype)
+    kwargs = {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
+    out = mllama_kernels.rotary_attention(q, k, v, cos, sin, **kwargs)
+    assert_no_worse(out, reference.rotary_attention, q, k, v, cos, sin, **kwargs)
+    last = slice(int(bounds[-2]), total)
+    alone = mllama_kernels.rotary_attention(*(t[last].unsqueeze(0) for t in (q, k, v, cos, sin)))
+    assert torch.equal(out[last], alone[0])
+
+
+class Paged:
+    """A cache of shuffled pages filled with NaN, and a float64 copy for the reference."""
+
+    def __init__(self, batch, capacity, kv_heads, dim, dtype, device, page_size=16):
+        pages = -(-capacity // page_size)
+        shape = (batch * pages + 2, kv_heads, page_size, dim)
+        self.k, self.v = (
+            torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2)
+        )
+        order = torch.randperm(batch * pages, device=device) + 1
+        self.table = order.view(batch, pages).int()
+        self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def clone(self, convert=lambda t: t):
+        other = object.__new__(Paged)
+        other.k, other.v = convert(self.k.clone()), convert(self.v.clone())
+        other.table, other.lens = self.table, self.lens
+        return other
+
+    def run(self, ops, q, k, v, cos, sin, lengths, **kwargs):
+        bounds = torch.tensor([0, *lengths], device=q.device).cumsum(0).int()
+        return ops.rotary_attention_cached(
+            q, k, v, cos, sin, self.k, self.v, self.table, bounds, self.lens,
+            max_seqlen=max(lengths), **kwargs,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head", grid([(4, 2, 64), (2, 1, 128)], [(4, 1, 80), (8, 1, 128)]))
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_cached_steps_match_float64(device, dtype, head, interleaved):
+    """Prefill, a ragged chunk, then decode steps; the cache holds what the reference's holds."""
+    heads, kv_heads, dim = head
+    steps = (
+        [[7, 0, 3], [1, 5, 2], [1, 1, 1], [1, 1, 1]]
+        if SIMULATED
+        else [[70, 3, 129], [1, 9, 4], [1, 1, 1]]
+    )
+    cache = Paged(3, sum(max(s) for s in steps), kv_heads, dim, dtype, device)
+    for lengths in steps:
+        total = sum(lengths)
+        q, k, v, _, _ = (t[0] for t in make((1, total, heads, kv_heads, dim), dtype, device))
+        past = cache.lens.tolist()
+        where = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths)]).to(device)
+        args = (q, k, v, *angles(where, dim, dtype))
+        double, plain = cache.clone(torch.Tensor.double), cache.clone()
+        kwargs = {"interleaved": interleaved}
+        exact = double.run(reference, *map(to_double, args), lengths, **kwargs)
+        in_dtype = plain.run(reference, *args, lengths, **kwargs)
+        out = cache.run(mllama_kernels, *args, lengths, **kwargs)
+        compare(out, exact, in_dtype)
+        assert torch.equal(cache.v.nan_to_num(7), plain.v.nan_to_num(7))
+        written = cache.k.isfinite()
+        assert torch.equal(written, plain.k.isfinite()), "rows outside the sequences were written"
+        compare(cache.k[written], double.k[written], plain.k[written])
+        cache.lens = cache.lens + torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_decode_is_batch_invariant_and_repeatable(device, dtype):
+    past, dim = grid([50], [400])[-1], 64
+    cache = Paged(3, past + 1, 2, dim, dtype, device)
+    cache.k = randn(*cache.k.shape, dtype=dtype, device=device)
+    cache.v = randn(*cache.v.shape, dtype=dtype, device=device)
+    cache.lens = torch.tensor([past, 3, past // 2], dtype=torch.int32, device=device)
+    q, k, v, _, _ = (t[0] for t in make((1, 3, 4, 2, dim), dtype, device))
+    cos, sin = angles(cache.lens, dim, dtype)
+    out = cache.clone().run(mllama_kernels, q, k, v, cos, sin, [1, 1, 1])
+    assert torch.equal(cache.clone().run(mllama_kernels, q, k, v, cos, sin, [1, 1, 1]), out)
+    alone = cache.clone()
+    alone.table, alone.lens = cache.table[2:], cache.lens[2:]
+    row = alone.run(mllama_kernels, q[2:], k[2:], v[2:], cos[2:], sin[2:], [1])
+    assert torch.equal(row, out[2:])
+
+
+def test_steps_equal_one_pass(device):
+    """A prompt fed in three chunks and one token at a time gives what one dense call gives."""
+    length, dim = 21, 64
+    q, k, v, cos, sin = make((1, length, 4, 2, dim), torch.float32, device)
+    whole = mllama_kernels.rotary_attention(q, k, v, cos, sin)[0]
+    cache = Paged(1, length, 2, dim, torch.float32, device)
+    outs = []
+    for begin, end in [(0, 10), (10, 17), *((i, i + 1) for i in range(17, length))]:
+        rows = slice(begin, end)
+        outs.append(
+            cache.run(mllama_kernels, *(t[0, rows] for t in (q, k, v, cos, sin)), [end - begin])
+        )
+        cache.lens = cache.lens + (end - begin)
+    torch.testing.assert_close(torch.cat(outs), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_rotation_keeps_scores_relative(device):
+    """Shifting every position by a constant changes nothing (float32 angles)."""
+    q, k, v, _, _ = make((1, 12, 2, 1, 64), torch.float32, device)
+    near = angles(torch.arange(12, device=device)[None], 64, torch.float32)
+    far = angles(torch.arange(12, device=device)[None] + 100, 64, torch.float32)
+    torch.testing.assert_close(
+        mllama_kernels.rotary_attention(q, k, v, *far),
+        mllama_kernels.rotary_attention(q, k, v, *near),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_causal(device):
+    """A later token, NaN or not, changes no earlier row."""
+    q, k, v, cos, sin = (t.clone() for t in make((1, 70, 2, 1, 64), torch.float32, device))
+    before = mllama_kernels.rotary_attention(q, k, v, cos, sin)
+    k[:, 40:] = float("nan")
+    v[:, 40:] = float("nan")
+    after = mllama_kernels.rotary_attention(q, k, v, cos, sin)
+    assert torch.equal(after[:, :40], before[:, :40]) and after[:, 40:].isnan().all()
+
+
+def test_empty_and_torch_machinery(device):
+    q, k, v, cos, sin = (t.contiguous() for t in make((1, 5, 2, 1, 64), torch.float32, device))
+    assert mllama_kernels.rotary_attention(q[:0], k[:0], v[:0], cos, sin).shape == (0, 5, 2, 64)
+    opcheck("rotary_attention", (q, k, v, cos, sin, 0.1, False, None, 5))
+    assert_compiles(mllama_kernels.rotary_attention, q, k, v, cos, sin)
+    cache = Paged(1, 5, 1, 64, torch.float32, device)
+    bounds = torch.tensor([0, 5], dtype=torch.int32, device=device)
+    tail = (cache.k.nan_to_num(), cache.v.nan_to_num(), cache.table, bounds, cache.lens)
+    rows = (q[0], k[0], v[0], cos[0], sin[0])
+    opcheck("rotary_attention_cached", (*rows, *tail, 5, 0.1, False))
+    assert_compiles(mllama_kernels.rotary_attention_cached, *rows, *tail, max_seqlen=5)
+    for function, args in (
+        (mllama_kernels.rotary_attention, (q, k, v, cos, sin)),
+        (lambda *a: mllama_kernels.rotary_attention_cached(*a, max_seqlen=5), (*rows, *tail)),
+    ):
+        with pytest.raises(NotImplementedError, match="has no backward kernel"):
+            function(args[0].clone().requires_grad_(), *args[1:]).sum().backward()
+
+
+def test_errors(device):
+    q, k, v, cos, sin = make((2, 5, 4, 2, 64), torch.float32, device)
+    with pytest.raises(RuntimeError, match=r"cos must have shape \(1, 5, 32\), got \(1, 5, 16\)"):
+        mllama_kernels.rotary_attention(q, k, v, cos[..., :16], sin)
+    with pytest.raises(RuntimeError, match=r"key/value heads \(2\) must divide .* \(3\)"):
+        mllama_kernels.rotary_attention(q[:, :, :3], k, v, cos, sin)
+    with pytest.raises(RuntimeError, match=r"q must be \(B, L, H, D\), got shape \(5, 4, 64\)"):
+        mllama_kernels.rotary_attention(q[0], k[0], v[0], cos[0], sin[0])
+    cache = Paged(1, 16, 2, 64, torch.float32, device)
+    rows = (q[0], k[0], v[0], cos[0], sin[0])
+    with pytest.raises(RuntimeError, match="page_table must be int32, got int64"):
+        broken = cache.clone()
+        broken.table = cache.table.long()
+        broken.run(mllama_kernels, *rows, [5])
+    if device.type == "cpu":
+        cache.lens += 12
+        with pytest.raises(
+            RuntimeError, match="sequence 0 would hold 17 tokens; its pages hold 16"
+        ):
+            cache.run(mllama_kernels, *rows, [5])
+        with pytest.raises(RuntimeError, match="cu_seqlens must run from 0 to 5, got 0 to 4"):
+            cache.run(mllama_kernels, *rows, [4])
