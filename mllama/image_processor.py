@@ -1,0 +1,397 @@
+"""Pictures to tiles: the published image processor, value for value.
+
+Convert to RGB, resize in uint8 (Pillow, antialiased), pad to a grid of tiles, rescale and normalise
+to float32, cut into tiles. A uint8 pixel has 256 values, so the float arithmetic runs on a table of
+256 entries per channel with the published operations and roundings, and the pixels only look up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mllama.batch_feature import BatchFeature, convert_to_tensors
+from mllama.checkpoint import read_json
+from mllama.hub import resolve_folder
+from mllama.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
+from mllama.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
+
+IMAGE_OPTIONS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "max_image_tiles",
+)
+_CONFIG_FILE = "preprocessor_config.json"
+_NESTED_CONFIG_FILE = "processor_config.json"
+
+
+class MllamaImageProcessor:
+    """Pictures of any size to float32 tiles, aspect-ratio ids and masks.
+
+    Args:
+        do_convert_rgb: PIL images and 4-channel arrays become RGB, transparency laid on white.
+        do_resize, do_pad: must be True; the model needs whole tiles.
+        size: side of a tile in pixels, as {"height": t, "width": t} or t.
+        resample: Pillow's filter, 2 is bilinear.
+        do_rescale, rescale_factor: multiply by `rescale_factor`.
+        do_normalize, image_mean, image_std: subtract and divide, per channel or one number for all.
+        max_image_tiles: tiles a picture may fill.
+        max_pixels, max_bytes: what is accepted from a file; not stored with the processor.
+    The defaults are those of the published class; published checkpoints come with their own.
+    Raises: ValueError naming the option and its value.
+    """
+
+    model_input_names: ClassVar[list[str]] = [
+        "pixel_values",
+        "num_tiles",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
+    ]
+
+    def __init__(
+        self,
+        do_convert_rgb: bool = True,
+        do_resize: bool = True,
+        size: int | Sequence[int] | Mapping[str, int] | None = None,
+        resample: int = Image.Resampling.BILINEAR,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: float | Sequence[float] = (0.5, 0.5, 0.5),
+        do_pad: bool = True,
+        max_image_tiles: int = 4,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        options = _checked(
+            do_convert_rgb=do_convert_rgb,
+            do_resize=do_resize,
+            size=224 if size is None else size,
+            resample=resample,
+            do_rescale=do_rescale,
+            rescale_factor=rescale_factor,
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            do_pad=do_pad,
+            max_image_tiles=max_image_tiles,
+        )
+        self.do_convert_rgb: bool = options["do_convert_rgb"]
+        self.do_resize: bool = options["do_resize"]
+        self.size: dict[str, int] = options["size"]
+        self.resample: int = options["resample"]
+        self.do_rescale: bool = options["do_rescale"]
+        self.rescale_factor: float = options["rescale_factor"]
+        self.do_normalize: bool = options["do_normalize"]
+        self.image_mean: float | list[float] = options["image_mean"]
+        self.image_std: float | list[float] = options["image_std"]
+        self.do_pad: bool = options["do_pad"]
+        self.max_image_tiles: int = options["max_image_tiles"]
+        self.max_pixels = max_pixels
+        self.max_bytes = max_bytes
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        input_data_format: str | None = None,
+        return_tensors: str | None = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """Turn pictures into the image inputs of the model.
+
+        Args:
+            images: one picture (one sample), a flat list (one sample with all of them), or a list
+                with one list per sample, where [] is a sample without a picture. A picture is a
+                path, the bytes of a file, a binary file object, a PIL image, or a numpy array or
+                tensor (H, W, C) or (C, H, W): integers 0..255, or floats 0..1 or 0..255. Floats
+                0..1 are still multiplied by `rescale_factor` unless do_rescale=False.
+            input_data_format: "channels_first" or "channels_last" for arrays and tensors; by
+                default the axis that has 1 or 3 (else 4) entries, the first if both have.
+            return_tensors: "pt", "np", or None (numpy arrays as well).
+            **options: any option of the class, for this call.
+        Returns, with B samples, N the most pictures of a sample and T = max_image_tiles:
+            pixel_values: (B, N, T, C, t, t) float32; absent tiles and pictures are zero.
+            aspect_ratio_ids: (B, N) int64; 0 where a sample has no such picture.
+            aspect_ratio_mask: (B, N, T) int64, 1 for real tiles; the first is always 1.
+            num_tiles: list of lists of int, real tiles of each picture; never a tensor.
+        Raises: ImageOpenError, ValueError or TypeError naming the picture or the option.
+        """
+        unknown = sorted(set(options) - set(IMAGE_OPTIONS))
+        if unknown:
+            raise TypeError(
+                f"unknown image option {unknown[0]!r}; there are {', '.join(IMAGE_OPTIONS)}"
+            )
+        now = {name: getattr(self, name) for name in IMAGE_OPTIONS}
+        now = _checked(**{**now, **{k: v for k, v in options.items() if v is not None}})
+        samples = nest_images(images)
+        if not any(samples):
+            raise ValueError("no picture given: images is empty, or every sample in it is")
+        pictures = [
+            [
+                self._resized(picture, f"images[{i}][{j}]", now, input_data_format)
+                for j, picture in enumerate(sample)
+            ]
+            for i, sample in enumerate(samples)
+        ]
+        batch = _pack(pictures, now)
+        num_tiles = [[p.rows * p.columns for p in sample] for sample in pictures]
+        encoded = convert_to_tensors(batch, return_tensors)
+        encoded["num_tiles"] = num_tiles
+        return encoded
+
+    def _resized(
+        self, source: Any, name: str, options: dict[str, Any], data_format: str | None
+    ) -> _Picture:
+        image = load_image(source, name=name, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
+        try:
+            image, scaled = _to_pil(image, options["do_convert_rgb"], data_format)
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}: {error}") from error
+        tile, max_tiles = options["size"]["height"], options["max_image_tiles"]
+        width, height = image.size
+        rows, columns = best_tile_grid(height, width, max_tiles, tile)
+        new_height, new_width = size_in_canvas(height, width, rows * tile, columns * tile, tile)
+        resized = image.resize((new_width, new_height), resample=options["resample"])
+        pixels = np.asarray(resized)
+        return _Picture(pixels.reshape(new_height, new_width, -1), scaled, rows, columns)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **options: Any) -> MllamaImageProcessor:
+        """Build from the contents of a config file; keys that are not options are ignored."""
+        kind = config.get("image_processor_type")
+        if kind is not None and not str(kind).startswith("Mllama"):
+            raise ValueError(f"image_processor_type is {kind!r}, expected MllamaImageProcessor")
+        known = {k: config[k] for k in IMAGE_OPTIONS if config.get(k) is not None}
+        return cls(**{**known, **options})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> MllamaImageProcessor:
+        """Read a checkpoint folder or hub id; `options` override what its file says.
+
+        Reads `image_processor` in processor_config.json, else preprocessor_config.json.
+        Raises: FileNotFoundError or ValueError naming the folder or the file.
+        """
+        folder = resolve_folder(folder)
+        nested = folder / _NESTED_CONFIG_FILE
+        if nested.is_file():
+            config = read_json(nested).get("image_processor")
+            if config is not None:
+                return cls.from_dict(config, **options)
+        flat = folder / _CONFIG_FILE
+        if not flat.is_file():
+            raise FileNotFoundError(f"{folder} has no {_CONFIG_FILE} or {_NESTED_CONFIG_FILE}")
+        return cls.from_dict(read_json(flat), **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, as stored in preprocessor_config.json."""
+        config = {name: getattr(self, name) for name in IMAGE_OPTIONS}
+        return {**config, "image_processor_type": "MllamaImageProcessor"}
+
+    def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
+        """Write preprocessor_config.json into `folder`, made if needed; returns the path."""
+        path = Path(folder) / _CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        path.write_text(text, encoding="utf-8")
+        return [str(path)]
+
+    def __repr__(self) -> str:
+        return f"MllamaImageProcessor({self.to_dict()})"
+
+
+class _Picture:
+    """A resized picture and the grid of tiles it goes into."""
+
+    def __init__(self, pixels: np.ndarray, scaled: bool, rows: int, columns: int) -> None:
+        self.pixels = pixels  # (height, width, C) uint8
+        self.scaled = scaled  # came as floats 0..1
+        self.rows = rows
+        self.columns = columns
+
+
+def _checked(**options: Any) -> dict[str, Any]:
+    """Validate options and bring them to the types that the config file stores."""
+    for name in ("do_resize", "do_pad"):
+        if not options[name]:
+            raise ValueError(f"{name}=False is not supported: the model needs whole tiles")
+    size = options["size"]
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    elif isinstance(size, Sequence) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    elif not isinstance(size, Mapping) or not {"height", "width"} <= set(size):
+        raise ValueError(f"size must be an int or have keys height and width, got {size!r}")
+    height, width = size["height"], size["width"]
+    if height != width or not isinstance(height, int) or height < 1:
+        raise ValueError(f"size must be square and positive, got height {height}, width {width}")
+    tiles = options["max_image_tiles"]
+    if not isinstance(tiles, int) or tiles < 1:
+        raise ValueError(f"max_image_tiles must be a positive integer, got {tiles!r}")
+    for name in ("image_mean", "image_std"):
+        value = options[name]
+        options[name] = value if isinstance(value, (int, float)) else [float(v) for v in value]
+    options["size"] = {"height": height, "width": width}
+    options["resample"] = int(Image.Resampling(options["resample"]))
+    return options
+
+
+def _to_pil(
+    image: Image.Image | np.ndarray | torch.Tensor, do_convert_rgb: bool, data_format: str | None
+) -> tuple[Image.Image, bool]:
+    """A uint8 PIL image, and whether it was scaled up from floats 0..1."""
+    if isinstance(image, Image.Image):
+        if do_convert_rgb:
+            return convert_to_rgb(image), False
+        array = np.asarray(image)  # modes like "P" and "F" become the numbers they store
+        array = array[..., None] if array.ndim == 2 else array
+    else:
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        array = image[None] if image.ndim == 2 else image
+        if array.ndim != 3 or 0 in array.shape:
+            raise ValueError(f"expected a picture (H, W, C) or (C, H, W), got {image.shape}")
+        if _channels_first(array.shape, data_format):
+            array = array.transpose(1, 2, 0)
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    scaled = _is_scaled(array)
+    if scaled:
+        array = (array.astype(np.float64) * 255).astype(np.float32)
+    pixels = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+    if do_convert_rgb and not isinstance(image, Image.Image) and pixels.mode == "RGBA":
+        pixels = convert_to_rgb(pixels)
+    return pixels, scaled
+
+
+def _channels_first(shape: tuple[int, ...], data_format: str | None) -> bool:
+    if data_format is not None:
+        data_format = getattr(data_format, "value", data_format)
+        if data_format not in ("channels_first", "channels_last"):
+            raise ValueError(
+                f"input_data_format must be channels_first or channels_last, got {data_format!r}"
+            )
+        return data_format == "channels_first"
+    for channels in ((1, 3), (4,)):
+        if shape[0] in channels:
+            return True
+        if shape[2] in channels:
+            return False
+    raise ValueError(f"no axis of shape {shape} has 1, 3 or 4 channels; give input_data_format")
+
+
+def _is_scaled(array: np.ndarray) -> bool:
+    """True for values in 0..1, False for whole numbers in 0..255 (0 and 1 alone count as those)."""
+    if array.dtype == np.uint8:
+        return False
+    low, high = array.min(), array.max()
+    with np.errstate(invalid="ignore"):  # NaN and infinity have no integer and fail both tests
+        whole = np.allclose(array, array.astype(int))
+    if whole and low >= 0 and high <= 255:
+        return False
+    if not whole and low >= 0 and high <= 1:
+        return True
+    wanted = "whole numbers 0..255" if whole else "floats 0..1 or whole numbers 0..255"
+    raise ValueError(f"pixel values are {low} to {high}; expected {wanted}")
+
+
+@lru_cache(maxsize=32)
+def _lookup_table(
+    channels: int,
+    scaled: bool,
+    rescale_factor: float | None,
+    mean: float | tuple[float, ...] | None,
+    std: float | tuple[float, ...] | None,
+) -> np.ndarray:
+    """(C, 256) float32: what each uint8 value becomes, with the published order of roundings."""
+    value = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
+    for factor in (1 / 255 if scaled else None, rescale_factor):
+        if factor is not None:
+            value = (value.astype(np.float64) * factor).astype(np.float32)
+    value = value.astype(np.float32)
+    if mean is not None and std is not None:
+        value = (value - _column(mean, channels, "image_mean")) / _column(
+            std, channels, "image_std"
+        )
+    value.flags.writeable = False
+    return value
+
+
+def _column(numbers: float | tuple[float, ...], channels: int, name: str) -> np.ndarray:
+    if isinstance(numbers, tuple) and len(numbers) != channels:
+        raise ValueError(
+            f"a picture has {channels} channels, {name} has {len(numbers)} values; pass RGB "
+            "pictures, or statistics that fit"
+        )
+    column = numbers if isinstance(numbers, tuple) else (numbers,) * channels
+    return np.array(column, dtype=np.float32)[:, None]
+
+
+def _pack(pictures: list[list[_Picture]], options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Write every picture straight into the one buffer that is returned."""
+    tile, max_tiles = options["size"]["height"], options["max_image_tiles"]
+    channels = sorted({p.pixels.shape[2] for sample in pictures for p in sample})
+    if len(channels) > 1:
+        raise ValueError(f"pictures of one batch must have the same channels, got {channels}")
+    mean, std = (
+        tuple(v) if isinstance(v, list) else v
+        for v in (options["image_mean"], options["image_std"])
+    )
+    normalize = options["do_normalize"]
+    shape = len(pictures), max(len(sample) for sample in pictures)
+    ratios = supported_aspect_ratios(max_tiles)
+    pixel_values = np.zeros((*shape, max_tiles, channels[0], tile, tile), dtype=np.float32)
+    ids = np.zeros(shape, dtype=np.int64)
+    mask = np.zeros((*shape, max_tiles), dtype=np.int64)
+    mask[:, :, 0] = 1  # absent pictures too: an encoder with no valid token has no softmax
+    for i, sample in enumerate(pictures):
+        for j, picture in enumerate(sample):
+            table = _lookup_table(
+                channels[0],
+                picture.scaled,
+                options["rescale_factor"] if options["do_rescale"] else None,
+                mean if normalize else None,
+                std if normalize else None,
+            )
+            _write_tiles(pixel_values[i, j], picture, table)
+            ids[i, j] = ratios.index((picture.rows, picture.columns)) + 1
+            mask[i, j, : picture.rows * picture.columns] = 1
+    return {"pixel_values": pixel_values, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+
+def _write_tiles(tiles: np.ndarray, picture: _Picture, table: np.ndarray) -> None:
+    """Fill (T, C, t, t) from a picture; the rest of its canvas gets the value of a black pixel."""
+    tile = tiles.shape[-1]
+    for index in range(picture.rows * picture.columns):
+        row, column = divmod(index, picture.columns)
+        part = picture.pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+        height, width, _ = part.shape
+        for channel, values in enumerate(table):
+            target = tiles[index, channel]
+            target[height:] = values[0]
+            target[:height, width:] = values[0]
+            # mode="clip" skips the bounds check, which a uint8 index cannot fail
+            np.take(values, part[..., channel], out=target[:height, :width], mode="clip")
