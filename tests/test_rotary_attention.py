@@ -13,8 +13,8 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    to_double,
 )
-from numerics import to_double
 
 import mllama_kernels
 from mllama_kernels import reference
