@@ -1,0 +1,63 @@
+// Blocked attention with online softmax: what the attention ops share.
+//
+// An op describes work as tasks. A task is a run of query rows that read the same key and value head:
+// `tokens` query tokens times the `group` query heads of that key head, row r being token r / group, head
+// r % group. Its keys come in segments (a sequence, or an image tile each), read in blocks of a fixed
+// number of keys from the segment's start, so a row's result depends on neither its neighbours, nor the
+// batch, nor the number of threads.
+#pragma once
+
+#include "scratch.h"
+#include "simd.h"
+
+namespace mllama::MLLAMA_ISA {
+
+// Rows of one head, in bytes: at a stride, or in pages whose size is a multiple of 16 rows.
+struct KeyRows {
+  const char* base;
+  int64_t stride;
+  const int32_t* pages;  // null: not paged
+  int64_t page_size, page_stride;
+
+  const char* row(int64_t i) const {
+    return pages ? base + pages[i / page_size] * page_stride + i % page_size * stride : base + i * stride;
+  }
+};
+
+struct Segment {
+  KeyRows k, v;
+  int64_t keys;
+  const bool* visible;  // visible[token * visible_stride]; null: every token sees the segment
+};
+
+struct AttentionTask {
+  const void* q;  // (tokens * group, head_dim) contiguous, ready for the product with keys
+  void* out;      // row r at out + r / group * out_token_stride + r % group * head_dim, in elements
+  int64_t out_token_stride;
+  int64_t tokens, group, head_dim;
+  const Segment* segments;
+  int64_t num_segments;
+  int64_t visible_stride;
+  bool causal;          // token i sees the first past + i + 1 keys of the (only) segment
+  int64_t past;
+  const bool* query_padding;  // (tokens,): a padding query does not see the padding keys; null: none
+  const bool* key_padding;    // (keys,) of the only segment
+  double softmax_scale;
+};
+
+// Rows that one task should have at most: keys are packed once for all of them.
+constexpr int64_t kTaskRows = 256;
+
+// Query tokens of one task.
+MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskRows / group); }
+
+// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take equal runs
+// of causal chunks get equal work.
+MLLAMA_INLINE int64_t interleaved_chunk(int64_t i, int64_t count) {
+  return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
+}
+
+template <typename T>
+void attend(const AttentionTask& task, Scratch& scratch);
+
+}  // namespace mllama::MLLAMA_ISA

@@ -1,0 +1,63 @@
+// The public CPU entry points: the widest instruction set this machine has, chosen once.
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace mllama {
+namespace {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+Isa detect() {
+#ifdef MLLAMA_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  // Machines with AVX-512 but without its bfloat16 instructions take the AVX2 kernels.
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+  // For tests: MLLAMA_KERNELS_CPU_ISA=generic|avx2|avx512 asks for a narrower set than the machine's.
+  // It is read once, and a set that the machine lacks is not used.
+  const char* wanted = getenv("MLLAMA_KERNELS_CPU_ISA");
+  if (wanted != nullptr && strcmp(wanted, "generic") == 0) return Isa::kGeneric;
+  if (avx512 && (wanted == nullptr || strcmp(wanted, "avx2") != 0)) return Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kGeneric;
+}
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+}  // namespace
+
+#ifdef MLLAMA_X86
+#define MLLAMA_DISPATCH(op, Params)                  \
+  void op##_cpu(const Params& p) {                   \
+    switch (isa()) {                                 \
+      case Isa::kAvx512:                             \
+        return avx512::op(p);                        \
+      case Isa::kAvx2:                               \
+        return avx2::op(p);                          \
+      case Isa::kGeneric:                            \
+        return generic::op(p);                       \
+    }                                                \
+  }
+#else
+#define MLLAMA_DISPATCH(op, Params) \
+  void op##_cpu(const Params& p) { generic::op(p); }
+#endif
+
+MLLAMA_DISPATCH(cross_attention, CrossAttentionParams)
+MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
+MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
+MLLAMA_DISPATCH(rms_norm, RmsNormParams)
+MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
+MLLAMA_DISPATCH(swiglu, SwigluParams)
+MLLAMA_DISPATCH(vision_attention, VisionAttentionParams)
+
+}  // namespace mllama

@@ -1,0 +1,32 @@
+// From a run-time dtype to a template argument.
+#pragma once
+
+#include "../common.h"
+#include "simd.h"
+
+namespace mllama::MLLAMA_ISA {
+
+template <typename T>
+struct Type {};
+
+// f(Type<T>) with T the storage type of dtype.
+template <typename F>
+MLLAMA_INLINE void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(Type<float>{});
+    case DType::kFloat16:
+      return f(Type<F16>{});
+    case DType::kBFloat16:
+      return f(Type<BF16>{});
+    case DType::kFloat64:
+      return f(Type<double>{});
+  }
+}
+
+// Elements that one task of an elementwise kernel should have at least: below, threads cost more.
+constexpr int64_t kGrainElements = 16384;
+
+MLLAMA_INLINE int64_t row_grain(int64_t dim) { return max<int64_t>(1, kGrainElements / max<int64_t>(1, dim)); }
+
+}  // namespace mllama::MLLAMA_ISA

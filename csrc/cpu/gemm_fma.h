@@ -1,0 +1,117 @@
+// Matrix products on fused multiply-adds: C (rows, n) = A (rows, depth) * B (depth, n), B packed.
+//
+// Packed B is a row of panels, each (depth, width) contiguous with width kPanel, or what is left rounded up
+// to kLanes in the last one. The micro-kernel keeps kRowsPerStep x kPanel of C in registers: 24 of the 32
+// (12 of 16) vector registers, which hides the latency of the multiply-add on two ports. Every element
+// of C is one chain of additions over depth, so its bits do not depend on its place in the block.
+#pragma once
+
+#include "simd.h"
+
+namespace mllama::MLLAMA_ISA {
+
+template <typename S>
+struct FmaGemm {
+  using Element = S;      // of A and of packed B
+  using Accumulator = S;  // of C
+  static constexpr int kRowsPerStep = kLanes == 16 ? 8 : 4;
+  static constexpr int kVectors = 3;
+  static constexpr int kPanel = kVectors * kLanes;
+
+  static int64_t padded_depth(int64_t depth) { return depth; }
+  static int64_t padded_columns(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  static int64_t packed_elements(int64_t depth, int64_t n) { return depth * padded_columns(n); }
+
+  // One row of A, times sign (-1, 0 or 1).
+  template <typename T>
+  static void load_row(const T* x, int64_t depth, S sign, S* out) {
+    for_vectors(depth, [&](int64_t d, auto part) { store(out + d, load(x + d, part) * sign, part); });
+  }
+
+  // B = the transpose of n rows of length depth: row(j) is column j.
+  template <typename T, typename Row>
+  static void pack_transposed(const Row& row, int64_t n, int64_t depth, S* out) {
+    for (int64_t panel = 0; panel < n; panel += kPanel) {
+      const int64_t width = min<int64_t>(kPanel, padded_columns(n - panel));
+      for (int64_t j = 0; j < width; ++j) {
+        S* column = out + j;
+        if (panel + j < n) {
+          const T* x = reinterpret_cast<const T*>(row(panel + j));
+          for_vectors(depth, [&](int64_t d, auto part) {
+            S values[kLanes];
+            store(values, load(x + d, part));
+            const int64_t count = min<int64_t>(kLanes, depth - d);
+            for (int64_t i = 0; i < count; ++i) column[(d + i) * width] = values[i];
+          });
+        } else {
+          for (int64_t d = 0; d < depth; ++d) column[d * width] = 0;
+        }
+      }
+      out += width * depth;
+    }
+  }
+
+  // B = depth rows of length n.
+  template <typename T, typename Row>
+  static void pack(const Row& row, int64_t depth, int64_t n, S* out) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* x = reinterpret_cast<const T*>(row(k));
+      for_vectors(n, [&](int64_t i, auto part) {
+        const int64_t panel = i / kPanel * kPanel;
+        const int64_t width = min<int64_t>(kPanel, padded_columns(n - panel));
+        store(out + panel * depth + k * width + i - panel, load(x + i, part));
+      });
+    }
+  }
+
+  // rows is a multiple of kRowsPerStep. accumulate: C += A * B.
+  static void multiply(const S* a, int64_t lda, const S* packed, int64_t rows, int64_t n, int64_t depth, S* c,
+                       int64_t ldc, bool accumulate) {
+    for (int64_t panel = 0; panel < n; panel += kPanel) {
+      const int64_t width = min<int64_t>(kPanel, padded_columns(n - panel));
+      for (int64_t r = 0; r < rows; r += kRowsPerStep) {
+        const S* a_rows = a + r * lda;
+        S* c_block = c + r * ldc + panel;
+        if (width == 3 * kLanes) {
+          step<3>(a_rows, lda, packed, depth, c_block, ldc, accumulate);
+        } else if (width == 2 * kLanes) {
+          step<2>(a_rows, lda, packed, depth, c_block, ldc, accumulate);
+        } else {
+          step<1>(a_rows, lda, packed, depth, c_block, ldc, accumulate);
+        }
+      }
+      packed += width * depth;
+    }
+  }
+
+ private:
+  template <int kWidth>
+  static void step(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc, bool accumulate) {
+    Vec<S> sums[kRowsPerStep][kWidth] = {};
+    if (accumulate) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRowsPerStep; ++r) {
+#pragma GCC unroll 3
+        for (int j = 0; j < kWidth; ++j) sums[r][j] = load(c + r * ldc + j * kLanes);
+      }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<S> columns[kWidth];
+#pragma GCC unroll 3
+      for (int j = 0; j < kWidth; ++j) columns[j] = load(b + k * kWidth * kLanes + j * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRowsPerStep; ++r) {
+        const Vec<S> value = splat(a[r * lda + k]);
+#pragma GCC unroll 3
+        for (int j = 0; j < kWidth; ++j) sums[r][j] += value * columns[j];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowsPerStep; ++r) {
+#pragma GCC unroll 3
+      for (int j = 0; j < kWidth; ++j) store(c + r * ldc + j * kLanes, sums[r][j]);
+    }
+  }
+};
+
+}  // namespace mllama::MLLAMA_ISA

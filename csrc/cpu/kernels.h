@@ -1,0 +1,27 @@
+// The CPU kernels of one instruction set, declared for each set; dispatch.cpp picks one at run time.
+#pragma once
+
+#include "../cross_attention.h"
+#include "../gated_residual.h"
+#include "../patch_embed.h"
+#include "../rms_norm.h"
+#include "../rotary_attention.h"
+#include "../swiglu.h"
+#include "../vision_attention.h"
+
+#define MLLAMA_DECLARE_KERNELS(isa)                        \
+  namespace mllama::isa {                                  \
+  void cross_attention(const CrossAttentionParams& p);     \
+  void gated_residual(const GatedResidualParams& p);       \
+  void patch_embed(const PatchEmbedParams& p);             \
+  void rms_norm(const RmsNormParams& p);                   \
+  void rotary_attention(const RotaryAttentionParams& p);   \
+  void swiglu(const SwigluParams& p);                      \
+  void vision_attention(const VisionAttentionParams& p);   \
+  }
+
+MLLAMA_DECLARE_KERNELS(generic)
+#ifdef MLLAMA_X86
+MLLAMA_DECLARE_KERNELS(avx2)
+MLLAMA_DECLARE_KERNELS(avx512)
+#endif

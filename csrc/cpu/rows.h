@@ -1,0 +1,65 @@
+// Row arithmetic that several ops share; each step rounds to the storage type as plain PyTorch does.
+#pragma once
+
+#include "simd.h"
+
+namespace mllama::MLLAMA_ISA {
+
+MLLAMA_INLINE float tanh_scalar(float x) { return __builtin_tanhf(x); }
+MLLAMA_INLINE double tanh_scalar(double x) { return __builtin_tanh(x); }
+MLLAMA_INLINE float sqrt_scalar(float x) { return __builtin_sqrtf(x); }
+MLLAMA_INLINE double sqrt_scalar(double x) { return __builtin_sqrt(x); }
+
+// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Four sums in flight hide the latency of the add.
+template <typename T>
+MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Vec<T> v = load(x + i + j * kLanes);
+      sums[j] += v * v;
+    }
+  }
+  for_vectors(dim - i, [&](int64_t offset, auto part) {
+    const Vec<T> v = load(x + i + offset, part);
+    sums[0] += v * v;
+  });
+  const Scalar<T> total = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return 1 / sqrt_scalar(total / (Scalar<T>)dim + (Scalar<T>)eps);
+}
+
+// y = weight * round(x / rms). y may be x.
+template <typename T>
+MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, double eps) {
+  const Scalar<T> scale = inverse_rms(x, dim, eps);
+  for_vectors(dim, [&](int64_t i, auto part) {
+    store(y + i, round_to<T>(load(x + i, part) * scale) * load(weight + i, part), part);
+  });
+}
+
+// out = residual + gate * x; visible false: out = residual + gate * 0.
+template <typename T>
+MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible, T* out,
+                                      int64_t dim) {
+  for_vectors(dim, [&](int64_t i, auto part) {
+    const Vec<T> value = visible ? load(x + i, part) : Vec<T>{};
+    store(out + i, load(residual + i, part) + round_to<T>(value * gate), part);
+  });
+}
+
+template <typename T>
+MLLAMA_INLINE void add_row(const T* x, const T* residual, bool visible, T* out, int64_t dim) {
+  for_vectors(dim, [&](int64_t i, auto part) {
+    const Vec<T> value = visible ? load(x + i, part) : Vec<T>{};
+    store(out + i, load(residual + i, part) + value, part);
+  });
+}
+
+// tanh of the one-element tensor gate, rounded.
+template <typename T>
+MLLAMA_INLINE Scalar<T> tanh_gate(const void* gate) {
+  return round_scalar<T>(tanh_scalar(to_scalar(*static_cast<const T*>(gate))));
+}
+
+}  // namespace mllama::MLLAMA_ISA
