@@ -153,7 +153,7 @@ def ninja_file(build: Path, output: Path) -> str:
     if simulate and cuda is None:
         fail("MLLAMA_KERNELS_SIMULATE=1 without CUDA", "nvcc and its headers", "set CUDA_HOME")
     includes = " ".join(f"-isystem {shlex.quote(p)}" for p in cpp_extension.include_paths())
-    common = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -Wall"
+    common = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -Wall -Wno-psabi -Wno-maybe-uninitialized"
     defines = "-DMLLAMA_X86=1" if X86 else ""
     link = (
         f"-L{shlex.quote(cpp_extension.library_paths()[0])} -Wl,--no-as-needed -ltorch -ltorch_cpu"
@@ -196,7 +196,7 @@ def ninja_file(build: Path, output: Path) -> str:
             add("nvcc", source)
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         for isa, flags in ISA_FLAGS.items() if source.name != "dispatch.cpp" else [("", "")]:
-            add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
+            add("cxx", source, f"{flags} -Wno-psabi -DMLLAMA_ISA={isa}" if isa else "", isa)
     add("cxx", csrc / "bindings.cpp", f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
     add("cxx", csrc / "build_info.cpp")
     lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")
