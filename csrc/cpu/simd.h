@@ -8,6 +8,11 @@
 #include <string.h>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
+#ifndef __clang__
+// GCC 12 warns of its own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
