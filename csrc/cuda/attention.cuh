@@ -1,0 +1,179 @@
+// The attention main loop for sm_80 and newer, after FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+//
+// Tiling     One thread block computes kBlockM query rows (attention_config.h) and walks over key
+// blocks
+//            of kBlockN. Q stays in shared memory; K and V have a slot each, filled by cp.async: V
+//            of a block travels during its scores, K of the next one during softmax and the product
+//            with V.
+// Precision  Scores, softmax and output in float32; 16-bit weights are rounded before the product
+// with V,
+//            float32 ones are not. One rounding at the store.
+// Geometry   The order of summation over keys depends on the sequence alone, never on the batch,
+// the grid
+//            or the other rows: a skipped block and a fully masked one leave the same bits.
+// Alignment  Every row of q, k, v and out starts on 16 bytes (rows_aligned).
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "attention_products.cuh"
+#include "attention_queries.cuh"
+#include "softmax.cuh"
+
+namespace mllama {
+
+// What a mask's next() answers when no block is left.
+constexpr int kNoBlock = 0x7fffffff;
+
+// Computes one block of query rows. All threads of the block call it; `shared` is
+// Config::kSharedBytes of dynamic shared memory, 16-byte aligned. The policies:
+//
+//   Query    load<Config>(tile, rows): see attention_queries.cuh.
+//   Keys     k_run, v_run: see attention_keys.cuh.
+//   Mask     int next(int block)        the first block >= `block` to be visited, or kNoBlock;
+//   block numbers
+//                                       are opaque to the loop, but increase. The same in all
+//                                       threads.
+//            bool enter(int block)      prepares the block's mask; true if it hides anything from
+//            any row.
+//                                       Keys behind a run's `count` must be hidden. Uniform in a
+//                                       warp.
+//            bool visible(int slot, int offset)   whether query row row_of_slot(slot) sees the
+//            entered block's
+//                                       key Config::first_column() + offset (offset is a constant).
+//            kHidesRows, bool sees(int slot)   whether a row may be blind to a whole block whose
+//            values it
+//                                       must not touch, and whether this one sees any of it.
+template <typename Config, typename Query, typename Keys, typename Mask>
+__device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows,
+                                       const Query& query, Keys& keys, Mask& mask,
+                                       float softmax_scale_log2, char* shared) {
+  using T = typename Config::T;
+  using Layout = TileLayout<T, Config::kHeadDim>;
+  using Products = AttentionProducts<Config>;
+  char* const q_tile = shared;
+  char* const k_tile = q_tile + Config::kBlockM * Layout::kStride;
+  char* const v_tile = k_tile + Config::kBlockN * Layout::kStride;
+  char* const weight_tile = v_tile + Config::kBlockN * Layout::kStride;
+  const int run = threadIdx.x / kWarpSize * Config::kKeyRun;
+
+  int block = mask.next(0);
+  if (block != kNoBlock) {
+    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(k_tile), run,
+                                                         keys.k_run(block, run));
+  }
+  query.template load<Config>(q_tile, rows);
+  cp_async_commit();
+
+  float scores[Config::kRowTiles][Config::kKeyTiles][4];
+  float out[Config::kRowTiles][Config::kDimTiles][4] = {};
+  OnlineSoftmax<T, Config::kSlots> softmax;
+  while (block != kNoBlock) {
+    cp_async_wait<0>();
+    __syncthreads();  // K has landed for all; all are done with the previous V
+    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(v_tile), run,
+                                                         keys.v_run(block, run));
+    cp_async_commit();
+
+    Products::scores(scores, q_tile, k_tile);
+    RowSelection<Config, Mask::kHidesRows> selection;
+    const bool masked = mask.enter(block);
+#pragma unroll
+    for (int slot = 0; slot < Config::kSlots; ++slot) {
+      selection.sees[slot] = !Mask::kHidesRows || !masked || mask.sees(slot);
+    }
+    if (masked) {
+#pragma unroll
+      for (int n = 0; n < Config::kKeyTiles; ++n) {
+#pragma unroll
+        for (int slot = 0; slot < Config::kSlots; ++slot) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {  // a select: a hidden score may be NaN
+            float& score = scores[slot / 2][n][slot % 2 * 2 + i];
+            score = mask.visible(slot, n * 8 + i) ? score : -INFINITY;
+          }
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // V has landed for all; all are done with this K
+    const int next = mask.next(block + 1);
+    if (next != kNoBlock) {
+      copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(k_tile), run,
+                                                           keys.k_run(next, run));
+      cp_async_commit();
+    }
+    float factor[Config::kSlots];
+    softmax.update(scores, softmax_scale_log2, factor);
+    Products::output(out, scores, factor, selection, v_tile, weight_tile);
+    block = next;
+  }
+
+  // Through the warp's own rows of the query tile, so that global stores are whole 16-byte vectors.
+  cp_async_wait<0>();  // the query copy of a block that visited nothing
+  __syncwarp();
+#pragma unroll
+  for (int slot = 0; slot < Config::kSlots; ++slot) {
+    const float normalizer = softmax.normalizer(slot);
+    const int row = Config::row_of_slot(slot);
+#pragma unroll
+    for (int n = 0; n < Config::kDimTiles; ++n) {
+      const float (&o)[4] = out[slot / 2][n];
+      const int element = n * 8 + Config::first_column();
+      char* const target = q_tile + Layout::offset(row, element / Layout::kChunkElements) +
+                           element % Layout::kChunkElements * sizeof(T);
+      const float low = o[slot % 2 * 2] * normalizer, high = o[slot % 2 * 2 + 1] * normalizer;
+      if constexpr (sizeof(T) == 2) {
+        *reinterpret_cast<uint32_t*>(target) = pack_pair<T>(low, high);
+      } else {
+        *reinterpret_cast<float2*>(target) = make_float2(low, high);
+      }
+    }
+  }
+  __syncwarp();
+  for_own_rows<Config>([&](int row, int lane) {
+    if (!rows.valid(row)) return;
+    T* const target = rows.out_row(row);
+#pragma unroll
+    for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
+      store_vec(target + chunk * Layout::kChunkElements,
+                load_vec(reinterpret_cast<const T*>(q_tile + Layout::offset(row, chunk))));
+    }
+  });
+}
+
+// The scale that turns q k into an exponent of 2; the loop needs it positive.
+__host__ __device__ __forceinline__ float softmax_scale_log2(double softmax_scale) {
+  return static_cast<float>(softmax_scale * 1.4426950408889634);  // log2(e)
+}
+
+// Sequences are counted in int; this leaves room for the last block.
+constexpr int64_t kMaxAttentionRows = INT32_MAX - 1024;
+
+// Whether every row starts on 16 bytes, given where tensors begin and their strides in elements.
+inline bool rows_aligned(DType dtype, std::initializer_list<const void*> pointers,
+                         std::initializer_list<int64_t> strides) {
+  bool aligned = true;
+  for (const void* pointer : pointers) aligned = aligned && is_aligned16(pointer, 0, dtype);
+  for (const int64_t stride : strides) aligned = aligned && is_aligned16(nullptr, stride, dtype);
+  return aligned;
+}
+
+// Calls f(AttentionConfig<T, D>{}) for the head dims Mllama needs.
+template <typename T, typename F>
+cudaError_t dispatch_head_dim(int64_t head_dim, const F& f) {
+  switch (head_dim) {
+    case 64:
+      return f(AttentionConfig<T, 64>{});
+    case 80:
+      return f(AttentionConfig<T, 80>{});
+    case 128:
+      return f(AttentionConfig<T, 128>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace mllama

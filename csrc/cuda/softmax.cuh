@@ -1,0 +1,85 @@
+// Online softmax over blocks of scores (Milakov, Gimelshein 2018, arXiv 1805.02867), in the exp2
+// domain.
+//
+// A thread holds kSlots rows, each shared by the four lanes of a quad. `maximum` is the largest
+// score so far times scale * log2(e), equal in the quad; `sum` is this lane's part of sum 2^(score
+// - maximum).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "ptx.cuh"
+#include "reduce.cuh"
+
+namespace mllama {
+
+// float32 callers get the exact exp2f: the approximation's error would show beside plain float32.
+template <typename T>
+__device__ __forceinline__ float softmax_exp2(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return exp2f(x);
+  } else {
+    return exp2_approx(x);
+  }
+}
+
+// Largest value of a quad of lanes (lanes 4q .. 4q + 3); every lane of it gets it.
+__device__ __forceinline__ float quad_max(float x) { return warp_max<4>(x); }
+__device__ __forceinline__ float quad_sum(float x) { return warp_sum<4>(x); }
+
+template <typename T, int kSlots>
+struct OnlineSoftmax {
+  float maximum[kSlots];
+  float sum[kSlots];
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      maximum[slot] = -INFINITY;
+      sum[slot] = 0.0f;
+    }
+  }
+
+  // Turns scores into weights in place and gives for each row the factor on everything summed so
+  // far. scores[t][n] is the accumulator of an m16n8 tile: elements 0, 1 of slot 2 t, elements 2, 3
+  // of 2 t + 1. A row without a score above -inf keeps sum 0 and factor 1: exp2(-inf - -inf) is
+  // never formed.
+  template <int kTiles>
+  __device__ __forceinline__ void update(float (&scores)[kSlots / 2][kTiles][4], float scale_log2,
+                                         float (&factor)[kSlots]) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int tile = slot / 2, first = slot % 2 * 2;
+      float largest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        largest = fmaxf(largest, fmaxf(scores[tile][n][first], scores[tile][n][first + 1]));
+      }
+      const float previous = maximum[slot];
+      maximum[slot] = fmaxf(previous, quad_max(largest) * scale_log2);
+      const float shift = maximum[slot] == -INFINITY ? 0.0f : maximum[slot];
+      factor[slot] = previous == maximum[slot] ? 1.0f : softmax_exp2<T>(previous - shift);
+      float total = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = first; i < first + 2; ++i) {
+          // The scale folded into the exponent is one FFMA.
+          scores[tile][n][i] = softmax_exp2<T>(fmaf(scores[tile][n][i], scale_log2, -shift));
+          total += scores[tile][n][i];
+        }
+      }
+      sum[slot] = fmaf(sum[slot], factor[slot], total);
+    }
+  }
+
+  // What the accumulated output is to be multiplied by; 0 for a row that saw nothing.
+  __device__ __forceinline__ float normalizer(int slot) const {
+    const float total = quad_sum(sum[slot]);
+    return total == 0.0f ? 0.0f : 1.0f / total;
+  }
+};
+
+}  // namespace mllama
