@@ -11,6 +11,8 @@ nothing from the host and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class MllamaCache:
             length. Kept on the host; no sequence is longer.
         tile_table: (B, T) int32; T grows when images are added.
         memory: the tiles that the next token of each sequence sees without a mask of its own.
+        texts: the tokens of each sequence, if ``generate`` has put them there; then it tells from
+            them how much of the next prompt is here already.
     """
 
     def __init__(
@@ -79,6 +83,28 @@ class MllamaCache:
             self.batch_size, 0, dtype=torch.int32, device=self.lengths.device
         )
         self.memory = TileMemory()
+        self.texts: list[list[int]] | None = None
+
+    def truncate(self, lengths: list[int], offset: Tensor) -> None:
+        """Forget the tokens of each sequence after the first ``lengths[b]``; images stay.
+
+        Args:
+            offset: (B, 1) int64, how far the position of a sequence's next token is ahead of its
+                length: 0 unless padding was counted.
+        """
+        kept = torch.tensor(lengths, dtype=torch.int32)
+        self.lengths.copy_(kept)
+        self.next_position.copy_(self.lengths.unsqueeze(1) + offset)
+        self.columns = max(lengths)
+        if self.texts is not None:
+            self.texts = [text[:length] for text, length in zip(self.texts, lengths)]
+
+    def mark_images(self) -> tuple[int, Tensor, TileMemory]:
+        """What restore_images() needs to forget the images that are added from here on."""
+        return self.num_tiles_stored, self.tile_table, copy(self.memory)
+
+    def restore_images(self, mark: tuple[int, Tensor, TileMemory]) -> None:
+        self.num_tiles_stored, self.tile_table, self.memory = mark
 
     def get_seq_length(self) -> int:
         """Text columns seen so far, padding included."""

@@ -1,7 +1,319 @@
-"""Text generation."""
+"""Text generation: ``generate`` and ``stream`` for the models with a language head."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mllama.cache import MllamaCache
+from mllama.cuda_graph import CapturedStep, DecodeStep
+from mllama.generation_config import GenerationConfig, GenerationPlan, make_plan, stop_token_ids
+from mllama.prompt import MODEL_INPUTS, Prompt
+from mllama.sampling import INVALID_TOKEN, Sampler
+from mllama.stopping import StopCondition
+from mllama.streaming import Streamer
+
+if TYPE_CHECKING:
+    from mllama.config import MllamaTextConfig
+
+
+@dataclass
+class GenerateOutput:
+    """What ``generate`` returns with return_dict_in_generate=True.
+
+    sequences: (B, L + new) int64, prompt and new tokens.
+    past_key_values: all of it but the last token of each row, ready for the next turn.
+    """
+
+    sequences: Tensor
+    past_key_values: MllamaCache
+
 
 class GenerationMixin:
-    """Adds ``generate`` and ``stream`` to a model with a head."""
+    """``generate`` and ``stream``, for models whose forward takes ``past_key_values`` and
+    ``logits_to_keep``.
+
+    Attributes:
+        generation_config: the checkpoint's defaults; a mapping may be assigned.
+        cuda_graph: replay the decode step as a CUDA graph where the model runs its kernels on CUDA.
+    """
+
+    cuda_graph: bool = True
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        config = self.__dict__.get("_generation_config")
+        if not config:
+            text = _text_config(self)
+            tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+            config = GenerationConfig({name: getattr(text, name) for name in tokens})
+            self.__dict__["_generation_config"] = config
+        return config
+
+    @generation_config.setter
+    def generation_config(self, values: Mapping[str, Any]) -> None:
+        self.__dict__["_generation_config"] = GenerationConfig(values)
+
+    def new_cache(self, batch_size: int = 1) -> MllamaCache:
+        """An empty cache to pass as ``past_key_values`` and to use again in the next turn."""
+        return MllamaCache(_text_config(self), batch_size, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        past_key_values: MllamaCache | None = None,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: bool | None = False,
+        **inputs_and_options: Any,
+    ) -> Tensor | GenerateOutput:
+        """Continue every row of a batch of prompts.
+
+        A row ends with a stop token, with the token that completes a stop string, or after
+        ``max_new_tokens``; what follows in the row is ``pad_token_id``.
+
+        Args:
+            input_ids: (B, L) int64, the whole text of every row; padding may lie on either side.
+            past_key_values: the cache of an earlier call, extended in place. As far as it agrees
+                with the text, nothing is computed again, and images in that part are not encoded
+                again whether they are passed again or not. It is taken for granted that they are
+                the same images. After an interrupt it holds the text so far and can be used on.
+            streamer: gets put(input_ids), put() with the (B,) tokens of every step, and end(), all
+                on the host.
+            return_dict_in_generate: return a GenerateOutput with the cache.
+            inputs_and_options: the inputs of the forward pass that a processor returns
+                (attention_mask, pixel_values, aspect_ratio_ids, aspect_ratio_mask,
+                cross_attention_mask, cross_attention_states), and the options of
+                :class:`mllama.generation_config.GenerationOptions`.
+        Returns: (B, L + new) int64 on the device of input_ids, or a GenerateOutput.
+        Raises: ValueError or TypeError before anything runs, naming the argument, what was given
+            and what is expected; RuntimeError if the logits of a row are not finite.
+        """
+        run = _Run(self, input_ids, past_key_values, inputs_and_options)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        try:
+            with closing(run.steps()) as steps:
+                for tokens, _ in steps:
+                    if streamer is not None:
+                        streamer.put(torch.tensor(tokens))
+        finally:
+            if streamer is not None:
+                streamer.end()
+        sequences = run.sequences()
+        return GenerateOutput(sequences, run.cache) if return_dict_in_generate else sequences
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        *,
+        tokenizer: Any,
+        past_key_values: MllamaCache | None = None,
+        **inputs_and_options: Any,
+    ) -> Iterator[str]:
+        """Continue one prompt and yield its text in pieces as it becomes certain.
+
+        A piece ends between two characters. Special tokens and stop strings are no part of the
+        text; what may be the beginning of a stop string is held back until that is decided.
+        Closing the iterator ends the generation and leaves ``past_key_values`` usable.
+
+        Args:
+            input_ids: (1, L) int64.
+            tokenizer: a processor or tokenizer.
+            past_key_values, inputs_and_options: as for generate().
+        Raises: as generate(), when called and not with the first piece.
+        """
+        inputs_and_options["tokenizer"] = tokenizer
+        run = _Run(self, input_ids, past_key_values, inputs_and_options, text=True)
+        if run.prompt.batch_size != 1:
+            raise ValueError(f"stream() takes one row of input_ids, got {run.prompt.batch_size}")
+        return self._pieces(run)
+
+    @torch.no_grad()
+    def _pieces(self, run: _Run) -> Iterator[str]:
+        with closing(run.steps()) as steps:
+            for _, (piece,) in steps:
+                if piece:
+                    yield piece
+        if rest := run.condition.text[0].flush():
+            yield rest
+
+
+class _Run:
+    """One call of generate() or stream(): checked arguments, then the steps, then the result."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        cache: MllamaCache | None,
+        arguments: Mapping[str, Any],
+        text: bool = False,
+    ) -> None:
+        inputs = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
+        options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
+        config = _text_config(model)
+        self._model, self._vocab_size = model, config.vocab_size
+        eos, pad = stop_token_ids(model.generation_config, options)
+        self.prompt = Prompt(
+            input_ids,
+            inputs,
+            image_token_id=getattr(model.config, "image_token_index", None),
+            pad_token_id=pad,
+            infer_padding=pad is not None and pad not in eos,
+        )
+        if input_ids.device != model.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
+        self.plan: GenerationPlan = make_plan(
+            model.generation_config,
+            options,
+            batch_size=self.prompt.batch_size,
+            prompt_length=input_ids.shape[1],
+            text_length=self.prompt.text_length,
+            max_text_length=config.max_position_embeddings,
+        )
+        self.cache = model.new_cache(self.prompt.batch_size) if cache is None else cache
+        self._reused = self.prompt.reuse(self.cache)
+        # Positions count the tokens of a row; a forward outside may have counted padding as well.
+        self._offset = self.cache.next_position - self.cache.lengths.unsqueeze(1)
+        self._inputs = self.prompt.new_inputs(self._reused, _cached_images(model, self.cache))
+        self._inputs["position_ids"] += self._offset
+        searched = text or self.plan.stop_strings
+        self.condition = StopCondition(
+            self.prompt.batch_size,
+            self.plan.eos_token_ids,
+            self.plan.stop_strings,
+            self.plan.tokenizer if searched else None,
+        )
+        self.rows: list[list[int]] = [[] for _ in range(self.prompt.batch_size)]
+
+    def steps(self) -> Iterator[tuple[list[int], list[str]]]:
+        """Per step the tokens of all rows, padding in those that ended, and their new text.
+
+        However it ends, the cache then holds the text of every row without its last token.
+        """
+        cache, plan = self.cache, self.plan
+        cache.truncate(self._reused, self._offset)
+        images = cache.mark_images()
+        try:
+            cache.reserve(self._inputs["input_ids"].shape[1] + plan.max_new_tokens)
+            sampler = Sampler(plan.sampling, self.prompt.input_ids, self._vocab_size, plan.seeds)
+            step = DecodeStep(self._model, cache, sampler)
+            prefill = self._model(**self._inputs, past_key_values=cache, logits_to_keep=1)
+            step.accept(prefill.logits[:, -1])
+            advance = self._decoder(step)
+            reader = _TokenReader(step.tokens)
+            for made in range(1, plan.max_new_tokens + 1):
+                reader.request()
+                is_last = made == plan.max_new_tokens
+                while reader.waiting > (0 if is_last else reader.delay):
+                    yield self._take(reader.read())
+                    if all(self.condition.finished):
+                        return
+                if not is_last:
+                    advance()
+        finally:
+            self._settle(images)
+
+    def sequences(self) -> Tensor:
+        """(B, L + new): the prompts, the new tokens, and padding after those."""
+        longest = max(map(len, self.rows))
+        pad = self.plan.pad_token_id
+        rows = [row + [pad] * (longest - len(row)) for row in self.rows]
+        prompt = self.prompt.input_ids
+        return torch.cat([prompt, torch.tensor(rows, dtype=prompt.dtype).to(prompt.device)], dim=1)
+
+    def _decoder(self, step: DecodeStep) -> Callable[[], None]:
+        captured = (
+            self._model.cuda_graph
+            and self._model.backend == "kernels"  # the reference reads lengths on the host
+            and step.tokens.is_cuda
+        )
+        return CapturedStep(step) if captured else step
+
+    def _take(self, tokens: list[int]) -> tuple[list[int], list[str]]:
+        """Add one token to every row that has not ended."""
+        pieces = [""] * len(tokens)
+        for row, token in enumerate(tokens):
+            if self.condition.finished[row]:
+                tokens[row] = self.plan.pad_token_id
+                continue
+            if token == INVALID_TOKEN:
+                raise RuntimeError(
+                    f"the logits of row {row} are not finite at new token {len(self.rows[row])}"
+                )
+            self.rows[row].append(token)
+            pieces[row] = self.condition.push(row, token)
+        return tokens, pieces
+
+    def _settle(self, images: object) -> None:
+        """Make the cache hold what was handed out, whatever else the device has computed."""
+        if not all(self.rows):
+            self.cache.truncate(self._reused, self._offset)
+            self.cache.restore_images(images)
+            return
+        texts = [(text + row)[:-1] for text, row in zip(self.prompt.texts, self.rows)]
+        self.cache.truncate([len(text) for text in texts], self._offset)
+        self.cache.texts = texts
+        self.cache.columns = self.prompt.input_ids.shape[1] + max(map(len, self.rows)) - 1
+
+
+class _TokenReader:
+    """Copies the tokens of each step to the host.
+
+    On CUDA it reads one step late: the copy of a step is awaited only when the next step has been
+    enqueued, so that the device always has work.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self.delay = _read_delay(tokens.device)
+        self._slots = deque(
+            torch.empty_like(tokens, device="cpu", pin_memory=tokens.is_cuda)
+            for _ in range(self.delay + 1)
+        )
+        self._requests: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Steps requested and not yet read."""
+        return len(self._requests)
+
+    def request(self) -> None:
+        """Start copying the tokens of the latest step."""
+        slot = self._slots.popleft()
+        slot.copy_(self._tokens, non_blocking=True)
+        event = None
+        if self._tokens.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._requests.append((slot, event))
+
+    def read(self) -> list[int]:
+        """The tokens of the oldest step that was requested."""
+        slot, event = self._requests.popleft()
+        if event is not None:
+            event.synchronize()
+        self._slots.append(slot)
+        return slot.tolist()
+
+
+def _read_delay(device: torch.device) -> int:
+    return 1 if device.type == "cuda" else 0
+
+
+def _cached_images(model: Any, cache: MllamaCache) -> int:
+    """Places for images per row in the cache; 0 where images have no tokens to go by."""
+    vision = getattr(model.config, "vision_config", None)
+    return 0 if vision is None else cache.num_tiles // vision.max_num_tiles
+
+
+def _text_config(model: Any) -> MllamaTextConfig:
+    return getattr(model.config, "text_config", model.config)

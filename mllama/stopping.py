@@ -47,18 +47,16 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class RowText:
-    """The text of one generated sequence: whole characters, ending before a stop string.
+    """The text of one generated sequence: whole characters, no special tokens, ending before a
+    stop string.
 
     Args:
         tokenizer: a processor or tokenizer, see make_decoder().
         stop_strings: none of them empty.
-        skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(
-        self, tokenizer: Any, stop_strings: Sequence[str] = (), skip_special_tokens: bool = True
-    ) -> None:
-        self._detokenizer = IncrementalDetokenizer(make_decoder(tokenizer, skip_special_tokens))
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+        self._detokenizer = IncrementalDetokenizer(make_decoder(tokenizer))
         self._scanner = StopStringScanner(stop_strings)
 
     @property
@@ -121,8 +119,6 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Text and id of the special tokens of a processor, ``tokenizers.Tokenizer`` or one of
     ``transformers``; empty where the tokenizer does not tell."""
     inner = text_tokenizer(tokenizer)
-    if hasattr(inner, "get_added_tokens_decoder"):
-        added = inner.get_added_tokens_decoder()
-    else:
-        added = getattr(inner, "added_tokens_decoder", {})
+    inner = getattr(inner, "backend_tokenizer", inner)
+    added = inner.get_added_tokens_decoder() if hasattr(inner, "get_added_tokens_decoder") else {}
     return {token.content: index for index, token in added.items() if token.special}
