@@ -35,15 +35,15 @@ def save_pretrained(
 ) -> None:
     """Write config.json, generation_config.json and the weights under their published names.
 
-    The folder is made if needed; other files in it (tokenizer, processor) stay. Every file is written
-    under a temporary name first. Then the weights of an earlier save are removed, the new files are
-    renamed, and the file that makes the folder loadable (the index, or the single weights file) is
-    renamed last: an interrupted save leaves no folder that passes for complete.
+    The folder is made if needed; other files in it (tokenizer, processor) stay. Every file is
+    written under a temporary name first. Then the weights of an earlier save are removed, the new
+    files are renamed, and the file that makes the folder loadable (the index, or the single weights
+    file) is renamed last: an interrupted save leaves no folder that passes for complete.
 
     Args:
         model: one of the model classes.
         folder: where to.
-        max_shard_size: bytes per file, as a number or as "5GB", "500MB"; a single tensor may exceed it.
+        max_shard_size: bytes per file, a number or like "500MB"; a single tensor may exceed it.
     Raises: ValueError for an unreadable size; TypeError for a model of another class.
     """
     layout = KeyLayout(type(model).__name__)
@@ -53,15 +53,11 @@ def save_pretrained(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with _Staging(target) as staging:
-        if len(shards) == 1:
-            last = SINGLE
-        else:
-            last = INDEX
+        last = SINGLE if len(shards) == 1 else INDEX
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
-            name = (
-                SINGLE if last == SINGLE else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            )
+            numbered = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = SINGLE if len(shards) == 1 else numbered
             content = {key: tensors[key].detach().contiguous() for key in shard}
             save_file(content, staging.path(name), metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, name)

@@ -56,21 +56,22 @@ def load_pretrained(
 ) -> _Model:
     """A model of class `cls` with the weights of a folder or hub id, in evaluation mode.
 
-    Files are memory-mapped and copied tensor by tensor into parameters that already lie on the target
-    device, so host memory peaks at one mapped file above what the model itself takes there (for a CPU
-    target: the model and one mapped file). Nothing stays mapped afterwards. Nothing that a
-    configuration names is imported or executed.
+    Files are memory-mapped and copied tensor by tensor into parameters that already lie on the
+    target device, so host memory peaks at one mapped file above what the model itself takes there
+    (for a CPU target: the model and one mapped file). Nothing stays mapped afterwards. Nothing that
+    a configuration names is imported or executed.
 
     Args:
-        cls: the model class; a class that is part of the stored model (`MllamaForCausalLM` of a vision
-            model) takes its part and leaves the rest.
+        cls: the model class; a class that is part of the stored model (`MllamaForCausalLM` of a
+            vision model) takes its part and leaves the rest.
         name_or_path: folder with config.json and safetensors (single, or sharded with an index), or
             Meta's `original/` layout, or a hub id.
         dtype: dtype of the parameters; None or "auto": the one config.json names, else the one most
             of the stored bytes have.
         device: where the parameters go; None: torch's default device.
         backend: "auto", "kernels" or "reference".
-        semantics: see `mllama.semantics`; "auto": read from the folder, with the reason logged.
+        semantics: see `mllama.semantics`; "auto": read from the folder. The choice and its reason are
+            logged, and the reason kept as `model.semantics_reason`.
     Raises:
         CheckpointError: one error that lists every fault of the files and tensors.
         FileNotFoundError, ModuleNotFoundError: see `mllama.hub.resolve_folder`.
@@ -80,7 +81,7 @@ def load_pretrained(
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
     folder = resolve_folder(name_or_path)
     raw, checkpoint, original = _open(folder)
-    config = _config(cls, folder, raw, semantics, original)
+    config, reason = _config(cls, folder, raw, semantics, original)
     with torch.device("meta"):
         model = cls(config, backend=backend)
     expected = dict(model.state_dict())
@@ -88,6 +89,7 @@ def load_pretrained(
     chosen = requested or _stored_dtype(raw, checkpoint, sources.values())
     _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
     _fill(model, checkpoint, sources)
+    model.semantics_reason = reason
     model.generation_config = _generation_config(folder, config, checkpoint)
     return model.eval()
 
@@ -106,8 +108,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], Checkpoint, bool]:
 
 def _config(
     cls: type[nn.Module], folder: Path, raw: dict[str, Any], wanted: SemanticsLike, original: bool
-) -> _Config:
-    """The configuration `cls` needs, with the semantics settled (and said)."""
+) -> tuple[_Config, str]:
+    """The configuration `cls` needs, its semantics settled, logged, and the reason for them."""
     kind = _CONFIGS[cls.__name__]
     entries, stored = raw, raw.get("model_type")
     if stored == MllamaConfig.model_type and kind is not MllamaConfig:
@@ -122,7 +124,7 @@ def _config(
     else:
         semantics, reason = resolve_semantics(wanted), "asked for by the caller"
     logger.info("semantics %s for %s: %s", semantics.name, folder, reason)
-    return kind.from_dict({**entries, "semantics": semantics})
+    return kind.from_dict({**entries, "semantics": semantics}), reason
 
 
 def _match(
@@ -132,7 +134,7 @@ def _match(
     layout: KeyLayout,
     expected: dict[str, Tensor],
 ) -> dict[str, str]:
-    """Canonical name of each parameter's tensor by its name in the model; every fault in one error."""
+    """Where each parameter (by state-dict name) comes from; every fault in one error."""
     problems = list(checkpoint.problems)
     if "quantization_config" in raw:
         problems.append(
@@ -152,7 +154,8 @@ def _match(
             problems.append(f"wrong shape: {info.stored_name} is {info.shape}, expected {wanted}")
         if info.dtype is None:
             problems.append(
-                f"wrong dtype: {info.stored_name} is {info.dtype_name}, expected {', '.join(_DTYPES)}"
+                f"wrong dtype: {info.stored_name} is {info.dtype_name}, "
+                f"expected one of {', '.join(_DTYPES)}"
             )
     accounted = set(sources) | {layout.module_name(name) for name in checkpoint.unreadable}
     # Where no header could be read, every tensor would be missing: the file's own fault says it.
@@ -204,7 +207,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> 
 
 
 def _generation_config(folder: Path, config: _Config, checkpoint: Checkpoint) -> GenerationConfig:
-    """The folder's defaults; without generation_config.json, the special tokens of the configuration."""
+    """The folder's defaults; without generation_config.json, the configuration's tokens."""
     path = folder / "generation_config.json"
     if isinstance(checkpoint, MetaCheckpoint):
         entries = checkpoint.generation_config
