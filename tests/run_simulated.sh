@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the op tests on the CUDA kernels without a GPU: builds with MLLAMA_KERNELS_SIMULATE=1 (PTX, CUDA code
+# behind CPU tensors) and puts a libcudart that executes PTX on the host in front of the real one.
+#   bash tests/run_simulated.sh <folder of the simulator's sources> [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+simulator=${1:?"usage: run_simulated.sh <folder of the simulator's sources> [pytest arguments]"}
+shift
+if [ ! -d "$simulator" ]; then
+  echo "skipped: no simulator at $simulator"
+  exit 0
+fi
+python=${PYTHON:-.venv/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r "$simulator" "$work/simulator"
+make -s -C "$work/simulator" -j2 >/dev/null
+MLLAMA_KERNELS_SIMULATE=1 MLLAMA_KERNELS_CUDA=1 \
+  "$python" -m pip install -q --no-deps --no-build-isolation --target "$work/site" .
+export PYTHONPATH=$work/site LD_LIBRARY_PATH=$work/simulator/build CUDASIM_RACECHECK=1 CUDASIM_THREADS=2
+export OMP_NUM_THREADS=1
+# From another folder, so that the simulated build is imported and not the source tree.
+tests=$PWD/tests
+cd "$work"
+case $python in /*) ;; *) python=$OLDPWD/$python ;; esac
+"$python" -m pytest -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider "$@" \
+  "$tests"/test_{rms_norm,gated_residual,swiglu,rotary_attention,cross_attention,vision_attention,patch_embed}.py
