@@ -1,0 +1,105 @@
+// Decode attention over a paged cache: the keys' source and the query's rotation for split_kv.cuh.
+// The new token's key and value are in the cache already, written by the launch before on the same
+// stream.
+//
+// Aliasing   Reads q and the cache, writes out and workspace; none of these may overlap.
+
+#include "rope.cuh"
+#include "split_kv.cuh"
+
+namespace mllama {
+namespace {
+
+template <typename Element>
+struct PagedSource {
+  using T = Element;
+  // Pages of the largest split at the smallest page size.
+  static constexpr int kSharedInts = 2048 / 16;
+
+  struct Keys {
+    const T* k;  // page 0 of the cache, at the head
+    const T* v;
+    int start;  // where the split starts in its first page
+    int length;
+  };
+
+  RotaryAttentionParams p;
+  int split_size;
+
+  __device__ __forceinline__ Keys open(int64_t b, int kv_head, int split, int* pages) const {
+    const SequenceRows rows = sequence_rows(p.cu_seqlens, b, 1, p.tokens);
+    const int64_t past = p.cache_lens[b];
+    const int64_t first = static_cast<int64_t>(split) * split_size;
+    const int64_t length =
+        min(min(past + 1, p.max_pages * p.page_size) - first, static_cast<int64_t>(split_size));
+    if (rows.count == 0 || past < 0 || length <= 0) return {};
+    const int page_size = static_cast<int>(p.page_size);
+    const int first_page = static_cast<int>(first / page_size);
+    const int start = static_cast<int>(first - static_cast<int64_t>(first_page) * page_size);
+    const int count = (start + static_cast<int>(length) - 1) / page_size + 1;
+    const int32_t* table = p.page_table + b * p.max_pages + first_page;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) pages[i] = table[i];
+    __syncthreads();
+    const int64_t head = static_cast<int64_t>(kv_head) * page_size * p.head_dim;
+    return {static_cast<const T*>(p.k_cache) + head, static_cast<const T*>(p.v_cache) + head, start,
+            static_cast<int>(length)};
+  }
+
+  // page_size is a multiple of 16, so a tile never leaves its page. The table is unchecked: a page
+  // outside the cache has no visible key.
+  __device__ __forceinline__ KeyRun<T> run(const Keys& keys, int first, const int* pages) const {
+    const int page_size = static_cast<int>(p.page_size);
+    const int index = (keys.start + first) / page_size;
+    const int row = keys.start + first - index * page_size;
+    const int page = pages[index];
+    if (page < 0 || page >= p.num_pages) return {keys.k, keys.v, 0, 0, 0};
+    const int64_t offset = (page * p.num_kv_heads * page_size + row) * p.head_dim;
+    return {keys.k + offset, keys.v + offset, p.head_dim, p.head_dim, keys.length - first};
+  }
+
+  __device__ __forceinline__ void load_query(int64_t b, int kv_head, T* query,
+                                             int row_elements) const {
+    const int64_t token = sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin;
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
+    const int chunks = head_dim / 2 / Vec<T>::kSize;
+    const T* q = static_cast<const T*>(p.q) +
+                 (p.cu_seqlens == nullptr ? b * p.q_batch_stride : token * p.q_token_stride) +
+                 static_cast<int64_t>(kv_head) * group * p.q_head_stride;
+    const int64_t angles = token % p.cos_rows;
+    const T* cos = static_cast<const T*>(p.cos) + angles * p.cos_row_stride;
+    const T* sin = static_cast<const T*>(p.sin) + angles * p.sin_row_stride;
+    for (int i = threadIdx.x; i < group * chunks; i += blockDim.x) {
+      const int row = i / chunks, chunk = i % chunks;
+      const RopeChunk<T> at(chunk, head_dim, p.interleaved);
+      const T* from = q + row * p.q_head_stride;
+      Vec<T> first = load_vec(from + at.first), second = load_vec(from + at.second);
+      rotate_chunk(first, second, load_vec(cos + chunk * Vec<T>::kSize),
+                   load_vec(sin + chunk * Vec<T>::kSize), p.interleaved);
+      store_vec(query + row * row_elements + at.first, first);
+      store_vec(query + row * row_elements + at.second, second);
+    }
+  }
+};
+
+SplitGeometry geometry(const RotaryAttentionParams& p) {
+  return paged_splits(p.max_pages * p.page_size);
+}
+
+}  // namespace
+
+int64_t rotary_decode_workspace(const RotaryAttentionParams& p) {
+  return split_kv_workspace(p.batch, p.num_q_heads, geometry(p).splits, p.head_dim);
+}
+
+int rotary_decode_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
+  const SplitGeometry splits = geometry(p);
+  return dispatch_dtype(p.dtype, [&](auto element) {
+    return dispatch_head_dim(p.head_dim, [&](auto head_dim) {
+      const PagedSource<decltype(element)> source{p, static_cast<int>(splits.split_size)};
+      return launch_split_kv<head_dim()>(source, split_kv_params(p, splits.splits), stream);
+    });
+  });
+}
+
+}  // namespace mllama
