@@ -70,12 +70,19 @@ def random_size(rng, tile):
     )
 
 
-def test_random_sizes_and_modes_are_bit_equal():
+@pytest.mark.parametrize(
+    ("pictures", "tiles"),
+    [
+        (300, [14, 28, 42, 56, 70]),
+        pytest.param(3000, [14, 56, 70, 112, 224, 448, 560], marks=pytest.mark.full),
+    ],
+)
+def test_random_sizes_and_modes_are_bit_equal(pictures, tiles):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    for count in range(300):
-        tile = rng.choice([14, 28, 42, 56, 70])
+    for count in range(pictures):
+        tile = rng.choice(tiles)
         ours, reference = processors(tile, max_image_tiles=rng.choice([1, 2, 3, 4, 4, 4, 6]))
         size, mode = random_size(rng, tile), MODES[count % len(MODES)]
         image = picture(rng, *size, mode)
