@@ -134,15 +134,14 @@ class TaskRunner {
       memset(scores, 0, n * sizeof(S));
       return;
     }
-    const S offset = maximum * factor_;
     Vec<S> sums = {};
     for (int64_t j = 0; j < end; j += kLanes) {
-      const Vec<S> weight = exp2(load(scores + j) * factor_ - offset);
+      const Vec<S> weight = exp2((load(scores + j) - maximum) * factor_);
       store(scores + j, weight);
       sums += weight;
     }
     if (maximum != maximum_[r]) {
-      const S decay = exp2(splat(maximum_[r] * factor_ - offset))[0];
+      const S decay = exp2(splat((maximum_[r] - maximum) * factor_))[0];
       sum_[r] *= decay;
       for (int64_t d = 0; d < width_; d += kLanes) store(out + d, load(out + d) * decay);
       maximum_[r] = maximum;

@@ -3,7 +3,8 @@
 // Packed B is a row of panels, each (depth, width) contiguous with width kPanel, or what is left rounded up
 // to kLanes in the last one. The micro-kernel keeps kRowsPerStep x kPanel of C in registers: 24 of the 32
 // (12 of 16) vector registers, which hides the latency of the multiply-add on two ports. Every element
-// of C is one chain of additions over depth, so its bits do not depend on its place in the block.
+// of C is the sum, in order, of chains of kChain additions over depth: its bits do not depend on its place
+// in the block, and its rounding error stays that of a blocked sum.
 #pragma once
 
 #include "simd.h"
@@ -17,6 +18,8 @@ struct FmaGemm {
   static constexpr int kRowsPerStep = kLanes == 16 ? 8 : 4;
   static constexpr int kVectors = 3;
   static constexpr int kPanel = kVectors * kLanes;
+
+  static constexpr int64_t kChain = 64;
 
   static int64_t padded_depth(int64_t depth) { return depth; }
   static int64_t padded_columns(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -87,14 +90,15 @@ struct FmaGemm {
  private:
   template <int kWidth>
   static void step(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc, bool accumulate) {
-    Vec<S> sums[kRowsPerStep][kWidth] = {};
-    if (accumulate) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRowsPerStep; ++r) {
-#pragma GCC unroll 3
-        for (int j = 0; j < kWidth; ++j) sums[r][j] = load(c + r * ldc + j * kLanes);
-      }
+    for (int64_t k = 0; k < depth; k += kChain) {
+      chain<kWidth>(a + k, lda, b + k * kWidth * kLanes, min<int64_t>(kChain, depth - k), c, ldc, accumulate);
+      accumulate = true;
     }
+  }
+
+  template <int kWidth>
+  static void chain(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc, bool accumulate) {
+    Vec<S> sums[kRowsPerStep][kWidth] = {};
     for (int64_t k = 0; k < depth; ++k) {
       Vec<S> columns[kWidth];
 #pragma GCC unroll 3
@@ -109,7 +113,10 @@ struct FmaGemm {
 #pragma GCC unroll 8
     for (int r = 0; r < kRowsPerStep; ++r) {
 #pragma GCC unroll 3
-      for (int j = 0; j < kWidth; ++j) store(c + r * ldc + j * kLanes, sums[r][j]);
+      for (int j = 0; j < kWidth; ++j) {
+        S* place = c + r * ldc + j * kLanes;
+        store(place, accumulate ? load(place) + sums[r][j] : sums[r][j]);
+      }
     }
   }
 };

@@ -10,23 +10,25 @@ MLLAMA_INLINE double tanh_scalar(double x) { return __builtin_tanh(x); }
 MLLAMA_INLINE float sqrt_scalar(float x) { return __builtin_sqrtf(x); }
 MLLAMA_INLINE double sqrt_scalar(double x) { return __builtin_sqrt(x); }
 
-// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Four sums in flight hide the latency of the add.
+// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four chains
+// hide the latency of the add, short ones keep the rounding error small.
 template <typename T>
 MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
-  Vec<T> sums[4] = {};
+  Vec<T> total = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= dim; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
+  for (; i + 32 * kLanes <= dim; i += 32 * kLanes) {
+    Vec<T> sums[4] = {};
+    for (int j = 0; j < 32; ++j) {
       const Vec<T> v = load(x + i + j * kLanes);
-      sums[j] += v * v;
+      sums[j % 4] += v * v;
     }
+    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
   for_vectors(dim - i, [&](int64_t offset, auto part) {
     const Vec<T> v = load(x + i + offset, part);
-    sums[0] += v * v;
+    total += v * v;
   });
-  const Scalar<T> total = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  return 1 / sqrt_scalar(total / (Scalar<T>)dim + (Scalar<T>)eps);
+  return 1 / sqrt_scalar(sum_lanes(total) / (Scalar<T>)dim + (Scalar<T>)eps);
 }
 
 // y = weight * round(x / rms). y may be x.
