@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mllama.checkpoint import Checkpoint, CheckpointError, read_json
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
@@ -82,7 +83,7 @@ def load_pretrained(
     folder = resolve_folder(name_or_path)
     raw, checkpoint, original = _open(folder)
     config, reason = _config(cls, folder, raw, semantics, original)
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         model = cls(config, backend=backend)
     expected = dict(model.state_dict())
     sources = _match(folder, raw, checkpoint, layout, expected)
@@ -92,6 +93,22 @@ def load_pretrained(
     model.semantics_reason = reason
     model.generation_config = _generation_config(folder, config, checkpoint)
     return model.eval()
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves out initialisation: on the meta device it does nothing, in seconds and 80 MB of imports."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], Checkpoint, bool]:
@@ -198,7 +215,8 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
     # state_dict() holds views, of rows for fused projections: filling them needs no second copy.
-    targets = {canonical: model.state_dict()[name] for name, canonical in sources.items()}
+    state = model.state_dict()
+    targets = {canonical: state[name] for name, canonical in sources.items()}
     total = sum(checkpoint.tensors[name].nbytes for name in targets)
     with torch.no_grad(), ByteProgress("loading", total) as progress:
         for name, tensor in checkpoint.read(targets):

@@ -64,7 +64,7 @@ def _randomise(model: torch.nn.Module) -> None:
 @pytest.fixture(scope="module")
 def theirs() -> transformers.MllamaForConditionalGeneration:
     torch.manual_seed(5)
-    config = transformers.MllamaConfig(VISION, TEXT, image_token_index=96)
+    config = transformers.MllamaConfig(vision_config=VISION, text_config=TEXT, image_token_index=96)
     model = transformers.MllamaForConditionalGeneration(config).eval()
     _randomise(model)
     return model
@@ -402,8 +402,8 @@ def test_missing_extra_shape_and_dtype_in_one_error(folder):
         "extra: language_model.model.layers.0.self_attn.q_proj.bias (64,) in model.safetensors",
         "extra: surprise (3,) in model.safetensors",
         "missing: language_model.model.norm.weight (64,)",
-        "model.vision_model.layernorm_pre.bias in model.safetensors and "
-        "vision_model.layernorm_pre.bias in model.safetensors are the same parameter",
+        "vision_model.layernorm_pre.bias in model.safetensors and "
+        "model.vision_model.layernorm_pre.bias in model.safetensors are the same parameter",
         "wrong dtype: vision_model.class_embedding is I8, "
         "expected one of float32, bfloat16, float16, float64",
         "wrong shape: multi_modal_projector.bias is (63,), expected (64,)",
@@ -583,6 +583,7 @@ def test_peak_memory_is_the_model_and_one_shard(tmp_path):
         num_attention_heads=8,
         num_key_value_heads=8,
         cross_attention_layers=[1],
+        pad_token_id=0,
     )
     with torch.device("meta"):
         model = mllama.MllamaForCausalLM(config, backend="reference")
