@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mllama_kernels import _library
@@ -36,6 +38,16 @@ class Ops:
             backend = "kernels" if missing is None else "reference"
         self.backend = backend
         self._module = importlib.import_module(_MODULES[backend])
+
+    @contextmanager
+    def replaced(self, wrap: Callable[[Any], Any]) -> Iterator[None]:
+        """Within it, ops are looked up in what `wrap` makes of the module they come from."""
+        module = self._module
+        self._module = wrap(module)
+        try:
+            yield
+        finally:
+            self._module = module
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

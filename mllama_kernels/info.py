@@ -48,7 +48,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _text(info: dict[str, Any]) -> str:
+def as_text(info: dict[str, Any]) -> str:
+    """The lines that `python -m mllama_kernels.info` prints."""
     build, gpu = info["build"], info["gpu"]
     cuda = f"CUDA {build['cuda']} for {build['cuda_archs']}" if build.get("cuda") else "no CUDA"
     lines = [
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(arguments)
     info = collect()
-    print(json.dumps(info, indent=2) if options.json else _text(info))
+    print(json.dumps(info, indent=2) if options.json else as_text(info))
     return 0
 
 

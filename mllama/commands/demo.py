@@ -1,0 +1,68 @@
+"""Answer questions about a picture with the tiny Llama 3.2 Vision model in the package. Without --image it
+renders a picture of its own and says where it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn
+from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image", default=None, help="a picture of your own (the model knows shapes)"
+    )
+    parser.add_argument("--question", action="append", default=None, help="may be repeated")
+    parser.add_argument("--seed", type=int, default=None, help="which picture to render; none: any")
+    parser.add_argument("--out", default=None, help="where to write the rendered picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object when done")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    asked: list[tuple[str, str | None]] = [(text, None) for text in options.question or []]
+    if options.image is None:
+        seed = random.randrange(10**6) if options.seed is None else options.seed
+        picture, scene = sample_picture(seed)
+        path = Path(options.out or Path(tempfile.gettempdir()) / f"mllama-demo-{seed}.png")
+        picture.save(path)
+        asked = asked or list(questions_for(scene, seed))
+    else:
+        path = Path(options.image)
+        asked = asked or [("Describe the picture.", None)]
+    print(f"picture: {path}", file=sys.stderr if options.json else sys.stdout)
+    model, processor = load(str(checkpoint_path()), options)
+    answers = []
+    for question, expected in asked:
+        inputs = chat_inputs(processor, [user_turn(question, [str(path)])], model.device)
+        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        answer = processor.decode(new, skip_special_tokens=True).strip()
+        right = None if expected is None else is_right(answer, expected)
+        answers.append(
+            {"question": question, "answer": answer, "expected": expected, "right": right}
+        )
+        if not options.json:
+            note = "" if right is None else "   (right)" if right else f"   (wrong: {expected})"
+            print(f"  {question}\n    {answer}{note}")
+    seconds = time.perf_counter() - start
+    if options.json:
+        result = {
+            "picture": str(path),
+            "backend": model.backend,
+            "seconds": seconds,
+            "answers": answers,
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters, backend {model.backend} on {model.device}, {seconds:.1f} s")
+    return 0

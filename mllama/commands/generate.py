@@ -1,0 +1,58 @@
+"""Continue a prompt about pictures, streamed to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+from mllama.commands.common import (
+    add_model_arguments,
+    add_sampling_arguments,
+    chat_inputs,
+    echo,
+    load,
+    sampling_options,
+    user_turn,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
+    )
+    parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
+    parser.add_argument("--prompt", required=True, help="the question or instruction")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue the prompt as it is, one <|image|> in it per picture, without the chat template "
+        "(base models)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object when done")
+    add_sampling_arguments(parser, max_new_tokens=512)
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    sampling = sampling_options(options)
+    model, processor = load(options.model, options)
+    if options.raw or processor.chat_template is None:
+        batch = processor(images=options.image or None, text=options.prompt, return_tensors="pt")
+        inputs = {name: value.to(model.device) for name, value in batch.items()}
+    else:
+        inputs = chat_inputs(processor, [user_turn(options.prompt, options.image)], model.device)
+    if not options.json:
+        echo(model.stream(**inputs, tokenizer=processor, **sampling))
+        return 0
+    start = time.perf_counter()
+    ids = model.generate(**inputs, tokenizer=processor, **sampling)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    result = {
+        "text": processor.decode(new, skip_special_tokens=True),
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": len(new),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    print(json.dumps(result, ensure_ascii=False))
+    return 0

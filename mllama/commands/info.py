@@ -1,0 +1,34 @@
+"""Versions, kernels and device; with --model also what a checkpoint is and which semantics it gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import mllama_kernels.info as kernels_info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=None, help="checkpoint folder, or hub id with the extra hub"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    info = kernels_info.collect()
+    if options.model is not None:
+        info["model"] = _checkpoint(options.model)
+    if options.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    print(kernels_info.as_text(info))
+    for name, value in info.get("model", {}).items():
+        print(f"{name:24} {value}")
+    return 0
+
+
+def _checkpoint(folder: str) -> dict[str, Any]:
+    """Sizes and semantics of a checkpoint, read from its headers alone."""
+    raise NotImplementedError(folder)

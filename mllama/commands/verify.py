@@ -1,0 +1,146 @@
+"""Check the kernels on this machine: every op of a forward pass against float64, then layer by layer, each
+beside plain PyTorch's own error; with --against transformers also the logits of `transformers`. The last
+line is the verdict; the exit code is 1 if anything failed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mllama import MllamaForConditionalGeneration
+from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn
+from mllama.demo import checkpoint_path, sample_picture
+from mllama.verification import ALLOWED_RATIO, Comparison, compare_layers, compare_ops
+
+# Of the largest logit, in float32; wider dtypes than that are not compared with transformers.
+_LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=None, help="checkpoint folder; none: the demo model")
+    parser.add_argument("--image", default=None, help="a picture; none: a rendered one")
+    parser.add_argument("--prompt", default="What is in the picture?", help="the question about it")
+    parser.add_argument(
+        "--against", choices=("transformers",), default=None, help="also compare the logits with it"
+    )
+    parser.add_argument(
+        "--oracle",
+        choices=("auto", "float64", "float32", "none"),
+        default="auto",
+        help="dtype of the model the layers are measured by; auto: the widest that fits into memory",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = options.model or str(checkpoint_path())
+    if options.backend == "reference":
+        raise ValueError("verify compares the kernels with the reference; leave --backend alone")
+    options.backend = "kernels"
+    model, processor = load(folder, options)
+    image: Any = options.image or sample_picture(0)[0]
+    turn = user_turn(options.prompt, [image])
+    if options.image is None:
+        turn["content"][0] = {"type": "image", "image": image}
+    inputs = chat_inputs(processor, [turn], model.device)
+    report: dict[str, Any] = {
+        "model": folder,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "semantics": model.semantics.name,
+        "semantics_reason": model.semantics_reason,
+    }
+    _say(options, "  ".join(f"{key}: {value}" for key, value in report.items()))
+    tables = {"ops": compare_ops(model, inputs)}
+    oracle = _oracle_dtype(model, options.oracle)
+    if oracle is not None:
+        exact = MllamaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=oracle,
+            device=model.device,
+            backend="reference",
+            semantics=model.semantics,
+        )
+        tables["layers"] = compare_layers(model, exact, inputs)
+        del exact
+    passed = True
+    for title, rows in tables.items():
+        _print_table(options, title, rows)
+        report[title] = [{**asdict(row), "passed": row.passed} for row in rows]
+        passed = passed and all(row.passed for row in rows)
+    if options.against:
+        report["against"] = _against_transformers(folder, model, inputs)
+        passed = passed and report["against"]["passed"]
+        _say(
+            options, "transformers: " + ", ".join(f"{k} {v}" for k, v in report["against"].items())
+        )
+    report["passed"] = passed
+    _say(options, "verdict: " + ("the kernels are right" if passed else "FAILED"))
+    if options.json:
+        print(json.dumps(report, indent=2))
+    return 0 if passed else 1
+
+
+def _say(options: argparse.Namespace, line: str) -> None:
+    print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
+def _print_table(options: argparse.Namespace, title: str, rows: list[Comparison]) -> None:
+    _say(
+        options,
+        f"\n{title:26} {'calls':>6} {'error':>10} {'plain':>10} {'ratio':>7}  (at most {ALLOWED_RATIO})",
+    )
+    for row in rows:
+        verdict = "ok" if row.passed else "FAILED " + "; ".join(row.problems[:1])
+        _say(
+            options,
+            f"{row.name:26} {row.calls:6} {row.error:10.2e} {row.plain_error:10.2e} {row.ratio:7.2f}  {verdict}",
+        )
+
+
+def _oracle_dtype(model: torch.nn.Module, choice: str) -> torch.dtype | None:
+    """The dtype of the exact model: what was asked for, or the widest that fits beside the model."""
+    if choice != "auto":
+        return {"float64": torch.float64, "float32": torch.float32, "none": None}[choice]
+    count = sum(p.numel() for p in model.parameters())
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        import os
+
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for dtype in (torch.float64, torch.float32):
+        if dtype.itemsize > model.dtype.itemsize and 1.2 * count * dtype.itemsize < free:
+            return dtype
+    return None
+
+
+@torch.no_grad()
+def _against_transformers(
+    folder: str, model: Any, inputs: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Logits beside those of the installed `transformers`, both under its semantics."""
+    import transformers
+
+    theirs = transformers.MllamaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype)
+    theirs = theirs.to(model.device).eval()
+    want = theirs(**inputs).logits.float()
+    del theirs
+    ours = MllamaForConditionalGeneration.from_pretrained(
+        folder, dtype=model.dtype, device=model.device, backend="kernels", semantics="transformers"
+    )
+    got = ours(**inputs, use_cache=False).logits.float()
+    difference = ((got - want).abs().max() / want.abs().max()).item()
+    same = bool((got[:, -1].argmax(-1) == want[:, -1].argmax(-1)).all())
+    return {
+        "version": transformers.__version__,
+        "relative_difference": difference,
+        "same_next_token": same,
+        "passed": difference <= _LOGITS_TOLERANCE[model.dtype],
+    }
