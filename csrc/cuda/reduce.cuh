@@ -9,8 +9,8 @@ namespace mllama {
 constexpr int kWarpSize = 32;
 
 // Sum over aligned groups of kLanes lanes; every lane gets it. All 32 lanes must call.
-template <int kLanes = kWarpSize>
-__device__ __forceinline__ float warp_sum(float x) {
+template <int kLanes = kWarpSize, typename T>
+__device__ __forceinline__ T warp_sum(T x) {
   static_assert(kLanes > 0 && kLanes <= kWarpSize && (kLanes & (kLanes - 1)) == 0);
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
@@ -31,12 +31,13 @@ __device__ __forceinline__ float warp_max(float x) {
 
 // Sum over a one-dimensional block of whole warps; every thread gets it. To be called once per
 // kernel: a second call would overwrite the partial sums while slower warps still read them.
-__device__ __forceinline__ float block_sum_once(float x) {
-  __shared__ float warp_sums[kWarpSize];
+template <typename T>
+__device__ __forceinline__ T block_sum_once(T x) {
+  __shared__ T warp_sums[kWarpSize];
   x = warp_sum(x);
   if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = x;
   __syncthreads();
-  float total = 0.0f;
+  T total = 0;
   for (unsigned w = 0; w < blockDim.x / kWarpSize; ++w) total += warp_sums[w];
   return total;
 }

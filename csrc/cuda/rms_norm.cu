@@ -19,6 +19,7 @@
 //            Input rows may be strided. A row hidden by row_mask is not read from x.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../rms_norm.h"
 #include "reduce.cuh"
@@ -71,18 +72,22 @@ __device__ __forceinline__ Vec<T> add_residual(const Vec<T>& x, const Vec<T>& re
 }
 
 template <typename T>
-__device__ __forceinline__ float sum_of_squares(const Vec<T>& v) {
-  float sum = 0.0f;
+using Statistic = std::conditional_t<std::is_same_v<T, float>, double, float>;
+
+template <typename T>
+__device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v) {
+  Statistic<T> sum = 0;
 #pragma unroll
   for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const float value = to_f32(v.data[i]);
-    sum = fmaf(value, value, sum);
+    const Statistic<T> value = to_f32(v.data[i]);
+    sum = fma(value, value, sum);
   }
   return sum;
 }
 
-__device__ __forceinline__ float reciprocal_rms(const RmsNormParams& p, float sum) {
-  return 1.0f / sqrtf(sum / static_cast<float>(p.dim) + static_cast<float>(p.eps));
+template <typename S>
+__device__ __forceinline__ float reciprocal_rms(const RmsNormParams& p, S sum) {
+  return static_cast<float>(S{1} / sqrt(sum / static_cast<S>(p.dim) + static_cast<S>(p.eps)));
 }
 
 template <typename T>
@@ -141,7 +146,7 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
     }
   }
   // Behind the row t is 0 and adds nothing (or NaN, if the gate and with it the whole row is NaN).
-  float sum = 0.0f;
+  Statistic<T> sum = 0;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) sum += sum_of_squares(v[i]);
   if constexpr (kLanes == kBlock) {
@@ -185,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Row row = locate_row(p, blockIdx.x);
   const int64_t vecs = (p.dim + Vec<T>::kSize - 1) / Vec<T>::kSize;
   const float gate = kResidual ? tanh_gate<T>(p) : 1.0f;
-  float sum = 0.0f;
+  Statistic<T> sum = 0;
   for (int64_t i = threadIdx.x; i < vecs; i += blockDim.x) {
     Vec<T> v = row.visible ? load_any<T>(p.x, row.x, i, p.dim, vectorized) : zero_vec<T>();
     if constexpr (kResidual) {
@@ -218,11 +223,9 @@ cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
   const int64_t vecs = ceil_div<int64_t>(p.dim, Vec<T>::kSize);
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   const auto blocks = [&](int lanes) { return ceil_div<int64_t>(rows * lanes, kRowThreads); };
-  const auto block_threads = [](int64_t vecs_of_row, int64_t per_thread) {
-    return round_up<int64_t>(ceil_div<int64_t>(vecs_of_row, per_thread), kWarpSize);
-  };
+  const int64_t threads = std::min<int64_t>(
+      kMaxThreads, round_up<int64_t>(ceil_div<int64_t>(vecs, kVecsPerThread), kWarpSize));
   if (!vectorized || vecs > kMaxThreads * kVecsPerThread) {
-    const int64_t threads = std::min<int64_t>(kMaxThreads, block_threads(vecs, 1));
     rms_norm_two_pass_kernel<T, kResidual><<<rows, threads, 0, stream>>>(p, vectorized);
   } else if (vecs <= kShortRowLanes) {
     rms_norm_kernel<T, kResidual, kShortRowLanes, 1>
@@ -231,8 +234,7 @@ cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
     rms_norm_kernel<T, kResidual, kWarpSize, kVecsPerThread>
         <<<blocks(kWarpSize), kRowThreads, 0, stream>>>(p);
   } else {
-    rms_norm_kernel<T, kResidual, kBlock, kVecsPerThread>
-        <<<rows, block_threads(vecs, kVecsPerThread), 0, stream>>>(p);
+    rms_norm_kernel<T, kResidual, kBlock, kVecsPerThread><<<rows, threads, 0, stream>>>(p);
   }
   return cudaGetLastError();
 }
