@@ -92,6 +92,8 @@ class MllamaPreTrainedModel(nn.Module):
             cls, folder, dtype=dtype, device=device, backend=backend, semantics=semantics
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+    ) -> None:
         """Write a checkpoint folder; see :func:`mllama.weights.save_pretrained`."""
-        weights.save_pretrained(self, folder)
+        weights.save_pretrained(self, folder, max_shard_size)
