@@ -1,16 +1,19 @@
-"""What all models of this package share: configuration, backend, initialisation, loading, saving."""
+"""What all models share: configuration, backend, initialisation, loading and saving."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllama import weights
 from mllama.backend import Ops
+from mllama.cache import MllamaCache
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import init_normal
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
@@ -61,6 +64,21 @@ class MllamaPreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @contextmanager
+    def no_grad_if_caching(
+        self, use_cache: bool | None, cache: MllamaCache | None, labels: Tensor | None = None
+    ) -> Iterator[bool]:
+        """Settles whether a forward keeps a cache, which holds values and no graph.
+
+        Without a choice of the caller it is the config's, but not in training mode or for a loss.
+        """
+        if use_cache is None:
+            text_config = getattr(self.config, "text_config", self.config)
+            use_cache = text_config.use_cache and not self.training and labels is None
+        caching = use_cache or cache is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not caching):
+            yield caching
 
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole."""

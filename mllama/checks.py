@@ -160,7 +160,8 @@ def check_images(
     batch, images = pixel_values.shape[:2]
     _require(
         pixel_values.shape[2] == tiles,
-        f"pixel_values has {pixel_values.shape[2]} tile slots per image, the config has max_num_tiles {tiles}",
+        f"pixel_values has {pixel_values.shape[2]} tile slots per image, "
+        f"the config has max_num_tiles {tiles}",
     )
     _require(
         _shape(pixel_values)[3:] == (config.num_channels, side, side),
@@ -170,7 +171,8 @@ def check_images(
         raise ValueError("pixel_values need aspect_ratio_ids and aspect_ratio_mask")
     _require(
         _shape(aspect_ratio_ids) == (batch, images) and not aspect_ratio_ids.is_floating_point(),
-        f"aspect_ratio_ids must be integers {(batch, images)}, got {_shape(aspect_ratio_ids)} {aspect_ratio_ids.dtype}",
+        f"aspect_ratio_ids must be integers {(batch, images)}, "
+        f"got {_shape(aspect_ratio_ids)} {aspect_ratio_ids.dtype}",
     )
     _require(
         _shape(aspect_ratio_mask) == (batch, images, tiles),
@@ -194,12 +196,23 @@ def check_states(config: MllamaTextConfig, states: Tensor, batch: int) -> None:
     )
 
 
-def check_cross_attention_mask(mask: Tensor, batch: int, tiles: int) -> None:
-    """Check a (B, L, M, tiles) mask against the number of tiles there are. Raises: ValueError."""
+def check_cross_attention_mask(
+    mask: Tensor | None, text: TextInputs, new_tiles: int, cache: MllamaCache | None
+) -> None:
+    """Check a (B, L', M, tiles) mask against the text and all tiles there are. Raises: ValueError."""
+    past, tiles = (cache.columns, cache.num_tiles) if cache is not None else (0, 0)
+    tiles += new_tiles
+    if mask is None or not tiles:
+        return
     _require(
-        mask.dim() == 4 and mask.shape[0] == batch and mask.shape[2] * mask.shape[3] == tiles,
-        f"cross_attention_mask must be ({batch}, length, images, tiles) over {tiles} tiles in all "
+        mask.dim() == 4 and mask.shape[0] == text.batch and mask.shape[2] * mask.shape[3] == tiles,
+        f"cross_attention_mask must be ({text.batch}, length, images, tiles) over {tiles} tiles in all "
         f"(those in the cache first), got {_shape(mask)}",
+    )
+    _require(
+        mask.shape[1] == text.length or mask.shape[1] >= past + text.length,
+        f"cross_attention_mask has {mask.shape[1]} text positions, expected {text.length} (the new tokens)"
+        + (f" or {past + text.length} (with the {past} in the cache)" if past else ""),
     )
 
 

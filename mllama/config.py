@@ -112,8 +112,8 @@ class MllamaVisionConfig(_ConfigBase):
         )
         _require(
             self.vision_output_dim == width * (1 + len(taps)),
-            f"vision_output_dim must be {width * (1 + len(taps))} (hidden_size times one more than the taps), "
-            f"got {self.vision_output_dim}",
+            f"vision_output_dim must be {width * (1 + len(taps))} "
+            f"(hidden_size times one more than the taps), got {self.vision_output_dim}",
         )
         for ratio in self.supported_aspect_ratios:
             _require(
@@ -199,7 +199,8 @@ class MllamaTextConfig(_ConfigBase):
         )
         _require(
             all(0 <= i < self.num_hidden_layers for i in cross) and len(set(cross)) == len(cross),
-            f"cross_attention_layers must be distinct and within 0..{self.num_hidden_layers - 1}, got {cross}",
+            f"cross_attention_layers must be distinct and within 0..{self.num_hidden_layers - 1}, "
+            f"got {cross}",
         )
         _require(
             len(cross) < self.num_hidden_layers,

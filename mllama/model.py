@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
-from mllama.checks import check_image_tokens, check_images, check_states, check_text
+from mllama.checks import (
+    check_cross_attention_mask,
+    check_image_tokens,
+    check_images,
+    check_states,
+    check_text,
+)
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
 from mllama.loss import causal_lm_loss
@@ -106,34 +111,34 @@ class MllamaModel(MllamaPreTrainedModel):
             position_ids,
             past_key_values,
         )
-        tiles = None
+        new_tiles = 0
         if pixel_values is not None:
             if cross_attention_states is not None:
                 raise ValueError("give pixel_values or cross_attention_states, not both")
             check_images(config.vision_config, pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-            assert aspect_ratio_ids is not None and aspect_ratio_mask is not None
-            check_image_tokens(
-                config, text, aspect_ratio_ids, cross_attention_mask, past_key_values
-            )
-            tiles = self.encode_images(
-                pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
-            )
+            new_tiles = pixel_values.shape[1] * pixel_values.shape[2]
         elif cross_attention_states is not None:
             check_states(config.text_config, cross_attention_states, text.batch)
-            tiles = ImageTiles.of_states(cross_attention_states, text.batch)
-        else:
-            check_image_tokens(config, text, None, cross_attention_mask, past_key_values)
-        return self.language_model.run(
-            text,
-            tiles,
-            cross_attention_mask,
-            past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
+            new_tiles = cross_attention_states.shape[0] // text.batch
+        if cross_attention_states is None:
+            new_ids = aspect_ratio_ids if pixel_values is not None else None
+            check_image_tokens(config, text, new_ids, cross_attention_mask, past_key_values)
+        check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
+        with self.no_grad_if_caching(use_cache, past_key_values) as caching:
+            tiles = None
+            if pixel_values is not None:
+                assert aspect_ratio_ids is not None and aspect_ratio_mask is not None
+                tiles = self.encode_images(
+                    pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
+                )
+            elif cross_attention_states is not None:
+                tiles = ImageTiles.of_states(cross_attention_states, text.batch)
+            return self.language_model.run(
+                text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
+            )
 
 
-def _kept_rows(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The columns of hidden (B, L, E) whose logits are wanted: the last so many (0: all), or by index."""
     if isinstance(logits_to_keep, int):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -191,26 +196,25 @@ class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
         _check_labels(labels, logits_to_keep)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            aspect_ratio_mask=aspect_ratio_mask,
-            aspect_ratio_ids=aspect_ratio_ids,
-            attention_mask=attention_mask,
-            cross_attention_mask=cross_attention_mask,
-            cross_attention_states=cross_attention_states,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None else bool(use_cache),
-            output_hidden_states=output_hidden_states,
-        )
-        logits = self.lm_head(_kept_rows(outputs.last_hidden_state, logits_to_keep))
-        loss = (
-            None
-            if labels is None
-            else causal_lm_loss(logits, labels, self.config.image_token_index)
-        )
+        with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
+            outputs = self.model(
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                aspect_ratio_mask=aspect_ratio_mask,
+                aspect_ratio_ids=aspect_ratio_ids,
+                attention_mask=attention_mask,
+                cross_attention_mask=cross_attention_mask,
+                cross_attention_states=cross_attention_states,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=caching,
+                output_hidden_states=output_hidden_states,
+            )
+            logits = self.lm_head(_kept_columns(outputs.last_hidden_state, logits_to_keep))
+            loss = None
+            if labels is not None:
+                loss = causal_lm_loss(logits, labels, self.config.image_token_index)
         return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
 
 
@@ -258,19 +262,21 @@ class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
             tile, (B, L, M, tiles), here too.
         """
         _check_labels(labels, logits_to_keep)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cross_attention_states=cross_attention_states,
-            cross_attention_mask=cross_attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache if labels is None else bool(use_cache),
-            output_hidden_states=output_hidden_states,
-        )
-        logits = self.lm_head(_kept_rows(outputs.last_hidden_state, logits_to_keep)).float()
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cross_attention_states=cross_attention_states,
+                cross_attention_mask=cross_attention_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=caching,
+                output_hidden_states=output_hidden_states,
+            )
+            kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
+            logits = self.lm_head(kept).float()
+            loss = None if labels is None else causal_lm_loss(logits, labels)
         return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
 
 

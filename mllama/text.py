@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -226,7 +225,8 @@ class MllamaTextModel(MllamaPreTrainedModel):
                 images the tokens are taken for generated ones and see what the last token saw;
                 otherwise every token sees every tile.
             past_key_values: the cache of an earlier call, extended in place.
-            use_cache: return a cache; default: the config's choice, but not in training mode.
+            use_cache: return a cache; default: the config's choice, but not in training mode. With a
+                cache the forward is inference: its results carry no gradient.
             output_hidden_states: return the stream before each layer, and the normed result.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
@@ -239,14 +239,12 @@ class MllamaTextModel(MllamaPreTrainedModel):
         if cross_attention_states is not None:
             check_states(self.config, cross_attention_states, text.batch)
             tiles = ImageTiles.of_states(cross_attention_states, text.batch)
-        return self.run(
-            text,
-            tiles,
-            cross_attention_mask,
-            past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
+        new_tiles = tiles.table.shape[1] if tiles is not None else 0
+        check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
+        with self.no_grad_if_caching(use_cache, past_key_values) as caching:
+            return self.run(
+                text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
+            )
 
     def run(
         self,
@@ -254,27 +252,12 @@ class MllamaTextModel(MllamaPreTrainedModel):
         tiles: ImageTiles | None,
         cross_attention_mask: Tensor | None,
         cache: MllamaCache | None,
-        *,
-        use_cache: bool | None,
+        caching: bool,
         output_hidden_states: bool,
     ) -> BaseModelOutput:
-        """The forward on checked inputs, with the new images as tiles."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if cache is None and use_cache:
+        """The forward on checked inputs, with the new images as tiles; ``caching`` makes a cache."""
+        if cache is None and caching:
             cache = MllamaCache(self.config, text.batch, dtype=self.dtype, device=self.device)
-        # The cache holds values, not a graph: with one, the forward is inference.
-        with torch.no_grad() if cache is not None else nullcontext():
-            return self._run(text, tiles, cross_attention_mask, cache, output_hidden_states)
-
-    def _run(
-        self,
-        text: TextInputs,
-        tiles: ImageTiles | None,
-        cross_attention_mask: Tensor | None,
-        cache: MllamaCache | None,
-        output_hidden_states: bool,
-    ) -> BaseModelOutput:
         packing = text.packing()
         if cache is not None:
             cache.reserve(text.length)
@@ -285,8 +268,6 @@ class MllamaTextModel(MllamaPreTrainedModel):
             table = cache.tile_table
         view = TileView(None, None)
         if table is not None:
-            if cross_attention_mask is not None:
-                check_cross_attention_mask(cross_attention_mask, text.batch, table.shape[1])
             view = view_of_tokens(
                 table,
                 packing,
