@@ -231,12 +231,7 @@ class _Run:
         return torch.cat([prompt, torch.tensor(rows, dtype=prompt.dtype).to(prompt.device)], dim=1)
 
     def _decoder(self, step: DecodeStep) -> Callable[[], None]:
-        captured = (
-            self._model.cuda_graph
-            and self._model.backend == "kernels"  # the reference reads lengths on the host
-            and step.tokens.is_cuda
-        )
-        return CapturedStep(step) if captured else step
+        return CapturedStep(step) if _captures(self._model, step.tokens) else step
 
     def _take(self, tokens: list[int]) -> tuple[list[int], list[str]]:
         """Add one token to every row that has not ended."""
@@ -293,7 +288,7 @@ class _TokenReader:
         event = None
         if self._tokens.is_cuda:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._tokens.device))
         self._requests.append((slot, event))
 
     def read(self) -> list[int]:
@@ -307,6 +302,11 @@ class _TokenReader:
 
 def _read_delay(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
+
+
+def _captures(model: Any, tokens: Tensor) -> bool:
+    """Whether decode steps are replayed as a graph; the reference ops read lengths on the host."""
+    return model.cuda_graph and model.backend == "kernels" and tokens.is_cuda
 
 
 def _cached_images(model: Any, cache: MllamaCache) -> int:
