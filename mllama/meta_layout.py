@@ -84,10 +84,13 @@ def halves_from_pairs(weight: Tensor, heads: int) -> Tensor:
 
 
 def _interpolate(grid: Tensor, side: tuple[int, int]) -> Tensor:
-    """(h, w, E) to (*side, E), bilinear with aligned corners, computed in float32."""
-    image = grid.float().permute(2, 0, 1)[None]
+    """(h, w, E) to (*side, E), bilinear with aligned corners, at least in float32.
+
+    The result keeps that precision: it is rounded once, when it is copied into the model.
+    """
+    image = grid.to(torch.promote_types(grid.dtype, torch.float32)).permute(2, 0, 1)[None]
     resized = F.interpolate(image, size=side, mode="bilinear", align_corners=True)
-    return resized[0].permute(1, 2, 0).to(grid.dtype)
+    return resized[0].permute(1, 2, 0)
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

@@ -24,7 +24,7 @@ from mllama.meta_layout import (
 )
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-# Layer counts, vision heads and taps are fixed in Meta's code; widths are as small as they can be.
+# Meta's code fixes the vision tower's layer counts and taps; here they are small, see `small_tower`.
 CONFIG = {
     "image_token_index": 512,
     "text_config": {
@@ -51,9 +51,22 @@ CONFIG = {
         "hidden_size": 128,
         "intermediate_size": 512,
         "image_size": 28,
-        "vision_output_dim": 768,
+        "num_hidden_layers": 4,
+        "num_global_layers": 2,
+        "intermediate_layers_indices": [0, 2, 3],
+        "vision_output_dim": 512,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def small_tower(request, monkeypatch) -> None:
+    """A tower of six layers for all tests that load weights; the others see the real constants."""
+    if "published" not in request.fixturenames:
+        return
+    monkeypatch.setattr(meta_files, "_VISION_LAYERS", 4)
+    monkeypatch.setattr(meta_files, "_GLOBAL_LAYERS", 2)
+    monkeypatch.setattr(meta_files, "_TAPS", [0, 2, 3])
 
 
 def _consistent_rows(tokens: int, width: int) -> Tensor:
@@ -117,7 +130,7 @@ def test_every_tensor_comes_back(tmp_path, published, shards):
 def test_subfolder_and_small_windows(tmp_path, published, monkeypatch):
     weights, config = published
     write_original(tmp_path / "original", weights, config, 2)
-    monkeypatch.setattr(meta_files, "_WINDOW_BYTES", 4_000_000)  # remaps the files several times
+    monkeypatch.setattr(meta_files, "_WINDOW_BYTES", 500_000)  # remaps the files several times
     _assert_same(_load(tmp_path), weights)
 
 
@@ -173,6 +186,9 @@ def test_params_of_the_released_models():
     assert text["eos_token_id"] == [128001, 128008, 128009]
     assert (config["image_token_index"], vision["image_size"]) == (128256, 560)
     assert (vision["vision_output_dim"], vision["intermediate_size"]) == (7680, 5120)
+    assert (vision["num_hidden_layers"], vision["num_global_layers"]) == (32, 8)
+    assert (vision["attention_heads"], vision["patch_size"]) == (16, 14)
+    assert vision["intermediate_layers_indices"] == [3, 7, 15, 23, 30]
     assert vision["supported_aspect_ratios"] == RATIOS
     assert feed_forward_size(8192, 1.3, 4096) == 28672
 
@@ -216,7 +232,7 @@ def test_resized_positions_keep_linear_ramps():
     fine = torch.linspace(0, 1, 7, dtype=torch.float64)
     expected = torch.stack(torch.meshgrid(fine, fine, indexing="ij"), -1).reshape(49, 2)
     assert resized[0].eq(9).all()
-    torch.testing.assert_close(resized[1:], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resized[1:], expected, atol=1e-12, rtol=0)
 
 
 def test_resized_tile_positions_interpolate_across_tiles():
@@ -230,7 +246,7 @@ def test_resized_tile_positions_interpolate_across_tiles():
         return torch.cat([class_token, cells.reshape(tiles, tiles, grid * grid, 2)], dim=2)
 
     torch.testing.assert_close(
-        resize_tile_positions(table(old), new), table(new), atol=1e-6, rtol=0
+        resize_tile_positions(table(old), new), table(new), atol=1e-12, rtol=0
     )
 
 
