@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,7 +88,7 @@ def load_pretrained(
         model = cls(config, backend=backend)
     expected = dict(model.state_dict())
     sources = _match(folder, raw, checkpoint, layout, expected)
-    chosen = requested or _stored_dtype(raw, checkpoint, sources.values())
+    chosen = requested or _stored_dtype(folder, raw, checkpoint, sources.values())
     _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
     _fill(model, checkpoint, sources)
     model.semantics_reason = reason
@@ -141,7 +142,10 @@ def _config(
     else:
         semantics, reason = resolve_semantics(wanted), "asked for by the caller"
     logger.info("semantics %s for %s: %s", semantics.name, folder, reason)
-    return kind.from_dict({**entries, "semantics": semantics}), reason
+    try:
+        return kind.from_dict({**entries, "semantics": semantics}), reason
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(folder, [f"the configuration is unusable: {error}"]) from None
 
 
 def _match(
@@ -192,12 +196,16 @@ def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _stored_dtype(raw: dict[str, Any], checkpoint: Checkpoint, names: Any) -> torch.dtype:
-    parts = [raw, *(raw.get(part) or {} for part in _PART.values())]
-    for entries in parts:
+def _stored_dtype(
+    folder: Path, raw: dict[str, Any], checkpoint: Checkpoint, names: Iterable[str]
+) -> torch.dtype:
+    for entries in (raw, *(raw.get(part) or {} for part in _PART.values())):
         named = entries.get("dtype") or entries.get("torch_dtype")
         if named:
-            return _parse_dtype(named)
+            try:
+                return _parse_dtype(named)
+            except ValueError as error:
+                raise CheckpointError(folder, [f"config.json: {error}"]) from None
     sizes: Counter[torch.dtype] = Counter()
     for name in names:
         info = checkpoint.tensors[name]

@@ -510,6 +510,20 @@ def test_unreadable_config(folder, content):
         _load(folder)
 
 
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"text_config": "large"}, "configuration is unusable"),
+        ({"text_config": TEXT | {"num_hidden_layers": "four"}}, "configuration is unusable"),
+        ({"vision_config": VISION | {"image_size": 30}}, "image_size must be"),
+        ({"dtype": "float8_e4m3fn"}, "got 'float8_e4m3fn'"),
+    ],
+)
+def test_unusable_config_values(folder, entries, message):
+    _edit_json(folder / "config.json", **entries)
+    assert any(message in problem for problem in _problems(folder))
+
+
 def test_another_model_type(folder):
     _edit_json(folder / "config.json", model_type="llama")
     with pytest.raises(CheckpointError, match=r"model_type 'llama'.*needs 'mllama'"):
