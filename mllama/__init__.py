@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllama.cache import MllamaCache
     from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+    from mllama.generation_config import GenerationConfig
     from mllama.image_processor import MllamaImageProcessor
     from mllama.model import MllamaForCausalLM, MllamaForConditionalGeneration, MllamaModel
     from mllama.processor import MllamaProcessor
     from mllama.semantics import Semantics
+    from mllama.streaming import TextStreamer
     from mllama.text import MllamaTextModel
     from mllama.vision import MllamaVisionModel
 
 # Imported on first use: a processor needs no model, a configuration no torch ops.
 _MODULES = {
+    "GenerationConfig": "mllama.generation_config",
     "MllamaCache": "mllama.cache",
     "MllamaConfig": "mllama.config",
     "MllamaForCausalLM": "mllama.model",
@@ -29,9 +32,11 @@ _MODULES = {
     "MllamaVisionConfig": "mllama.config",
     "MllamaVisionModel": "mllama.vision",
     "Semantics": "mllama.semantics",
+    "TextStreamer": "mllama.streaming",
 }
 
 __all__ = [
+    "GenerationConfig",
     "MllamaCache",
     "MllamaConfig",
     "MllamaForCausalLM",
@@ -44,6 +49,7 @@ __all__ = [
     "MllamaVisionConfig",
     "MllamaVisionModel",
     "Semantics",
+    "TextStreamer",
 ]
 
 

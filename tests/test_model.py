@@ -229,16 +229,23 @@ def test_checkpoint_dimensions(
     configs["vision_config"] |= {"vision_output_dim": 1280 * 3}
     config = transformers.MllamaConfig(**configs)
     config._attn_implementation = "sdpa"
-    hf = transformers.MllamaForConditionalGeneration(config).eval()
+    with torch.device("meta"):  # billions of numbers are drawn once only
+        hf = transformers.MllamaForConditionalGeneration(config).eval()
+        model = mllama.MllamaForConditionalGeneration(
+            mllama.MllamaConfig(**configs), backend=backend[0], semantics="transformers"
+        ).eval()
+    hf.to_empty(device="cpu")
+    rotary = type(hf.model.language_model.rotary_emb)(config.text_config)
+    hf.model.language_model.rotary_emb = rotary
     randomise(hf)
-    model = mllama.MllamaForConditionalGeneration(
-        mllama.MllamaConfig(**configs), backend=backend[0], semantics="transformers"
-    )
-    model.load_state_dict(hf.state_dict())
-    model.to(backend[1]).eval()
     batch = batch_of(shape, [Prompt(8, (3,), (2,))])
     with torch.no_grad():
         expected = hf(**batch).logits
+        model.to_empty(device=backend[1])
+        targets = model.state_dict()
+        for name, value in hf.state_dict().items():  # never two whole models in memory
+            targets[name].copy_(value)
+            value.set_()
         actual = model(**to(batch, backend[1])).logits
     assert_close(actual, expected)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_helpers import BACKENDS, Prompt, Shape, assert_close, batch_of, hf_model, our_model, to
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllama
 from mllama.cache import PAGE_SIZE
@@ -230,6 +231,33 @@ def test_reset_makes_a_cache_new(backend: tuple[str, str]) -> None:
         actual = model(**second, past_key_values=cache).logits
     assert_close(actual, expected)
     assert cache.pages(0)[0].data_ptr() == address
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails on anything that would make a GPU's host wait for a value or a data-dependent shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            raise AssertionError(f"{name} reads a value on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("semantics", ["transformers", "meta"])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_decode_step_reads_nothing_on_the_host(semantics: str, backend: tuple[str, str]) -> None:
+    """The reference ops are exempt: they walk over the sequences on the host."""
+    shape = Shape()
+    model = our_model(shape, hf_model(shape), backend, semantics)
+    batch = to(batch_of(shape, [Prompt(20, (4,), (2,)), Prompt(14, (1, 5), (6, 1))]), backend[1])
+    token = torch.full((2, 1), 5, device=backend[1])
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(AssertionError, match="reads a value on the host"), _NoHostReads():
+            model(**batch)  # a padded prompt is packed, once: the check itself works
+        with _NoHostReads():
+            model(token, past_key_values=cache)
+            model(token, past_key_values=cache, position_ids=token)
 
 
 def test_decode_step_keeps_every_address_and_shape() -> None:
