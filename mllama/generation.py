@@ -161,6 +161,8 @@ class _Run:
         options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
         config = _text_config(model)
         self._model, self._vocab_size = model, config.vocab_size
+        if isinstance(input_ids, Tensor) and input_ids.device != model.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
         eos, pad = stop_token_ids(model.generation_config, options)
         self.prompt = Prompt(
             input_ids,
@@ -169,8 +171,6 @@ class _Run:
             pad_token_id=pad,
             infer_padding=pad is not None and pad not in eos,
         )
-        if input_ids.device != model.device:
-            raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
         self.plan: GenerationPlan = make_plan(
             model.generation_config,
             options,

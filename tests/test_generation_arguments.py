@@ -46,6 +46,7 @@ PIXELS = torch.zeros(1, 1, 4, 3, 28, 28)
         ({"stop_strings": "x", "tokenizer": 1}, TypeError, "decode method, got int"),
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor"),
         ({"input_ids": PROMPT[0]}, ValueError, r"input_ids must be \(B, L\) int64, got \(4,\)"),
+        ({"input_ids": PROMPT.to("meta")}, ValueError, "is on meta, the model on cpu"),
         ({"input_ids": PROMPT.float()}, ValueError, "got .* torch.float32"),
         ({"input_ids": PROMPT[:, :0]}, ValueError, "input_ids is empty"),
         ({"input_ids": PROMPT + 200}, ValueError, "input_ids must lie within 0..103"),

@@ -13,6 +13,7 @@ from transformers import TextStreamer as HfTextStreamer
 
 from mllama.stopping import RowText, StopCondition, StopStringScanner, special_tokens
 from mllama.streaming import IncrementalDetokenizer, TextStreamer, make_decoder
+from mllama.tokenizer import MllamaTokenizer
 
 TEXTS = [
     "plain words, then a full stop.",
@@ -116,7 +117,8 @@ def test_decoders_of_every_kind_agree() -> None:
     processor = Processor()
     processor.tokenizer = tokenizer
     ids = [*tokenizer.encode("Hello , world .").ids, tokenizer.token_to_id("<|end|>")]
-    for kind in (tokenizer, wrapped, processor):
+    ours = MllamaTokenizer(tokenizer, {"eos_token": "<|end|>"})
+    for kind in (tokenizer, wrapped, processor, ours):
         assert make_decoder(kind)(ids) == "Hello , world ."
         assert make_decoder(kind, skip_special_tokens=False)(ids) == "Hello , world .<|end|>"
         assert special_tokens(kind) == {"<|end|>": tokenizer.token_to_id("<|end|>")}
