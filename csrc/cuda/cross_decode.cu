@@ -55,15 +55,15 @@ struct TileSource {
     const T* weight = static_cast<const T*>(p.q_norm_weight);
     for (int row = threadIdx.x / kWarpSize; row < group; row += kSplitKvWarps) {
       float value[kMaxPerLane];
-      float sum = 0.0f;
+      Statistic<T> sum = 0;
 #pragma unroll
       for (int i = 0; i < kMaxPerLane; ++i) {
         const int d = lane + i * kWarpSize;
         value[i] = d < head_dim ? to_f32(q[row * p.q_head_stride + d]) : 0.0f;
-        sum = fmaf(value[i], value[i], sum);
+        sum += static_cast<Statistic<T>>(value[i]) * value[i];
       }
-      const float mean = warp_sum(sum) / static_cast<float>(head_dim);
-      const float rstd = 1.0f / sqrtf(mean + static_cast<float>(p.eps));
+      const Statistic<T> mean = warp_sum(sum) / head_dim;
+      const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(p.eps)));
 #pragma unroll
       for (int i = 0; i < kMaxPerLane; ++i) {
         const int d = lane + i * kWarpSize;

@@ -4,9 +4,16 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 namespace mllama {
 
 constexpr int kWarpSize = 32;
+
+// What sums over a row of T are kept in. A float32 result would show the order of float32
+// additions.
+template <typename T>
+using Statistic = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
 // Sum over aligned groups of kLanes lanes; every lane gets it. All 32 lanes must call.
 template <int kLanes = kWarpSize, typename T>

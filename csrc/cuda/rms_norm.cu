@@ -19,7 +19,6 @@
 //            Input rows may be strided. A row hidden by row_mask is not read from x.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "../rms_norm.h"
 #include "reduce.cuh"
@@ -70,9 +69,6 @@ __device__ __forceinline__ Vec<T> add_residual(const Vec<T>& x, const Vec<T>& re
   }
   return sum;
 }
-
-template <typename T>
-using Statistic = std::conditional_t<std::is_same_v<T, float>, double, float>;
 
 template <typename T>
 __device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v) {

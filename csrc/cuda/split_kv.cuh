@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kSplitKvThreads, kSplitKvMinBlocks)
   __syncthreads();
 
   constexpr int kQuads = kHeadDim / 4;
+  const float unit = Warp::unit(p.scale_log2);
   for (int i = threadIdx.x; i < group * kQuads; i += kSplitKvThreads) {
     const int row = i / kQuads, column = i % kQuads * 4;
     float maximum = -INFINITY;
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kSplitKvThreads, kSplitKvMinBlocks)
     float4 out = {};
 #pragma unroll
     for (int w = 0; w < kSplitKvWarps; ++w) {
-      const float weight = exp2f(shared.merge.maximum[w][row] - shift);
+      const float weight = exp2f((shared.merge.maximum[w][row] - shift) * unit);
       const float4 part =
           *reinterpret_cast<const float4*>(&shared.merge.out[w][row * Tile::kOutStride + column]);
       sum = fmaf(weight, shared.merge.sum[w][row], sum);
@@ -210,6 +211,7 @@ __global__ void __launch_bounds__(kSplitKvThreads) combine_splits_kernel(const S
   maximum = warp_max(maximum);
   const float shift = maximum == -INFINITY ? 0.0f : maximum;
 
+  const float unit = SplitWarp<T, kHeadDim>::unit(p.scale_log2);
   const int column = lane * 4;
   float sum = 0.0f;
   float4 total = {};
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kSplitKvThreads) combine_splits_kernel(const S
     if (statistics.y != 0.0f && column < kHeadDim) {
       part = *reinterpret_cast<const float4*>(p.partial + (first + s) * kHeadDim + column);
     }
-    const float weight = exp2f(statistics.x - shift);
+    const float weight = exp2f((statistics.x - shift) * unit);
     sum = fmaf(weight, statistics.y, sum);
     total = {fmaf(weight, part.x, total.x), fmaf(weight, part.y, total.y),
              fmaf(weight, part.z, total.z), fmaf(weight, part.w, total.w)};

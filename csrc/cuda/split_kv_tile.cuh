@@ -41,6 +41,9 @@ class SplitWarp {
  public:
   static constexpr int kKeys = 16;
 
+  // OnlineSoftmax scales before it subtracts: one FFMA.
+  __device__ static __forceinline__ float unit(float) { return 1.0f; }
+
   __device__ __forceinline__ void init(const T* query) {
     const int lane = threadIdx.x % kWarpSize;
     const uint32_t address = shared_address(query) + lane % 16 * Tile::kRowBytes + lane / 16 * 16;
@@ -134,6 +137,9 @@ class SplitWarp<float, kHeadDim> {
  public:
   static constexpr int kKeys = 8;
 
+  // Scaling a difference of scores keeps the rounding of the scale out of large scores.
+  __device__ static __forceinline__ float unit(float scale_log2) { return scale_log2; }
+
   __device__ __forceinline__ void init(const float* query) {
     query_ = query + threadIdx.x % kWarpSize / kKeys * kRowsPerLane * Tile::kRowElements;
 #pragma unroll
@@ -160,12 +166,12 @@ class SplitWarp<float, kHeadDim> {
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
       const float4 x = partial[i];
-      const float score = key < count ? ((x.x + x.y) + (x.z + x.w)) * scale_log2 : -INFINITY;
+      const float score = key < count ? (x.x + x.y) + (x.z + x.w) : -INFINITY;
       const float previous = maximum_[i];
       maximum_[i] = fmaxf(previous, warp_max<kKeys>(score));
       const float shift = maximum_[i] == -INFINITY ? 0.0f : maximum_[i];
-      factor[i] = exp2f(previous - shift);
-      weight[i] = exp2f(score - shift);
+      factor[i] = exp2f((previous - shift) * scale_log2);
+      weight[i] = exp2f((score - shift) * scale_log2);
       sum_[i] = fmaf(sum_[i], factor[i], weight[i]);
     }
     float values[kKeys][kDims];
@@ -180,15 +186,17 @@ class SplitWarp<float, kHeadDim> {
 #pragma unroll
     for (int row = 0; row < Tile::kRows; ++row) {
       if (row >= group) continue;
-      const float row_factor = of_row(factor, row, 0);
-#pragma unroll
-      for (int d = 0; d < kDims; ++d) out_[row][d] *= row_factor;
+      // The tile's sum first: it rounds less than adding key after key to the total.
+      float total[kDims] = {};
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         const float row_weight = of_row(weight, row, j);
 #pragma unroll
-        for (int d = 0; d < kDims; ++d) out_[row][d] = fmaf(row_weight, values[j][d], out_[row][d]);
+        for (int d = 0; d < kDims; ++d) total[d] = fmaf(row_weight, values[j][d], total[d]);
       }
+      const float row_factor = of_row(factor, row, 0);
+#pragma unroll
+      for (int d = 0; d < kDims; ++d) out_[row][d] = fmaf(out_[row][d], row_factor, total[d]);
     }
   }
 
