@@ -1,0 +1,39 @@
+// The host-side C++ of the kernels as a Python module, so that pytest can call it.
+#include <pybind11/pybind11.h>
+
+#include "../csrc/cuda/attention_config.h"
+#include "../csrc/cuda/split_kv.h"
+
+namespace py = pybind11;
+using namespace mllama;
+
+PYBIND11_MODULE(host_module, m) {
+  m.def("ceil_div", &ceil_div<int64_t>);
+  m.def("round_up", &round_up<int64_t>);
+  m.def("attention_tile", [](int64_t element_bytes) {
+    const AttentionTile tile = attention_tile(element_bytes);
+    return py::make_tuple(tile.rows, tile.keys, tile.warps);
+  });
+  m.def("attention_tile_swizzled", &attention_tile_swizzled);
+  m.def("attention_tile_stride", &attention_tile_stride);
+  m.def("attention_shared_bytes", &attention_shared_bytes);
+  m.def("paged_splits", [](int64_t capacity) {
+    const SplitGeometry geometry = paged_splits(capacity);
+    return py::make_tuple(geometry.splits, geometry.split_size);
+  });
+  m.def("tile_splits", [](int64_t tokens) {
+    const SplitGeometry geometry = tile_splits(tokens);
+    return py::make_tuple(geometry.splits, geometry.split_size);
+  });
+  m.def("split_kv_workspace", &split_kv_workspace);
+  m.def("rotary_uses_split_kv",
+        [](bool paged, int64_t max_seqlen, int64_t num_q_heads, int64_t num_kv_heads) {
+          static const int32_t table = 0;
+          RotaryAttentionParams p{};
+          p.page_table = paged ? &table : nullptr;
+          p.max_seqlen = max_seqlen;
+          p.num_q_heads = num_q_heads;
+          p.num_kv_heads = num_kv_heads;
+          return uses_split_kv(p);
+        });
+}

@@ -1,0 +1,96 @@
+"""Host-side C++ of the CUDA kernels: tiles, shared memory, split geometry, choice of path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARED_MEMORY_SM86 = 99 * 1024  # what one block may ask for on sm_86 and sm_89, the least of all
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    import pybind11
+
+    output = (
+        tmp_path_factory.mktemp("host") / f"host_module{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", *includes]
+    subprocess.run([*command, str(TESTS / "host_module.cpp"), "-o", str(output)], check=True)
+    spec = importlib.util.spec_from_file_location("host_module", output)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_attention_tiles_fit(host, head_dim, element_bytes):
+    """Shared memory fits every device from sm_80 on, and rows stay on 16-byte boundaries."""
+    assert host.attention_shared_bytes(head_dim, element_bytes) <= SHARED_MEMORY_SM86
+    stride = host.attention_tile_stride(head_dim, element_bytes)
+    assert stride % 16 == 0 and stride >= head_dim * element_bytes
+    rows, keys, warps = host.attention_tile(element_bytes)
+    assert rows % (16 * warps) == 0 and keys % 16 == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_ldmatrix_rows_hit_distinct_banks(host, head_dim):
+    """Eight rows of 16 bytes, as one ldmatrix reads them, lie in eight different groups of four banks."""
+    stride = host.attention_tile_stride(head_dim, 2)
+    swizzled = host.attention_tile_swizzled(head_dim, 2)
+    for chunk in range(head_dim * 2 // 16):
+        groups = set()
+        for row in range(8):
+            column = chunk ^ (row % 8) if swizzled else chunk
+            groups.add((row * stride // 16 + column) % 8)
+        assert len(groups) == 8
+
+
+def test_paged_splits_cover_the_capacity(host):
+    """Every key is in exactly one split, splits are whole products wide, and few enough to pay off."""
+    for capacity in [1, 16, 64, 255, 256, 257, 4096, 4097, 8192, 32768, 32769, 131072]:
+        splits, size = host.paged_splits(capacity)
+        assert size % 16 == 0
+        assert (splits - 1) * size < capacity <= splits * size
+        assert splits <= 64
+
+
+def test_tile_splits_cover_a_tile(host):
+    for tokens in [1, 17, 512, 513, 1025, 1601, 6404]:
+        splits, size = host.tile_splits(tokens)
+        assert size % 16 == 0
+        assert (splits - 1) * size < tokens <= splits * size
+    assert host.tile_splits(1601) == (
+        4,
+        416,
+    )  # 4 tiles x 4 splits x 8 heads: 128 blocks, one wave of 132
+
+
+def test_split_workspace_is_linear_in_the_batch(host):
+    one = host.split_kv_workspace(1, 32, 16, 128)
+    assert one == 32 * 16 * (128 + 2) * 4
+    assert host.split_kv_workspace(7, 32, 16, 128) == 7 * one
+
+
+def test_choice_of_the_decode_path(host):
+    assert host.rotary_uses_split_kv(True, 1, 32, 8)
+    assert host.rotary_uses_split_kv(True, 1, 64, 8)
+    assert not host.rotary_uses_split_kv(
+        True, 2, 32, 8
+    )  # more than one row per sequence: the main loop
+    assert not host.rotary_uses_split_kv(False, 1, 32, 8)  # no cache
+    assert not host.rotary_uses_split_kv(True, 1, 34, 2)  # a group of 17 does not fit one product
+
+
+def test_integer_helpers(host):
+    assert [host.ceil_div(n, 8) for n in (0, 1, 8, 9)] == [0, 1, 1, 2]
+    assert [host.round_up(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
