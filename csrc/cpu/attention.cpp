@@ -8,13 +8,18 @@
 // Precision  scores, softmax and sums in float32 (float64 for float64).
 #include "attention.h"
 
+#include "../common.h"
+#include "gemm_amx.h"
 #include "gemm_fma.h"
+#include "kernels.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
 constexpr int64_t kBlockKeys = 384;
 constexpr int64_t kSubRows = 32;
+constexpr int64_t kStep = 2 * kLanes;  // keys that the softmax takes at a time
+static_assert(kBlockKeys % kStep == 0 && kBlockKeys % 32 == 0, "a block is whole vectors and whole tiles");
 
 template <typename T, typename Gemm>
 class TaskRunner {
@@ -31,6 +36,8 @@ class TaskRunner {
         keys_(scratch.take<E>(Gemm::packed_elements(depth_, kBlockKeys))),
         values_(scratch.take<E>(Gemm::packed_elements(kBlockKeys, width_))),
         scores_(scratch.take<S>(kSubRows * kBlockKeys)),
+        weights_(sizeof(E) == sizeof(S) ? reinterpret_cast<E*>(scores_)  // in place
+                                        : scratch.take<E>(kSubRows * kBlockKeys)),
         out_(scratch.take<S>(rows_ * width_)),
         maximum_(scratch.take<S>(rows_)),
         sum_(scratch.take<S>(rows_)),
@@ -38,6 +45,7 @@ class TaskRunner {
         hidden_(scratch.take<S>(kSubRows * width_)) {}
 
   void run() {
+    [[maybe_unused]] const typename Gemm::Session session;
     load_queries();
     for (int64_t s = 0; s < task_.num_segments; ++s) {
       const Segment& segment = task_.segments[s];
@@ -93,52 +101,60 @@ class TaskRunner {
     Gemm::template pack_transposed<T>(key, n, task_.head_dim, keys_);
     Gemm::template pack<T>(value, n, task_.head_dim, values_);
     for (int64_t first = 0; first < rows_; first += kSubRows) {
-      bool any = false;
-      for (int64_t r = 0; r < kSubRows; ++r) any |= limit_[first + r] > 0;
-      if (any) sub_block(first, begin, n);
+      int64_t longest = 0;
+      for (int64_t r = 0; r < kSubRows; ++r) longest = max<int64_t>(longest, limit_[first + r]);
+      if (longest > 0) sub_block(first, begin, longest, n);
     }
   }
 
-  void sub_block(int64_t first, int64_t begin, int64_t n) {
+  // The first n keys of a block of block_keys, for kSubRows rows.
+  void sub_block(int64_t first, int64_t begin, int64_t n, int64_t block_keys) {
     constexpr int64_t stride = kBlockKeys;
-    Gemm::multiply(q_ + first * depth_, depth_, keys_, kSubRows, n, depth_, scores_, stride, false);
+    const typename Gemm::Packed keys = {keys_, depth_, block_keys}, values = {values_, block_keys, width_};
+    Gemm::multiply(q_ + first * depth_, depth_, keys, kSubRows, n, depth_, scores_, stride, false);
     for (int64_t r = 0; r < kSubRows; ++r) {
-      S* row = scores_ + r * stride;
       S* out = out_ + (first + r) * width_;
       if (limit_[first + r] > 0) {
-        softmax(row, first + r, begin, n, out);
+        softmax(scores_ + r * stride, weights_ + r * stride, first + r, begin, n, out);
       } else {
-        // Zero probabilities would still let a NaN of a hidden value through the product: undone below.
-        memset(row, 0, n * sizeof(S));
+        // Zero weights would still let a NaN of a hidden value through the product: undone below.
+        memset(weights_ + r * stride, 0, round_up(n, kStep) * sizeof(E));
         memcpy(hidden_ + r * width_, out, width_ * sizeof(S));
       }
     }
-    Gemm::multiply(scores_, stride, values_, kSubRows, width_, n, out_ + first * width_, width_, true);
+    Gemm::multiply(weights_, stride, values, kSubRows, width_, Gemm::padded_depth(n), out_ + first * width_,
+                   width_, true);
     for (int64_t r = 0; r < kSubRows; ++r) {
       if (limit_[first + r] == 0) memcpy(out_ + (first + r) * width_, hidden_ + r * width_, width_ * sizeof(S));
     }
   }
 
-  void softmax(S* scores, int64_t r, int64_t begin, int64_t n, S* out) {
-    const int64_t limit = limit_[r], end = Gemm::padded_columns(n);
+  // One row: scores to weights, with the row's maximum, sum and output brought up to date.
+  void softmax(S* scores, E* weights, int64_t r, int64_t begin, int64_t n, S* out) {
+    const int64_t limit = limit_[r], end = round_up(n, kStep);
     for (int64_t j = limit; j < end; ++j) scores[j] = -__builtin_inf();
     if (task_.query_padding && task_.query_padding[r / task_.group]) {
       for (int64_t j = 0; j < limit; ++j) {
         if (task_.key_padding[begin + j]) scores[j] = -__builtin_inf();
       }
     }
-    Vec<S> largest = load(scores);
-    for (int64_t j = kLanes; j < end; j += kLanes) largest = max_vec(largest, load(scores + j));
-    const S maximum = max(maximum_[r], max_lanes(largest));
+    Vec<S> largest[2] = {load(scores), load(scores + kLanes)};
+    for (int64_t j = kStep; j < end; j += kStep) {
+      largest[0] = max_vec(largest[0], load(scores + j));
+      largest[1] = max_vec(largest[1], load(scores + j + kLanes));
+    }
+    const S maximum = max(maximum_[r], max_lanes(max_vec(largest[0], largest[1])));
     if (maximum == -__builtin_inf()) {
-      memset(scores, 0, n * sizeof(S));
+      memset(weights, 0, end * sizeof(E));
       return;
     }
-    Vec<S> sums = {};
-    for (int64_t j = 0; j < end; j += kLanes) {
-      const Vec<S> weight = exp2((load(scores + j) - maximum) * factor_);
-      store(scores + j, weight);
-      sums += weight;
+    Vec<S> sums[2] = {};
+    for (int64_t j = 0; j < end; j += kStep) {
+      const Vec<S> low = Gemm::exp2((load(scores + j) - maximum) * factor_);
+      const Vec<S> high = Gemm::exp2((load(scores + j + kLanes) - maximum) * factor_);
+      Gemm::store_weights(weights + j, low, high);
+      sums[0] += low;
+      sums[1] += high;
     }
     if (maximum != maximum_[r]) {
       const S decay = exp2(splat((maximum_[r] - maximum) * factor_))[0];
@@ -146,7 +162,7 @@ class TaskRunner {
       for (int64_t d = 0; d < width_; d += kLanes) store(out + d, load(out + d) * decay);
       maximum_[r] = maximum;
     }
-    sum_[r] += sum_lanes(sums);
+    sum_[r] += sum_lanes(sums[0] + sums[1]);
   }
 
   void store_outputs() {
@@ -162,7 +178,9 @@ class TaskRunner {
   const AttentionTask& task_;
   const int64_t rows_, depth_, width_;
   E *q_, *keys_, *values_;
-  S *scores_, *out_, *maximum_, *sum_;
+  S* scores_;
+  E* weights_;
+  S *out_, *maximum_, *sum_;
   int32_t* limit_;
   S* hidden_;
   S factor_;
@@ -173,6 +191,11 @@ class TaskRunner {
 template <typename T>
 void attend(const AttentionTask& task, Scratch& scratch) {
   const Scratch::Mark mark(scratch);
+#ifdef __AMX_BF16__
+  if constexpr (__is_same(T, BF16)) {
+    if (amx_available()) return TaskRunner<T, AmxGemm>(task, scratch).run();
+  }
+#endif
   TaskRunner<T, FmaGemm<Scalar<T>>>(task, scratch).run();
 }
 

@@ -46,7 +46,7 @@ struct AttentionTask {
 };
 
 // Rows that one task should have at most: keys are packed once for all of them.
-constexpr int64_t kTaskRows = 256;
+constexpr int64_t kTaskRows = 512;
 
 // Query tokens of one task.
 MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskRows / group); }

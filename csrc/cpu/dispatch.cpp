@@ -2,6 +2,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef MLLAMA_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "kernels.h"
 
 namespace mllama {
@@ -33,9 +41,29 @@ Isa isa() {
   return chosen;
 }
 
+#ifdef MLLAMA_X86
+bool request_amx() {
+#ifdef __linux__
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 #ifdef MLLAMA_X86
+bool amx_available() {
+  static const bool available = request_amx();
+  return available;
+}
+
 #define MLLAMA_DISPATCH(op, Params)                  \
   void op##_cpu(const Params& p) {                   \
     switch (isa()) {                                 \

@@ -15,15 +15,29 @@ template <typename S>
 struct FmaGemm {
   using Element = S;      // of A and of packed B
   using Accumulator = S;  // of C
+  struct Session {};      // what a thread holds while it multiplies
   static constexpr int kRowsPerStep = kLanes == 16 ? 8 : 4;
   static constexpr int kVectors = 3;
   static constexpr int kPanel = kVectors * kLanes;
 
   static constexpr int64_t kChain = 64;
 
+  // B in packed form; multiply() may take its first rows and columns alone.
+  struct Packed {
+    const S* data;
+    int64_t depth, columns;  // as packed
+  };
+
   static int64_t padded_depth(int64_t depth) { return depth; }
   static int64_t padded_columns(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
   static int64_t packed_elements(int64_t depth, int64_t n) { return depth * padded_columns(n); }
+
+  static Vec<S> exp2(Vec<S> x) { return MLLAMA_ISA::exp2(x); }
+
+  static void store_weights(S* p, Vec<S> low, Vec<S> high) {
+    store(p, low);
+    store(p + kLanes, high);
+  }
 
   // One row of A, times sign (-1, 0 or 1).
   template <typename T>
@@ -67,11 +81,13 @@ struct FmaGemm {
     }
   }
 
-  // rows is a multiple of kRowsPerStep. accumulate: C += A * B.
-  static void multiply(const S* a, int64_t lda, const S* packed, int64_t rows, int64_t n, int64_t depth, S* c,
+  // rows is a multiple of kRowsPerStep; columns of C past n may be written, up to a panel's width.
+  // accumulate: C += A * B.
+  static void multiply(const S* a, int64_t lda, const Packed& b, int64_t rows, int64_t n, int64_t depth, S* c,
                        int64_t ldc, bool accumulate) {
+    const S* packed = b.data;
     for (int64_t panel = 0; panel < n; panel += kPanel) {
-      const int64_t width = min<int64_t>(kPanel, padded_columns(n - panel));
+      const int64_t width = min<int64_t>(kPanel, padded_columns(b.columns - panel));
       for (int64_t r = 0; r < rows; r += kRowsPerStep) {
         const S* a_rows = a + r * lda;
         S* c_block = c + r * ldc + panel;
@@ -83,7 +99,7 @@ struct FmaGemm {
           step<1>(a_rows, lda, packed, depth, c_block, ldc, accumulate);
         }
       }
-      packed += width * depth;
+      packed += width * b.depth;
     }
   }
 

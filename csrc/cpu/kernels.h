@@ -24,4 +24,7 @@ MLLAMA_DECLARE_KERNELS(generic)
 #ifdef MLLAMA_X86
 MLLAMA_DECLARE_KERNELS(avx2)
 MLLAMA_DECLARE_KERNELS(avx512)
+namespace mllama {
+bool amx_available();  // bfloat16 tiles, on this machine and for this process
+}
 #endif

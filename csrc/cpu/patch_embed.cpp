@@ -84,7 +84,8 @@ class Embedder {
     const int64_t rows = round_up<int64_t>(count, Gemm::kRowsPerStep);
     for (int64_t r = 0; r < count; ++r) load_patch(tile, first + r, pixels, a + r * padded_depth_);
     memset(a + count * padded_depth_, 0, (rows - count) * padded_depth_ * sizeof(E));
-    Gemm::multiply(a, padded_depth_, weight_, rows, p_.dim, padded_depth_, c, padded_dim_, false);
+    const typename Gemm::Packed weight = {weight_, padded_depth_, p_.dim};
+    Gemm::multiply(a, padded_depth_, weight, rows, p_.dim, padded_depth_, c, padded_dim_, false);
     const T* pre_tile = aspect_row(p_.pre_tile_embedding, tile, p_.dim);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t token = first + r + 1;
