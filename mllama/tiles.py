@@ -95,6 +95,8 @@ class TileMemory:
             seen: (N, T) bool per packed token.
             shown: (B, L, M, tiles) bool, the same per column.
         """
+        if not seen.shape[0]:
+            return  # nothing but padding
         last = seen[(packing.cu_seqlens[1:] - 1).clamp_min(0)]
         images = shown.any(-1).any(1)
         if self._last_seen is not None and self._images_seen is not None:

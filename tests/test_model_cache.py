@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import BACKENDS, Prompt, Shape, assert_close, batch_of, hf_model, our_model, to
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,7 +129,21 @@ def test_second_image_in_a_later_turn(semantics: str, backend: tuple[str, str]) 
             output = model(**to(turn, backend[1]), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits.append(output.logits)
+        # The next token: as the last one under "transformers", blind after two images under "meta".
+        new = torch.full((2, 1), 5)
+        shown = batch["cross_attention_mask"]
+        last = shown[:, -1:] * (semantics == "transformers")
+        if semantics == "meta":
+            batch |= {"input_ids": torch.cat([batch["input_ids"], new], 1)}
+            batch |= {"attention_mask": torch.ones(2, 31)}
+            batch |= {"cross_attention_mask": torch.cat([shown, last], 1)}
+            next_expected = model(**to(batch, backend[1]), use_cache=False).logits[:, -1:]
+        else:
+            mask = torch.cat([shown, last], 1)
+            next_expected = hf(new, cross_attention_mask=mask, past_key_values=past).logits
+        next_actual = model(new.to(backend[1]), past_key_values=cache).logits
     assert_close(torch.cat(logits, 1), expected)
+    assert_close(next_actual, next_expected)
     # Under "meta" only the tiles of the images are kept, not their padding.
     assert cache.num_tiles == 8
     assert cache.num_tiles_stored == (2 + 4 + 2 + 1 if semantics == "meta" else 16)
@@ -146,25 +161,37 @@ def test_image_after_turns_of_text(backend: tuple[str, str]) -> None:
     assert_close(torch.cat([first.logits, second.logits], 1), expected)
 
 
-def test_a_sequence_without_new_tokens_keeps_its_state() -> None:
+def test_a_sequence_without_new_tokens_keeps_its_state(backend: tuple[str, str]) -> None:
     shape = Shape()
-    model = our_model(shape, hf_model(shape), semantics="meta")
+    model = our_model(shape, hf_model(shape), backend, "meta")
     batch = batch_of(shape, [Prompt(20, (4,), (2,)), Prompt(10, (2,), (3,))], "right")
-    new = torch.randint(3, shape.vocab, (2, 1))
+    batch = to(batch, backend[1])
+    new = torch.randint(3, shape.vocab, (2, 1), device=backend[1])
+    one, two = (
+        mllama.MllamaCache(model.config.text_config, 2, dtype=torch.float32, device=backend[1])
+        for _ in range(2)
+    )
     with torch.no_grad():
-        one = model(**batch, use_cache=True).past_key_values
-        two = _cache_of_chunks(model, batch, [10])
+        model(**batch, past_key_values=one)
+        _in_chunks(model, batch, [10], two)
         assert one.lengths.tolist() == two.lengths.tolist() == [20, 10]
         outputs = [model(new, past_key_values=cache).logits for cache in (one, two)]
     assert_close(outputs[1], outputs[0], rtol=1e-5)
 
 
-def _cache_of_chunks(
-    model: mllama.MllamaForConditionalGeneration, batch: dict[str, Tensor], cuts: list[int]
-) -> mllama.MllamaCache:
-    cache = mllama.MllamaCache(model.config.text_config, 2, dtype=torch.float32, device="cpu")
-    _in_chunks(model, batch, cuts, cache)
-    return cache
+def test_columns_of_nothing_but_padding(backend: tuple[str, str]) -> None:
+    shape = Shape()
+    model = our_model(shape, hf_model(shape), backend)
+    batch = batch_of(shape, [Prompt(9, (4,), (2,)), Prompt(9, (1,), (3,))])
+    wide = {
+        "input_ids": F.pad(batch["input_ids"], (5, 0)),
+        "attention_mask": F.pad(batch["attention_mask"], (5, 0)),
+        "cross_attention_mask": F.pad(batch["cross_attention_mask"], (0, 0, 0, 0, 5, 0)),
+        **{name: batch[name] for name in IMAGES},
+    }
+    with torch.no_grad():
+        expected = model(**to(wide, backend[1]), use_cache=False).logits
+        assert_close(_in_chunks(model, to(wide, backend[1]), [5]), expected)
 
 
 def test_cross_keys_and_values_are_computed_once() -> None:
