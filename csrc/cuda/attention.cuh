@@ -1,10 +1,8 @@
 // The attention main loop for sm_80 and newer, after FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 //
 // Tiling     One thread block computes kBlockM query rows (attention_config.h) and walks over key
-// blocks
-//            of kBlockN. Q stays in shared memory; K and V have a slot each, filled by cp.async: V
-//            of a block travels during its scores, K of the next one during softmax and the product
-//            with V.
+//            blocks of kBlockN. Q stays in shared memory; K and V of one block are in use while
+//            those of the next one arrive by cp.async: one barrier per key block.
 // Precision  Scores, softmax and output in float32; 16-bit weights are rounded before the product
 // with V,
 //            float32 ones are not. One rounding at the store.
@@ -31,10 +29,10 @@ constexpr int kNoBlock = 0x7fffffff;
 //
 //   Query    load<Config>(tile, rows): see attention_queries.cuh.
 //   Keys     k_run, v_run: see attention_keys.cuh.
-//   Mask     int next(int block)        the first block >= `block` to be visited, or kNoBlock;
-//   block numbers
-//                                       are opaque to the loop, but increase. The same in all
-//                                       threads.
+//   Mask     int next()                 the next block to visit, or kNoBlock; numbers are opaque to
+//   the loop.
+//                                       The same in all threads, and without a loop inside: work of
+//                                       unknown length belongs into the mask's constructor.
 //            bool enter(int block)      prepares the block's mask; true if it hides anything from
 //            any row.
 //                                       Keys behind a run's `count` must be hidden. Uniform in a
@@ -52,36 +50,42 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
   using T = typename Config::T;
   using Layout = TileLayout<T, Config::kHeadDim>;
   using Products = AttentionProducts<Config>;
+  static_assert(Config::kHidesRows == Mask::kHidesRows, "the tile must suit the mask");
+  constexpr int kKeyTileBytes = Config::kBlockN * Layout::kStride;
   char* const q_tile = shared;
-  char* const k_tile = q_tile + Config::kBlockM * Layout::kStride;
-  char* const v_tile = k_tile + Config::kBlockN * Layout::kStride;
-  char* const weight_tile = v_tile + Config::kBlockN * Layout::kStride;
-  const int run = threadIdx.x / kWarpSize * Config::kKeyRun;
+  char* const stages = q_tile + Config::kBlockM * Layout::kStride;  // K then V, twice
+  char* const weight_tile = stages + 2 * kAttentionStages * kKeyTileBytes;
+  const auto copy = [&](int block, char* stage) {
+    const int run = threadIdx.x / kWarpSize * Config::kKeyRun;
+    const uint32_t target = shared_address(stage);
+    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(target, run, keys.k_run(block, run));
+    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(target + kKeyTileBytes, run,
+                                                         keys.v_run(block, run));
+  };
 
-  int block = mask.next(0);
-  if (block != kNoBlock) {
-    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(k_tile), run,
-                                                         keys.k_run(block, run));
-  }
+  int block = warp_uniform(mask.next());
+  if (block != kNoBlock) copy(block, stages);
   query.template load<Config>(q_tile, rows);
   cp_async_commit();
 
   float scores[Config::kRowTiles][Config::kKeyTiles][4];
   float out[Config::kRowTiles][Config::kDimTiles][4] = {};
   OnlineSoftmax<T, Config::kSlots> softmax;
+  int stage = 0;
   while (block != kNoBlock) {
+    const int next = warp_uniform(mask.next());
     cp_async_wait<0>();
-    __syncthreads();  // K has landed for all; all are done with the previous V
-    copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(v_tile), run,
-                                                         keys.v_run(block, run));
+    __syncthreads();  // the block has landed for all; all are done with the other stage
+    if (next != kNoBlock) copy(next, stages + (stage ^ 1) * 2 * kKeyTileBytes);
     cp_async_commit();
 
+    const char* const k_tile = stages + stage * 2 * kKeyTileBytes;
     Products::scores(scores, q_tile, k_tile);
-    RowSelection<Config, Mask::kHidesRows> selection;
-    const bool masked = mask.enter(block);
+    const bool masked = warp_uniform(mask.enter(block));
+    bool sees[Config::kSlots];
 #pragma unroll
     for (int slot = 0; slot < Config::kSlots; ++slot) {
-      selection.sees[slot] = !Mask::kHidesRows || !masked || mask.sees(slot);
+      sees[slot] = !Config::kHidesRows || !masked || mask.sees(slot);
     }
     if (masked) {
 #pragma unroll
@@ -96,19 +100,11 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
         }
       }
     }
-
-    cp_async_wait<0>();
-    __syncthreads();  // V has landed for all; all are done with this K
-    const int next = mask.next(block + 1);
-    if (next != kNoBlock) {
-      copy_run_async<Config::kKeyRun, T, Config::kHeadDim>(shared_address(k_tile), run,
-                                                           keys.k_run(next, run));
-      cp_async_commit();
-    }
     float factor[Config::kSlots];
     softmax.update(scores, softmax_scale_log2, factor);
-    Products::output(out, scores, factor, selection, v_tile, weight_tile);
+    Products::output(out, scores, factor, sees, k_tile + kKeyTileBytes, weight_tile);
     block = next;
+    stage ^= 1;
   }
 
   // Through the warp's own rows of the query tile, so that global stores are whole 16-byte vectors.
@@ -161,16 +157,28 @@ inline bool rows_aligned(DType dtype, std::initializer_list<const void*> pointer
   return aligned;
 }
 
-// Calls f(AttentionConfig<T, D>{}) for the head dims Mllama needs.
-template <typename T, typename F>
-cudaError_t dispatch_head_dim(int64_t head_dim, const F& f) {
+// Launches a one-dimensional grid with more shared memory than the default 48 KB.
+template <typename Params>
+cudaError_t launch_attention(void (*kernel)(Params), int64_t blocks, int threads,
+                             int64_t shared_bytes, cudaStream_t stream, const Params& p) {
+  if (blocks > INT32_MAX || shared_bytes > INT32_MAX) return cudaErrorInvalidValue;
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status != cudaSuccess) return status;
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+// Calls f(AttentionConfig<T, D, kHidesRows>{}) for the head dims Mllama needs.
+template <typename T, bool kHidesRows = false, typename F>
+cudaError_t dispatch_config(int64_t head_dim, const F& f) {
   switch (head_dim) {
     case 64:
-      return f(AttentionConfig<T, 64>{});
+      return f(AttentionConfig<T, 64, kHidesRows>{});
     case 80:
-      return f(AttentionConfig<T, 80>{});
+      return f(AttentionConfig<T, 80, kHidesRows>{});
     case 128:
-      return f(AttentionConfig<T, 128>{});
+      return f(AttentionConfig<T, 128, kHidesRows>{});
     default:
       return cudaErrorInvalidValue;
   }

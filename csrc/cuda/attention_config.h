@@ -13,11 +13,22 @@ struct AttentionTile {
   int rows, keys, warps;
 };
 
-// Rejected for 16 bits: 16 rows per warp (every key fragment then feeds one mma instead of two, and
-// ldmatrix alone takes as long as the products), 128 keys (the scores would spill at head dim 128).
-// float32 multiplies on the ordinary units; 32 keys keep head dim 128 under 99 KB of shared memory.
-constexpr AttentionTile attention_tile(int64_t element_bytes) {
-  return element_bytes == 2 ? AttentionTile{128, 64, 4} : AttentionTile{64, 32, 4};
+// Two key blocks are in shared memory at a time: one in use, one arriving.
+constexpr int kAttentionStages = 2;
+
+// `hides_rows`: the mask may hide whole key blocks from single rows (attention.cuh), which takes
+// more registers.
+//
+//   bits  head dim  rows x keys   rejected
+//   16    64, 80    128 x 64      64 rows (16 per warp): every key fragment feeds one product
+//   instead
+//                                 of two, and ldmatrix alone takes as long as the products;
+//                                 128 keys: the scores spill
+//   16    128       128 x 32      128 x 64: 3 to 13 registers spill
+//   32    all       64 x 16       64 x 32: 110 KB at head dim 128, sm_86 and sm_89 allow 99 KB
+constexpr AttentionTile attention_tile(int64_t head_dim, int64_t element_bytes, bool hides_rows) {
+  if (element_bytes != 2) return {64, 16, 4};
+  return head_dim > 80 || hides_rows ? AttentionTile{128, 32, 4} : AttentionTile{128, 64, 4};
 }
 
 // Bytes from one row of a tile in shared memory to the next. Rows of 128 and 256 bytes are
@@ -29,12 +40,14 @@ constexpr int64_t attention_tile_stride(int64_t head_dim, int64_t element_bytes)
   return head_dim * element_bytes + (attention_tile_swizzled(head_dim, element_bytes) ? 0 : 16);
 }
 
-// Shared memory of one thread block: query tile, key tile, value tile and, for float32, the
-// weights.
-constexpr int64_t attention_shared_bytes(int64_t head_dim, int64_t element_bytes) {
-  const AttentionTile tile = attention_tile(element_bytes);
+// Shared memory of one thread block: query tile, stages of a key and a value tile each and, for
+// float32, the weights.
+constexpr int64_t attention_shared_bytes(int64_t head_dim, int64_t element_bytes, bool hides_rows) {
+  const AttentionTile tile = attention_tile(head_dim, element_bytes, hides_rows);
   const int64_t weights = element_bytes == 2 ? 0 : tile.rows * (tile.keys + 4) * int64_t{4};
-  return (tile.rows + 2 * tile.keys) * attention_tile_stride(head_dim, element_bytes) + weights;
+  return (tile.rows + 2 * kAttentionStages * tile.keys) *
+             attention_tile_stride(head_dim, element_bytes) +
+         weights;
 }
 
 }  // namespace mllama

@@ -5,9 +5,10 @@
 // 16 bits  mma.sync m16n8k16 on ldmatrix fragments; weights go from accumulators to operands in
 // registers. float32  ordinary FFMA (TF32 would lose 13 bits); weights pass through shared memory.
 //
-// The product with V is summed from zero for each key block and then added to the scaled output in
-// one FFMA: the rescaling costs nothing extra, and a row that must not touch a block's values (a
-// NaN there would survive a weight of zero) skips just that FFMA.
+// Where a row may be blind to a key block whose values it must not touch (a NaN there would survive
+// a weight of zero), the product with V is summed from zero and added to the scaled output in one
+// FFMA, which such a row skips. Elsewhere the output is scaled and accumulated in place: that takes
+// fewer registers.
 #pragma once
 
 #include <type_traits>
@@ -16,21 +17,19 @@
 
 namespace mllama {
 
-// Which of the thread's query rows take part in a key block's values.
-template <typename Config, bool kHidesRows>
-struct RowSelection {
-  bool sees[Config::kSlots];
-
-  __device__ __forceinline__ void blend(float (&out)[4], const float (&product)[4],
-                                        const float (&factor)[Config::kSlots], int row_tile) const {
+// out = factor * out + product in the accumulator layout of row tile `row_tile`, for the rows that
+// take part.
+template <typename Config>
+__device__ __forceinline__ void blend(float (&out)[4], const float (&product)[4],
+                                      const float (&factor)[Config::kSlots],
+                                      const bool (&sees)[Config::kSlots], int row_tile) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = 2 * row_tile + i / 2;
-      const float sum = fmaf(out[i], factor[slot], product[i]);
-      out[i] = !kHidesRows || sees[slot] ? sum : out[i];
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int slot = 2 * row_tile + i / 2;
+    const float sum = fmaf(out[i], factor[slot], product[i]);
+    out[i] = !Config::kHidesRows || sees[slot] ? sum : out[i];
   }
-};
+}
 
 // 16-bit elements.
 template <typename Config>
@@ -72,11 +71,10 @@ struct TensorCoreProducts {
     }
   }
 
-  template <typename Selection>
   __device__ static __forceinline__ void output(
       float (&out)[Config::kRowTiles][Config::kDimTiles][4],
       const float (&weights)[Config::kRowTiles][Config::kKeyTiles][4],
-      const float (&factor)[Config::kSlots], const Selection& selection, const char* v_tile,
+      const float (&factor)[Config::kSlots], const bool (&sees)[Config::kSlots], const char* v_tile,
       char* /*weight_tile*/) {
     constexpr int kSteps = Config::kBlockN / 16;
     const int lane = threadIdx.x % kWarpSize;
@@ -96,7 +94,15 @@ struct TensorCoreProducts {
     }
 #pragma unroll
     for (int n = 0; n < Config::kDimTiles; n += 2) {
-      float product[Config::kRowTiles][2][4] = {};
+      float product[Config::kRowTiles][2][4];
+#pragma unroll
+      for (int t = 0; t < Config::kRowTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          product[t][i / 4][i % 4] =
+              Config::kHidesRows ? 0.0f : out[t][n + i / 4][i % 4] * factor[2 * t + i % 4 / 2];
+        }
+      }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t b[4];
@@ -109,8 +115,15 @@ struct TensorCoreProducts {
       }
 #pragma unroll
       for (int t = 0; t < Config::kRowTiles; ++t) {
-        selection.blend(out[t][n], product[t][0], factor, t);
-        selection.blend(out[t][n + 1], product[t][1], factor, t);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (Config::kHidesRows) {
+            blend<Config>(out[t][n + half], product[t][half], factor, sees, t);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[t][n + half][i] = product[t][half][i];
+          }
+        }
       }
     }
   }
@@ -158,12 +171,11 @@ struct SimtProducts {
     }
   }
 
-  template <typename Selection>
   __device__ static __forceinline__ void output(float (&out)[1][Config::kDimTiles][4],
                                                 const float (&weights)[1][Config::kKeyTiles][4],
                                                 const float (&factor)[2],
-                                                const Selection& selection, const char* v_tile,
-                                                char* weight_tile) {
+                                                const bool (&sees)[Config::kSlots],
+                                                const char* v_tile, char* weight_tile) {
     const int column = Config::first_column();
     float* rows[2];
 #pragma unroll
@@ -203,7 +215,8 @@ struct SimtProducts {
         }
       }
 #pragma unroll
-      for (int n = 0; n < kSlice; ++n) selection.blend(out[0][first + n], product[n], factor, 0);
+      for (int n = 0; n < kSlice; ++n)
+        blend<Config>(out[0][first + n], product[n], factor, sees, 0);
     }
     __syncwarp();  // the next block overwrites the weights
   }

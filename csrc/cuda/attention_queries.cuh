@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tile.cuh"
+#include "rope.cuh"
 
 namespace mllama {
 
@@ -35,7 +36,7 @@ struct QueryRows {
 template <typename Config, typename F>
 __device__ __forceinline__ void for_own_rows(const F& f) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-#pragma unroll
+#pragma unroll 1  // once per thread block: registers matter more
   for (int i = 0; i < Config::kRowsPerWarp; i += 4)
     f(warp * Config::kRowsPerWarp + i + lane / 8, lane % 8);
 }
@@ -99,14 +100,6 @@ struct NormedQuery {
   }
 };
 
-// One rotated pair with a rounding after each operation, as a chain of PyTorch operators has it.
-template <typename T>
-__device__ __forceinline__ void rotate_pair(T& first, T& second, T cos, T sin) {
-  const float a = to_f32(first), b = to_f32(second), c = to_f32(cos), s = to_f32(sin);
-  first = from_f32<T>(__fsub_rn(round_to<T>(__fmul_rn(a, c)), round_to<T>(__fmul_rn(b, s))));
-  second = from_f32<T>(__fadd_rn(round_to<T>(__fmul_rn(b, c)), round_to<T>(__fmul_rn(a, s))));
-}
-
 // Rotary embedding of pairs (i, i + head_dim / 2) or, interleaved, (2 i, 2 i + 1).
 template <typename T>
 struct RotaryQuery {
@@ -118,47 +111,26 @@ struct RotaryQuery {
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
     using Layout = TileLayout<T, Config::kHeadDim>;
-    constexpr int kPairs =
-        Layout::kChunks / 2;  // pairs of chunks: c with c + kPairs, or 2 c with 2 c + 1
-    static_assert(Config::kHeadDim / 2 % Vec<T>::kSize == 0, "half a head must be whole vectors");
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
       const T* source = valid ? rows.q_row(row) : rows.q;
       const int token = valid ? rows.token(row) : 0;
 #pragma unroll
-      for (int pair = lane; pair < kPairs; pair += 8) {
-        const int low = interleaved ? 2 * pair : pair;
-        const int high = interleaved ? 2 * pair + 1 : pair + kPairs;
-        Vec<T> a = zero_vec<T>(), b = zero_vec<T>();
+      for (int c = lane; c < Layout::kChunks / 2; c += 8) {
+        const RopeChunk<T> chunk(c, Config::kHeadDim, interleaved);
+        Vec<T> first = zero_vec<T>(), second = zero_vec<T>();
         if (valid) {
-          a = load_vec(source + low * Vec<T>::kSize);
-          b = load_vec(source + high * Vec<T>::kSize);
-          const Vec<T> c = load_vec(cos + token * cos_stride + pair * Vec<T>::kSize);
-          const Vec<T> s = load_vec(sin + token * sin_stride + pair * Vec<T>::kSize);
-          rotate(a, b, c, s);
+          first = load_vec(source + chunk.first);
+          second = load_vec(source + chunk.second);
+          rotate_chunk(first, second, load_vec(cos + token * cos_stride + c * Vec<T>::kSize),
+                       load_vec(sin + token * sin_stride + c * Vec<T>::kSize), interleaved);
         }
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, low)), a);
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, high)), b);
+        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.first / Vec<T>::kSize)),
+                  first);
+        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.second / Vec<T>::kSize)),
+                  second);
       }
     });
-  }
-
- private:
-  __device__ __forceinline__ void rotate(Vec<T>& a, Vec<T>& b, const Vec<T>& c,
-                                         const Vec<T>& s) const {
-    constexpr int kSize = Vec<T>::kSize;
-    if (interleaved) {  // a then b are 2 * kSize neighbouring elements: kSize pairs
-#pragma unroll
-      for (int e = 0; e < kSize / 2; ++e)
-        rotate_pair(a.data[2 * e], a.data[2 * e + 1], c.data[e], s.data[e]);
-#pragma unroll
-      for (int e = 0; e < kSize / 2; ++e) {
-        rotate_pair(b.data[2 * e], b.data[2 * e + 1], c.data[kSize / 2 + e], s.data[kSize / 2 + e]);
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) rotate_pair(a.data[e], b.data[e], c.data[e], s.data[e]);
-    }
   }
 };
 

@@ -9,11 +9,12 @@
 namespace mllama {
 
 // Compile-time side of attention_config.h for one element type and head dim.
-template <typename Element, int kHeadDimension>
+template <typename Element, int kHeadDimension, bool kHides = false>
 struct AttentionConfig {
   using T = Element;
   static constexpr int kHeadDim = kHeadDimension;
-  static constexpr AttentionTile kTile = attention_tile(sizeof(T));
+  static constexpr bool kHidesRows = kHides;
+  static constexpr AttentionTile kTile = attention_tile(kHeadDim, sizeof(T), kHides);
   static constexpr int kBlockM = kTile.rows;
   static constexpr int kBlockN = kTile.keys;
   static constexpr int kWarps = kTile.warps;
@@ -24,7 +25,7 @@ struct AttentionConfig {
   static constexpr int kKeyTiles = kBlockN / 8;        // n8 tiles of the scores
   static constexpr int kDimTiles = kHeadDim / 8;       // n8 tiles of the output
   static constexpr int kKeyRun = kBlockN / kWarps;     // key rows that one warp copies
-  static constexpr int64_t kSharedBytes = attention_shared_bytes(kHeadDim, sizeof(T));
+  static constexpr int64_t kSharedBytes = attention_shared_bytes(kHeadDim, sizeof(T), kHides);
   // Blocks per multiprocessor: the registers of sm_80 (65536) and its shared memory (164 KB) allow
   // two.
   static constexpr int kMinBlocks = 2;
@@ -54,7 +55,8 @@ struct TileLayout {
 };
 
 // Consecutive rows in global memory: row i at base + i * stride (elements) for i < count. Rows from
-// `count` on read as zero; `base` must be a valid address even with none.
+// `count` on read as zero, and nothing is read from memory for them, wherever their addresses
+// point.
 template <typename T>
 struct RowRun {
   const T* base;
@@ -68,28 +70,26 @@ template <int kRun, typename T, int kHeadDim>
 __device__ __forceinline__ void copy_run_async(uint32_t tile, int first_row, const RowRun<T>& run) {
   using Layout = TileLayout<T, kHeadDim>;
   const int lane = threadIdx.x % kWarpSize;
+  const T* source = run.base + lane / 8 * run.stride + lane % 8 * Layout::kChunkElements;
 #pragma unroll
-  for (int i = 0; i < kRun; i += 4) {
+  for (int i = 0; i < kRun; i += 4, source += 4 * run.stride) {
     const int row = i + lane / 8;
-    const bool valid = row < run.count;
-    const T* source = run.base + (valid ? row : 0) * run.stride;
 #pragma unroll
     for (int c = 0; c + 8 <= Layout::kChunks; c += 8) {
-      const int chunk = c + lane % 8;
-      cp_async_16(tile + Layout::offset(first_row + row, chunk),
-                  source + chunk * Layout::kChunkElements, valid);
+      cp_async_16(tile + Layout::offset(first_row + row, c + lane % 8),
+                  source + c * Layout::kChunkElements, row < run.count);
     }
   }
   constexpr int kTail = Layout::kChunks % 8;  // head dim 80: 10 chunks of 16 bits, 20 of 32
   if constexpr (kTail != 0) {
-    static_assert(kTail * kRun == kWarpSize, "the rest of the rows must be one chunk per lane");
+    static_assert(kTail * kRun <= kWarpSize, "the rest of the rows must be a chunk per lane");
     // With rows of 176 bytes, rows of equal parity end on distinct bank groups.
     const int row = kTail == 2 ? lane / 16 * 8 + lane / 8 % 2 + lane / 2 % 4 * 2 : lane / kTail;
     const int chunk = Layout::kChunks - kTail + lane % kTail;
-    const bool valid = row < run.count;
-    const T* source = run.base + (valid ? row : 0) * run.stride;
-    cp_async_16(tile + Layout::offset(first_row + row, chunk),
-                source + chunk * Layout::kChunkElements, valid);
+    if (row < kRun) {
+      cp_async_16(tile + Layout::offset(first_row + row, chunk),
+                  run.base + row * run.stride + chunk * Layout::kChunkElements, row < run.count);
+    }
   }
 }
 

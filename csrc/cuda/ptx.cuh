@@ -10,6 +10,12 @@
 
 namespace mllama {
 
+// The value of lane 0. What is the same in all lanes becomes something the compiler knows to be so:
+// branches on it leave the shuffles and matrix products behind them unguarded.
+__device__ __forceinline__ int warp_uniform(int value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
