@@ -21,6 +21,10 @@ struct QueryRows {
 
   __device__ __forceinline__ bool valid(int row) const { return first + row < count; }
   __device__ __forceinline__ int token(int row) const { return (first + row) / group; }
+  // Token of the last of the block's `block_rows` rows that is in the sequence.
+  __device__ __forceinline__ int last_token(int block_rows) const {
+    return (min(first + block_rows, count) - 1) / group;
+  }
   __device__ __forceinline__ int head(int row) const { return (first + row) % group; }
   __device__ __forceinline__ const T* q_row(int row) const {
     return q + token(row) * q_token_stride + head(row) * q_head_stride;
