@@ -5,14 +5,15 @@
 
 namespace mllama {
 
-// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own max_seqlen
-// rows, the first at q + b * q_batch_stride. Its tile t is slot tile_table[b * tiles + t] of k and v, or
-// slot b * tiles + t with tile_table null; a slot below 0 is absent. Row r (counted over all tokens)
-// sees the tile if tile_mask[r * tile_mask_row_stride + t]; tile_mask null shows every present tile.
+// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own
+// max_seqlen rows, the first at q + b * q_batch_stride. Its tile t is slot tile_table[b * tiles +
+// t] of k and v, or slot b * tiles + t with tile_table null; a slot below 0 is absent. Row r
+// (counted over all tokens) sees the tile if tile_mask[r * tile_mask_row_stride + t]; tile_mask
+// null shows every present tile.
 struct CrossAttentionParams {
-  const void* q;              // (tokens, num_q_heads, head_dim), last dimension contiguous
-  const void* k;              // (num_slots, tile_tokens, num_kv_heads, head_dim), last dim contiguous
-  const void* v;              // like k
+  const void* q;  // (tokens, num_q_heads, head_dim), last dimension contiguous
+  const void* k;  // (num_slots, tile_tokens, num_kv_heads, head_dim), last dim contiguous
+  const void* v;  // like k
   const void* q_norm_weight;  // (head_dim,), or null: q is used as it is
   void* out;                  // (tokens, num_q_heads, head_dim), contiguous
   const bool* tile_mask;      // (tokens, tiles), or null

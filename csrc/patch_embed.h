@@ -1,5 +1,6 @@
-// patch_embed: pixels to the tokens that enter the vision encoder (convolution as unfold + GEMM, pre-tile
-// embedding, class token, gated position and tile-position embeddings, LayerNorm, zero tokens).
+// patch_embed: pixels to the tokens that enter the vision encoder (convolution as unfold + GEMM,
+// pre-tile embedding, class token, gated position and tile-position embeddings, LayerNorm, zero
+// tokens).
 #pragma once
 
 #include "common.h"

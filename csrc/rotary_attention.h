@@ -1,14 +1,15 @@
-// rotary_attention and rotary_attention_cached: causal grouped-query attention with RoPE on q and k.
+// rotary_attention and rotary_attention_cached: causal grouped-query attention with RoPE on q and
+// k.
 #pragma once
 
 #include "common.h"
 
 namespace mllama {
 
-// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own max_seqlen
-// rows. The first row of sequence b in q is q + cu_seqlens[b] * q_token_stride or, with cu_seqlens null,
-// q + b * q_batch_stride; likewise for k and v. Row i of sequence b attends to positions
-// 0 .. cache_lens[b] + i, with cache_lens null meaning 0.
+// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own
+// max_seqlen rows. The first row of sequence b in q is q + cu_seqlens[b] * q_token_stride or, with
+// cu_seqlens null, q + b * q_batch_stride; likewise for k and v. Row i of sequence b attends to
+// positions 0 .. cache_lens[b] + i, with cache_lens null meaning 0.
 struct RotaryAttentionParams {
   const void* q;    // (tokens, num_q_heads, head_dim), last dimension contiguous
   const void* k;    // (tokens, num_kv_heads, head_dim), last dimension contiguous; not yet rotated
@@ -16,9 +17,9 @@ struct RotaryAttentionParams {
   const void* cos;  // (cos_rows, head_dim / 2); token t uses row t % cos_rows
   const void* sin;  // like cos
   void* out;        // (tokens, num_q_heads, head_dim), contiguous
-  // Paged: the caches, (num_pages, num_kv_heads, page_size, head_dim) contiguous, appended to first.
-  // Not paged: k_cache is scratch for the rotated keys, (tokens, num_kv_heads, head_dim) contiguous, and
-  // v_cache is null: values are read from v.
+  // Paged: the caches, (num_pages, num_kv_heads, page_size, head_dim) contiguous, appended to
+  // first. Not paged: k_cache is scratch for the rotated keys, (tokens, num_kv_heads, head_dim)
+  // contiguous, and v_cache is null: values are read from v.
   void* k_cache;
   void* v_cache;
   const int32_t* page_table;  // (batch, max_pages), or null: not paged

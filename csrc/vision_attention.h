@@ -1,4 +1,5 @@
-// vision_attention: non-causal attention in which only (padding query, padding key) pairs are masked.
+// vision_attention: non-causal attention in which only (padding query, padding key) pairs are
+// masked.
 #pragma once
 
 #include "common.h"
