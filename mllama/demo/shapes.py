@@ -1,0 +1,134 @@
+"""Pictures of one to four shapes, drawn from a seed.
+
+A picture is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at most one shape, and
+the whole shape lies inside it, so every position has one name. Picture sizes are chosen so that the image processor's canvas
+is each of the supported tile grids (1x1 ... 2x2 ... 1x4) equally often, at the grid's own size or larger.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 56  # side of one tile of the demo model, pixels
+LAYOUTS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))  # (tile rows, columns)
+KINDS = ("circle", "square", "triangle", "cross")
+COLORS = {
+    "red": (220, 30, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 225),
+    "yellow": (245, 220, 40),
+    "purple": (150, 50, 190),
+    "orange": (245, 130, 20),
+}
+SIZES = {"small": (0.21, 0.26), "large": (0.35, 0.42)}  # radius / shorter side of a quarter
+BACKGROUNDS = {"white": (250, 250, 250), "gray": (128, 128, 128), "black": (10, 10, 10)}
+PLACES = ("top left", "top right", "bottom left", "bottom right")  # reading order
+_JITTER = 10  # levels by which a drawn colour may differ from its name's
+_ENLARGEMENTS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape: what it is called, and where it was drawn (centre and radius in pixels)."""
+
+    kind: str
+    color: str
+    size: str
+    place: str
+    center: tuple[float, float]
+    radius: float
+    rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture before it is drawn; `shapes` are in reading order, one per place at most."""
+
+    width: int
+    height: int
+    layout: tuple[int, int]
+    background: str
+    rgb: tuple[int, int, int]
+    shapes: tuple[Shape, ...]
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """Draws a scene: grid, picture size, background, and one to four shapes (equal ones included)."""
+    layout = rng.choice(LAYOUTS)
+    width, height = _picture_size(layout, rng)
+    background = rng.choice(sorted(BACKGROUNDS))
+    places = sorted(rng.sample(range(4), rng.randint(1, 4)))
+    names: list[tuple[str, str, str]] = []
+    for _ in places:
+        if names and rng.random() < 0.25:
+            names.append(rng.choice(names))
+        else:
+            names.append((rng.choice(KINDS), rng.choice(sorted(COLORS)), rng.choice(sorted(SIZES))))
+    shapes = tuple(
+        _place(name, place, width, height, rng) for name, place in zip(names, places, strict=True)
+    )
+    return Scene(width, height, layout, background, _jitter(BACKGROUNDS[background], rng), shapes)
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draws a scene as an RGB picture."""
+    image = Image.new("RGB", (scene.width, scene.height), scene.rgb)
+    canvas = ImageDraw.Draw(image)
+    for shape in scene.shapes:
+        (x, y), r = shape.center, shape.radius
+        if shape.kind == "circle":
+            canvas.ellipse((x - r, y - r, x + r, y + r), fill=shape.rgb)
+        elif shape.kind == "square":
+            s = 0.88 * r  # so that the four kinds cover similar areas
+            canvas.rectangle((x - s, y - s, x + s, y + s), fill=shape.rgb)
+        elif shape.kind == "triangle":
+            canvas.polygon(((x, y - r), (x + r, y + r), (x - r, y + r)), fill=shape.rgb)
+        elif shape.kind == "cross":
+            arm = r / 3
+            canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=shape.rgb)
+            canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=shape.rgb)
+        else:
+            raise ValueError(f"shape kind must be one of {', '.join(KINDS)}, got {shape.kind!r}")
+    return image
+
+
+def sample_picture(seed: int) -> tuple[Image.Image, Scene]:
+    """The picture and scene of a seed; the same seed gives the same picture everywhere."""
+    scene = sample_scene(random.Random(seed))
+    return draw(scene), scene
+
+
+def _picture_size(layout: tuple[int, int], rng: random.Random) -> tuple[int, int]:
+    """A (width, height) whose canvas is `layout`.
+
+    Up to 15 % below the grid's own size the grid is the smallest that holds the picture. A larger picture is shrunk, and of
+    all grids the one of exactly its proportions shrinks it least with the least area (never 1x1: 2x2 shrinks less).
+    """
+    rows, columns = layout
+    if layout != (1, 1) and rng.random() < 0.4:
+        factor = rng.choice(_ENLARGEMENTS)
+        return columns * IMAGE_SIZE * factor, rows * IMAGE_SIZE * factor
+    width = math.floor(columns * IMAGE_SIZE * rng.uniform(0.85, 1.0) + 0.5)
+    height = math.floor(rows * IMAGE_SIZE * rng.uniform(0.85, 1.0) + 0.5)
+    return width, height
+
+
+def _place(
+    name: tuple[str, str, str], place: int, width: int, height: int, rng: random.Random
+) -> Shape:
+    kind, color, size = name
+    half_width, half_height = width / 2, height / 2
+    radius = rng.uniform(*SIZES[size]) * min(half_width, half_height)
+    gap = radius + 0.08 * min(half_width, half_height)  # keeps a shape off its quarter's borders
+    x = rng.uniform(gap, half_width - gap) + (place % 2) * half_width
+    y = rng.uniform(gap, half_height - gap) + (place // 2) * half_height
+    return Shape(kind, color, size, PLACES[place], (x, y), radius, _jitter(COLORS[color], rng))
+
+
+def _jitter(rgb: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
+    r, g, b = (min(255, max(0, level + rng.randint(-_JITTER, _JITTER))) for level in rgb)
+    return r, g, b

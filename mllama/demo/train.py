@@ -1,0 +1,227 @@
+"""Trains the demo model from nothing, on a CPU, with the reference ops: ``python -m mllama.demo.train --out DIR``.
+
+First the vision tower learns to see (see `seeing`), then the whole model to answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mllama.checks import check_text
+from mllama.config import MllamaConfig
+from mllama.model import MllamaForConditionalGeneration
+from mllama.processor import MllamaProcessor
+from mllama.tiles import ImageTiles
+
+from .config import save_configs
+from .data import IGNORED, Batch, Batches, Rows
+from .evaluate import evaluate
+from .seeing import PatchHead
+from .shapes import LAYOUTS
+from .tokenizer import build_tokenizer, save_tokenizer
+
+_PICTURES = 32  # per step; every one gets a question of each kind
+_SEEING_SHARE = 0.35  # of the steps, before the first text
+_SEEING_WEIGHT = 0.3  # of the patch loss beside the answers' loss afterwards
+_DIALOGUE_EVERY = 8  # steps; in the others each question is a row of its own
+_PEAK_RATE, _WARM_UP, _WEIGHT_DECAY = 2e-3, 100, 0.02
+_REPORT_EVERY = 50
+_HELD_OUT_SEED = 1_000_000  # sample_picture seeds from here on; training draws from another stream
+
+
+def initialise(model: MllamaForConditionalGeneration, seed: int) -> None:
+    """Draws weights that learn fast at this size.
+
+    The published initialisation closes the cross-attention gates, through which nothing but the gates learns at first, and
+    its small weights suit wide models. Here gates begin open, every matrix keeps the scale of its input, and the
+    position tables begin as waves over the picture, so that neighbouring patches are alike from the start.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = model.config.text_config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        values = parameter.data
+        if name.endswith(("gate", "gate_attn", "gate_ffn")):
+            values.fill_(1.0)
+        elif "norm" in name or name.endswith("bias"):
+            values.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif "embedding" in name and "patch" not in name or "embed_tokens" in name:
+            values.normal_(0, 0.3, generator=generator)
+        else:
+            fan_in = values[0].numel()
+            is_last = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
+            std = fan_in**-0.5 / (math.sqrt(depth) if is_last else 1)
+            values.normal_(0, std, generator=generator)
+    vision = model.model.vision_model
+    vision.gated_positional_embedding.tile_embedding.weight.data = _position_waves(model.config)
+    for table in (vision.pre_tile_positional_embedding, vision.post_tile_positional_embedding):
+        table.embedding.weight.data[0] = 0
+
+
+def _position_waves(config: MllamaConfig) -> Tensor:
+    """(R, T*P*E): for each tile grid, sines and cosines of every patch's place in the whole picture.
+
+    As in published checkpoints, the rows of grid 0 and of tiles that a grid does not have are zero.
+    """
+    vision = config.vision_config
+    side, width = vision.image_size // vision.patch_size, vision.hidden_size
+    frequencies = math.pi * torch.arange(1, width // 4 + 1) / 4
+    tables = torch.zeros(len(LAYOUTS) + 1, vision.max_num_tiles, side * side + 1, width)
+    centers = (torch.arange(side) + 0.5) / side
+    for index, (rows, columns) in enumerate(LAYOUTS, start=1):
+        for tile in range(rows * columns):
+            x = (centers + tile % columns) / columns
+            y = (centers + tile // columns) / rows
+            waves = [
+                torch.cat([(t[:, None] * frequencies).sin(), (t[:, None] * frequencies).cos()], -1)
+                for t in (x, y)
+            ]
+            grid = torch.cat(
+                [waves[0].expand(side, -1, -1), waves[1][:, None].expand(-1, side, -1)], -1
+            )
+            tables[index, tile, 1:] = 0.5 * grid.flatten(0, 1)
+    return tables.flatten(1)
+
+
+def row_logits(
+    model: MllamaForConditionalGeneration, rows: Rows, tiles: ImageTiles
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) at the tokens before each answer token of the rows, and those tokens (n,)."""
+    text = check_text(model.config.text_config, rows.input_ids, None, None, None, None)
+    hidden = model.model.language_model.run(
+        text,
+        ImageTiles(tiles.states, tiles.table[rows.picture]),
+        rows.cross_attention_mask,
+        None,
+        caching=False,
+        output_hidden_states=False,
+    ).last_hidden_state
+    is_target = rows.labels[:, 1:] != IGNORED
+    return model.lm_head(hidden[:, :-1][is_target]), rows.labels[:, 1:][is_target]
+
+
+def batch_loss(
+    model: MllamaForConditionalGeneration,
+    head: PatchHead,
+    batch: Batch,
+    right: dict[str, list[float]],
+) -> Tensor:
+    """Mean loss per answer token, if the batch has any, and of the patches.
+
+    Appends to ``right``, per kind, whether each row was answered without a mistake, and how much was seen rightly.
+    """
+    tiles = model.model.encode_images(**batch.pictures)
+    seeing, seen = head.loss(tiles, batch.targets)
+    right["patches"].append(seen)
+    if not batch.rows:
+        return seeing
+    losses, count = [], 0
+    for rows in batch.rows:
+        logits, targets = row_logits(model, rows, tiles)
+        losses.append(F.cross_entropy(logits, targets, reduction="sum"))
+        count += len(targets)
+        hits = (logits.argmax(-1) == targets).split((rows.labels != IGNORED).sum(1).tolist())
+        for kinds, hit in zip(rows.kinds, hits, strict=True):
+            right[kinds[0] if len(kinds) == 1 else "dialogue"].append(float(hit.all()))
+    return torch.stack(losses).sum() / count + _SEEING_WEIGHT * seeing
+
+
+def _rate(step: int, steps: int, first_text: int) -> float:
+    """A half cosine to almost nothing, with a linear warm-up at the first picture and at the first text."""
+    since = step if step < first_text else step - first_text
+    cosine = 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return _PEAK_RATE * cosine * min(1.0, (since + 1) / _WARM_UP)
+
+
+def _texts(step: int, first_text: int) -> Literal["none", "questions", "dialogues"]:
+    if step < first_text:
+        return "none"
+    return "dialogues" if step % _DIALOGUE_EVERY == _DIALOGUE_EVERY - 1 else "questions"
+
+
+def _optimizer(*modules: nn.Module) -> torch.optim.AdamW:
+    """AdamW; matrices decay, gates, norms and tables do not."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    matrices = [p for n, p in named if p.dim() > 1 and "embed" not in n]
+    rest = [p for n, p in named if p.dim() <= 1 or "embed" in n]
+    groups = [
+        {"params": matrices, "weight_decay": _WEIGHT_DECAY},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=_PEAK_RATE, betas=(0.9, 0.98))
+
+
+def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
+    """Trains for so many steps and writes the checkpoint folder ``out``; returns the model as it was saved, in bfloat16."""
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    save_tokenizer(tokenizer, out)
+    save_configs(tokenizer, out)
+    batches = Batches(MllamaProcessor.from_pretrained(out), tokenizer, seed)
+    model = MllamaForConditionalGeneration(
+        MllamaConfig.from_pretrained(out), backend="reference", semantics="meta"
+    )
+    initialise(model, seed)
+    head = PatchHead(model.config)
+    optimizer = _optimizer(model, head)
+    right: dict[str, list[float]] = defaultdict(list)
+    begin, total = time.monotonic(), 0.0
+    first_text = round(_SEEING_SHARE * steps)
+    model.train()
+    for step in range(steps):
+        batch = batches.draw(_PICTURES, _texts(step, first_text))
+        loss = batch_loss(model, head, batch, right)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(step, steps, first_text)
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % _REPORT_EVERY == 0 or step + 1 == steps:
+            done = (step + 1) / steps
+            spent = time.monotonic() - begin
+            shares = ", ".join(f"{k} {sum(r) / len(r):.3f}" for k, r in sorted(right.items()))
+            print(
+                f"step {step + 1}/{steps}  {spent:.0f} s, {spent * (1 / done - 1):.0f} s left  "
+                f"loss {total / _REPORT_EVERY:.4f}  right: {shares}",
+                file=sys.stderr,
+                flush=True,
+            )
+            right.clear()
+            total = 0.0
+    model.eval().to(torch.bfloat16)
+    model.save_pretrained(out)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mllama.demo.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
+    options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products where the CPU has them: a third faster
+    train(options.out, options.steps, options.seed)
+    for dtype in (torch.float32, torch.bfloat16):
+        report = evaluate(options.out, range(_HELD_OUT_SEED, _HELD_OUT_SEED + 200), dtype=dtype)
+        print(f"held-out accuracy, 200 pictures, {dtype}\n{report}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
