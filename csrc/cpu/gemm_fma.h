@@ -20,7 +20,7 @@ struct FmaGemm {
   static constexpr int kVectors = 3;
   static constexpr int kPanel = kVectors * kLanes;
 
-  static constexpr int64_t kChain = 64;
+  static constexpr int64_t kChain = 32;
 
   // B in packed form; multiply() may take its first rows and columns alone.
   struct Packed {

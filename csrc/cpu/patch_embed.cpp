@@ -129,7 +129,7 @@ class Embedder {
       const Vec<T> centred = load(x + i, part) - load_splat(mean, part);
       squares += centred * centred;
     });
-    const S scale = 1 / sqrt_scalar(sum_lanes(squares) / (S)dim + (S)p_.eps);
+    const S scale = (S)(1 / __builtin_sqrt((double)sum_lanes(squares) / (double)dim + p_.eps));
     for_vectors(dim, [&](int64_t i, auto part) {
       store(x + i, (load(x + i, part) - mean) * scale * load(weight + i, part) + load(bias + i, part), part);
     });

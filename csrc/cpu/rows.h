@@ -7,8 +7,6 @@ namespace mllama::MLLAMA_ISA {
 
 MLLAMA_INLINE float tanh_scalar(float x) { return __builtin_tanhf(x); }
 MLLAMA_INLINE double tanh_scalar(double x) { return __builtin_tanh(x); }
-MLLAMA_INLINE float sqrt_scalar(float x) { return __builtin_sqrtf(x); }
-MLLAMA_INLINE double sqrt_scalar(double x) { return __builtin_sqrt(x); }
 
 // 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four chains
 // hide the latency of the add, short ones keep the rounding error small.
@@ -28,7 +26,8 @@ MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
     const Vec<T> v = load(x + i + offset, part);
     total += v * v;
   });
-  return 1 / sqrt_scalar(sum_lanes(total) / (Scalar<T>)dim + (Scalar<T>)eps);
+  // One rounding for the whole row's factor: all elements share its error.
+  return (Scalar<T>)(1 / __builtin_sqrt((double)sum_lanes(total) / (double)dim + eps));
 }
 
 // y = weight * round(x / rms). y may be x.
