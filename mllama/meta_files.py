@@ -227,8 +227,8 @@ class MetaCheckpoint:
             return
         dtypes = {shard[part].dtype for part, _ in recipe.parts for shard in shards}
         try:
-            made = recipe.make(shards)
-        except RuntimeError as error:
+            made = recipe.outline(shards)
+        except (RuntimeError, ValueError) as error:
             shapes = [tuple(shard[part].shape) for part, _ in recipe.parts for shard in shards]
             reason = str(error).splitlines()[0]
             self.problems.append(f"{stored} has unusable shapes {shapes}: {reason}")

@@ -145,6 +145,29 @@ class Recipe:
                 merged.append(torch.cat([shard[name] for shard in shards], dim=dim))
         return self.transform(merged[0] if len(merged) == 1 else torch.cat(merged))
 
+    def outline(self, shards: list[dict[str, Tensor]]) -> Tensor:
+        """What `make` gives, on the meta device.
+
+        Shapes are joined by hand: torch's `cat` for meta tensors first imports half of its compiler.
+        Raises: RuntimeError for shapes that do not fit.
+        """
+        merged = []
+        for name, dim in self.parts:
+            found = [tuple(shard[name].shape) for shard in shards]
+            merged.append(found[0] if dim is None else _joined_shape(found, dim))
+        shape = merged[0] if len(merged) == 1 else _joined_shape(merged, 0)
+        dtype = shards[0][self.parts[0][0]].dtype
+        return self.transform(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _joined_shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...]:
+    """The shape of a concatenation."""
+    rests = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+    if len(rests) != 1 or any(len(shape) <= dim for shape in shapes):
+        raise RuntimeError(f"shapes do not join on dimension {dim}")
+    first = shapes[0]
+    return (*first[:dim], sum(shape[dim] for shape in shapes), *first[dim + 1 :])
+
 
 def _block_recipes(
     plan: dict[str, Recipe], names: dict[str, tuple[str, int | None]], source: str, target: str

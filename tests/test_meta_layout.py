@@ -284,6 +284,7 @@ def test_all_faults_are_listed_together(tmp_path, published):
         shard["text_model.layers.1.feed_forward.w1.weight"] = torch.zeros(7, 64)
         shard["text_model.norm.weight"] = torch.zeros(64, dtype=torch.int8)
         shard["vision_model.vision_encoder.conv1._linear.weight"] = torch.zeros(64, 587)
+        shard["text_model.layers.2.feed_forward.w2.weight"] = torch.zeros(64 + index, 112)
         shard["text_model.rope.freqs"] = torch.zeros(4)  # known and ignored
         torch.save(shard, path)
     with pytest.raises(CheckpointError) as caught:
@@ -294,7 +295,8 @@ def test_all_faults_are_listed_together(tmp_path, published):
     assert "text_model.layers.1.feed_forward.w1.weight is (14, 64), expected (224, 64)" in text
     assert "text_model.norm.weight is int8" in text
     assert "conv1._linear.weight has unusable shapes" in text
-    assert len(caught.value.problems) == 7
+    assert "layers.2.feed_forward.w2.weight has unusable shapes [(64, 112), (65, 112)]" in text
+    assert len(caught.value.problems) == 8
 
 
 @pytest.mark.parametrize("keep", [0, 1000, -100])
