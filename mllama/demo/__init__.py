@@ -1,4 +1,4 @@
-"""A tiny real Llama 3.2 Vision model that answers questions about pictures of shapes, and the pictures and questions themselves.
+"""A tiny real Llama 3.2 Vision model for questions about pictures of shapes, and those pictures.
 
 The checkpoint lies in the package; ``python -m mllama.demo.train --out DIR`` makes it anew.
 """

@@ -82,9 +82,15 @@ def evaluate(
     *,
     backend: str = "reference",
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Report:
-    """Asks a question of every kind about the picture of every seed; a seed gives the same questions always."""
-    model = MllamaForConditionalGeneration.from_pretrained(folder, backend=backend, dtype=dtype)
+    """Asks a question of every kind about the picture of every seed.
+
+    The same seed gives the same picture and questions always.
+    """
+    model = MllamaForConditionalGeneration.from_pretrained(
+        folder, backend=backend, dtype=dtype, device=device
+    )
     processor = MllamaProcessor.from_pretrained(folder)
     asked = []
     for seed in seeds:

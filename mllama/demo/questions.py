@@ -1,7 +1,7 @@
 """Questions about a scene, with the one right answer to each.
 
-Six kinds: describe, count, color, shape, where, yes_no. A question is asked only where the scene has exactly one answer
-(`What color is the circle?` only when there is one circle).
+Six kinds: describe, count, color, shape, where, yes_no. A question is asked only where the scene has
+exactly one answer (`What color is the circle?` only when there is one circle).
 """
 
 from __future__ import annotations

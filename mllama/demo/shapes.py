@@ -1,8 +1,9 @@
 """Pictures of one to four shapes, drawn from a seed.
 
-A picture is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at most one shape, and
-the whole shape lies inside it, so every position has one name. Picture sizes are chosen so that the image processor's canvas
-is each of the supported tile grids (1x1 ... 2x2 ... 1x4) equally often, at the grid's own size or larger.
+A picture is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at
+most one shape, and the whole shape lies inside it, so every position has one name. Picture sizes are
+chosen so that the image processor's canvas is each of the supported tile grids (1x1 ... 2x2 ... 1x4)
+equally often, at the grid's own size or larger.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def sample_picture(seed: int) -> tuple[Image.Image, Scene]:
 def _picture_size(layout: tuple[int, int], rng: random.Random) -> tuple[int, int]:
     """A (width, height) whose canvas is `layout`.
 
-    Up to 15 % below the grid's own size the grid is the smallest that holds the picture. A larger picture is shrunk, and of
-    all grids the one of exactly its proportions shrinks it least with the least area (never 1x1: 2x2 shrinks less).
+    Up to 15 % below the grid's own size the grid is the smallest that holds the picture. A larger
+    picture is shrunk, and of all grids the one of exactly its proportions shrinks it least with the
+    least area (never 1x1: 2x2 shrinks less).
     """
     rows, columns = layout
     if layout != (1, 1) and rng.random() < 0.4:

@@ -1,7 +1,8 @@
-"""The demo model's tokenizer: byte-level BPE over the demo's few words, with Llama 3's special tokens and chat format.
+"""The demo model's tokenizer: byte-level BPE over few words, Llama 3's special tokens and chat format.
 
-Ids are laid out as in the published tokenizers: text tokens, then the special tokens in Meta's order, then the image token,
-whose id equals the vocabulary size (it has an input embedding and no row in the output layer).
+Ids are laid out as in the published tokenizers: text tokens, then the special tokens in Meta's order,
+then the image token, whose id equals the vocabulary size (it has an input embedding and no row in the
+output layer).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Content is a string, or a list of image and text parts. An image anywhere rules system turns out, as published.
+# Content is a string, or a list of image and text parts. An image anywhere rules system turns out,
+# as published.
 CHAT_TEMPLATE = """\
 {%- set has_image = namespace(value=false) -%}
 {%- for message in messages -%}
