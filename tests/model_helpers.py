@@ -23,9 +23,10 @@ RATIOS = mllama.MllamaVisionConfig().supported_aspect_ratios
 TILE_SIDES = (56, 42, 28)
 PAD_TOKEN, FIRST_TEXT_TOKEN = 0, 3
 
-_needs_library = pytest.mark.skipif(
-    library.missing is not None, reason=f"the compiled ops are not there: {library.missing}"
-)
+_why_not = f"the compiled ops are not there: {library.missing}" if library.missing else ""
+if library.simulated:
+    _why_not = "this build simulates the CUDA kernels, too slowly for whole models"
+_needs_library = pytest.mark.skipif(bool(_why_not), reason=_why_not)
 _needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device on this machine"
 )
