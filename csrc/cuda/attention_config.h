@@ -44,7 +44,7 @@ constexpr int64_t attention_tile_stride(int64_t head_dim, int64_t element_bytes)
 // float32, the weights.
 constexpr int64_t attention_shared_bytes(int64_t head_dim, int64_t element_bytes, bool hides_rows) {
   const AttentionTile tile = attention_tile(head_dim, element_bytes, hides_rows);
-  const int64_t weights = element_bytes == 2 ? 0 : tile.rows * (tile.keys + 4) * int64_t{4};
+  const int64_t weights = element_bytes == 2 ? 0 : tile.rows * (tile.keys + 8) * int64_t{4};
   return (tile.rows + 2 * kAttentionStages * tile.keys) *
              attention_tile_stride(head_dim, element_bytes) +
          weights;

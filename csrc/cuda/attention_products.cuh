@@ -133,8 +133,7 @@ struct TensorCoreProducts {
 template <typename Config>
 struct SimtProducts {
   using Layout = TileLayout<float, Config::kHeadDim>;
-  static constexpr int kWeightStride =
-      Config::kBlockN + 4;  // floats; keeps rows on distinct bank groups
+  static constexpr int kWeightStride = Config::kBlockN + 8;  // floats; rows on distinct bank groups
   static_assert(Config::kRowTiles == 1);
 
   __device__ static __forceinline__ const float4& chunk(const char* tile, int row, int c) {

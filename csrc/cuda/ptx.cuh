@@ -29,11 +29,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* so
                : "memory");
 }
 
-// Copies 4 bytes to shared memory; with `valid` false writes zeros and reads nothing.
-__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source, bool valid) {
-  const int source_bytes = valid ? 4 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(destination), "l"(source),
-               "r"(source_bytes)
+// Copies 4 or 8 bytes to shared memory; with `valid` false writes zeros and reads nothing.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_small(uint32_t destination, const void* source,
+                                               bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8);
+  const int source_bytes = valid ? kBytes : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(destination), "l"(source),
+               "n"(kBytes), "r"(source_bytes)
                : "memory");
 }
 
