@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,21 +80,69 @@ def load_pretrained(
         FileNotFoundError, ModuleNotFoundError: see `mllama.hub.resolve_folder`.
         ValueError: an unknown dtype, backend or semantics, or an impossible configuration.
     """
-    layout = KeyLayout(cls.__name__)
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
+    plan = _plan(cls, name_or_path, backend, semantics)
+    model = plan.model
+    chosen = requested or _stored_dtype(
+        plan.folder, plan.raw, plan.checkpoint, plan.sources.values()
+    )
+    _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
+    _fill(model, plan.checkpoint, plan.sources)
+    model.semantics_reason = plan.reason
+    model.generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)
+    return model.eval()
+
+
+def describe_checkpoint(
+    cls: type[nn.Module], name_or_path: str | os.PathLike[str]
+) -> dict[str, str | int]:
+    """What `load_pretrained` would load, from the headers of the files alone: the folder, its layout,
+    parameters, bytes, dtype, and the semantics with their reason.
+
+    Raises: as :func:`load_pretrained`.
+    """
+    plan = _plan(cls, name_or_path, "auto", "auto")
+    stored = [plan.checkpoint.tensors[name] for name in plan.sources.values()]
+    dtype = _stored_dtype(plan.folder, plan.raw, plan.checkpoint, plan.sources.values())
+    return {
+        "folder": str(plan.folder),
+        "layout": "Meta's original" if plan.original else "safetensors",
+        "parameters": sum(p.numel() for p in plan.model.parameters()),
+        "bytes": sum(tensor.nbytes for tensor in stored),
+        "dtype": str(dtype).removeprefix("torch."),
+        "semantics": plan.model.semantics.name,
+        "semantics_reason": plan.reason,
+    }
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A checkpoint whose every tensor has been matched to a model that lies on the meta device."""
+
+    folder: Path
+    raw: dict[str, Any]
+    checkpoint: Checkpoint
+    original: bool
+    config: _Config
+    reason: str
+    model: Any
+    sources: dict[str, str]
+
+
+def _plan(
+    cls: type[nn.Module],
+    name_or_path: str | os.PathLike[str],
+    backend: str,
+    semantics: SemanticsLike,
+) -> _Plan:
     folder = resolve_folder(name_or_path)
     raw, checkpoint, original = _open(folder)
     config, reason = _config(cls, folder, raw, semantics, original)
     with torch.device("meta"), _SkipInit():
         model = cls(config, backend=backend)
     expected = dict(model.state_dict())
-    sources = _match(folder, raw, checkpoint, layout, expected)
-    chosen = requested or _stored_dtype(folder, raw, checkpoint, sources.values())
-    _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
-    _fill(model, checkpoint, sources)
-    model.semantics_reason = reason
-    model.generation_config = _generation_config(folder, config, checkpoint)
-    return model.eval()
+    sources = _match(folder, raw, checkpoint, KeyLayout(cls.__name__), expected)
+    return _Plan(folder, raw, checkpoint, original, config, reason, model, sources)
 
 
 class _SkipInit(TorchFunctionMode):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import mllama_kernels.info as kernels_info
+from mllama import MllamaForConditionalGeneration
+from mllama.weights import describe_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     info = kernels_info.collect()
     if options.model is not None:
-        info["model"] = _checkpoint(options.model)
+        info["model"] = describe_checkpoint(MllamaForConditionalGeneration, options.model)
     if options.json:
         print(json.dumps(info, indent=2))
         return 0
@@ -27,8 +28,3 @@ def run(options: argparse.Namespace) -> int:
     for name, value in info.get("model", {}).items():
         print(f"{name:24} {value}")
     return 0
-
-
-def _checkpoint(folder: str) -> dict[str, Any]:
-    """Sizes and semantics of a checkpoint, read from its headers alone."""
-    raise NotImplementedError(folder)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     passed = True
     for title, rows in tables.items():
         _print_table(options, title, rows)
-        report[title] = [{**asdict(row), "passed": row.passed} for row in rows]
+        report[title] = [row.to_json() for row in rows]
         passed = passed and all(row.passed for row in rows)
     if options.against:
         report["against"] = _against_transformers(folder, model, inputs)
@@ -92,16 +92,12 @@ def _say(options: argparse.Namespace, line: str) -> None:
 
 
 def _print_table(options: argparse.Namespace, title: str, rows: list[Comparison]) -> None:
-    _say(
-        options,
-        f"\n{title:26} {'calls':>6} {'error':>10} {'plain':>10} {'ratio':>7}  (at most {ALLOWED_RATIO})",
-    )
+    columns = f"{'calls':>6} {'error':>10} {'plain':>10} {'ratio':>7}"
+    _say(options, f"\n{title:26} {columns}  (at most {ALLOWED_RATIO})")
     for row in rows:
         verdict = "ok" if row.passed else "FAILED " + "; ".join(row.problems[:1])
-        _say(
-            options,
-            f"{row.name:26} {row.calls:6} {row.error:10.2e} {row.plain_error:10.2e} {row.ratio:7.2f}  {verdict}",
-        )
+        errors = f"{row.error.largest:10.2e} {row.plain_error.largest:10.2e} {row.ratio:7.2f}"
+        _say(options, f"{row.name:26} {row.calls:6} {errors}  {verdict}")
 
 
 def _oracle_dtype(model: torch.nn.Module, choice: str) -> torch.dtype | None:
@@ -112,8 +108,6 @@ def _oracle_dtype(model: torch.nn.Module, choice: str) -> torch.dtype | None:
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:
-        import os
-
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for dtype in (torch.float64, torch.float32):
         if dtype.itemsize > model.dtype.itemsize and 1.2 * count * dtype.itemsize < free:
