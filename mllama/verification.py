@@ -40,15 +40,15 @@ class Norms(NamedTuple):
 class Comparison:
     """Errors of one thing (an op over all its calls, or a layer) against the exact result.
 
-    `error` and `plain_error` are those of the kernels and of plain PyTorch, `half_ulp` half a unit in the last
-    place of the result, all gathered over the calls: one call on a single row says too little.
+    `error` and `plain_error` are those of the kernels and of plain PyTorch, `half_ulp` half a unit in the
+    last place of the result, all gathered over the calls: one call on a single row says too little.
     """
 
     name: str
     calls: int = 0
-    error: Norms = Norms()
-    plain_error: Norms = Norms()
-    half_ulp: Norms = Norms()
+    error: Norms = field(default_factory=Norms)
+    plain_error: Norms = field(default_factory=Norms)
+    half_ulp: Norms = field(default_factory=Norms)
     problems: list[str] = field(default_factory=list)
 
     def add(self, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
