@@ -95,8 +95,9 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 }
 
-// Keys of one sequence and head: rows at fixed strides or, with a page table, in pages. Kept in
-// shared memory: the main loop leaves no registers for them.
+// Keys of one sequence and head: rows at fixed strides or, with a page table, in pages. Like the
+// query rows it is kept in shared memory: at head dim 128 the main loop leaves no registers for
+// either.
 template <typename T>
 struct KeySpan {
   const T* k;  // first key, or page 0 of the cache, at the head
@@ -105,6 +106,35 @@ struct KeySpan {
   int64_t k_stride, v_stride, page_stride, num_pages;
   int page_size, length;
 };
+
+template <typename T>
+__device__ __forceinline__ KeySpan<T> dense_span(const RotaryAttentionParams& p, int64_t b,
+                                                 int64_t kv_head, const SequenceRows& rows) {
+  KeySpan<T> span{};
+  span.k = static_cast<const T*>(p.k_cache) + (rows.begin * p.num_kv_heads + kv_head) * p.head_dim;
+  span.v = first_row<T>(p.v, p.cu_seqlens, b, rows.begin, p.v_batch_stride, p.v_token_stride) +
+           kv_head * p.v_head_stride;
+  span.k_stride = p.num_kv_heads * p.head_dim;
+  span.v_stride = p.v_token_stride;
+  span.length = static_cast<int>(rows.count);
+  return span;
+}
+
+template <typename T>
+__device__ __forceinline__ KeySpan<T> paged_span(const RotaryAttentionParams& p, int64_t b,
+                                                 int64_t kv_head, int64_t length) {
+  const int64_t head = kv_head * p.page_size * p.head_dim;
+  KeySpan<T> span{};
+  span.k = static_cast<const T*>(p.k_cache) + head;
+  span.v = static_cast<const T*>(p.v_cache) + head;
+  span.page_table = p.page_table + b * p.max_pages;
+  span.k_stride = span.v_stride = p.head_dim;
+  span.page_stride = p.num_kv_heads * p.page_size * p.head_dim;
+  span.num_pages = p.num_pages;
+  span.page_size = static_cast<int>(p.page_size);
+  span.length = static_cast<int>(length);
+  return span;
+}
 
 // page_size is a multiple of 16, so a run never leaves its page; rows of a page outside the cache
 // read as zero.
@@ -189,56 +219,41 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const int64_t kv_head = blockIdx.x % kv_heads, b = blockIdx.x % pairs / kv_heads;
   const SequenceRows sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
 
-  QueryRows<T> rows;
-  rows.group = group;
-  rows.first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * Config::kBlockM;
-  rows.count = static_cast<int>(sequence.count) * group;
-  if (rows.first >= rows.count) return;
-  const int64_t first_head = kv_head * group;
-  rows.q = first_row<T>(p.q, p.cu_seqlens, b, sequence.begin, p.q_batch_stride, p.q_token_stride) +
-           first_head * p.q_head_stride;
-  rows.out =
-      static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + first_head) * Config::kHeadDim;
-  rows.q_token_stride = p.q_token_stride;
-  rows.q_head_stride = p.q_head_stride;
-  rows.out_token_stride = p.num_q_heads * Config::kHeadDim;
-  rows.out_head_stride = Config::kHeadDim;
+  const int first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * Config::kBlockM;
+  const int count = static_cast<int>(sequence.count) * group;
+  if (first >= count) return;
+  const int64_t capacity = p.max_pages * p.page_size;
+  const int64_t past =  // unchecked, like the page table
+      p.page_table == nullptr ? 0 : min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity);
+
+  __shared__ QueryRows<T> rows;
+  __shared__ KeySpan<T> span;
+  __shared__ int last_keys[Config::kBlockM];
+  if (threadIdx.x == 0) {
+    const int64_t first_head = kv_head * group;
+    rows.group = group;
+    rows.first = first;
+    rows.count = count;
+    rows.q =
+        first_row<T>(p.q, p.cu_seqlens, b, sequence.begin, p.q_batch_stride, p.q_token_stride) +
+        first_head * p.q_head_stride;
+    rows.out =
+        static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + first_head) * Config::kHeadDim;
+    rows.q_token_stride = p.q_token_stride;
+    rows.q_head_stride = p.q_head_stride;
+    rows.out_token_stride = p.num_q_heads * Config::kHeadDim;
+    rows.out_head_stride = Config::kHeadDim;
+    span = p.page_table == nullptr
+               ? dense_span<T>(p, b, kv_head, sequence)
+               : paged_span<T>(p, b, kv_head, min(past + sequence.count, capacity));
+  }
+  __syncthreads();
 
   const int64_t angles = sequence.begin % p.cos_rows;
   const RotaryQuery<T> query{static_cast<const T*>(p.cos) + angles * p.cos_row_stride,
                              static_cast<const T*>(p.sin) + angles * p.sin_row_stride,
                              p.cos_row_stride, p.sin_row_stride, p.interleaved};
-
-  __shared__ KeySpan<T> span;
-  __shared__ int last_keys[Config::kBlockM];
-  int64_t past = 0;
-  if (p.page_table != nullptr) {
-    const int64_t capacity = p.max_pages * p.page_size;
-    past = min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity);  // unchecked, like the table
-    if (threadIdx.x == 0) {
-      const int64_t head = kv_head * p.page_size * Config::kHeadDim;
-      span.k = static_cast<const T*>(p.k_cache) + head;
-      span.v = static_cast<const T*>(p.v_cache) + head;
-      span.page_table = p.page_table + b * p.max_pages;
-      span.k_stride = span.v_stride = Config::kHeadDim;
-      span.page_stride = p.num_kv_heads * p.page_size * Config::kHeadDim;
-      span.num_pages = p.num_pages;
-      span.page_size = static_cast<int>(p.page_size);
-      span.length = static_cast<int>(min(past + sequence.count, capacity));
-    }
-  } else if (threadIdx.x == 0) {
-    span.k = static_cast<const T*>(p.k_cache) +
-             (sequence.begin * p.num_kv_heads + kv_head) * Config::kHeadDim;
-    span.v =
-        first_row<T>(p.v, p.cu_seqlens, b, sequence.begin, p.v_batch_stride, p.v_token_stride) +
-        kv_head * p.v_head_stride;
-    span.page_table = nullptr;
-    span.k_stride = p.num_kv_heads * Config::kHeadDim;
-    span.v_stride = p.v_token_stride;
-    span.length = static_cast<int>(sequence.count);
-  }
-  __syncthreads();
-  CausalMask<Config> mask(rows.first, rows.count, group, static_cast<int>(past), last_keys);
+  CausalMask<Config> mask(first, count, group, static_cast<int>(past), last_keys);
   SequenceKeys<T, Config::kBlockN> keys{&span};
   attend<Config>(rows, query, keys, mask, softmax_scale_log2(p.softmax_scale), shared);
 }
