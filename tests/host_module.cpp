@@ -10,8 +10,8 @@ using namespace mllama;
 PYBIND11_MODULE(host_module, m) {
   m.def("ceil_div", &ceil_div<int64_t>);
   m.def("round_up", &round_up<int64_t>);
-  m.def("attention_tile", [](int64_t element_bytes) {
-    const AttentionTile tile = attention_tile(element_bytes);
+  m.def("attention_tile", [](int64_t head_dim, int64_t element_bytes, bool hides_rows) {
+    const AttentionTile tile = attention_tile(head_dim, element_bytes, hides_rows);
     return py::make_tuple(tile.rows, tile.keys, tile.warps);
   });
   m.def("attention_tile_swizzled", &attention_tile_swizzled);

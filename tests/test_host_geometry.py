@@ -33,13 +33,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("element_bytes", [2, 4])
-def test_attention_tiles_fit(host, head_dim, element_bytes):
+@pytest.mark.parametrize("hides_rows", [False, True])
+def test_attention_tiles_fit(host, head_dim, element_bytes, hides_rows):
     """Shared memory fits every device from sm_80 on, and rows stay on 16-byte boundaries."""
-    assert host.attention_shared_bytes(head_dim, element_bytes) <= SHARED_MEMORY_SM86
+    assert host.attention_shared_bytes(head_dim, element_bytes, hides_rows) <= SHARED_MEMORY_SM86
     stride = host.attention_tile_stride(head_dim, element_bytes)
     assert stride % 16 == 0 and stride >= head_dim * element_bytes
-    rows, keys, warps = host.attention_tile(element_bytes)
+    rows, keys, warps = host.attention_tile(head_dim, element_bytes, hides_rows)
     assert rows % (16 * warps) == 0 and keys % 16 == 0
+    # A warp copies keys / warps rows at once: they must not leave a page (a multiple of 16 keys).
+    assert keys % warps == 0 and 16 % (keys // warps) == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
