@@ -51,13 +51,23 @@ constexpr int64_t kTaskRows = 512;
 // Query tokens of one task.
 MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskRows / group); }
 
-// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take equal runs
-// of causal chunks get equal work.
-MLLAMA_INLINE int64_t interleaved_chunk(int64_t i, int64_t count) {
-  return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
-}
-
+// All keys of a task, packed block by block for matrix products.
 template <typename T>
 void attend(const AttentionTask& task, Scratch& scratch);
+
+// A task of at most kFewRows rows (a decode step) is bound by reading its keys: they are streamed once,
+// unpacked, in splits of kSplitKeys that threads share, and the splits are merged in order.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kSplitKeys = 512;
+
+int64_t count_splits(const AttentionTask& task);
+// In elements of the compute type.
+MLLAMA_INLINE int64_t split_size(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+// Maximum, sum and unnormalised output of each row over one split.
+template <typename T>
+void attend_split(const AttentionTask& task, int64_t split, Scalar<T>* result, Scratch& scratch);
+// The task's output from its splits, `stride` elements apart.
+template <typename T>
+void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t stride);
 
 }  // namespace mllama::MLLAMA_ISA

@@ -1,10 +1,10 @@
 // rotary_attention and rotary_attention_cached: new keys are rotated and stored first, into the pages or into
-// scratch, then one task per (sequence, key head, run of tokens) attends; see attention.cpp.
+// scratch, then one task per (sequence, key head, run of tokens) attends; see attention_driver.h.
 // Rotation   each product and the sum are rounded to the storage type, as plain PyTorch rounds them.
 // Rows past the last sequence are zero.
 #include "../rotary_attention.h"
 
-#include "attention.h"
+#include "attention_driver.h"
 #include "dtypes.h"
 #include "kernels.h"
 
@@ -42,30 +42,17 @@ void rotate_pairs(const T* x, const T* cos, const T* sin, int64_t half, T* out) 
 }
 
 template <typename T>
-class Runner {
+class Sequences {
  public:
-  explicit Runner(const RotaryAttentionParams& p) : p_(p) {}
+  explicit Sequences(const RotaryAttentionParams& p) : p_(p) {}
 
   void append() const {
     const int64_t chunks = ceil_div(p_.max_seqlen, kAppendTokens);
     parallel_for(0, p_.batch * chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / chunks, first = i % chunks * kAppendTokens;
-        const int64_t last = min(length(b), first + kAppendTokens);
+        const int64_t last = min(tokens(b), first + kAppendTokens);
         for (int64_t t = first; t < last; ++t) append_token(b, t);
-      }
-    });
-  }
-
-  void attend_all() const {
-    const int64_t chunk_tokens = task_tokens(group_), chunks = ceil_div(p_.max_seqlen, chunk_tokens);
-    parallel_for(0, p_.batch * p_.num_kv_heads * chunks, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = interleaved_chunk(i % chunks, chunks) * chunk_tokens;
-        const int64_t h = i / chunks % p_.num_kv_heads, b = i / chunks / p_.num_kv_heads;
-        const int64_t tokens = min(chunk_tokens, length(b) - first);
-        if (tokens > 0) attend_chunk(b, h, first, tokens, scratch);
       }
     });
   }
@@ -76,11 +63,43 @@ class Runner {
     if (used < p_.tokens) memset(static_cast<T*>(p_.out) + used * row, 0, (p_.tokens - used) * row * sizeof(T));
   }
 
+  // For AttentionDriver.
+  int64_t batch() const { return p_.batch; }
+  int64_t kv_heads() const { return p_.num_kv_heads; }
+  int64_t group() const { return group_; }
+  int64_t head_dim() const { return p_.head_dim; }
+  int64_t tokens(int64_t b) const { return p_.cu_seqlens ? p_.cu_seqlens[b + 1] - start(b) : p_.max_seqlen; }
+  int64_t max_splits(int64_t b) const { return ceil_div(past(b) + tokens(b), kSplitKeys); }
+
+  AttentionTask make_task(int64_t b, int64_t h, int64_t first, int64_t tokens, Scratch& scratch) const {
+    T* q = scratch.take<T>(tokens * group_ * p_.head_dim);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* x = row(p_.q, b, first + t, p_.q_batch_stride, p_.q_token_stride) + h * group_ * p_.q_head_stride;
+      for (int64_t g = 0; g < group_; ++g) {
+        rotate(x + g * p_.q_head_stride, start(b) + first + t, q + (t * group_ + g) * p_.head_dim);
+      }
+    }
+    Segment* keys = scratch.take<Segment>(1);
+    *keys = segment(b, h);
+    AttentionTask task = {};
+    task.q = q;
+    task.out_token_stride = p_.num_q_heads * p_.head_dim;
+    task.out = static_cast<T*>(p_.out) + (start(b) + first) * task.out_token_stride + h * group_ * p_.head_dim;
+    task.tokens = tokens;
+    task.group = group_;
+    task.head_dim = p_.head_dim;
+    task.segments = keys;
+    task.num_segments = 1;
+    task.causal = true;
+    task.past = past(b) + first;
+    task.softmax_scale = p_.softmax_scale;
+    return task;
+  }
+
  private:
   static constexpr int64_t kAppendTokens = 16;
 
   int64_t start(int64_t b) const { return p_.cu_seqlens ? p_.cu_seqlens[b] : b * p_.max_seqlen; }
-  int64_t length(int64_t b) const { return p_.cu_seqlens ? p_.cu_seqlens[b + 1] - start(b) : p_.max_seqlen; }
   int64_t past(int64_t b) const { return p_.cache_lens ? p_.cache_lens[b] : 0; }
 
   const T* row(const void* base, int64_t b, int64_t t, int64_t batch_stride, int64_t token_stride) const {
@@ -116,7 +135,7 @@ class Runner {
 
   Segment segment(int64_t b, int64_t h) const {
     constexpr int64_t size = sizeof(T);
-    const int64_t keys = past(b) + length(b);
+    const int64_t keys = past(b) + tokens(b);
     if (p_.page_table) {
       const int32_t* pages = p_.page_table + b * p_.max_pages;
       const int64_t head = h * p_.page_size * p_.head_dim * size, page = p_.num_kv_heads * p_.page_size * p_.head_dim;
@@ -134,31 +153,6 @@ class Runner {
             nullptr};
   }
 
-  void attend_chunk(int64_t b, int64_t h, int64_t first, int64_t tokens, Scratch& scratch) const {
-    const Scratch::Mark mark(scratch);
-    T* q = scratch.take<T>(tokens * group_ * p_.head_dim);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const T* x = row(p_.q, b, first + t, p_.q_batch_stride, p_.q_token_stride) + h * group_ * p_.q_head_stride;
-      for (int64_t g = 0; g < group_; ++g) {
-        rotate(x + g * p_.q_head_stride, start(b) + first + t, q + (t * group_ + g) * p_.head_dim);
-      }
-    }
-    const Segment keys = segment(b, h);
-    AttentionTask task = {};
-    task.q = q;
-    task.out_token_stride = p_.num_q_heads * p_.head_dim;
-    task.out = static_cast<T*>(p_.out) + (start(b) + first) * task.out_token_stride + h * group_ * p_.head_dim;
-    task.tokens = tokens;
-    task.group = group_;
-    task.head_dim = p_.head_dim;
-    task.segments = &keys;
-    task.num_segments = 1;
-    task.causal = true;
-    task.past = past(b) + first;
-    task.softmax_scale = p_.softmax_scale;
-    attend<T>(task, scratch);
-  }
-
   const RotaryAttentionParams& p_;
   const int64_t group_ = p_.num_q_heads / p_.num_kv_heads;
 };
@@ -168,10 +162,10 @@ class Runner {
 void rotary_attention(const RotaryAttentionParams& p) {
   if (p.tokens * p.num_q_heads * p.head_dim == 0) return;
   with_dtype(p.dtype, [&]<typename T>(Type<T>) {
-    const Runner<T> runner(p);
-    runner.clear_tail();
-    runner.append();  // parallel_for returns when all of it is done
-    runner.attend_all();
+    const Sequences<T> sequences(p);
+    sequences.clear_tail();
+    sequences.append();  // parallel_for returns when all of it is done
+    AttentionDriver<T, Sequences<T>>(sequences).run();
   });
 }
 
