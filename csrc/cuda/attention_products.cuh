@@ -159,11 +159,9 @@ struct SimtProducts {
           const float4 k = chunk(k_tile, n * 8 + column + i, c);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            float& sum = s[0][n][2 * r + i];
-            sum = fmaf(q[r].x, k.x, sum);
-            sum = fmaf(q[r].y, k.y, sum);
-            sum = fmaf(q[r].z, k.z, sum);
-            sum = fmaf(q[r].w, k.w, sum);
+            // Four products before the sum: a shorter chain rounds less.
+            const float head = fmaf(q[r].y, k.y, q[r].x * k.x);
+            s[0][n][2 * r + i] += fmaf(q[r].w, k.w, fmaf(q[r].z, k.z, head));
           }
         }
       }

@@ -1,9 +1,9 @@
-// Online softmax over blocks of scores (Milakov, Gimelshein 2018, arXiv 1805.02867), in the exp2
-// domain.
+// Online softmax over blocks of scores (Milakov, Gimelshein 2018, arXiv 1805.02867), with powers
+// of 2.
 //
 // A thread holds kSlots rows, each shared by the four lanes of a quad. `maximum` is the largest
-// score so far times scale * log2(e), equal in the quad; `sum` is this lane's part of sum 2^(score
-// - maximum).
+// score so far (16 bits: times scale * log2(e)), equal in the quad; `sum` is this lane's part of
+// the sum of weights.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,6 +31,10 @@ __device__ __forceinline__ float quad_sum(float x) { return warp_sum<4>(x); }
 
 template <typename T, int kSlots>
 struct OnlineSoftmax {
+  // Scaling first makes score and shift one FFMA. float32 scales the difference instead: the
+  // rounding of the scale then stays out of large scores, and the largest weight is exactly 1.
+  static constexpr bool kScaleFirst = !std::is_same_v<T, float>;
+
   float maximum[kSlots];
   float sum[kSlots];
 
@@ -58,17 +62,20 @@ struct OnlineSoftmax {
         largest = fmaxf(largest, fmaxf(scores[tile][n][first], scores[tile][n][first + 1]));
       }
       const float previous = maximum[slot];
-      maximum[slot] = fmaxf(previous, quad_max(largest) * scale_log2);
+      maximum[slot] = fmaxf(previous, quad_max(largest) * (kScaleFirst ? scale_log2 : 1.0f));
       const float shift = maximum[slot] == -INFINITY ? 0.0f : maximum[slot];
-      factor[slot] = previous == maximum[slot] ? 1.0f : softmax_exp2<T>(previous - shift);
+      factor[slot] = previous == maximum[slot]
+                         ? 1.0f
+                         : softmax_exp2<T>((previous - shift) * (kScaleFirst ? 1.0f : scale_log2));
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
         for (int i = first; i < first + 2; ++i) {
-          // The scale folded into the exponent is one FFMA.
-          scores[tile][n][i] = softmax_exp2<T>(fmaf(scores[tile][n][i], scale_log2, -shift));
-          total += scores[tile][n][i];
+          float& score = scores[tile][n][i];
+          score = softmax_exp2<T>(kScaleFirst ? fmaf(score, scale_log2, -shift)
+                                              : (score - shift) * scale_log2);
+          total += score;
         }
       }
       sum[slot] = fmaf(sum[slot], factor[slot], total);
