@@ -27,9 +27,11 @@ class Rows:
 
     Nothing masks the padding: no token before it sees it, and rows of one length are computed at once.
 
-    kinds: per row, the kinds of its questions. picture: (R,) int64, the picture of a row. input_ids, labels: (R, L) int64,
-    labels IGNORED but on answers. cross_attention_mask: (R, L, 1, 4) int64, 1 from the image token on for the tiles that the
-    picture has.
+    Attributes:
+        kinds: per row, the kinds of its questions.
+        picture: (R,) int64, the picture of a row.
+        input_ids, labels: (R, L) int64; labels are IGNORED but on answers.
+        cross_attention_mask: (R, L, 1, 4) int64, 1 from the image token on for the picture's tiles.
     """
 
     kinds: list[list[str]]
@@ -41,8 +43,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """`pictures`: the image processor's tensors (pixel_values, aspect_ratio_ids, aspect_ratio_mask); `targets`: of
-    `patch_targets`, stacked; `rows`: texts of similar length together, so that little is padding."""
+    """What one step learns from.
+
+    Attributes:
+        pictures: pixel_values, aspect_ratio_ids and aspect_ratio_mask, as the image processor makes them.
+        targets: of `patch_targets`, stacked.
+        rows: texts of similar length together, so that little is padding.
+    """
 
     pictures: dict[str, Tensor]
     targets: Tensor
@@ -69,8 +76,12 @@ class Batches:
         self._answers: dict[str, list[int]] = {}
 
     def draw(self, pictures: int, texts: Literal["none", "questions", "dialogues"]) -> Batch:
-        """A batch over this many pictures: without text, with every question in a row of its own, or with all of a
-        picture's as turns of one row."""
+        """A batch over this many pictures.
+
+        Args:
+            texts: "none"; "questions", each in a row of its own; "dialogues", all questions about a
+                picture as the turns of one row.
+        """
         scenes = [sample_scene(self._rng) for _ in range(pictures)]
         asked = [self._questions(scene) for scene in scenes] if texts != "none" else []
         if texts == "none":
@@ -134,7 +145,9 @@ class Batches:
             prompt = self._processor.apply_chat_template(
                 [{"role": "user", "content": image + content}], add_generation_prompt=True
             )
-            known[text] = self._ids(prompt)[0 if first else 1 :]  # a later turn has no begin_of_text
+            known[text] = self._ids(prompt)[
+                0 if first else 1 :
+            ]  # a later turn has no begin_of_text
         return known[text]
 
     def _answer(self, text: str) -> list[int]:

@@ -1,7 +1,8 @@
-"""Dense supervision of the vision tower during training: what lies in the quarter that a patch belongs to.
+"""Dense supervision of the vision tower during training: what each patch shows.
 
 Answers alone say little about a picture (a few bits a row), and the tower would learn to see only after the
-text tower has learnt to look. A linear head on every vision token, thrown away after training, tells it directly.
+text tower has learnt to look. A linear head on every vision token, thrown away after training, tells it
+directly: the shape that covers the patch, the quarter it lies in, and the background.
 """
 
 from __future__ import annotations
@@ -12,48 +13,49 @@ from torch import Tensor, nn
 
 from mllama.config import MllamaConfig
 from mllama.tiles import ImageTiles
-from mllama.tiling import size_in_canvas
 
-from .shapes import BACKGROUNDS, COLORS, IMAGE_SIZE, KINDS, PLACES, SIZES, Scene
+from .shapes import BACKGROUNDS, COLORS, IMAGE_SIZE, KINDS, PLACES, SIZES, Scene, Shape
 
 _IGNORED = -100
 _PATCH = 14
 _SIDE = IMAGE_SIZE // _PATCH
-_NONE = "none"
-# What is told of a patch's quarter, and the names it can have.
+_REACH = 4  # pixels from a shape's square within which a patch's centre counts as covered
+# What is told of a patch, and the names it can have; the first three only where a shape covers it.
 _ATTRIBUTES = {
-    "kind": (_NONE, *KINDS),
-    "color": (_NONE, *sorted(COLORS)),
-    "size": (_NONE, *sorted(SIZES)),
+    "kind": KINDS,
+    "color": tuple(sorted(COLORS)),
+    "size": tuple(sorted(SIZES)),
     "place": PLACES,
     "background": tuple(sorted(BACKGROUNDS)),
 }
 
 
 def patch_targets(scene: Scene, max_tiles: int) -> Tensor:
-    """(max_tiles, patches, attributes) int64: per patch the index of each attribute of its quarter.
-
-    Patches of absent tiles, and those whose centre lies beside the picture, are ignored.
-    """
+    """(max_tiles, patches, attributes) int64: the index of each attribute, -100 where there is none."""
     rows, columns = scene.layout
-    height, width = size_in_canvas(
-        scene.height, scene.width, rows * IMAGE_SIZE, columns * IMAGE_SIZE, IMAGE_SIZE
-    )
-    shapes = {shape.place: shape for shape in scene.shapes}
+    scale = columns * IMAGE_SIZE / scene.width
     targets = torch.full((max_tiles, _SIDE * _SIDE, len(_ATTRIBUTES)), _IGNORED)
     for tile in range(rows * columns):
         for patch in range(_SIDE * _SIDE):
             x = (tile % columns) * IMAGE_SIZE + (patch % _SIDE + 0.5) * _PATCH
             y = (tile // columns) * IMAGE_SIZE + (patch // _SIDE + 0.5) * _PATCH
-            if x >= width or y >= height:
-                continue
-            place = PLACES[2 * (y >= height / 2) + (x >= width / 2)]
-            shape = shapes.get(place)
-            named = {"place": place, "background": scene.background}
-            for index, (attribute, names) in enumerate(_ATTRIBUTES.items()):
-                name = named.get(attribute) or getattr(shape, attribute, _NONE)
-                targets[tile, patch, index] = names.index(name)
+            place = 2 * (2 * y >= rows * IMAGE_SIZE) + (2 * x >= columns * IMAGE_SIZE)
+            shape = _covering(scene, x / scale, y / scale, _REACH / scale)
+            names = {"place": PLACES[place], "background": scene.background}
+            if shape is not None:
+                names |= {"kind": shape.kind, "color": shape.color, "size": shape.size}
+            for index, (attribute, known) in enumerate(_ATTRIBUTES.items()):
+                if attribute in names:
+                    targets[tile, patch, index] = known.index(names[attribute])
     return targets
+
+
+def _covering(scene: Scene, x: float, y: float, reach: float) -> Shape | None:
+    for shape in scene.shapes:
+        across, down = abs(shape.center[0] - x), abs(shape.center[1] - y)
+        if max(across, down) < shape.radius + reach:
+            return shape
+    return None
 
 
 class PatchHead(nn.Linear):
@@ -63,19 +65,18 @@ class PatchHead(nn.Linear):
         super().__init__(config.text_config.hidden_size, sum(map(len, _ATTRIBUTES.values())))
 
     def loss(self, tiles: ImageTiles, targets: Tensor) -> tuple[Tensor, float]:
-        """Mean cross entropy, and the share of patches with every attribute right.
+        """Mean cross entropy, and the share of covered patches with every attribute right.
 
         Args:
             tiles: of M pictures. targets: (M, max_tiles, patches, attributes).
         """
         present = tiles.table >= 0
-        states = tiles.states[tiles.table[present].long()][:, 1:]  # without the class token
-        wanted = targets[present]
-        losses, right = [], torch.ones(wanted.shape[:2], dtype=torch.bool)
+        states = tiles.states[tiles.table[present].long()][:, 1:].flatten(0, 1)  # no class token
+        wanted = targets[present].flatten(0, 1)
+        losses, right = [], wanted[:, 0] != _IGNORED
+        covered = right.sum()
         sizes = [len(names) for names in _ATTRIBUTES.values()]
-        for index, logits in enumerate(self(states).split(sizes, -1)):
-            target = wanted[..., index]
-            losses.append(F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=_IGNORED))
-            right &= logits.argmax(-1) == target
-        seen = wanted[..., 0] != _IGNORED
-        return torch.stack(losses).mean(), right[seen].float().mean().item()
+        for logits, target in zip(self(states).split(sizes, -1), wanted.unbind(-1), strict=True):
+            losses.append(F.cross_entropy(logits, target, ignore_index=_IGNORED))
+            right = right & (logits.argmax(-1) == target)
+        return torch.stack(losses).mean(), (right.sum() / covered).item()

@@ -1,14 +1,16 @@
 """Pictures of one to four shapes, drawn from a seed.
 
 A picture is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at
-most one shape, and the whole shape lies inside it, so every position has one name. Picture sizes are
-chosen so that the image processor's canvas is each of the supported tile grids (1x1 ... 2x2 ... 1x4)
-equally often, at the grid's own size or larger.
+most one shape, and the whole shape lies inside it, so every position has one name. The proportions are
+those of each of the supported tile grids (1x1 ... 2x2 ... 1x4) equally often, at the grid's own size or
+up to four times larger.
+
+To be learnt in minutes the world is a tidy one: two sizes of shape, centres about half a patch apart, and
+backgrounds darker than every shape.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
@@ -25,11 +27,12 @@ COLORS = {
     "purple": (150, 50, 190),
     "orange": (245, 130, 20),
 }
-SIZES = {"small": (0.21, 0.26), "large": (0.35, 0.42)}  # radius / shorter side of a quarter
-BACKGROUNDS = {"white": (250, 250, 250), "gray": (128, 128, 128), "black": (10, 10, 10)}
+SIZES = {"small": (6.0, 7.0), "large": (11.0, 12.5)}  # radius in pixels, likewise
+BACKGROUNDS = {"black": (10, 10, 10), "gray": (62, 62, 62), "brown": (80, 45, 10)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # reading order
 _JITTER = 10  # levels by which a drawn colour may differ from its name's
-_ENLARGEMENTS = (2, 3, 4)
+_ENLARGEMENTS = (1, 2, 3, 4)
+_STEP, _WOBBLE = 7, 1.0  # of the centres, in pixels before enlargement
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ class Scene:
 def sample_scene(rng: random.Random) -> Scene:
     """Draws a scene: grid, picture size, background, and one to four shapes (equal ones included)."""
     layout = rng.choice(LAYOUTS)
-    width, height = _picture_size(layout, rng)
+    # Of all grids, that of the picture's own proportions shrinks it least with the least area; but a
+    # picture larger than one tile never gets 1x1.
+    factor = 1 if layout == (1, 1) else rng.choice(_ENLARGEMENTS)
+    width, height = layout[1] * IMAGE_SIZE * factor, layout[0] * IMAGE_SIZE * factor
     background = rng.choice(sorted(BACKGROUNDS))
     places = sorted(rng.sample(range(4), rng.randint(1, 4)))
     names: list[tuple[str, str, str]] = []
@@ -70,7 +76,7 @@ def sample_scene(rng: random.Random) -> Scene:
         else:
             names.append((rng.choice(KINDS), rng.choice(sorted(COLORS)), rng.choice(sorted(SIZES))))
     shapes = tuple(
-        _place(name, place, width, height, rng) for name, place in zip(names, places, strict=True)
+        _place(name, place, layout, factor, rng) for name, place in zip(names, places, strict=True)
     )
     return Scene(width, height, layout, background, _jitter(BACKGROUNDS[background], rng), shapes)
 
@@ -103,32 +109,21 @@ def sample_picture(seed: int) -> tuple[Image.Image, Scene]:
     return draw(scene), scene
 
 
-def _picture_size(layout: tuple[int, int], rng: random.Random) -> tuple[int, int]:
-    """A (width, height) whose canvas is `layout`.
-
-    Up to 15 % below the grid's own size the grid is the smallest that holds the picture. A larger
-    picture is shrunk, and of all grids the one of exactly its proportions shrinks it least with the
-    least area (never 1x1: 2x2 shrinks less).
-    """
-    rows, columns = layout
-    if layout != (1, 1) and rng.random() < 0.4:
-        factor = rng.choice(_ENLARGEMENTS)
-        return columns * IMAGE_SIZE * factor, rows * IMAGE_SIZE * factor
-    width = math.floor(columns * IMAGE_SIZE * rng.uniform(0.85, 1.0) + 0.5)
-    height = math.floor(rows * IMAGE_SIZE * rng.uniform(0.85, 1.0) + 0.5)
-    return width, height
-
-
 def _place(
-    name: tuple[str, str, str], place: int, width: int, height: int, rng: random.Random
+    name: tuple[str, str, str], place: int, layout: tuple[int, int], factor: int, rng: random.Random
 ) -> Shape:
+    """A shape in its quarter, at one of the points that lie half a patch apart, give or take a pixel."""
     kind, color, size = name
-    half_width, half_height = width / 2, height / 2
-    radius = rng.uniform(*SIZES[size]) * min(half_width, half_height)
-    gap = radius + 0.08 * min(half_width, half_height)  # keeps a shape off its quarter's borders
-    x = rng.uniform(gap, half_width - gap) + (place % 2) * half_width
-    y = rng.uniform(gap, half_height - gap) + (place // 2) * half_height
-    return Shape(kind, color, size, PLACES[place], (x, y), radius, _jitter(COLORS[color], rng))
+    radius = rng.uniform(*SIZES[size])
+    center = []
+    for tiles, half in ((layout[1], place % 2), (layout[0], place // 2)):
+        quarter = tiles * IMAGE_SIZE / 2
+        steps = int((quarter / 2 - radius - _WOBBLE) // _STEP)
+        middle = quarter * (half + 0.5)
+        at = middle + _STEP * rng.randint(-steps, steps) + rng.uniform(-_WOBBLE, _WOBBLE)
+        center.append(at * factor)
+    rgb = _jitter(COLORS[color], rng)
+    return Shape(kind, color, size, PLACES[place], (center[0], center[1]), radius * factor, rgb)
 
 
 def _jitter(rgb: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
