@@ -6,6 +6,7 @@
 #include "../patch_embed.h"
 
 #include "dtypes.h"
+#include "gemm_amx.h"
 #include "gemm_fma.h"
 #include "kernels.h"
 #include "rows.h"
@@ -48,6 +49,7 @@ class Embedder {
     const int64_t blocks = ceil_div(patches_, kBlockPatches);
     parallel_for(0, p_.images * p_.tiles * blocks, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch;
+      [[maybe_unused]] const typename Gemm::Session session;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % blocks * kBlockPatches;
         if (first == 0) embed_rest(i / blocks);
@@ -150,11 +152,21 @@ class Embedder {
   E* weight_;
 };
 
-template <typename T>
-void run(const PatchEmbedParams& p) {
-  Embedder<T, FmaGemm<Scalar<T>>> embedder(p);
+template <typename T, typename Gemm>
+void run_with(const PatchEmbedParams& p) {
+  Embedder<T, Gemm> embedder(p);
   embedder.pack_weight();
   embedder.embed();
+}
+
+template <typename T>
+void run(const PatchEmbedParams& p) {
+#ifdef __AMX_BF16__
+  if constexpr (__is_same(T, BF16)) {
+    if (amx_available()) return run_with<T, AmxGemm>(p);
+  }
+#endif
+  run_with<T, FmaGemm<Scalar<T>>>(p);
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 
 namespace mllama::MLLAMA_ISA {
 
-MLLAMA_INLINE float tanh_scalar(float x) { return __builtin_tanhf(x); }
-MLLAMA_INLINE double tanh_scalar(double x) { return __builtin_tanh(x); }
 
 // 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four chains
 // hide the latency of the add, short ones keep the rounding error small.
@@ -60,7 +58,8 @@ MLLAMA_INLINE void add_row(const T* x, const T* residual, bool visible, T* out, 
 // tanh of the one-element tensor gate, rounded.
 template <typename T>
 MLLAMA_INLINE Scalar<T> tanh_gate(const void* gate) {
-  return round_scalar<T>(tanh_scalar(to_scalar(*static_cast<const T*>(gate))));
+  // In double: the whole tensor shares the factor's error.
+  return round_scalar<T>((Scalar<T>)__builtin_tanh((double)to_scalar(*static_cast<const T*>(gate))));
 }
 
 }  // namespace mllama::MLLAMA_ISA

@@ -252,6 +252,20 @@ MLLAMA_INLINE FVec max_vec(FVec a, FVec b) { return (FVec)_mm512_max_ps((__m512)
 MLLAMA_INLINE FVec max_vec(FVec a, FVec b) { return (FVec)_mm256_max_ps((__m256)a, (__m256)b); }
 #endif
 
+// To [-bound, bound]; NaN passes.
+MLLAMA_INLINE FVec clamp(FVec x, float bound) {
+#if defined(__AVX512F__)
+  const __m512 above = _mm512_max_ps(_mm512_set1_ps(-bound), (__m512)x);  // of a NaN: the second
+  return (FVec)_mm512_min_ps(_mm512_set1_ps(bound), above);
+#elif defined(__AVX2__)
+  const __m256 above = _mm256_max_ps(_mm256_set1_ps(-bound), (__m256)x);
+  return (FVec)_mm256_min_ps(_mm256_set1_ps(bound), above);
+#else
+  x = x < -bound ? splat(-bound) : x;
+  return x > bound ? splat(bound) : x;
+#endif
+}
+
 // ---- exp2 and exp, about 1 ulp; infinities, zeros, subnormals and NaN come out right ----
 
 // 2^r for |r| <= 0.5: minimax polynomial, relative error 1.3e-8 before rounding.
@@ -285,10 +299,8 @@ MLLAMA_INLINE FVec scale_by_power(FVec x, FVec n) {
 }
 #endif
 
-// x - m, where m is finite, comes in as x: the caller subtracts with one fused multiply-add.
 MLLAMA_INLINE FVec exp2(FVec x) {
-  x = x < -160.0f ? splat(-160.0f) : x;  // a comparison with NaN is false, so NaN passes
-  x = x > 160.0f ? splat(160.0f) : x;
+  x = clamp(x, 160.0f);
   const FVec n = round_nearest(x);
   return scale_by_power(exp2_fraction(x - n), n);
 }
@@ -298,8 +310,7 @@ MLLAMA_INLINE DVec exp2(DVec x) {
 }
 
 MLLAMA_INLINE FVec exp(FVec x) {
-  x = x < -110.0f ? splat(-110.0f) : x;
-  x = x > 110.0f ? splat(110.0f) : x;
+  x = clamp(x, 110.0f);
   const FVec n = round_nearest(x * 1.44269504f);
   // n * 0.693359375 is exact: the constant has 10 bits.
   const FVec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
