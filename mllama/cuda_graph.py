@@ -20,7 +20,8 @@ class DecodeStep:
     """Reads the latest token of every row and chooses the next, always in the same buffers.
 
     Everything that changes from step to step lies on the device and is updated in place: the token,
-    lengths and positions in the cache, the sampler's state. Nothing is read by the host.
+    lengths and positions in the cache, the sampler's state. Nothing is read by the host. (The cache
+    counts its columns there, which a replay leaves out; the caller settles them at the end.)
 
     Args:
         model: called with one token per row, the cache and logits_to_keep=1.
@@ -48,10 +49,6 @@ class DecodeStep:
         )
         self.accept(output.logits[:, -1])
 
-    def skipped(self) -> None:
-        """Do what a replay leaves out: the cache counts its columns on the host."""
-        self._cache.columns += 1
-
 
 class CapturedStep:
     """Runs a DecodeStep, from the third call on as one replay of a CUDA graph.
@@ -73,7 +70,6 @@ class CapturedStep:
         self._calls += 1
         if self._graph is not None:
             self._graph.replay()
-            self._step.skipped()
         elif self._calls == _WARM_UP_STEPS + 1:
             self._capture()
         else:
@@ -97,4 +93,4 @@ class CapturedStep:
             self._run_aside()
             return
         self._graph = graph
-        graph.replay()  # a capture runs nothing; the host's part of the step it did run
+        graph.replay()  # a capture runs nothing on the device
