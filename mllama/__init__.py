@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllama.cache import MllamaCache
     from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
-    from mllama.generation_config import GenerationConfig
-    from mllama.image_processor import MllamaImageProcessor
+    from mllama.generation.config import GenerationConfig
+    from mllama.generation.streaming import TextStreamer
     from mllama.model import MllamaForCausalLM, MllamaForConditionalGeneration, MllamaModel
-    from mllama.processor import MllamaProcessor
+    from mllama.processing.image_processor import MllamaImageProcessor
+    from mllama.processing.processor import MllamaProcessor
     from mllama.semantics import Semantics
-    from mllama.streaming import TextStreamer
     from mllama.text import MllamaTextModel
     from mllama.vision import MllamaVisionModel
 
 # Imported on first use: a processor needs no model, a configuration no torch ops.
 _MODULES = {
-    "GenerationConfig": "mllama.generation_config",
+    "GenerationConfig": "mllama.generation.config",
     "MllamaCache": "mllama.cache",
     "MllamaConfig": "mllama.config",
     "MllamaForCausalLM": "mllama.model",
     "MllamaForConditionalGeneration": "mllama.model",
-    "MllamaImageProcessor": "mllama.image_processor",
+    "MllamaImageProcessor": "mllama.processing.image_processor",
     "MllamaModel": "mllama.model",
-    "MllamaProcessor": "mllama.processor",
+    "MllamaProcessor": "mllama.processing.processor",
     "MllamaTextConfig": "mllama.config",
     "MllamaTextModel": "mllama.text",
     "MllamaVisionConfig": "mllama.config",
     "MllamaVisionModel": "mllama.vision",
     "Semantics": "mllama.semantics",
-    "TextStreamer": "mllama.streaming",
+    "TextStreamer": "mllama.generation.streaming",
 }
 
 __all__ = [

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mllama import weights
 from mllama.backend import Ops
 from mllama.cache import MllamaCache
+from mllama.checkpoints import weights
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import init_normal
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
@@ -105,7 +105,7 @@ class MllamaPreTrainedModel(nn.Module):
         backend: str = "auto",
         semantics: SemanticsLike = "auto",
     ) -> _Model:
-        """Load a checkpoint folder; see :func:`mllama.weights.load_pretrained`."""
+        """Load a checkpoint folder; see :func:`mllama.checkpoints.weights.load_pretrained`."""
         return weights.load_pretrained(
             cls, folder, dtype=dtype, device=device, backend=backend, semantics=semantics
         )
@@ -113,5 +113,5 @@ class MllamaPreTrainedModel(nn.Module):
     def save_pretrained(
         self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
     ) -> None:
-        """Write a checkpoint folder; see :func:`mllama.weights.save_pretrained`."""
+        """Write a checkpoint folder; see :func:`mllama.checkpoints.weights.save_pretrained`."""
         weights.save_pretrained(self, folder, max_shard_size)

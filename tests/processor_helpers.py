@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from mllama.image_processor import MllamaImageProcessor
-from mllama.processor import MllamaProcessor
-from mllama.tokenizer import MllamaTokenizer
+from mllama.processing.image_processor import MllamaImageProcessor
+from mllama.processing.processor import MllamaProcessor
+from mllama.processing.tokenizer import MllamaTokenizer
 
 transformers = pytest.importorskip("transformers")
 mllama_processing = pytest.importorskip("transformers.models.mllama.processing_mllama")

@@ -8,7 +8,7 @@ import jinja2
 import pytest
 from processor_helpers import CONVERSATIONS, assert_same, pair, picture
 
-from mllama.chat_template import render_chat_template, template_variables
+from mllama.processing.chat_template import render_chat_template, template_variables
 
 VARIANTS = [
     {},

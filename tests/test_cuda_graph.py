@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_flatten
 
 import mllama
 import mllama_kernels._library as library
-from mllama import generation
-from mllama.cuda_graph import CapturedStep, DecodeStep
+from mllama.generation import mixin as generation
+from mllama.generation.cuda_graph import CapturedStep, DecodeStep
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated"),

@@ -17,7 +17,7 @@ from generation_helpers import (
 )
 from model_helpers import Prompt, batch_of, hf_model, our_model
 
-from mllama.generation import GenerateOutput
+from mllama.generation.mixin import GenerateOutput
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
 

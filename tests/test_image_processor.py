@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mllama.image_processor import MllamaImageProcessor
-from mllama.images import MAX_PIXELS
-from mllama.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
+from mllama.processing.image_processor import MllamaImageProcessor
+from mllama.processing.images import MAX_PIXELS
+from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
 theirs = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
 

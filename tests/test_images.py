@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllama.image_processor import MllamaImageProcessor
-from mllama.images import FORMATS, ImageOpenError, convert_to_rgb, nest_images, open_image
+from mllama.processing.image_processor import MllamaImageProcessor
+from mllama.processing.images import (
+    FORMATS,
+    ImageOpenError,
+    convert_to_rgb,
+    nest_images,
+    open_image,
+)
 
 SIZE = (37, 23)
 

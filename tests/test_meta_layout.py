@@ -13,10 +13,14 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mllama
-from mllama import meta_files
-from mllama.checkpoint import CheckpointError
-from mllama.meta_files import config_from_params, cross_attention_layers, feed_forward_size
-from mllama.meta_layout import (
+from mllama.checkpoints import meta_files
+from mllama.checkpoints.checkpoint import CheckpointError
+from mllama.checkpoints.meta_files import (
+    config_from_params,
+    cross_attention_layers,
+    feed_forward_size,
+)
+from mllama.checkpoints.meta_layout import (
     gather_per_ratio,
     halves_from_pairs,
     resize_positions,

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from processor_helpers import BOS, IMAGE, WORDS, assert_same, mllama_processing, pair, picture
 
-from mllama.image_spans import cross_attention_mask, image_spans
-from mllama.images import ImageOpenError
+from mllama.processing.image_spans import cross_attention_mask, image_spans
+from mllama.processing.images import ImageOpenError
 
 
 def random_prompt(rng, images):

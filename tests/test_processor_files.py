@@ -23,9 +23,9 @@ from processor_helpers import (
 )
 from tokenizers import Tokenizer, models
 
-from mllama.image_processor import MllamaImageProcessor
-from mllama.processor import MllamaProcessor
-from mllama.tokenizer import MllamaTokenizer
+from mllama.processing.image_processor import MllamaImageProcessor
+from mllama.processing.processor import MllamaProcessor
+from mllama.processing.tokenizer import MllamaTokenizer
 
 
 def test_decoding_equals_transformers():

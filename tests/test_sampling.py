@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from mllama.sampling import (
+from mllama.generation.sampling import (
     INVALID_TOKEN,
     Sampler,
     SamplingConfig,

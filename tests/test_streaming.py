@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers import TextStreamer as HfTextStreamer
 
-from mllama.stopping import RowText, StopCondition, StopStringScanner, special_tokens
-from mllama.streaming import IncrementalDetokenizer, TextStreamer, make_decoder
-from mllama.tokenizer import MllamaTokenizer
+from mllama.generation.stopping import RowText, StopCondition, StopStringScanner, special_tokens
+from mllama.generation.streaming import IncrementalDetokenizer, TextStreamer, make_decoder
+from mllama.processing.tokenizer import MllamaTokenizer
 
 TEXTS = [
     "plain words, then a full stop.",

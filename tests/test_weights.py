@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mllama
-from mllama import saving
-from mllama.checkpoint import CheckpointError
-from mllama.key_layout import canonical_name
-from mllama.progress import ByteProgress
+from mllama.checkpoints import saving
+from mllama.checkpoints.checkpoint import CheckpointError
+from mllama.checkpoints.key_layout import canonical_name
+from mllama.checkpoints.progress import ByteProgress
 
 TEXT = {
     "vocab_size": 96,
@@ -578,7 +578,7 @@ def status(key):
     for line in open("/proc/self/status"):
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-import mllama.weights, mllama.model, safetensors.torch
+import mllama.checkpoints.weights, mllama.model, safetensors.torch
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 model = mllama.MllamaForCausalLM.from_pretrained(sys.argv[1], backend="reference")

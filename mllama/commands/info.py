@@ -7,7 +7,7 @@ import json
 
 import mllama_kernels.info as kernels_info
 from mllama import MllamaForConditionalGeneration
-from mllama.weights import describe_checkpoint
+from mllama.checkpoints.weights import describe_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

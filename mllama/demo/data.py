@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mllama.processor import MllamaProcessor
+from mllama.processing.processor import MllamaProcessor
 
 from .questions import Question, sample_questions
 from .seeing import patch_targets

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mllama.model import MllamaForConditionalGeneration
-from mllama.processor import MllamaProcessor
+from mllama.processing.processor import MllamaProcessor
 
 from .questions import QUESTION_KINDS, Question, is_right, sample_questions
 from .shapes import sample_picture

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mllama.checks import check_text
 from mllama.config import MllamaConfig
 from mllama.model import MllamaForConditionalGeneration
-from mllama.processor import MllamaProcessor
+from mllama.processing.processor import MllamaProcessor
 from mllama.tiles import ImageTiles
 
 from .config import save_configs

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllama.batch_feature import BatchFeature, convert_to_tensors
-from mllama.checkpoint import read_json
-from mllama.hub import resolve_folder
-from mllama.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
-from mllama.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
+from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.hub import resolve_folder
+from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
+from mllama.processing.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
+from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
 IMAGE_OPTIONS = (
     "do_convert_rgb",

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from mllama.batch_feature import BatchFeature, convert_to_tensors
-from mllama.checkpoint import read_json
-from mllama.hub import resolve_folder
+from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.hub import resolve_folder
+from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
 
 _UNLIMITED = int(1e30)  # what transformers writes where no maximum length is known
 _NAMED = (
@@ -42,7 +42,7 @@ class MllamaTokenizer:
         special_tokens: names to tokens, for instance {"bos_token": "<|begin_of_text|>"}.
         model_max_length: length that truncation=True cuts to.
         padding_side, truncation_side: "right" or "left".
-        chat_template: a jinja2 template, see `mllama.chat_template`.
+        chat_template: a jinja2 template, see `mllama.processing.chat_template`.
         config: further entries of tokenizer_config.json, kept for `save_pretrained`.
     Raises: ValueError for a special token that the backend does not have, or a wrong side.
     """

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllama.batch_feature import BatchFeature, convert_to_tensors
-from mllama.chat_template import render_chat_template, template_variables
-from mllama.checkpoint import read_json
-from mllama.conversation import conversation_images, normalized
-from mllama.hub import resolve_folder
-from mllama.image_processor import IMAGE_OPTIONS, MllamaImageProcessor
-from mllama.image_spans import cross_attention_mask
-from mllama.images import nest_images
-from mllama.tokenizer import MllamaTokenizer
+from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.hub import resolve_folder
+from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
+from mllama.processing.chat_template import render_chat_template, template_variables
+from mllama.processing.conversation import conversation_images, normalized
+from mllama.processing.image_processor import IMAGE_OPTIONS, MllamaImageProcessor
+from mllama.processing.image_spans import cross_attention_mask
+from mllama.processing.images import nest_images
+from mllama.processing.tokenizer import MllamaTokenizer
 
 _TEXT_OPTIONS = (
     "add_special_tokens",
@@ -144,7 +144,7 @@ class MllamaProcessor:
                 network) or "base64"; OpenAI's "image_url" parts are understood.
             chat_template: a template instead of the processor's.
             tools, documents, add_generation_prompt, continue_final_message: see
-                `mllama.chat_template.render_chat_template`.
+                `mllama.processing.chat_template.render_chat_template`.
             tokenize: return ids instead of text.
             return_dict: with tokenize, return everything `__call__` returns, pictures included.
             return_tensors: "pt", "np" or None.

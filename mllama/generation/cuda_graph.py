@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
-from mllama.sampling import Sampler
+from mllama.generation.sampling import Sampler
 
 # Steps that run as usual before the capture: libraries allocate their workspaces in the first.
 _WARM_UP_STEPS = 2

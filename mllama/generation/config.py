@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from mllama.sampling import SamplingConfig
+from mllama.generation.sampling import SamplingConfig
 
 # What transformers uses where neither the call nor the checkpoint says anything.
 _DEFAULT_NEW_TOKENS = 20
@@ -32,7 +32,7 @@ class GenerationOptions(TypedDict, total=False):
     max_length: the same as a length of padded prompt and new tokens together; not both.
     do_sample: sample; False takes the most likely token and allows none of the next four.
     temperature, top_k, top_p, min_p, repetition_penalty: see
-        :class:`mllama.sampling.SamplingConfig`.
+        :class:`mllama.generation.sampling.SamplingConfig`.
     seed: what sampling depends on. Row r of a batch uses seed + r, so that equal prompts give
         different answers and a row's answer does not depend on the other rows; a list gives every
         row its own. None draws a seed from torch's default generator.

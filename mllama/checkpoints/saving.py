@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllama.key_layout import KeyLayout
-from mllama.safetensors_files import INDEX, SINGLE
+from mllama.checkpoints.key_layout import KeyLayout
+from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mllama.checkpoint import Checkpoint, CheckpointError, read_json
+from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError, read_json
+from mllama.checkpoints.hub import resolve_folder
+from mllama.checkpoints.key_layout import KeyLayout
+from mllama.checkpoints.meta_files import MetaCheckpoint, find_meta_folder
+from mllama.checkpoints.progress import ByteProgress
+from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
+from mllama.checkpoints.saving import save_pretrained
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
-from mllama.generation_config import GenerationConfig
-from mllama.hub import resolve_folder
-from mllama.key_layout import KeyLayout
-from mllama.meta_files import MetaCheckpoint, find_meta_folder
-from mllama.progress import ByteProgress
-from mllama.safetensors_files import SafetensorsCheckpoint
-from mllama.saving import save_pretrained
+from mllama.generation.config import GenerationConfig
 from mllama.semantics import SemanticsLike, resolve_semantics, semantics_of_checkpoint
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
@@ -77,7 +77,7 @@ def load_pretrained(
             logged, and the reason kept as `model.semantics_reason`.
     Raises:
         CheckpointError: one error that lists every fault of the files and tensors.
-        FileNotFoundError, ModuleNotFoundError: see `mllama.hub.resolve_folder`.
+        FileNotFoundError, ModuleNotFoundError: see `mllama.checkpoints.hub.resolve_folder`.
         ValueError: an unknown dtype, backend or semantics, or an impossible configuration.
     """
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mllama.streaming import IncrementalDetokenizer, make_decoder, text_tokenizer
+from mllama.generation.streaming import IncrementalDetokenizer, make_decoder, text_tokenizer
 
 
 class StopStringScanner:

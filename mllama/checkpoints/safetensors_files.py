@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mllama.checkpoint import CheckpointError, TensorInfo, read_json
-from mllama.key_layout import canonical_name
+from mllama.checkpoints.checkpoint import CheckpointError, TensorInfo, read_json
+from mllama.checkpoints.key_layout import canonical_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllama.images import ImageSource
+from mllama.processing.images import ImageSource
 
 _PICTURE_KEYS = ("image", "path", "url", "base64")
 

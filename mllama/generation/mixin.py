@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
-from mllama.cuda_graph import CapturedStep, DecodeStep
-from mllama.generation_config import GenerationConfig, GenerationPlan, make_plan, stop_token_ids
-from mllama.prompt import MODEL_INPUTS, Prompt
-from mllama.sampling import INVALID_TOKEN, Sampler
-from mllama.stopping import StopCondition
-from mllama.streaming import Streamer
+from mllama.generation.config import GenerationConfig, GenerationPlan, make_plan, stop_token_ids
+from mllama.generation.cuda_graph import CapturedStep, DecodeStep
+from mllama.generation.prompt import MODEL_INPUTS, Prompt
+from mllama.generation.sampling import INVALID_TOKEN, Sampler
+from mllama.generation.stopping import StopCondition
+from mllama.generation.streaming import Streamer
 
 if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig
@@ -91,7 +91,7 @@ class GenerationMixin:
             inputs_and_options: the inputs of the forward pass that a processor returns
                 (attention_mask, pixel_values, aspect_ratio_ids, aspect_ratio_mask,
                 cross_attention_mask, cross_attention_states), and the options of
-                :class:`mllama.generation_config.GenerationOptions`.
+                :class:`mllama.generation.config.GenerationOptions`.
         Returns: (B, L + new) int64 on the device of input_ids, or a GenerateOutput.
         Raises: ValueError or TypeError before anything runs, naming the argument, what was given
             and what is expected; RuntimeError if the logits of a row are not finite.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama.checkpoint import CheckpointError, TensorInfo, read_json
-from mllama.meta_layout import Recipe, recipes
+from mllama.checkpoints.checkpoint import CheckpointError, TensorInfo, read_json
+from mllama.checkpoints.meta_layout import Recipe, recipes
 
 PARAMS = "params.json"
 _CONSOLIDATED = re.compile(r"consolidated(\.(\d\d))?\.pth")

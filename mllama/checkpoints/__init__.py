@@ -1,0 +1,1 @@
+"""Reading and writing checkpoint folders: the published layouts and Meta's."""

@@ -1,0 +1,1 @@
+"""From pictures, texts and conversations to the model's inputs, and from ids back to text."""
