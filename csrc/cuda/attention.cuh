@@ -112,7 +112,11 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
   __syncwarp();
 #pragma unroll
   for (int slot = 0; slot < Config::kSlots; ++slot) {
-    const float normalizer = softmax.normalizer(slot);
+    const float total = softmax.total(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    // A row that saw nothing has 0 to store. A quotient for float32: one rounding less.
+    const auto normalize = [&](float x) {
+      return sizeof(T) == 2 ? x * inverse : total == 0.0f ? 0.0f : x / total;
+    };
     const int row = Config::row_of_slot(slot);
 #pragma unroll
     for (int n = 0; n < Config::kDimTiles; ++n) {
@@ -120,7 +124,7 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
       const int element = n * 8 + Config::first_column();
       char* const target = q_tile + Layout::offset(row, element / Layout::kChunkElements) +
                            element % Layout::kChunkElements * sizeof(T);
-      const float low = o[slot % 2 * 2] * normalizer, high = o[slot % 2 * 2 + 1] * normalizer;
+      const float low = normalize(o[slot % 2 * 2]), high = normalize(o[slot % 2 * 2 + 1]);
       if constexpr (sizeof(T) == 2) {
         *reinterpret_cast<uint32_t*>(target) = pack_pair<T>(low, high);
       } else {

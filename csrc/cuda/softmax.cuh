@@ -82,11 +82,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // What the accumulated output is to be multiplied by; 0 for a row that saw nothing.
-  __device__ __forceinline__ float normalizer(int slot) const {
-    const float total = quad_sum(sum[slot]);
-    return total == 0.0f ? 0.0f : 1.0f / total;
-  }
+  // The row's divisor, the same in the quad; 0 for a row that saw nothing.
+  __device__ __forceinline__ float total(int slot) const { return quad_sum(sum[slot]); }
 };
 
 }  // namespace mllama
