@@ -78,7 +78,7 @@ MLLAMA_INLINE DVec splat(double x) { return DVec{} + x; }
 
 MLLAMA_INLINE FVec widen(HVec bits, BF16*) {
 #if defined(__AVX512F__)
-  return (FVec)(__builtin_convertvector(bits, UVec) << 16);
+  return (FVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
 #elif defined(__AVX2__)
   return (FVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
@@ -86,11 +86,14 @@ MLLAMA_INLINE FVec widen(HVec bits, BF16*) {
 #endif
 }
 
-MLLAMA_INLINE HVec narrow(FVec x, BF16*) {
+// The upper half of each element is the rounded value.
+MLLAMA_INLINE UVec round_bits(FVec x, BF16*) {
   const UVec u = (UVec)x;
-  const UVec rounded = u + 0x7fff + ((u >> 16) & 1);
-  const UVec quiet = (u & 0x80000000u) | 0x7fc00000u;
-  const UVec bits = (x == x ? rounded : quiet) >> 16;
+  return x == x ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;
+}
+
+MLLAMA_INLINE HVec narrow(FVec x, BF16* type) {
+  const UVec bits = round_bits(x, type) >> 16;
 #if defined(__AVX512F__)
   return (HVec)_mm512_cvtepi32_epi16((__m512i)bits);
 #elif defined(__AVX2__)
@@ -195,10 +198,8 @@ MLLAMA_INLINE void for_vectors(int64_t dim, const F& f) {
 // The value after a round trip through T.
 MLLAMA_INLINE FVec round_to(FVec v, float*) { return v; }
 MLLAMA_INLINE DVec round_to(DVec v, double*) { return v; }
-template <typename T>
-MLLAMA_INLINE FVec round_to(FVec v, T* type) {
-  return widen(narrow(v, type), type);
-}
+MLLAMA_INLINE FVec round_to(FVec v, BF16* type) { return (FVec)(round_bits(v, type) & 0xffff0000u); }
+MLLAMA_INLINE FVec round_to(FVec v, F16* type) { return widen(narrow(v, type), type); }
 template <typename T>
 MLLAMA_INLINE Vec<T> round_to(Vec<T> v) {
   return round_to(v, (T*)nullptr);
