@@ -98,6 +98,7 @@ def test_text_model_equals_transformers(backend: tuple[str, str]) -> None:
     assert_same_tokens(actual, expected, 9)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_defaults_are_those_of_transformers() -> None:
     """20 tokens, greedy, the config's stop token; padding is found where no mask is given."""
     hf = hf_model(SHAPE)
