@@ -62,12 +62,12 @@ struct PlainQuery {
   }
 };
 
-// round(q * rsqrt(mean(q^2) + eps)) * weight per head, statistics in float32: the two roundings of
+// round(q * rsqrt(mean(q^2) + eps)) * weight per head: statistics and the two roundings of
 // rms_norm.
 template <typename T>
 struct NormedQuery {
   const T* weight;  // (head_dim,)
-  float eps;
+  double eps;
 
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
@@ -77,17 +77,20 @@ struct NormedQuery {
       const bool valid = rows.valid(row);
       const T* source = valid ? rows.q_row(row) : rows.q;
       Vec<T> v[kVecs];
-      float sum = 0.0f;
+      Statistic<T> sum = 0;
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         const int chunk = i * 8 + lane;
         v[i] = valid && chunk < Layout::kChunks ? load_vec(source + chunk * Vec<T>::kSize)
                                                 : zero_vec<T>();
 #pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e)
-          sum = fmaf(to_f32(v[i].data[e]), to_f32(v[i].data[e]), sum);
+        for (int e = 0; e < Vec<T>::kSize; ++e) {
+          const Statistic<T> value = to_f32(v[i].data[e]);
+          sum = fma(value, value, sum);
+        }
       }
-      const float rstd = 1.0f / sqrtf(warp_sum<8>(sum) / Config::kHeadDim + eps);
+      const Statistic<T> mean = warp_sum<8>(sum) / Config::kHeadDim;
+      const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
 #pragma unroll
       for (int i = 0; i < kVecs; ++i) {
         const int chunk = i * 8 + lane;

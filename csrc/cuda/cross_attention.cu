@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   TileVisit* const visits = reinterpret_cast<TileVisit*>(shared + Config::kSharedBytes);
   TileMask<Config> mask(p, rows, b, sequence.begin, visits);
   TileKeys<T, Config::kBlockN> keys{&pool, visits};
-  const CrossQuery<T> query{{static_cast<const T*>(p.q_norm_weight), static_cast<float>(p.eps)}};
+  const CrossQuery<T> query{{static_cast<const T*>(p.q_norm_weight), p.eps}};
   attend<Config>(rows, query, keys, mask, softmax_scale_log2(p.softmax_scale), shared);
 }
 
