@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import FLOATS, REDUCED, assert_compiles, assert_no_worse, grid, opcheck, randn
+from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn
 
 import mllama_kernels
 from mllama_kernels import reference
@@ -124,7 +124,6 @@ def test_batch_invariant_and_repeatable(device, dtype, rows):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(REDUCED, reason="too many keys for the simulator")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 512])
 def test_checkpoint_shape(device, dtype, rows):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from numerics import (
     FLOATS,
-    REDUCED,
     assert_compiles,
     assert_no_worse,
     compare,
@@ -50,7 +49,6 @@ def test_matches_float64(device, dtype, case, interleaved):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(REDUCED, reason="too many keys for the simulator")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_checkpoint_shape(device, dtype):
     args = make((1, 2048, 32, 8, 128), dtype, device)
@@ -105,11 +103,8 @@ class Paged:
 def test_cached_steps_match_float64(device, dtype, head, interleaved):
     """Prefill, a ragged chunk, then decode steps; the cache holds what the reference's holds."""
     heads, kv_heads, dim = head
-    steps = (
-        [[7, 0, 3], [1, 5, 2], [1, 1, 1], [1, 1, 1]]
-        if REDUCED
-        else [[70, 3, 129], [1, 9, 4], [1, 1, 1]]
-    )
+    prompts = grid([[7, 0, 3]], [[70, 0, 129]])[-1]
+    steps = [prompts, [1, 5, 2], [1, 1, 1], [1, 1, 1]]
     cache = Paged(3, sum(max(s) for s in steps), kv_heads, dim, dtype, device)
     for lengths in steps:
         total = sum(lengths)

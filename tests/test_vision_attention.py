@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import FLOATS, REDUCED, assert_compiles, assert_no_worse, grid, opcheck, randn
+from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn
 
 import mllama_kernels
 from mllama_kernels import reference
@@ -40,7 +40,6 @@ def test_matches_float64(device, dtype, case, padded):
 
 
 @pytest.mark.full
-@pytest.mark.skipif(REDUCED, reason="too many keys for the simulator")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("valid_tiles", [1, 2, 3, 4])
 def test_checkpoint_shape(device, dtype, valid_tiles):

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(RowTiles::kThreads)
     x[i] = load_tile(x_row, tile_element<T>(i), visible ? p.dim : 0, vectorized);
     residual[i] = load_tile(residual_row, tile_element<T>(i), p.dim, vectorized);
   }
-  const float gate = round_to<T>(tanhf(to_f32(*static_cast<const T*>(p.gate))));
+  const float gate = tanh_gate<T>(p.gate);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
 #pragma unroll

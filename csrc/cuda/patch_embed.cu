@@ -48,9 +48,9 @@ struct TokenEmbedding {
     tile_position = static_cast<const T*>(p.tile_position_embedding) +
                     ((ratio * p.tiles + tile) * tokens + token) * p.dim;
     pre_tile = static_cast<const T*>(p.pre_tile_embedding) + (ratio * p.tiles + tile) * p.dim;
-    position_gate = round_to<T>(tanhf(to_f32(*static_cast<const T*>(p.position_gate))));
+    position_gate = tanh_gate<T>(p.position_gate);
     inverse_gate = round_to<T>(__fsub_rn(1.0f, position_gate));
-    pre_tile_gate = round_to<T>(tanhf(to_f32(*static_cast<const T*>(p.pre_tile_gate))));
+    pre_tile_gate = tanh_gate<T>(p.pre_tile_gate);
   }
 
   // Adds gate * embedding, both operations rounded.

@@ -53,8 +53,8 @@ __device__ __forceinline__ Row locate_row(const RmsNormParams& p, int64_t row) {
 }
 
 template <typename T>
-__device__ __forceinline__ float tanh_gate(const RmsNormParams& p) {
-  return p.gate == nullptr ? 1.0f : round_to<T>(tanhf(to_f32(*static_cast<const T*>(p.gate))));
+__device__ __forceinline__ float row_gate(const RmsNormParams& p) {
+  return p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate);
 }
 
 // residual + gate * x with every operation rounded. Without a gate the factor is 1 and exact.
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
     for (int i = 0; i < kVecs; ++i) {
       residual[i] = load_row<T>(p.residual, row.residual, first + i * step, vecs);
     }
-    const float gate = tanh_gate<T>(p);
+    const float gate = row_gate<T>(p);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       v[i] = add_residual(v[i], residual[i], gate);
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_two_pass_kernel(const RmsNormParams p, const bool vectorized) {
   const Row row = locate_row(p, blockIdx.x);
   const int64_t vecs = (p.dim + Vec<T>::kSize - 1) / Vec<T>::kSize;
-  const float gate = kResidual ? tanh_gate<T>(p) : 1.0f;
+  const float gate = kResidual ? row_gate<T>(p) : 1.0f;
   Statistic<T> sum = 0;
   for (int64_t i = threadIdx.x; i < vecs; i += blockDim.x) {
     Vec<T> v = row.visible ? load_any<T>(p.x, row.x, i, p.dim, vectorized) : zero_vec<T>();

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common.h"
 
@@ -34,6 +35,15 @@ __device__ __forceinline__ __nv_bfloat16 from_f32<__nv_bfloat16>(float x) {
 template <typename T>
 __device__ __forceinline__ float round_to(float x) {
   return to_f32(from_f32<T>(x));
+}
+
+// tanh of a one-element gate, rounded to T. float32 gates go through double: tanhf may be off by a
+// unit in the last place, and every element would inherit that.
+template <typename T>
+__device__ __forceinline__ float tanh_gate(const void* gate) {
+  const float g = to_f32(*static_cast<const T*>(gate));
+  if constexpr (std::is_same_v<T, float>) return static_cast<float>(tanh(static_cast<double>(g)));
+  return round_to<T>(tanhf(g));
 }
 
 template <typename T>
