@@ -208,6 +208,8 @@ def cross_attention(
         visible = None if tile_mask is None else tile_mask.repeat_interleave(tokens, dim=-1)
         return _attention(q, k.flatten(1, 2), v.flatten(1, 2), visible, softmax_scale)
     assert cu_seqlens is not None
+    if k.shape[0] == 0:  # no sequence has a tile
+        return torch.zeros_like(q)
     tokens = k.shape[1]
     bounds = cu_seqlens.tolist()
     length = _common_length(bounds, q.shape[0])

@@ -137,6 +137,13 @@ def test_empty_and_torch_machinery(device):
     q, k, v, mask = make((1, 3, 2, 9, 2, 1, 64), torch.float32, device)
     assert mllama_kernels.cross_attention(q[:, :0], k, v, mask[:, :0]).shape == (1, 0, 2, 64)
     assert not mllama_kernels.cross_attention(q, k[:, :0], v[:, :0]).any()
+    absent = torch.full((1, 2), -1, dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    for ops in (mllama_kernels, reference):  # a pool without tiles
+        out = ops.cross_attention(
+            q[0], k[0, :0], v[0, :0], tile_table=absent, cu_seqlens=bounds, max_seqlen=3
+        )
+        assert out.shape == (3, 2, 64) and not out.any()
     opcheck(
         "cross_attention",
         (
