@@ -4,11 +4,10 @@
 //            blocks of kBlockN. Q stays in shared memory; K and V of one block are in use while
 //            those of the next one arrive by cp.async: one barrier per key block.
 // Precision  Scores, softmax and output in float32; 16-bit weights are rounded before the product
-// with V,
-//            float32 ones are not. One rounding at the store.
+//            with V, float32 ones are not. One rounding at the store.
 // Geometry   The order of summation over keys depends on the sequence alone, never on the batch,
-// the grid
-//            or the other rows: a skipped block and a fully masked one leave the same bits.
+//            the grid or the other rows: a skipped block and a fully masked one leave the same
+//            bits.
 // Alignment  Every row of q, k, v and out starts on 16 bytes (rows_aligned).
 #pragma once
 
@@ -25,24 +24,20 @@ namespace mllama {
 constexpr int kNoBlock = 0x7fffffff;
 
 // Computes one block of query rows. All threads of the block call it; `shared` is
-// Config::kSharedBytes of dynamic shared memory, 16-byte aligned. The policies:
+// Config::kSharedBytes of dynamic shared memory, 16-byte aligned. `rows` is best kept in shared
+// memory: it is needed before and after the loop, and in between registers are short. The policies:
 //
-//   Query    load<Config>(tile, rows): see attention_queries.cuh.
-//   Keys     k_run, v_run: see attention_keys.cuh.
-//   Mask     int next()                 the next block to visit, or kNoBlock; numbers are opaque to
-//   the loop.
-//                                       The same in all threads, and without a loop inside: work of
-//                                       unknown length belongs into the mask's constructor.
-//            bool enter(int block)      prepares the block's mask; true if it hides anything from
-//            any row.
-//                                       Keys behind a run's `count` must be hidden. Uniform in a
-//                                       warp.
-//            bool visible(int slot, int offset)   whether query row row_of_slot(slot) sees the
-//            entered block's
-//                                       key Config::first_column() + offset (offset is a constant).
-//            kHidesRows, bool sees(int slot)   whether a row may be blind to a whole block whose
-//            values it
-//                                       must not touch, and whether this one sees any of it.
+//   Query   load<Config>(tile, rows): see attention_queries.cuh.
+//   Keys    k_run, v_run: see attention_keys.cuh.
+//   Mask    int next(): the next block to visit, or kNoBlock; numbers are opaque to the loop. The
+//           same in all threads, and without a loop inside: work of unknown length belongs into the
+//           mask's constructor.
+//           bool enter(int block): prepares the block's mask; true if it hides anything from any
+//           row. Keys behind a run's `count` must be hidden. Uniform in a warp.
+//           bool visible(int slot, int offset): whether query row row_of_slot(slot) sees the
+//           entered block's key Config::first_column() + offset; offset is a constant.
+//           kHidesRows, bool sees(int slot): whether a row may be blind to a whole block whose
+//           values it must not touch, and whether this one sees any of it.
 template <typename Config, typename Query, typename Keys, typename Mask>
 __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows,
                                        const Query& query, Keys& keys, Mask& mask,

@@ -1,5 +1,4 @@
-// Host-side geometry of the attention main loop (attention.cuh). Plain C++, so that a test can call
-// it.
+// Host-side geometry of the attention main loop (attention.cuh). Plain C++: a test can call it.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +18,11 @@ constexpr int kAttentionStages = 2;
 // `hides_rows`: the mask may hide whole key blocks from single rows (attention.cuh), which takes
 // more registers.
 //
-//   bits  head dim  rows x keys   rejected
-//   16    64, 80    128 x 64      64 rows (16 per warp): every key fragment feeds one product
-//   instead
-//                                 of two, and ldmatrix alone takes as long as the products;
-//                                 128 keys: the scores spill
-//   16    128       128 x 32      128 x 64: 3 to 13 registers spill
-//   32    all       64 x 16       64 x 32: 110 KB at head dim 128, sm_86 and sm_89 allow 99 KB
+//   bits  head dim  rows x keys  rejected
+//   16    64, 80    128 x 64     64 rows (16 per warp): every key fragment feeds one product, not
+//                                two, and ldmatrix takes as long as the products. 128 keys: spills
+//   16    128       128 x 32     128 x 64: 3 to 13 registers spill
+//   32    all       64 x 16      64 x 32: 110 KB at head dim 128; sm_86 and sm_89 allow 99 KB
 constexpr AttentionTile attention_tile(int64_t head_dim, int64_t element_bytes, bool hides_rows) {
   if (element_bytes != 2) return {64, 16, 4};
   return head_dim > 80 || hides_rows ? AttentionTile{128, 32, 4} : AttentionTile{128, 64, 4};

@@ -2,13 +2,13 @@
 // in shared memory. Both element paths hold scores and output in the accumulator layout of m16n8
 // products, so softmax, masks and stores are written once.
 //
-// 16 bits  mma.sync m16n8k16 on ldmatrix fragments; weights go from accumulators to operands in
-// registers. float32  ordinary FFMA (TF32 would lose 13 bits); weights pass through shared memory.
-//
-// Where a row may be blind to a key block whose values it must not touch (a NaN there would survive
-// a weight of zero), the product with V is summed from zero and added to the scaled output in one
-// FFMA, which such a row skips. Elsewhere the output is scaled and accumulated in place: that takes
-// fewer registers.
+// 16 bits    mma.sync m16n8k16 on ldmatrix fragments; weights go from accumulators to operands in
+//            registers.
+// float32    ordinary FFMA (TF32 would lose 13 bits); weights pass through shared memory.
+// Hidden     Where a row may be blind to a key block whose values it must not touch (a NaN there
+//            would survive a weight of zero), the product with V is summed from zero and added to
+//            the scaled output in one FFMA, which such a row skips. Elsewhere the output is scaled
+//            and accumulated in place: that takes fewer registers.
 #pragma once
 
 #include <type_traits>
@@ -148,6 +148,7 @@ struct SimtProducts {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[0][n][i] = 0.0f;
     }
+    float lost[Config::kKeyTiles][4] = {};
 #pragma unroll 2
     for (int c = 0; c < Layout::kChunks; ++c) {
       const float4 q[2] = {chunk(q_tile, Config::row_of_slot(0), c),
@@ -159,9 +160,7 @@ struct SimtProducts {
           const float4 k = chunk(k_tile, n * 8 + column + i, c);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            // Four products before the sum: a shorter chain rounds less.
-            const float head = fmaf(q[r].y, k.y, q[r].x * k.x);
-            s[0][n][2 * r + i] += fmaf(q[r].w, k.w, fmaf(q[r].z, k.z, head));
+            add_dot(s[0][n][2 * r + i], lost[n][2 * r + i], q[r], k);
           }
         }
       }

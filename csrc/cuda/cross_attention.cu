@@ -2,21 +2,21 @@
 // tile). Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
 //
 // Tiling     One block per (sequence, kv head, 128 rows; float32: 64). The G query heads of a group
-// are
-//            packed into the rows, so each K and V block is read once for G heads. A tile's keys
-//            are its own blocks: 1601 patches are 50 of 32 and one of 1, and no block straddles
-//            tiles. One query row per sequence (decode) goes to split-KV (split_kv.cuh) instead.
+//            are packed into the rows, so each K and V block is read once for G heads. A tile's
+//            keys are its own blocks: 1601 patches are 50 of 32 and one of 1, and no block
+//            straddles tiles. One query row per sequence (decode) goes to split-KV (split_kv.cuh)
+//            instead.
 // Mask       Per block of rows every tile is one of: seen by no row (or absent), skipped before its
 //            loads are issued; seen by all, no mask; mixed, a select per row. One flag per tile,
 //            never per key: 8 KB instead of 26 MB at 2048 rows, 4 tiles, 6404 keys.
 // Hidden     A row's scores for a hidden tile are replaced, not added to, and its output skips the
 //            product with the tile's values: NaN in a tile that another row sees stays out.
 // Empty      A row that sees nothing keeps sum 0 and stores 0. So does a row of no sequence.
-// Precision  As attention.cuh; q_norm on the way into shared memory with the two roundings of
-// rms_norm. Traffic    K and V of the visible tiles once per block of rows, from L2 after the
-// first. Prefill of 512
-//            rows, 4 tiles, 32 heads of 128, bf16: 53.7 GFLOP, 68 us at 790 TFLOP/s, bound by the
-//            products.
+// Precision  As attention.cuh; q_norm on the way into shared memory with the roundings of rms_norm.
+// Traffic    K and V of the visible tiles once per block of rows, from L2 after the first. Prefill
+//            of 512 rows, 4 tiles, 32 heads of 128, bf16: 53.7 GFLOP, 68 us at 790 TFLOP/s, bound
+//            by the products. Below some 500 tokens there are fewer blocks than multiprocessors, and
+//            time stays that of one block: 6404 keys in a row.
 // Aliasing   out aliases nothing. Rows of q, k and v may be strided, but start on 16 bytes.
 
 #include "../cross_attention.h"

@@ -1,20 +1,18 @@
 // Pixels to vision tokens: patch convolution, pre-tile embedding, class token, gated position and
-// tile-position embeddings, LayerNorm, zero tokens up to a multiple of 8.
+// tile-position embeddings, LayerNorm, zero tokens up to out_tokens.
 //
 // Kernels    1. Patches: implicit im2col product (patch_gemm.cuh); the three embeddings are added
-// on
-//            the way out, every operation rounded as a chain of PyTorch operators rounds it.
-//            2. Tokens: a warp per token makes the class token, normalises every token in place and
+//            on the way out, every operation rounded as a chain of PyTorch operators rounds it. 2.
+//            Tokens: a warp per token makes the class token, normalises every token in place and
 //            writes the zero tokens. The row is read three times, twice from L1.
 // Precision  Products summed in float32; LayerNorm's statistics as two sums (mean, then squares of
 //            differences), float64 for float32 input; one rounding at its store.
-// Traffic    pixels and weights once from HBM (L2 after), out written, read and written again. 4
-// tiles of
-//            560 x 560, dim 1280, bf16: 7.5 + 1.5 + 3 * 16.5 + embeddings 20 MB, 18 us at 4.3 TB/s;
-//            9.6 GFLOP, 12 us at 790 TFLOP/s.
+// Traffic    Pixels and weights once from HBM (L2 after), out written, read and written again. 4
+//            tiles of 560 x 560, dim 1280, bf16: 7.5 + 1.5 + 3 * 16.5 MB and 20 of embeddings, 18
+//            us at 4.3 TB/s; 9.6 GFLOP, 12 us at 790 TFLOP/s.
 // Bad ids    An aspect_ratio_id outside [0, ratios) gives NaN for its image and reads nothing
-// beyond the
-//            tables: ids are on the device, and a check on the host would have to wait for it.
+//            beyond the tables: ids are on the device, and a check on the host would have to wait
+//            for it.
 // Aliasing   out aliases nothing. Any alignment: 16-byte vectors where dim and addresses allow.
 
 #include "../patch_embed.h"

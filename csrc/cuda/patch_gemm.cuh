@@ -1,13 +1,12 @@
-// The convolution of patch_embed as a product of unfolded patches and weights, out (rows, dim) =
-// A (rows, K) W^T (dim, K), where A is never built: a block gathers its part from the images.
+// The convolution of patch_embed as a product of unfolded patches and weights, out (rows, dim) = A
+// (rows, K) W^T (dim, K), where A is never built: a block gathers its part from the images.
 //
-// 16 bits  128 x 128 per block of 8 warps (64 x 32 each), mma.sync m16n8k16, K in slices of 32
-// through a
-//          three-stage cp.async ring; K = 588 ends after 37 steps of 16. Rows of 64 bytes,
-//          swizzled. Runs of 14 pixels start on 4 bytes only, so pixels are copied in pairs and
-//          weights in fours; where even that alignment is missing, element by element.
-// float32  64 x 64 per block, FFMA, each slice of 16 summed from zero: shorter chains, less
-// rounding.
+// 16 bits    128 x 128 per block of 8 warps (64 x 32 each), mma.sync m16n8k16, K in slices of 32
+//            through a three-stage cp.async ring; K = 588 ends after 37 steps of 16. Rows of 64
+//            bytes, swizzled. Runs of 14 pixels start on 4 bytes only, so pixels are copied in
+//            pairs and weights in fours; where even that alignment is missing, element by element.
+// float32    64 x 64 per block, FFMA, each slice of 16 summed from zero: shorter chains, less
+//            rounding.
 #pragma once
 
 #include "../patch_embed.h"

@@ -1,23 +1,20 @@
-// Vision self-attention over all tiles of an image set; non-causal. Only (padding query, padding
-// key) pairs are masked: valid queries do attend to padding keys, so absent tiles cannot be
-// dropped. Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
+// Vision self-attention over all tiles of an image; non-causal. Only (padding query, padding key)
+// pairs are masked: valid queries do attend to padding keys, so absent tiles cannot be dropped.
+// Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
 //
 // Tiling     One block per (batch, head, 128 query rows; float32: 64). Head dim 80 is native: 5
-// k-steps for
-//            the scores, 10 n-tiles for the output, shared rows of 176 bytes.
+//            k-steps for the scores, 10 n-tiles for the output, shared rows of 176 bytes.
 // Mask       One bit per token, read where it matters: a block of valid queries needs no mask at
-// all, a block
-//            of padding queries skips key blocks that are all padding before their loads, and only
-//            blocks that mix are masked per element. A padding query that sees nothing gives zeros.
+//            all, a block of padding queries skips key blocks that are all padding before their
+//            loads, and only blocks that mix are masked per element. A padding query that sees
+//            nothing gives zeros.
 // Precision  As attention.cuh.
 // Traffic    q, k, v read and out written once from HBM, 4 * B * S * H * D elements; K and V of a
-// head stay in
-//            L2 for its row blocks. 4 tiles, S 6432, 16 heads of 80, bf16: 66 MB, 15 us at 4.3
-//            TB/s; 4 * S^2 * H * D = 212 GFLOP, 0.27 ms at 790 TFLOP/s: bound by the products and
-//            exp2.
+//            head stay in L2 for its row blocks. 4 tiles, S 6432, 16 heads of 80, bf16: 66 MB, 15
+//            us at 4.3 TB/s; 4 * S^2 * H * D = 212 GFLOP, 0.27 ms at 790 TFLOP/s: bound by the
+//            products and exp2.
 // Aliasing   out aliases nothing. Rows of q, k, v may be strided (a fused qkv projection is read in
-// place), but
-//            every row must start on 16 bytes.
+//            place), but every row must start on 16 bytes.
 
 #include "../vision_attention.h"
 #include "attention.cuh"
