@@ -1,5 +1,5 @@
-// Sums and maxima over lanes, warps and blocks. The order of additions depends on the number of
-// threads alone, so a row's result does not depend on the grid.
+// Sums and maxima over elements, lanes, warps and blocks. The order of additions depends on the
+// number of threads alone, so a row's result does not depend on the grid.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,6 +34,16 @@ __device__ __forceinline__ float warp_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   }
   return x;
+}
+
+// Adds a . b to `sum`; `lost` carries what rounding took from it (Kahan 1965). The rounding of a
+// long plain sum would be the largest error of a float32 score.
+__device__ __forceinline__ void add_dot(float& sum, float& lost, const float4& a, const float4& b) {
+  const float dot = fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x)));
+  const float corrected = dot - lost;
+  const float total = sum + corrected;
+  lost = (total - sum) - corrected;
+  sum = total;
 }
 
 // Sum over a one-dimensional block of whole warps; every thread gets it. To be called once per

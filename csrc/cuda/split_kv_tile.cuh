@@ -149,24 +149,20 @@ class SplitWarp<float, kHeadDim> {
   __device__ __forceinline__ void step(const float* k, const float* v, int count, float scale_log2,
                                        int group) {
     const int lane = threadIdx.x % kWarpSize, key = lane % kKeys;
-    float4 partial[kRowsPerLane] = {};  // four chains per score: shorter sums round less
+    float scores[kRowsPerLane] = {}, lost[kRowsPerLane] = {};
 #pragma unroll 4
     for (int d = 0; d < kHeadDim; d += 4) {
       const float4 a = *reinterpret_cast<const float4*>(k + key * Tile::kRowElements + d);
 #pragma unroll
       for (int i = 0; i < kRowsPerLane; ++i) {
-        const float4 b = *reinterpret_cast<const float4*>(query_ + i * Tile::kRowElements + d);
-        partial[i].x = fmaf(a.x, b.x, partial[i].x);
-        partial[i].y = fmaf(a.y, b.y, partial[i].y);
-        partial[i].z = fmaf(a.z, b.z, partial[i].z);
-        partial[i].w = fmaf(a.w, b.w, partial[i].w);
+        add_dot(scores[i], lost[i], a,
+                *reinterpret_cast<const float4*>(query_ + i * Tile::kRowElements + d));
       }
     }
     float weight[kRowsPerLane], factor[kRowsPerLane];
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
-      const float4 x = partial[i];
-      const float score = key < count ? (x.x + x.y) + (x.z + x.w) : -INFINITY;
+      const float score = key < count ? scores[i] : -INFINITY;
       const float previous = maximum_[i];
       maximum_[i] = fmaxf(previous, warp_max<kKeys>(score));
       const float shift = maximum_[i] == -INFINITY ? 0.0f : maximum_[i];
