@@ -1,9 +1,14 @@
-// Blocked attention with online softmax.     Milakov, Gimelshein 2018 (arXiv 1805.02867), FlashAttention-2
+// Blocked attention with online softmax.     Milakov, Gimelshein 2018 (arXiv 1805.02867),
+// FlashAttention-2
 //                                            order of loops inside a task (arXiv 2307.08691)
-// Tiling     a task of up to kTaskRows rows walks its keys in blocks of kBlockKeys, packed once per task for
-//            the matrix products; rows go through in sub-blocks of kSubRows, whose scores stay in cache.
-// Mask       one visible prefix per (row, block); padding keys one by one, for padding queries alone.
-//            A block that no row of a sub-block sees is skipped; if no row at all sees it, it is not read.
+// Tiling     a task of up to kTaskRows rows walks its keys in blocks of kBlockKeys, packed once per
+// task for
+//            the matrix products; rows go through in sub-blocks of kSubRows, whose scores stay in
+//            cache.
+// Mask       one visible prefix per (row, block); padding keys one by one, for padding queries
+// alone.
+//            A block that no row of a sub-block sees is skipped; if no row at all sees it, it is
+//            not read.
 // Empty      a row that sees nothing keeps sum 0 and stores 0; exp2(-inf - -inf) is never formed.
 // Precision  scores, softmax and sums in float32 (float64 for float64).
 #include "attention.h"
@@ -19,7 +24,8 @@ namespace {
 constexpr int64_t kBlockKeys = 384;
 constexpr int64_t kSubRows = 32;
 constexpr int64_t kStep = 2 * kLanes;  // keys that the softmax takes at a time
-static_assert(kBlockKeys % kStep == 0 && kBlockKeys % 32 == 0, "a block is whole vectors and whole tiles");
+static_assert(kBlockKeys % kStep == 0 && kBlockKeys % 32 == 0,
+              "a block is whole vectors and whole tiles");
 
 template <typename T, typename Gemm>
 class TaskRunner {
@@ -70,14 +76,16 @@ class TaskRunner {
     for (int64_t r = 0; r < rows_; ++r) {
       E* row = q_ + r * depth_;
       memset(row, 0, depth_ * sizeof(E));
-      if (r < num_rows()) Gemm::template load_row<T>(q + r * task_.head_dim, task_.head_dim, sign, row);
+      if (r < num_rows())
+        Gemm::template load_row<T>(q + r * task_.head_dim, task_.head_dim, sign, row);
       maximum_[r] = -__builtin_inf();
       sum_[r] = 0;
     }
     memset(out_, 0, rows_ * width_ * sizeof(S));
   }
 
-  // Fills limit_ with the keys of the block that each row sees (a prefix); false if no row sees any.
+  // Fills limit_ with the keys of the block that each row sees (a prefix); false if no row sees
+  // any.
   bool find_limits(const Segment& segment, int64_t begin, int64_t n) {
     bool all_padding = task_.query_padding != nullptr;
     for (int64_t j = 0; j < n && all_padding; ++j) all_padding = task_.key_padding[begin + j];
@@ -110,7 +118,8 @@ class TaskRunner {
   // The first n keys of a block of block_keys, for kSubRows rows.
   void sub_block(int64_t first, int64_t begin, int64_t n, int64_t block_keys) {
     constexpr int64_t stride = kBlockKeys;
-    const typename Gemm::Packed keys = {keys_, depth_, block_keys}, values = {values_, block_keys, width_};
+    const typename Gemm::Packed keys = {keys_, depth_, block_keys},
+                                values = {values_, block_keys, width_};
     Gemm::multiply(q_ + first * depth_, depth_, keys, kSubRows, n, depth_, scores_, stride, false);
     for (int64_t r = 0; r < kSubRows; ++r) {
       S* out = out_ + (first + r) * width_;
@@ -122,10 +131,11 @@ class TaskRunner {
         memcpy(hidden_ + r * width_, out, width_ * sizeof(S));
       }
     }
-    Gemm::multiply(weights_, stride, values, kSubRows, width_, Gemm::padded_depth(n), out_ + first * width_,
-                   width_, true);
+    Gemm::multiply(weights_, stride, values, kSubRows, width_, Gemm::padded_depth(n),
+                   out_ + first * width_, width_, true);
     for (int64_t r = 0; r < kSubRows; ++r) {
-      if (limit_[first + r] == 0) memcpy(out_ + (first + r) * width_, hidden_ + r * width_, width_ * sizeof(S));
+      if (limit_[first + r] == 0)
+        memcpy(out_ + (first + r) * width_, hidden_ + r * width_, width_ * sizeof(S));
     }
   }
 
@@ -171,7 +181,9 @@ class TaskRunner {
                r % task_.group * task_.head_dim;
       const S* row = out_ + r * width_;
       const S inverse = sum_[r] == 0 ? (S)0 : 1 / sum_[r];
-      for_vectors(task_.head_dim, [&](int64_t d, auto part) { store(out + d, load(row + d, part) * inverse, part); });
+      for_vectors(task_.head_dim, [&](int64_t d, auto part) {
+        store(out + d, load(row + d, part) * inverse, part);
+      });
     }
   }
 

@@ -1,10 +1,10 @@
 // Blocked attention with online softmax: what the attention ops share.
 //
-// An op describes work as tasks. A task is a run of query rows that read the same key and value head:
-// `tokens` query tokens times the `group` query heads of that key head, row r being token r / group, head
-// r % group. Its keys come in segments (a sequence, or an image tile each), read in blocks of a fixed
-// number of keys from the segment's start, so a row's result depends on neither its neighbours, nor the
-// batch, nor the number of threads.
+// An op describes work as tasks. A task is a run of query rows that read the same key and value
+// head: `tokens` query tokens times the `group` query heads of that key head, row r being token r /
+// group, head r % group. Its keys come in segments (a sequence, or an image tile each), read in
+// blocks of a fixed number of keys from the segment's start, so a row's result depends on neither
+// its neighbours, nor the batch, nor the number of threads.
 #pragma once
 
 #include "scratch.h"
@@ -20,7 +20,8 @@ struct KeyRows {
   int64_t page_size, page_stride;
 
   const char* row(int64_t i) const {
-    return pages ? base + pages[i / page_size] * page_stride + i % page_size * stride : base + i * stride;
+    return pages ? base + pages[i / page_size] * page_stride + i % page_size * stride
+                 : base + i * stride;
   }
 };
 
@@ -38,10 +39,11 @@ struct AttentionTask {
   const Segment* segments;
   int64_t num_segments;
   int64_t visible_stride;
-  bool causal;          // token i sees the first past + i + 1 keys of the (only) segment
+  bool causal;  // token i sees the first past + i + 1 keys of the (only) segment
   int64_t past;
-  const bool* query_padding;  // (tokens,): a padding query does not see the padding keys; null: none
-  const bool* key_padding;    // (keys,) of the only segment
+  const bool*
+      query_padding;        // (tokens,): a padding query does not see the padding keys; null: none
+  const bool* key_padding;  // (keys,) of the only segment
   double softmax_scale;
 };
 
@@ -55,8 +57,8 @@ MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskR
 template <typename T>
 void attend(const AttentionTask& task, Scratch& scratch);
 
-// A task of at most kFewRows rows (a decode step) is bound by reading its keys: they are streamed once,
-// unpacked, in splits of kSplitKeys that threads share, and the splits are merged in order.
+// A task of at most kFewRows rows (a decode step) is bound by reading its keys: they are streamed
+// once, unpacked, in splits of kSplitKeys that threads share, and the splits are merged in order.
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kSplitKeys = 512;
 

@@ -1,5 +1,6 @@
-// Spreads the attention of ragged sequences over threads: blocks of rows where there are many, splits of
-// keys where there are few. Which way a sequence goes depends on its own number of rows alone.
+// Spreads the attention of ragged sequences over threads: blocks of rows where there are many,
+// splits of keys where there are few. Which way a sequence goes depends on its own number of rows
+// alone.
 #pragma once
 
 #include "../common.h"
@@ -7,10 +8,18 @@
 
 namespace mllama::MLLAMA_ISA {
 
-// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take equal runs
-// of causal chunks get equal work.
+// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take
+// equal runs of causal chunks get equal work.
 MLLAMA_INLINE int64_t interleaved_chunk(int64_t i, int64_t count) {
   return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
+}
+
+// Output rows past the last packed sequence are zero.
+template <typename T, typename Params>
+void clear_tail(const Params& p) {
+  if (!p.cu_seqlens) return;
+  const int64_t used = p.cu_seqlens[p.batch], row = p.num_q_heads * p.head_dim;
+  memset(static_cast<T*>(p.out) + used * row, 0, (p.tokens - used) * row * sizeof(T));
 }
 
 // Source describes the sequences:
@@ -43,18 +52,20 @@ class AttentionDriver {
   bool is_few(int64_t tokens) const { return tokens * source_.group() <= kFewRows; }
 
   void run_blocks() const {
-    const int64_t chunk_tokens = task_tokens(source_.group()), chunks = ceil_div(longest_, chunk_tokens);
-    parallel_for(0, source_.batch() * source_.kv_heads() * chunks, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / chunks / source_.kv_heads(), h = i / chunks % source_.kv_heads();
-        const int64_t first = interleaved_chunk(i % chunks, chunks) * chunk_tokens;
-        const int64_t tokens = min(chunk_tokens, source_.tokens(b) - first);
-        if (tokens <= 0 || is_few(source_.tokens(b))) continue;
-        const Scratch::Mark mark(scratch);
-        attend<T>(source_.make_task(b, h, first, tokens, scratch), scratch);
-      }
-    });
+    const int64_t chunk_tokens = task_tokens(source_.group()),
+                  chunks = ceil_div(longest_, chunk_tokens);
+    parallel_for(
+        0, source_.batch() * source_.kv_heads() * chunks, 1, [&](int64_t begin, int64_t end) {
+          Scratch scratch;
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / chunks / source_.kv_heads(), h = i / chunks % source_.kv_heads();
+            const int64_t first = interleaved_chunk(i % chunks, chunks) * chunk_tokens;
+            const int64_t tokens = min(chunk_tokens, source_.tokens(b) - first);
+            if (tokens <= 0 || is_few(source_.tokens(b))) continue;
+            const Scratch::Mark mark(scratch);
+            attend<T>(source_.make_task(b, h, first, tokens, scratch), scratch);
+          }
+        });
   }
 
   void run_splits() const {

@@ -1,7 +1,7 @@
 // Attention of a few rows (a decode step) over one split of the keys.
 // Tiling     up to kRowStep query rows at a time share each key and value vector that is loaded.
-// Traffic    keys and values once: 2 * keys * head_dim elements for each key head; all else is in L1.
-// Precision  float32 (float64 for float64), dot products as one chain for each vector lane.
+// Traffic    keys and values once: 2 * keys * head_dim elements for each key head; all else is in
+// L1. Precision  float32 (float64 for float64), dot products as one chain for each vector lane.
 #include "attention.h"
 
 namespace mllama::MLLAMA_ISA {
@@ -29,7 +29,8 @@ class SplitRunner {
   using S = Scalar<T>;
 
  public:
-  SplitRunner(const AttentionTask& task, const Segment& segment, int64_t begin, int64_t n, Scratch& scratch)
+  SplitRunner(const AttentionTask& task, const Segment& segment, int64_t begin, int64_t n,
+              Scratch& scratch)
       : task_(task),
         segment_(segment),
         begin_(begin),
@@ -91,7 +92,8 @@ class SplitRunner {
     const int64_t dim = task_.head_dim;
     for (int64_t j = 0; j < n_; ++j) {
       const T* key = reinterpret_cast<const T*>(segment_.k.row(begin_ + j));
-      if (j + kPrefetchRows < n_) prefetch_row(segment_.k.row(begin_ + j + kPrefetchRows), dim * sizeof(T));
+      if (j + kPrefetchRows < n_)
+        prefetch_row(segment_.k.row(begin_ + j + kPrefetchRows), dim * sizeof(T));
       Vec<S> products[kRows] = {};
       const S* q = q_ + r * width_;
       for_vectors(dim, [&](int64_t d, auto part) {
@@ -100,7 +102,8 @@ class SplitRunner {
         for (int i = 0; i < kRows; ++i) products[i] += x * load(q + i * width_ + d);
       });
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) weights_[(r + i) * kSplitKeys + j] = sum_lanes(products[i]) * scale_;
+      for (int i = 0; i < kRows; ++i)
+        weights_[(r + i) * kSplitKeys + j] = sum_lanes(products[i]) * scale_;
     }
   }
 
@@ -144,7 +147,8 @@ class SplitRunner {
     for (int64_t j = 0; j < n_; ++j) {
       const T* value = reinterpret_cast<const T*>(segment_.v.row(begin_ + j)) + d;
       if (j + kPrefetchRows < n_) {
-        prefetch_row(segment_.v.row(begin_ + j + kPrefetchRows) + d * sizeof(T), kVectors * kLanes * sizeof(T));
+        prefetch_row(segment_.v.row(begin_ + j + kPrefetchRows) + d * sizeof(T),
+                     kVectors * kLanes * sizeof(T));
       }
       Vec<S> x[kVectors];
 #pragma GCC unroll 4
@@ -157,7 +161,8 @@ class SplitRunner {
       }
     }
     for (int k = 0; k < kRows && r + k < rows_; ++k) {
-      for (int i = 0; i < kVectors; ++i) store(out + (r + k) * task_.head_dim + d + i * kLanes, sums[k][i], part);
+      for (int i = 0; i < kVectors; ++i)
+        store(out + (r + k) * task_.head_dim + d + i * kLanes, sums[k][i], part);
     }
   }
 
@@ -182,7 +187,8 @@ void attend_split(const AttentionTask& task, int64_t split, Scalar<T>* result, S
   int64_t s = 0;
   for (; split >= segment_splits(task, s); ++s) split -= segment_splits(task, s);
   const int64_t rows = task.tokens * task.group, begin = split * kSplitKeys;
-  SplitRunner<T>(task, task.segments[s], begin, min(kSplitKeys, segment_keys(task, s) - begin), scratch)
+  SplitRunner<T>(task, task.segments[s], begin, min(kSplitKeys, segment_keys(task, s) - begin),
+                 scratch)
       .run(result, result + rows, result + 2 * rows);
 }
 
@@ -193,7 +199,8 @@ void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t s
   for (int64_t r = 0; r < rows; ++r) {
     S maximum = -__builtin_inf(), sum = 0;
     for (int64_t s = 0; s < splits; ++s) maximum = max(maximum, results[s * stride + r]);
-    T* out = static_cast<T*>(task.out) + r / task.group * task.out_token_stride + r % task.group * dim;
+    T* out =
+        static_cast<T*>(task.out) + r / task.group * task.out_token_stride + r % task.group * dim;
     for (int64_t s = 0; s < splits; ++s) {
       const S* split = results + s * stride;
       // A split that the row does not see has no output, and may hold anything.
@@ -211,8 +218,8 @@ void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t s
   }
 }
 
-#define MLLAMA_INSTANTIATE(T)                                                              \
-  template void attend_split<T>(const AttentionTask&, int64_t, Scalar<T>*, Scratch&);      \
+#define MLLAMA_INSTANTIATE(T)                                                         \
+  template void attend_split<T>(const AttentionTask&, int64_t, Scalar<T>*, Scratch&); \
   template void merge_splits<T>(const AttentionTask&, const Scalar<T>*, int64_t);
 MLLAMA_INSTANTIATE(float)
 MLLAMA_INSTANTIATE(F16)

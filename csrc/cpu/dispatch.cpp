@@ -10,15 +10,20 @@
 #endif
 #endif
 
+#include <new>
+
 #include "kernels.h"
 
 namespace mllama {
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+#ifdef MLLAMA_X86
 namespace {
 
 enum class Isa { kGeneric, kAvx2, kAvx512 };
 
 Isa detect() {
-#ifdef MLLAMA_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -26,14 +31,12 @@ Isa detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
-  // For tests: MLLAMA_KERNELS_CPU_ISA=generic|avx2|avx512 asks for a narrower set than the machine's.
-  // It is read once, and a set that the machine lacks is not used.
+  // For tests: MLLAMA_KERNELS_CPU_ISA=generic|avx2|avx512 asks for a narrower set than the
+  // machine's. It is read once, and a set that the machine lacks is not used.
   const char* wanted = getenv("MLLAMA_KERNELS_CPU_ISA");
   if (wanted != nullptr && strcmp(wanted, "generic") == 0) return Isa::kGeneric;
   if (avx512 && (wanted == nullptr || strcmp(wanted, "avx2") != 0)) return Isa::kAvx512;
-  if (avx2) return Isa::kAvx2;
-#endif
-  return Isa::kGeneric;
+  return avx2 ? Isa::kAvx2 : Isa::kGeneric;
 }
 
 Isa isa() {
@@ -41,11 +44,11 @@ Isa isa() {
   return chosen;
 }
 
-#ifdef MLLAMA_X86
 bool request_amx() {
 #ifdef __linux__
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux gives a process its tiles on request.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
@@ -54,26 +57,24 @@ bool request_amx() {
   return false;
 #endif
 }
-#endif
 
 }  // namespace
 
-#ifdef MLLAMA_X86
 bool amx_available() {
   static const bool available = request_amx();
   return available;
 }
 
-#define MLLAMA_DISPATCH(op, Params)                  \
-  void op##_cpu(const Params& p) {                   \
-    switch (isa()) {                                 \
-      case Isa::kAvx512:                             \
-        return avx512::op(p);                        \
-      case Isa::kAvx2:                               \
-        return avx2::op(p);                          \
-      case Isa::kGeneric:                            \
-        return generic::op(p);                       \
-    }                                                \
+#define MLLAMA_DISPATCH(op, Params) \
+  void op##_cpu(const Params& p) {  \
+    switch (isa()) {                \
+      case Isa::kAvx512:            \
+        return avx512::op(p);       \
+      case Isa::kAvx2:              \
+        return avx2::op(p);         \
+      case Isa::kGeneric:           \
+        return generic::op(p);      \
+    }                               \
   }
 #else
 #define MLLAMA_DISPATCH(op, Params) \

@@ -27,6 +27,8 @@ MLLAMA_INLINE void with_dtype(DType dtype, const F& f) {
 // Elements that one task of an elementwise kernel should have at least: below, threads cost more.
 constexpr int64_t kGrainElements = 16384;
 
-MLLAMA_INLINE int64_t row_grain(int64_t dim) { return max<int64_t>(1, kGrainElements / max<int64_t>(1, dim)); }
+MLLAMA_INLINE int64_t row_grain(int64_t dim) {
+  return max<int64_t>(1, kGrainElements / max<int64_t>(1, dim));
+}
 
 }  // namespace mllama::MLLAMA_ISA

@@ -18,7 +18,8 @@ void run(const GatedResidualParams& p) {
     for (int64_t row = begin; row < end; ++row) {
       gated_residual_row(static_cast<const T*>(p.x) + row * p.x_row_stride,
                          static_cast<const T*>(p.residual) + row * p.residual_row_stride, gate,
-                         !p.row_mask || p.row_mask[row], static_cast<T*>(p.out) + row * p.dim, p.dim);
+                         !p.row_mask || p.row_mask[row], static_cast<T*>(p.out) + row * p.dim,
+                         p.dim);
     }
   });
 }

@@ -1,8 +1,10 @@
-// Matrix products on AMX bfloat16 tiles: C (rows, n) float32 = A (rows, depth) * B (depth, n), B packed.
+// Matrix products on AMX bfloat16 tiles: C (rows, n) float32 = A (rows, depth) * B (depth, n), B
+// packed.
 //
-// A tile of B holds 16 columns of 32 rows in pairs: [row / 2][column][row % 2], 1 KB. Packed B is a row of
-// panels of two tiles' width, each [depth / 32][tile]. Four accumulator tiles (32 x 32 of C) share two
-// tiles of A and two of B, so every load feeds two products and the loads hide behind them.
+// A tile of B holds 16 columns of 32 rows in pairs: [row / 2][column][row % 2], 1 KB. Packed B is a
+// row of panels of two tiles' width, each [depth / 32][tile]. Four accumulator tiles (32 x 32 of C)
+// share two tiles of A and two of B, so every load feeds two products and the loads hide behind
+// them.
 #pragma once
 
 #include "simd.h"
@@ -60,7 +62,8 @@ struct AmxGemm {
 
   template <typename T>
   static void load_row(const BF16* x, int64_t depth, float sign, BF16* out) {
-    for_vectors(depth, [&](int64_t d, auto part) { store(out + d, load(x + d, part) * sign, part); });
+    for_vectors(depth,
+                [&](int64_t d, auto part) { store(out + d, load(x + d, part) * sign, part); });
     memset(out + depth, 0, (padded_depth(depth) - depth) * sizeof(BF16));
   }
 
@@ -79,7 +82,8 @@ struct AmxGemm {
           __m512i rows[16];
 #pragma GCC unroll 16
           for (int64_t j = 0; j < 16; ++j) {
-            rows[j] = j < count ? _mm512_maskz_loadu_epi16(mask, columns[j] + d * 2) : _mm512_setzero_si512();
+            rows[j] = j < count ? _mm512_maskz_loadu_epi16(mask, columns[j] + d * 2)
+                                : _mm512_setzero_si512();
           }
           transpose(rows);
           char* tile = reinterpret_cast<char*>(out) + (d / 32 * tiles + t) * 1024;
@@ -101,18 +105,22 @@ struct AmxGemm {
       for (int64_t c = 0; c < n; c += 16) {
         const int64_t tiles = min<int64_t>(2, (n - c / 32 * 32 + 15) / 16);
         const __mmask16 mask = n - c >= 16 ? (__mmask16)0xffff : (__mmask16)((1 << (n - c)) - 1);
-        const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + c)) : __m512i{};
-        const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + c)) : __m512i{};
-        char* tile = reinterpret_cast<char*>(out) + c / 32 * 32 * padded * 2 + (k / 32 * tiles + c / 16 % 2) * 1024;
-        _mm512_store_si512(tile + k % 32 / 2 * 64, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const __m512i low =
+            even ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + c)) : __m512i{};
+        const __m512i high =
+            odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + c)) : __m512i{};
+        char* tile = reinterpret_cast<char*>(out) + c / 32 * 32 * padded * 2 +
+                     (k / 32 * tiles + c / 16 % 2) * 1024;
+        _mm512_store_si512(tile + k % 32 / 2 * 64,
+                           _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     }
   }
 
   // rows and depth are multiples of 32; columns of C past n may be written, up to a panel's width.
   // accumulate: C += A * B. Needs a Session.
-  static void multiply(const BF16* a, int64_t lda, const Packed& b, int64_t rows, int64_t n, int64_t depth,
-                       float* c, int64_t ldc, bool accumulate) {
+  static void multiply(const BF16* a, int64_t lda, const Packed& b, int64_t rows, int64_t n,
+                       int64_t depth, float* c, int64_t ldc, bool accumulate) {
     asm volatile("" ::: "memory");  // the tile intrinsics do not tell the compiler what they read
     const BF16* packed = b.data;
     for (int64_t panel = 0; panel < n; panel += kPanel) {
@@ -131,7 +139,8 @@ struct AmxGemm {
 
  private:
   // 2^r on [0, 1), relative error 3e-6.
-  static constexpr float kExp2[5] = {1.0f, 6.93044845e-1f, 2.41280207e-1f, 5.22424694e-2f, 1.34266872e-2f};
+  static constexpr float kExp2[5] = {1.0f, 6.93044845e-1f, 2.41280207e-1f, 5.22424694e-2f,
+                                     1.34266872e-2f};
 
   static void step2(const BF16* a, int64_t lda, const BF16* b, int64_t depth, float* c, int64_t ldc,
                     bool accumulate) {

@@ -1,10 +1,11 @@
 // Matrix products on fused multiply-adds: C (rows, n) = A (rows, depth) * B (depth, n), B packed.
 //
-// Packed B is a row of panels, each (depth, width) contiguous with width kPanel, or what is left rounded up
-// to kLanes in the last one. The micro-kernel keeps kRowsPerStep x kPanel of C in registers: 24 of the 32
-// (12 of 16) vector registers, which hides the latency of the multiply-add on two ports. Every element
-// of C is the sum, in order, of chains of kChain additions over depth: its bits do not depend on its place
-// in the block, and its rounding error stays that of a blocked sum.
+// Packed B is a row of panels, each (depth, width) contiguous with width kPanel, or what is left
+// rounded up to kLanes in the last one. The micro-kernel keeps kRowsPerStep x kPanel of C in
+// registers: 24 of the 32 (12 of 16) vector registers, which hides the latency of the multiply-add
+// on two ports. Every element of C is the sum, in order, of chains of kChain additions over depth:
+// its bits do not depend on its place in the block, and its rounding error stays that of a blocked
+// sum.
 #pragma once
 
 #include "simd.h"
@@ -42,7 +43,8 @@ struct FmaGemm {
   // One row of A, times sign (-1, 0 or 1).
   template <typename T>
   static void load_row(const T* x, int64_t depth, S sign, S* out) {
-    for_vectors(depth, [&](int64_t d, auto part) { store(out + d, load(x + d, part) * sign, part); });
+    for_vectors(depth,
+                [&](int64_t d, auto part) { store(out + d, load(x + d, part) * sign, part); });
   }
 
   // B = the transpose of n rows of length depth: row(j) is column j.
@@ -83,8 +85,8 @@ struct FmaGemm {
 
   // rows is a multiple of kRowsPerStep; columns of C past n may be written, up to a panel's width.
   // accumulate: C += A * B.
-  static void multiply(const S* a, int64_t lda, const Packed& b, int64_t rows, int64_t n, int64_t depth, S* c,
-                       int64_t ldc, bool accumulate) {
+  static void multiply(const S* a, int64_t lda, const Packed& b, int64_t rows, int64_t n,
+                       int64_t depth, S* c, int64_t ldc, bool accumulate) {
     const S* packed = b.data;
     for (int64_t panel = 0; panel < n; panel += kPanel) {
       const int64_t width = min<int64_t>(kPanel, padded_columns(b.columns - panel));
@@ -105,15 +107,18 @@ struct FmaGemm {
 
  private:
   template <int kWidth>
-  static void step(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc, bool accumulate) {
+  static void step(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc,
+                   bool accumulate) {
     for (int64_t k = 0; k < depth; k += kChain) {
-      chain<kWidth>(a + k, lda, b + k * kWidth * kLanes, min<int64_t>(kChain, depth - k), c, ldc, accumulate);
+      chain<kWidth>(a + k, lda, b + k * kWidth * kLanes, min<int64_t>(kChain, depth - k), c, ldc,
+                    accumulate);
       accumulate = true;
     }
   }
 
   template <int kWidth>
-  static void chain(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc, bool accumulate) {
+  static void chain(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc,
+                    bool accumulate) {
     Vec<S> sums[kRowsPerStep][kWidth] = {};
     for (int64_t k = 0; k < depth; ++k) {
       Vec<S> columns[kWidth];

@@ -1,4 +1,5 @@
-// The CPU kernels of one instruction set, declared for each set; dispatch.cpp picks one at run time.
+// The CPU kernels of one instruction set, declared for each set; dispatch.cpp picks one at run
+// time.
 #pragma once
 
 #include "../cross_attention.h"
@@ -9,15 +10,15 @@
 #include "../swiglu.h"
 #include "../vision_attention.h"
 
-#define MLLAMA_DECLARE_KERNELS(isa)                        \
-  namespace mllama::isa {                                  \
-  void cross_attention(const CrossAttentionParams& p);     \
-  void gated_residual(const GatedResidualParams& p);       \
-  void patch_embed(const PatchEmbedParams& p);             \
-  void rms_norm(const RmsNormParams& p);                   \
-  void rotary_attention(const RotaryAttentionParams& p);   \
-  void swiglu(const SwigluParams& p);                      \
-  void vision_attention(const VisionAttentionParams& p);   \
+#define MLLAMA_DECLARE_KERNELS(isa)                      \
+  namespace mllama::isa {                                \
+  void cross_attention(const CrossAttentionParams& p);   \
+  void gated_residual(const GatedResidualParams& p);     \
+  void patch_embed(const PatchEmbedParams& p);           \
+  void rms_norm(const RmsNormParams& p);                 \
+  void rotary_attention(const RotaryAttentionParams& p); \
+  void swiglu(const SwigluParams& p);                    \
+  void vision_attention(const VisionAttentionParams& p); \
   }
 
 MLLAMA_DECLARE_KERNELS(generic)
@@ -28,3 +29,7 @@ namespace mllama {
 bool amx_available();  // bfloat16 tiles, on this machine and for this process
 }
 #endif
+
+namespace mllama {
+[[noreturn]] void out_of_memory();  // throws std::bad_alloc
+}

@@ -1,8 +1,8 @@
-// patch_embed: the convolution as a matrix product of implicit im2col rows with the packed weight, then
-// embeddings and LayerNorm on each row while it is in cache.
-// Threads    blocks of kBlockPatches patches of one tile; the weight is packed once, by all threads.
-// Precision  float32 products and statistics; rounded where the plain PyTorch modules round.
-// Traffic    pixels, weight and output once; position embeddings once per tile.
+// patch_embed: the convolution as a matrix product of implicit im2col rows with the packed weight,
+// then embeddings and LayerNorm on each row while it is in cache. Threads    blocks of
+// kBlockPatches patches of one tile; the weight is packed once, by all threads. Precision  float32
+// products and statistics; rounded where the plain PyTorch modules round. Traffic    pixels, weight
+// and output once; position embeddings once per tile.
 #include "../patch_embed.h"
 
 #include "dtypes.h"
@@ -39,7 +39,8 @@ class Embedder {
     parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * Gemm::kPanel, last = min(p_.dim, end * Gemm::kPanel);
       const auto row = [&](int64_t j) {
-        return reinterpret_cast<const char*>(static_cast<const T*>(p_.patch_weight) + (first + j) * depth_);
+        return reinterpret_cast<const char*>(static_cast<const T*>(p_.patch_weight) +
+                                             (first + j) * depth_);
       };
       Gemm::template pack_transposed<T>(row, last - first, depth_, weight_ + first * padded_depth_);
     });
@@ -114,7 +115,8 @@ class Embedder {
   void finish_row(int64_t tile, int64_t token, T* x) const {
     const int64_t dim = p_.dim;
     const T* position = static_cast<const T*>(p_.position_embedding) + token * dim;
-    const T* tile_position = aspect_row(p_.tile_position_embedding, tile, (patches_ + 1) * dim) + token * dim;
+    const T* tile_position =
+        aspect_row(p_.tile_position_embedding, tile, (patches_ + 1) * dim) + token * dim;
     const T* weight = static_cast<const T*>(p_.norm_weight);
     const T* bias = static_cast<const T*>(p_.norm_bias);
     Vec<T> sums = {};
@@ -133,7 +135,9 @@ class Embedder {
     });
     const S scale = (S)(1 / __builtin_sqrt((double)sum_lanes(squares) / (double)dim + p_.eps));
     for_vectors(dim, [&](int64_t i, auto part) {
-      store(x + i, (load(x + i, part) - mean) * scale * load(weight + i, part) + load(bias + i, part), part);
+      store(x + i,
+            (load(x + i, part) - mean) * scale * load(weight + i, part) + load(bias + i, part),
+            part);
     });
   }
 

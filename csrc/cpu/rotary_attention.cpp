@@ -1,7 +1,7 @@
-// rotary_attention and rotary_attention_cached: new keys are rotated and stored first, into the pages or into
-// scratch, then one task per (sequence, key head, run of tokens) attends; see attention_driver.h.
-// Rotation   each product and the sum are rounded to the storage type, as plain PyTorch rounds them.
-// Rows past the last sequence are zero.
+// rotary_attention and rotary_attention_cached: new keys are rotated and stored first, into the
+// pages or into scratch, then one task per (sequence, key head, run of tokens) attends; see
+// attention_driver.h. Rotation   each product and the sum are rounded to the storage type, as plain
+// PyTorch rounds them. Rows past the last sequence are zero.
 #include "../rotary_attention.h"
 
 #include "attention_driver.h"
@@ -57,24 +57,22 @@ class Sequences {
     });
   }
 
-  void clear_tail() const {
-    const int64_t used = p_.cu_seqlens ? p_.cu_seqlens[p_.batch] : p_.tokens;
-    const int64_t row = p_.num_q_heads * p_.head_dim;
-    if (used < p_.tokens) memset(static_cast<T*>(p_.out) + used * row, 0, (p_.tokens - used) * row * sizeof(T));
-  }
-
   // For AttentionDriver.
   int64_t batch() const { return p_.batch; }
   int64_t kv_heads() const { return p_.num_kv_heads; }
   int64_t group() const { return group_; }
   int64_t head_dim() const { return p_.head_dim; }
-  int64_t tokens(int64_t b) const { return p_.cu_seqlens ? p_.cu_seqlens[b + 1] - start(b) : p_.max_seqlen; }
+  int64_t tokens(int64_t b) const {
+    return p_.cu_seqlens ? p_.cu_seqlens[b + 1] - start(b) : p_.max_seqlen;
+  }
   int64_t max_splits(int64_t b) const { return ceil_div(past(b) + tokens(b), kSplitKeys); }
 
-  AttentionTask make_task(int64_t b, int64_t h, int64_t first, int64_t tokens, Scratch& scratch) const {
+  AttentionTask make_task(int64_t b, int64_t h, int64_t first, int64_t tokens,
+                          Scratch& scratch) const {
     T* q = scratch.take<T>(tokens * group_ * p_.head_dim);
     for (int64_t t = 0; t < tokens; ++t) {
-      const T* x = row(p_.q, b, first + t, p_.q_batch_stride, p_.q_token_stride) + h * group_ * p_.q_head_stride;
+      const T* x = row(p_.q, b, first + t, p_.q_batch_stride, p_.q_token_stride) +
+                   h * group_ * p_.q_head_stride;
       for (int64_t g = 0; g < group_; ++g) {
         rotate(x + g * p_.q_head_stride, start(b) + first + t, q + (t * group_ + g) * p_.head_dim);
       }
@@ -84,7 +82,8 @@ class Sequences {
     AttentionTask task = {};
     task.q = q;
     task.out_token_stride = p_.num_q_heads * p_.head_dim;
-    task.out = static_cast<T*>(p_.out) + (start(b) + first) * task.out_token_stride + h * group_ * p_.head_dim;
+    task.out = static_cast<T*>(p_.out) + (start(b) + first) * task.out_token_stride +
+               h * group_ * p_.head_dim;
     task.tokens = tokens;
     task.group = group_;
     task.head_dim = p_.head_dim;
@@ -102,7 +101,8 @@ class Sequences {
   int64_t start(int64_t b) const { return p_.cu_seqlens ? p_.cu_seqlens[b] : b * p_.max_seqlen; }
   int64_t past(int64_t b) const { return p_.cache_lens ? p_.cache_lens[b] : 0; }
 
-  const T* row(const void* base, int64_t b, int64_t t, int64_t batch_stride, int64_t token_stride) const {
+  const T* row(const void* base, int64_t b, int64_t t, int64_t batch_stride,
+               int64_t token_stride) const {
     return static_cast<const T*>(base) +
            (p_.cu_seqlens ? (start(b) + t) * token_stride : b * batch_stride + t * token_stride);
   }
@@ -124,11 +124,12 @@ class Sequences {
     const T* v = row(p_.v, b, t, p_.v_batch_stride, p_.v_token_stride);
     const int64_t token = start(b) + t;
     for (int64_t h = 0; h < p_.num_kv_heads; ++h) {
-      const int64_t offset =
-          p_.page_table ? cache_offset(b, h, past(b) + t) : (token * p_.num_kv_heads + h) * p_.head_dim;
+      const int64_t offset = p_.page_table ? cache_offset(b, h, past(b) + t)
+                                           : (token * p_.num_kv_heads + h) * p_.head_dim;
       rotate(k + h * p_.k_head_stride, token, static_cast<T*>(p_.k_cache) + offset);
       if (p_.page_table) {
-        memcpy(static_cast<T*>(p_.v_cache) + offset, v + h * p_.v_head_stride, p_.head_dim * sizeof(T));
+        memcpy(static_cast<T*>(p_.v_cache) + offset, v + h * p_.v_head_stride,
+               p_.head_dim * sizeof(T));
       }
     }
   }
@@ -138,9 +139,11 @@ class Sequences {
     const int64_t keys = past(b) + tokens(b);
     if (p_.page_table) {
       const int32_t* pages = p_.page_table + b * p_.max_pages;
-      const int64_t head = h * p_.page_size * p_.head_dim * size, page = p_.num_kv_heads * p_.page_size * p_.head_dim;
+      const int64_t head = h * p_.page_size * p_.head_dim * size,
+                    page = p_.num_kv_heads * p_.page_size * p_.head_dim;
       const auto rows = [&](const void* cache) {
-        return KeyRows{static_cast<const char*>(cache) + head, p_.head_dim * size, pages, p_.page_size, page * size};
+        return KeyRows{static_cast<const char*>(cache) + head, p_.head_dim * size, pages,
+                       p_.page_size, page * size};
       };
       return {rows(p_.k_cache), rows(p_.v_cache), keys, nullptr};
     }
@@ -163,7 +166,7 @@ void rotary_attention(const RotaryAttentionParams& p) {
   if (p.tokens * p.num_q_heads * p.head_dim == 0) return;
   with_dtype(p.dtype, [&]<typename T>(Type<T>) {
     const Sequences<T> sequences(p);
-    sequences.clear_tail();
+    clear_tail<T>(p);
     sequences.append();  // parallel_for returns when all of it is done
     AttentionDriver<T, Sequences<T>>(sequences).run();
   });

@@ -1,13 +1,13 @@
-// Row arithmetic that several ops share; each step rounds to the storage type as plain PyTorch does.
+// Row arithmetic that several ops share; each step rounds to the storage type as plain PyTorch
+// does.
 #pragma once
 
 #include "simd.h"
 
 namespace mllama::MLLAMA_ISA {
 
-
-// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four chains
-// hide the latency of the add, short ones keep the rounding error small.
+// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four
+// chains hide the latency of the add, short ones keep the rounding error small.
 template <typename T>
 MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
   Vec<T> total = {};
@@ -39,8 +39,8 @@ MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, 
 
 // out = residual + gate * x; visible false: out = residual + gate * 0.
 template <typename T>
-MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible, T* out,
-                                      int64_t dim) {
+MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible,
+                                      T* out, int64_t dim) {
   for_vectors(dim, [&](int64_t i, auto part) {
     const Vec<T> value = visible ? load(x + i, part) : Vec<T>{};
     store(out + i, load(residual + i, part) + round_to<T>(value * gate), part);
@@ -59,7 +59,8 @@ MLLAMA_INLINE void add_row(const T* x, const T* residual, bool visible, T* out, 
 template <typename T>
 MLLAMA_INLINE Scalar<T> tanh_gate(const void* gate) {
   // In double: the whole tensor shares the factor's error.
-  return round_scalar<T>((Scalar<T>)__builtin_tanh((double)to_scalar(*static_cast<const T*>(gate))));
+  return round_scalar<T>(
+      (Scalar<T>)__builtin_tanh((double)to_scalar(*static_cast<const T*>(gate))));
 }
 
 }  // namespace mllama::MLLAMA_ISA

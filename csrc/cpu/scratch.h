@@ -4,12 +4,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace mllama::MLLAMA_ISA {
 
-// A stack of cache-line aligned arrays. Arrays taken after a Mark was set are freed with it, and the memory
-// is kept for the next task.
+// A stack of cache-line aligned arrays. Arrays taken after a Mark was set are freed with it, and
+// the memory is kept for the next task.
 class Scratch {
  public:
   Scratch() = default;
@@ -21,7 +22,7 @@ class Scratch {
   template <typename T>
   T* take(int64_t elements) {
     const size_t bytes = ((size_t)elements * sizeof(T) + 63) / 64 * 64 + 64;
-    if (used_ == kMaxArrays) abort();
+    if (used_ == kMaxArrays) out_of_memory();
     Array& array = arrays_[used_];
     if (used_ == count_) {
       array = {nullptr, 0};
@@ -30,7 +31,7 @@ class Scratch {
     if (array.bytes < bytes) {
       free(array.data);
       array = {aligned_alloc(64, bytes), bytes};
-      if (array.data == nullptr) abort();
+      if (array.data == nullptr) out_of_memory();
     }
     ++used_;
     return static_cast<T*>(array.data);

@@ -1,7 +1,8 @@
 // One SIMD vector per instruction set, conversions of the storage types to it, and exp2.
 //
-// Everything here is static or lives in the namespace of its instruction set: the file is compiled once
-// per set, and a weak symbol shared between sets would let the linker pick code the machine cannot run.
+// Everything here is static or lives in the namespace of its instruction set: the file is compiled
+// once per set, and a weak symbol shared between sets would let the linker pick code the machine
+// cannot run.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +22,6 @@
 #endif
 
 #define MLLAMA_INLINE static inline __attribute__((always_inline))
-
 
 namespace mllama::MLLAMA_ISA {
 
@@ -112,7 +112,8 @@ MLLAMA_INLINE FVec widen(HVec bits, F16*) {
 #else
   const UVec u = __builtin_convertvector(bits, UVec);
   const UVec magnitude = (u & 0x7fff) << 13;
-  // A product rebiases the exponent and normalises subnormals; infinities and NaNs get theirs by hand.
+  // A product rebiases the exponent and normalises subnormals; infinities and NaNs get theirs by
+  // hand.
   const UVec finite = (UVec)((FVec)magnitude * splat(0x1p112f));
   const UVec special = magnitude | 0x7f800000u;
   return (FVec)((magnitude >= (UVec{} + 0x0f800000u) ? special : finite) | ((u & 0x8000) << 16));
@@ -198,7 +199,9 @@ MLLAMA_INLINE void for_vectors(int64_t dim, const F& f) {
 // The value after a round trip through T.
 MLLAMA_INLINE FVec round_to(FVec v, float*) { return v; }
 MLLAMA_INLINE DVec round_to(DVec v, double*) { return v; }
-MLLAMA_INLINE FVec round_to(FVec v, BF16* type) { return (FVec)(round_bits(v, type) & 0xffff0000u); }
+MLLAMA_INLINE FVec round_to(FVec v, BF16* type) {
+  return (FVec)(round_bits(v, type) & 0xffff0000u);
+}
 MLLAMA_INLINE FVec round_to(FVec v, F16* type) { return widen(narrow(v, type), type); }
 template <typename T>
 MLLAMA_INLINE Vec<T> round_to(Vec<T> v) {

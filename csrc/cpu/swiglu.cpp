@@ -1,6 +1,6 @@
-// swiglu: out = round(gate / (1 + exp(-gate))) * up.                    Shazeer 2020 (arXiv 2002.05202)
-// Threads    blocks of kColumns within rows, so that one row of a decode step uses every thread.
-// Traffic    gate_up and out: each once.
+// swiglu: out = round(gate / (1 + exp(-gate))) * up.                    Shazeer 2020 (arXiv
+// 2002.05202) Threads    blocks of kColumns within rows, so that one row of a decode step uses
+// every thread. Traffic    gate_up and out: each once.
 #include "../swiglu.h"
 
 #include "dtypes.h"

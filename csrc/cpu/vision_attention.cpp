@@ -21,20 +21,25 @@ void run(const VisionAttentionParams& p) {
       T* q = scratch.take<T>(tokens * p.head_dim);
       for (int64_t t = 0; t < tokens; ++t) {
         memcpy(q + t * p.head_dim,
-               static_cast<const T*>(p.q) + b * p.q_batch_stride + (first + t) * p.q_token_stride + h * p.q_head_stride,
+               static_cast<const T*>(p.q) + b * p.q_batch_stride + (first + t) * p.q_token_stride +
+                   h * p.q_head_stride,
                p.head_dim * sizeof(T));
       }
-      const auto rows = [&](const void* base, int64_t batch_stride, int64_t token_stride, int64_t head_stride) {
+      const auto rows = [&](const void* base, int64_t batch_stride, int64_t token_stride,
+                            int64_t head_stride) {
         const T* start = static_cast<const T*>(base) + b * batch_stride + h * head_stride;
-        return KeyRows{reinterpret_cast<const char*>(start), token_stride * (int64_t)sizeof(T), nullptr, 0, 0};
+        return KeyRows{reinterpret_cast<const char*>(start), token_stride * (int64_t)sizeof(T),
+                       nullptr, 0, 0};
       };
       const Segment segment{rows(p.k, p.k_batch_stride, p.k_token_stride, p.k_head_stride),
-                            rows(p.v, p.v_batch_stride, p.v_token_stride, p.v_head_stride), p.seqlen, nullptr};
+                            rows(p.v, p.v_batch_stride, p.v_token_stride, p.v_head_stride),
+                            p.seqlen, nullptr};
       const bool* padding = p.padding ? p.padding + b * p.padding_batch_stride : nullptr;
       AttentionTask task = {};
       task.q = q;
       task.out_token_stride = p.num_heads * p.head_dim;
-      task.out = static_cast<T*>(p.out) + (b * p.seqlen + first) * task.out_token_stride + h * p.head_dim;
+      task.out =
+          static_cast<T*>(p.out) + (b * p.seqlen + first) * task.out_token_stride + h * p.head_dim;
       task.tokens = tokens;
       task.group = 1;
       task.head_dim = p.head_dim;
