@@ -24,7 +24,7 @@ from mllama.model import MllamaForConditionalGeneration
 from mllama.processing.processor import MllamaProcessor
 from mllama.tiles import ImageTiles
 
-from .config import save_configs
+from .config import generation_config, save_configs
 from .data import IGNORED, Batch, Batches, Rows
 from .evaluate import evaluate
 from .seeing import PatchHead
@@ -227,6 +227,7 @@ def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
             right.clear()
             total = 0.0
     model.eval().to(torch.bfloat16)
+    model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)
     return model
 
