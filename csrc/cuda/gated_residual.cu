@@ -2,12 +2,10 @@
 // layers.
 //
 // Tiling     Elementwise over 16-byte vectors (row_tiles.cuh). The gate is read from device memory
-// by
-//            every thread, so the launch needs no synchronisation.
+//            by every thread, so the launch needs no synchronisation.
 // Precision  tanh, product and sum each rounded to the dtype, as a chain of PyTorch operators.
-// Traffic    3 * rows * dim elements, 2 for hidden rows, whose x is not read. 2048 x 4096 bf16: 50
-// MB,
-//            11.7 us at 4.3 TB/s.
+// Traffic    3 * rows * dim elements, 2 for hidden rows, whose x is not read. 2048 x 4096 bf16:
+//            50 MB, 11.7 us at 4.3 TB/s.
 // Aliasing   out may be x or residual. Input rows may be strided and of any alignment.
 
 #include "../gated_residual.h"

@@ -1,24 +1,22 @@
 // RMSNorm, alone or behind a (gated) residual add: y = w * round(t * rsqrt(mean(t^2) + eps)), where
-// t is x, residual + x, or residual + tanh(gate) * row_mask * x.       Zhang, Sennrich 2019 (arXiv
-// 1910.07467)
+// t is x, residual + x, or residual + tanh(gate) * row_mask * x.
+// Zhang, Sennrich 2019 (arXiv 1910.07467)
 //
 // Tiling     A row lives in registers as 16-byte vectors and is read once, all loads before the
-// first
-//            use. 16 lanes per row up to 16 vectors (head dims: millions of short rows), a warp up
-//            to 128, a block of up to 512 threads x 4 vectors up to 2048 (16384 elements of 16
-//            bits, 8192 of float32). Longer rows, and rows that do not start and end on 16 bytes,
-//            take a block that passes over the row twice, element by element where it must.
-// Precision  Squares, sum and mean in float32; the sum's order depends on dim and alignment alone,
-// so a
-//            row's result does not depend on the other rows. Roundings as in PyTorch: tanh(gate),
-//            the gated product, t, the normalised value, its product with the weight.
+//            first use. 16 lanes per row up to 16 vectors (head dims: millions of short rows), a
+//            warp up to 128, a block of up to 512 threads x 4 vectors up to 2048 (16384 elements of
+//            16 bits, 8192 of float32). Longer rows, and rows that do not start and end on 16
+//            bytes, take a block that passes over the row twice, element by element where it must,
+//            in the same order.
+// Precision  Squares, sum and mean in float32 for 16-bit types; in float64 for float32, whose
+//            result would otherwise show the order of additions (a GPU with few float64 units then
+//            runs float32 rows below the memory's speed). The order depends on dim alone: a row's
+//            result depends neither on the other rows nor on alignment. Roundings as in PyTorch:
+//            tanh(gate), the gated product, t, the normalised value, its product with the weight.
 // Traffic    rms_norm 2 * rows * dim elements, add_rms_norm 4 (w stays in L2).
 //            4096 x 4096 bf16: 67 MB, 15.6 us at 4.3 TB/s; with residual 134 MB, 31.2 us.
 // Aliasing   y may be x, residual_out may be residual or x (one thread reads, then writes an
-// element).
-//            Input rows may be strided. A row hidden by row_mask is not read from x.
-
-#include <algorithm>
+//            element). Input rows may be strided. A row hidden by row_mask is not read from x.
 
 #include "../rms_norm.h"
 #include "reduce.cuh"

@@ -1,14 +1,13 @@
-// Rotary position embedding of parts of a row.                            Su et al. 2021 (arXiv
-// 2104.09864)
+// Rotary position embedding of parts of a row. Su et al. 2021 (arXiv 2104.09864)
 #pragma once
 
 #include "vec.cuh"
 
 namespace mllama {
 
-// A row of head_dim elements has head_dim / 2 pairs, (i, i + head_dim / 2) or, interleaved, (2 i, 2
-// i + 1). A chunk is Vec<T>::kSize pairs; they fill two vectors of the row, whose first elements
-// are:
+// A row of head_dim elements has head_dim / 2 pairs: (i, i + head_dim / 2) or, interleaved,
+// (2 i, 2 i + 1). A chunk is Vec<T>::kSize pairs; they fill two vectors of the row, whose first
+// elements are:
 template <typename T>
 struct RopeChunk {
   int first, second;

@@ -9,16 +9,13 @@
 //            start first. Stream order is the only synchronisation between the two: appended keys
 //            are read by blocks all over the device.
 // Mask       Key j is visible to row i of a sequence if j <= cache_len + i. Blocks above the
-// diagonal are
-//            not visited, and only blocks that cross it are masked per element.
+//            diagonal are not visited; only blocks that cross it are masked per element.
 // Precision  As attention.cuh; the rotation rounds both products and the sum (rope.cuh).
-// Traffic    Append: 4 * tokens * Hkv * D elements; 2048 tokens, 8 heads of 128, bf16: 17 MB, 3.9
-// us at
-//            4.3 TB/s. Prefill: 2 * S^2 * Hq * D FLOP, bound by the products: S 4096, 32 heads of
-//            128: 137 GFLOP, 174 us at 790 TFLOP/s.
+// Traffic    Append: 4 * tokens * Hkv * D elements; 2048 tokens, 8 heads of 128, bf16: 17 MB,
+//            3.9 us at 4.3 TB/s. Prefill: 2 * S^2 * Hq * D FLOP, bound by the products: S 4096,
+//            32 heads of 128: 137 GFLOP, 174 us at 790 TFLOP/s.
 // Aliasing   q, k, v and out may not overlap each other or the caches. Input rows may be strided
-// but
-//            start on 16 bytes.
+//            but start on 16 bytes.
 
 #include "../rotary_attention.h"
 #include "attention.cuh"

@@ -1,30 +1,30 @@
 // Split-KV decode: one query row per sequence against many keys, for any source of keys.
-//                   Flash-Decoding (Dao et al. 2023), online softmax (Milakov, Gimelshein, arXiv
-//                   1805.02867)
+// Flash-Decoding (Dao et al. 2023); online softmax after Milakov, Gimelshein (arXiv 1805.02867).
 //
 // Tiling     One block per (sequence, key/value head, split); the query heads of the group are the
-// rows of
-//            one m16n8k16 tile, so keys and values are read once for all of them. Four warps walk
-//            over tiles of 16 keys (8 in float32) independently, each with its own two-stage
-//            cp.async ring and softmax state: no block barrier between the first tile and the end,
-//            where the states are merged in warp order. A second kernel merges the splits in a
-//            fixed order. 74 KB of shared memory at head dim 128: 2 blocks per SM on sm_80, 3 on
-//            sm_90, fits 99 KB (sm_86, sm_89); a third stage would not.
+//            rows of one m16n8k16 tile, so keys and values are read once for all of them. Four
+//            warps walk over tiles of 16 keys (8 in float32) independently, each with its own
+//            two-stage cp.async ring and softmax state: no block barrier between the first tile and
+//            the end, where the states are merged in warp order. A second kernel merges the splits
+//            in a fixed order. 74 KB of shared memory at head dim 128: 2 blocks per SM on sm_80, 3
+//            on sm_90, fits 99 KB (sm_86, sm_89); a third stage would not.
 // Precision  Scores, softmax and sums in float32; 16-bit weights are rounded before the product
-// with v. Traffic    Keys and values once, 2 * length * Hkv * D elements, plus D + 2 floats per
-// split and query
-//            head written and read. Batch 1, 8 heads of 128, bf16: 1k keys 4.2 MB, 1 us at 4.3
-//            TB/s; 8k 33.5 MB, 7.8 us; 6404 image keys 26.2 MB, 6.1 us.
+//            with v.
+// Traffic    Keys and values once, 2 * length * Hkv * D elements, plus D + 2 floats per split and
+//            query head written and read. Batch 1, 8 heads of 128, bf16: 1k keys 4.2 MB, 1 us at
+//            4.3 TB/s; 8k 33.5 MB, 7.8 us; 6404 image keys 26.2 MB, 6.1 us.
 // Order      Fixed by the geometry (split_kv.h): bit-identical in every run, batch and device.
+// Aliasing   out and workspace overlap neither each other nor any input.
 //
 // A source is a plain struct passed by value:
-//   using T; static constexpr kSharedInts   the element; ints of shared memory a block gives it
-//   Keys open(b, kv_head, split, shared)    called by all threads; Keys::length is the number of
-//   keys in
-//                                           the split, 0 if nothing is to be seen
-//   KeyRun<T> run(keys, first, shared)      the keys from `first` (a multiple of the tile) of the
-//   split void load_query(b, kv_head, query, row_elements)    writes the group's query rows, by all
-//   threads
+//   T, kSharedInts          the element type; how many ints of shared memory it needs
+//   Keys open(b, kv_head, split, shared)
+//                           called by all threads; Keys::length is the number of keys in the split,
+//                           0 if nothing is to be seen
+//   KeyRun<T> run(keys, first, shared)
+//                           the keys of the split from `first` on, a multiple of the tile
+//   void load_query(b, kv_head, query, row_elements)
+//                           called by all threads; writes the group's query rows
 #pragma once
 
 #include <type_traits>

@@ -1,12 +1,12 @@
 // One warp's share of split-KV decode: up to 16 query rows against tiles of a few keys, online
-// softmax. 16-bit types use tensor cores, float32 the ordinary units. Both keep queries' state in
+// softmax. 16-bit types use tensor cores, float32 the ordinary units. Both keep the state in
 // registers:
 //
-//   static kKeys                                    keys per tile
-//   init(query)                                     query: the tile of 16 query rows in shared
-//   memory step(k, v, count, scale_log2, group)            one tile; keys from `count` on are
-//   masked store(out, maximum, sum, group)                 state to shared memory, out[row *
-//   kOutStride + d]
+//   kKeys                                  keys per tile
+//   unit(scale_log2)                       what exponents of 2 the maximum counts in
+//   init(query)                            query: the tile of 16 query rows in shared memory
+//   step(k, v, count, scale_log2, group)   one tile; keys from `count` on are masked
+//   store(out, maximum, sum, group)        state to shared memory, out[row * kOutStride + d]
 #pragma once
 
 #include "ptx.cuh"

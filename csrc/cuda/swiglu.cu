@@ -1,10 +1,10 @@
-// SwiGLU on the fused projection [gate, up]: out = round(silu(gate)) * up.   Shazeer 2020 (arXiv
-// 2002.05202)
+// SwiGLU on the fused projection [gate, up]: out = round(silu(gate)) * up.
+// Shazeer 2020 (arXiv 2002.05202)
 //
 // Tiling     Elementwise over 16-byte vectors (row_tiles.cuh).
 // Precision  silu(x) = x / (1 + exp(-x)) in float32 with the full-precision exponential and
-// division (the
-//            op stays memory-bound), rounded to the dtype, then the product with up, rounded.
+//            division (the op stays memory-bound), rounded to the dtype, then the product with up,
+//            rounded.
 // Traffic    3 * rows * dim elements. 2048 x 14336 bf16: 176 MB, 41 us at 4.3 TB/s.
 // Aliasing   out may not overlap gate_up. Rows of gate_up may be strided and of any alignment.
 
