@@ -47,7 +47,7 @@ test: $(VENV)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m benchmarks.cpu_ops
+	$(BIN)/python benchmarks/cpu_ops.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
