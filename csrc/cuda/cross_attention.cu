@@ -15,8 +15,8 @@
 // Precision  As attention.cuh; q_norm on the way into shared memory with the roundings of rms_norm.
 // Traffic    K and V of the visible tiles once per block of rows, from L2 after the first. Prefill
 //            of 512 rows, 4 tiles, 32 heads of 128, bf16: 53.7 GFLOP, 68 us at 790 TFLOP/s, bound
-//            by the products. Below some 500 tokens there are fewer blocks than multiprocessors, and
-//            time stays that of one block: 6404 keys in a row.
+//            by the products. Below some 500 tokens there are fewer blocks than multiprocessors,
+//            and time stays that of one block: 6404 keys in a row.
 // Aliasing   out aliases nothing. Rows of q, k and v may be strided, but start on 16 bytes.
 
 #include "../cross_attention.h"
