@@ -96,6 +96,8 @@ def evaluate(
     for seed in seeds:
         picture, scene = sample_picture(seed)
         asked += [(seed, picture, q) for q in sample_questions(scene, random.Random(seed))]
+    # A batch takes as long as its longest answer, so the long ones stay together.
+    asked.sort(key=lambda row: row[2].kind == "describe")
     rows, answers = iter(asked), []
     while batch := list(islice(rows, _ROWS)):
         said = answer(model, processor, [p for _, p, _ in batch], [q.text for _, _, q in batch])
