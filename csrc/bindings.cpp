@@ -153,6 +153,10 @@ struct Checker {
     }
   }
 
+  void softmax_scale(double scale) const {
+    check(scale > 0 && std::isfinite(scale), op, "softmax_scale must be positive, got ", scale);
+  }
+
   void heads(int64_t q_heads, int64_t kv_heads) const {
     check(kv_heads > 0 && q_heads % kv_heads == 0, op, "the number of key/value heads (", kv_heads,
           ") must divide the number of query heads (", q_heads, ")");
@@ -423,6 +427,7 @@ RotaryAttentionParams rotary_params(const Checker& c, const Tensor& q, const Ten
   const int64_t d = q.size(n), heads = q.size(n - 1), kv_heads = k.size(n - 1);
   c.head_dim(d);
   c.heads(heads, kv_heads);
+  c.softmax_scale(softmax_scale);
   check(max_seqlen >= 0, c.op, "max_seqlen must not be negative, got ", max_seqlen);
   for (const auto& [t, what] : {std::pair<const Tensor&, const char*>{k, "k"}, {v, "v"}}) {
     c.floating(t, what);
@@ -594,6 +599,7 @@ Tensor cross_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_i
   const int64_t d = q_in.size(n), heads = q_in.size(n - 1), kv_heads = k_in.size(m - 1);
   c.head_dim(d);
   c.heads(heads, kv_heads);
+  c.softmax_scale(softmax_scale);
   c.last_contiguous(q_in, "q");
   for (const auto& [t, what] : {std::pair<const Tensor&, const char*>{k_in, "k"}, {v_in, "v"}}) {
     c.floating(t, what);
@@ -686,6 +692,7 @@ Tensor vision_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_
     c.last_contiguous(t, what);
   }
   c.head_dim(q_in.size(3));
+  c.softmax_scale(softmax_scale);
   const Tensor q = aligned(q_in), k = aligned(k_in), v = aligned(v_in);
   OptionalTensor padding;
   if (padding_in) {

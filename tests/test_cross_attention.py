@@ -166,6 +166,8 @@ def test_empty_and_torch_machinery(device):
 
 def test_errors(device):
     q, k, v, mask = make((1, 3, 2, 9, 4, 2, 64), torch.float32, device)
+    with pytest.raises(RuntimeError, match="softmax_scale must be positive"):
+        mllama_kernels.cross_attention(q, k, v, softmax_scale=-1.0)
     with pytest.raises(
         RuntimeError, match=r"tile_mask must have shape \(1, 3, 2\), got \(1, 3, 1\)"
     ):

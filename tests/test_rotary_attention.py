@@ -203,6 +203,8 @@ def test_empty_and_torch_machinery(device):
 
 def test_errors(device):
     q, k, v, cos, sin = make((2, 5, 4, 2, 64), torch.float32, device)
+    with pytest.raises(RuntimeError, match="softmax_scale must be positive"):
+        mllama_kernels.rotary_attention(q, k, v, cos, sin, softmax_scale=float("nan"))
     with pytest.raises(RuntimeError, match=r"cos must have shape \(1, 5, 32\), got \(1, 5, 16\)"):
         mllama_kernels.rotary_attention(q, k, v, cos[..., :16], sin)
     with pytest.raises(RuntimeError, match=r"key/value heads \(2\) must divide .* \(3\)"):

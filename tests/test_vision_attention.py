@@ -121,6 +121,8 @@ def test_misaligned_operands(device):
 
 def test_errors(device):
     q, k, v = make(1, 16, 2, 64, torch.float32, device)
+    with pytest.raises(RuntimeError, match="softmax_scale must be positive"):
+        mllama_kernels.vision_attention(q, k, v, softmax_scale=0.0)
     with pytest.raises(
         RuntimeError, match=r"k must have shape \(1, 16, 2, 64\), got \(1, 15, 2, 64\)"
     ):
