@@ -71,8 +71,21 @@ MLLAMA_INLINE A max(A a, A b) {
   return a < b ? b : a;
 }
 
-MLLAMA_INLINE FVec splat(float x) { return FVec{} + x; }
-MLLAMA_INLINE DVec splat(double x) { return DVec{} + x; }
+// Not a sum with zero, which would keep the compiler from broadcasting out of memory.
+MLLAMA_INLINE FVec splat(float x) {
+#if defined(__AVX512F__)
+  return (FVec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (FVec)_mm256_set1_ps(x);
+#else
+  return FVec{x, x, x, x};
+#endif
+}
+MLLAMA_INLINE DVec splat(double x) {
+  DVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x;
+  return v;
+}
 
 // ---- float16 and bfloat16 <-> float32, round to nearest even ----
 
