@@ -37,12 +37,14 @@ def test_gate_and_row_mask(device, dtype, dim):
     assert torch.equal(out[1], mllama_kernels.gated_residual(x, residual, gate, mask))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_like_transformers(device, dtype):
     """Almost every element has the very bits of the two-rounding formula; a single rounding has not."""
     x, weight = randn(16, 512, dtype=dtype, device=device), randn(512, dtype=dtype, device=device)
-    same = mllama_kernels.rms_norm(x, weight) == reference.rms_norm(x, weight)
-    assert same.float().mean() > (0.6 if dtype == torch.float32 else 0.99)
+    out = mllama_kernels.rms_norm(x, weight)
+    assert (out == reference.rms_norm(x, weight)).float().mean() > 0.99
+    once = reference.rms_norm(x.double(), weight.double()).to(dtype)
+    assert (out == once).float().mean() < 0.95
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
