@@ -9,7 +9,7 @@ namespace mllama::MLLAMA_ISA {
 // 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four
 // chains hide the latency of the add, short ones keep the rounding error small.
 template <typename T>
-MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
+MLLAMA_INLINE double inverse_rms(const T* x, int64_t dim, double eps) {
   Vec<T> total = {};
   int64_t i = 0;
   for (; i + 32 * kLanes <= dim; i += 32 * kLanes) {
@@ -24,16 +24,18 @@ MLLAMA_INLINE Scalar<T> inverse_rms(const T* x, int64_t dim, double eps) {
     const Vec<T> v = load(x + i + offset, part);
     total += v * v;
   });
-  // One rounding for the whole row's factor: all elements share its error.
-  return (Scalar<T>)(1 / __builtin_sqrt((double)sum_lanes(total) / (double)dim + eps));
+  return 1 / __builtin_sqrt((double)sum_lanes(total) / (double)dim + eps);
 }
 
 // y = weight * round(x / rms). y may be x.
 template <typename T>
 MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, double eps) {
-  const Scalar<T> scale = inverse_rms(x, dim, eps);
+  // The factor in two parts: all elements of the row would share its rounding error.
+  const double factor = inverse_rms(x, dim, eps);
+  const Scalar<T> high = (Scalar<T>)factor, low = (Scalar<T>)(factor - (double)high);
   for_vectors(dim, [&](int64_t i, auto part) {
-    store(y + i, round_to<T>(load(x + i, part) * scale) * load(weight + i, part), part);
+    const Vec<T> v = load(x + i, part);
+    store(y + i, round_to<T>(v * high + v * low) * load(weight + i, part), part);
   });
 }
 
