@@ -18,6 +18,8 @@ from .shapes import Scene, draw, sample_scene
 from .tokenizer import EOT, IMAGE_TOKEN, PAD
 
 IGNORED = -100  # label of a token that is not to be learnt
+_EASY = ("describe", "shape")  # learnt long before the other kinds
+Texts = Literal["none", "questions", "dialogues", "practice"]
 _ROUGH_SHARE = 0.15  # of the questions, written in lower case without the question mark
 
 
@@ -75,15 +77,20 @@ class Batches:
         self._next: dict[str, list[int]] = {}
         self._answers: dict[str, list[int]] = {}
 
-    def draw(self, pictures: int, texts: Literal["none", "questions", "dialogues"]) -> Batch:
+    def draw(self, pictures: int, texts: Texts) -> Batch:
         """A batch over this many pictures.
 
         Args:
             texts: "none"; "questions", each in a row of its own; "dialogues", all questions about a
-                picture as the turns of one row.
+                picture as the turns of one row; "practice", questions of the harder kinds, twice.
         """
         scenes = [sample_scene(self._rng) for _ in range(pictures)]
         asked = [self._questions(scene) for scene in scenes] if texts != "none" else []
+        if texts == "practice":
+            asked = [
+                [q for q in (*questions, *self._questions(scene)) if q.kind not in _EASY]
+                for scene, questions in zip(scenes, asked, strict=True)
+            ]
         if texts == "none":
             groups: list[list[tuple[int, list[Question]]]] = []
         elif texts == "dialogues":
@@ -93,8 +100,9 @@ class Batches:
         else:
             rows = [(i, [q]) for i, questions in enumerate(asked) for q in questions]
             groups = [
-                [row for row in rows if (row[1][0].kind == "describe") == long]
+                group
                 for long in (False, True)
+                if (group := [row for row in rows if (row[1][0].kind == "describe") == long])
             ]
         images = self._processor.image_processor(
             [[draw(scene)] for scene in scenes], return_tensors="pt"

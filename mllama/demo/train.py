@@ -1,6 +1,7 @@
 """Trains the demo model from nothing on a CPU: ``python -m mllama.demo.train --out DIR``.
 
-First the vision tower learns to see (see `seeing`), then the whole model to answer.
+First the vision tower learns to see (see `seeing`), then the whole model to answer, then it practises the
+harder questions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from mllama.processing.processor import MllamaProcessor
 from mllama.tiles import ImageTiles
 
 from .config import generation_config, save_configs
-from .data import IGNORED, Batch, Batches, Rows
+from .data import IGNORED, Batch, Batches, Rows, Texts
 from .evaluate import evaluate
 from .seeing import PatchHead
 from .shapes import LAYOUTS
@@ -35,9 +35,12 @@ _PICTURES = 32  # per step; every one gets a question of each kind
 _SEEING_SHARE = 0.35  # of the steps, before the first text
 _SEEING_WEIGHT = 0.5  # of the patch loss beside the answers' loss afterwards
 _DIALOGUE_EVERY = 8  # steps; in the others each question is a row of its own
+_PRACTICE_SHARE, _PRACTICE_RATE = 0.2, 1e-3  # steps after the others, as a share of those
 _PEAK_RATE, _WARM_UP, _WEIGHT_DECAY = 2e-3, 100, 0.02
 _REPORT_EVERY = 50
 _HELD_OUT_SEED = 1_000_000  # sample_picture seeds from here on; training draws from another stream
+
+Lesson = tuple[Texts, float]  # what a step is about, and its learning rate
 
 
 def initialise(model: MllamaForConditionalGeneration, seed: int) -> None:
@@ -133,18 +136,20 @@ def row_logits(
 
 def batch_loss(
     model: MllamaForConditionalGeneration,
-    head: PatchHead,
+    head: PatchHead | None,
     batch: Batch,
     right: dict[str, list[float]],
 ) -> Tensor:
-    """Mean loss per answer token, if the batch has any, and of the patches.
+    """Mean loss per answer token, if the batch has any, and of the patches, if there is a head for them.
 
     Appends to ``right``, per kind, whether each row was answered without a mistake, and the share of the
     covered patches that was seen rightly.
     """
     tiles = model.model.encode_images(**batch.pictures)
-    seeing, seen = head.loss(tiles, batch.targets)
-    right["patches"].append(seen)
+    seeing = torch.zeros(())
+    if head is not None:
+        seeing, seen = head.loss(tiles, batch.targets)
+        right["patches"].append(seen)
     if not batch.rows:
         return seeing
     losses, count = [], 0
@@ -158,17 +163,36 @@ def batch_loss(
     return torch.stack(losses).sum() / count + _SEEING_WEIGHT * seeing
 
 
-def _rate(step: int, steps: int, first_text: int) -> float:
-    """A half cosine to almost nothing, with a linear warm-up at the first picture and at the first text."""
-    since = step if step < first_text else step - first_text
-    cosine = 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return _PEAK_RATE * cosine * min(1.0, (since + 1) / _WARM_UP)
+def _lessons(steps: int) -> list[Lesson]:
+    """First pictures alone, then questions: a half cosine to almost nothing, warmed up at both beginnings."""
+    first_text = round(_SEEING_SHARE * steps)
+    lessons: list[Lesson] = []
+    for step in range(steps):
+        since = step if step < first_text else step - first_text
+        rate = _PEAK_RATE * _cosine(step, steps) * min(1.0, (since + 1) / _WARM_UP)
+        texts: Texts = "none" if step < first_text else "questions"
+        lessons.append((_or_dialogues(step, texts), rate))
+    return lessons
 
 
-def _texts(step: int, first_text: int) -> Literal["none", "questions", "dialogues"]:
-    if step < first_text:
-        return "none"
-    return "dialogues" if step % _DIALOGUE_EVERY == _DIALOGUE_EVERY - 1 else "questions"
+def _practice(steps: int) -> list[Lesson]:
+    """The harder questions more often, at a lower rate."""
+    return [
+        (
+            _or_dialogues(step, "practice"),
+            _PRACTICE_RATE * _cosine(step, steps) * min(1.0, (step + 1) / _WARM_UP),
+        )
+        for step in range(steps)
+    ]
+
+
+def _cosine(step: int, steps: int) -> float:
+    return 0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _or_dialogues(step: int, texts: Texts) -> Texts:
+    every = step % _DIALOGUE_EVERY == _DIALOGUE_EVERY - 1
+    return "dialogues" if every and texts != "none" else texts
 
 
 def _optimizer(*modules: nn.Module) -> torch.optim.AdamW:
@@ -184,7 +208,7 @@ def _optimizer(*modules: nn.Module) -> torch.optim.AdamW:
 
 
 def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
-    """Trains for so many steps and writes the checkpoint folder ``out``.
+    """Trains for so many steps, practises the harder questions, and writes the checkpoint folder ``out``.
 
     Returns: the model as it was saved, in bfloat16.
     """
@@ -198,20 +222,32 @@ def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
         MllamaConfig.from_pretrained(out), backend="reference", semantics="meta"
     )
     initialise(model, seed)
-    head = PatchHead(model.config)
-    optimizer = _optimizer(model, head)
+    learn(model, PatchHead(model.config), batches, _lessons(steps))
+    learn(model, None, batches, _practice(round(_PRACTICE_SHARE * steps)))
+    model.eval().to(torch.bfloat16)
+    model.generation_config = generation_config(tokenizer)
+    model.save_pretrained(out)
+    return model
+
+
+def learn(
+    model: MllamaForConditionalGeneration,
+    head: PatchHead | None,
+    batches: Batches,
+    lessons: list[Lesson],
+) -> None:
+    """One optimiser step per lesson; with a head, the patches are part of the loss."""
+    optimizer = _optimizer(model) if head is None else _optimizer(model, head)
     right: dict[str, list[float]] = defaultdict(list)
-    begin, total = time.monotonic(), 0.0
-    first_text = round(_SEEING_SHARE * steps)
+    begin, total, steps = time.monotonic(), 0.0, len(lessons)
     model.train()
-    for step in range(steps):
-        batch = batches.draw(_PICTURES, _texts(step, first_text))
-        loss = batch_loss(model, head, batch, right)
+    for step, (texts, rate) in enumerate(lessons):
+        loss = batch_loss(model, head, batches.draw(_PICTURES, texts), right)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step, steps, first_text)
+            group["lr"] = rate
         optimizer.step()
         total += loss.item()
         if (step + 1) % _REPORT_EVERY == 0 or step + 1 == steps:
@@ -226,10 +262,6 @@ def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
             )
             right.clear()
             total = 0.0
-    model.eval().to(torch.bfloat16)
-    model.generation_config = generation_config(tokenizer)
-    model.save_pretrained(out)
-    return model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,9 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
     options = parser.parse_args(arguments)
-    torch.set_float32_matmul_precision(
-        "medium"
-    )  # bfloat16 products where the CPU has them: a third faster
+    # bfloat16 products where the CPU has them: a third faster
+    torch.set_float32_matmul_precision("medium")
     train(options.out, options.steps, options.seed)
     for dtype in (torch.float32, torch.bfloat16):
         report = evaluate(options.out, range(_HELD_OUT_SEED, _HELD_OUT_SEED + 200), dtype=dtype)
