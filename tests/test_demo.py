@@ -13,11 +13,11 @@ import torch
 import mllama_kernels._library as library
 from mllama import MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
+from mllama.demo import train as training
 from mllama.demo.evaluate import Report, answer, evaluate
 from mllama.demo.questions import QUESTION_KINDS, Question, sample_questions
 from mllama.demo.seeing import patch_targets
 from mllama.demo.shapes import COLORS, IMAGE_SIZE, KINDS, LAYOUTS, PLACES, SIZES, Scene, Shape
-from mllama.demo.train import train
 
 PICTURES = 200
 ANSWERS = pytest.mark.skipif(
@@ -244,12 +244,13 @@ def test_checkpoint_loads_in_transformers(seed: int) -> None:
         torch.testing.assert_close(ours(**inputs[0]).logits, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_training_writes_a_checkpoint_and_repeats(tmp_path) -> None:
+def test_training_writes_a_checkpoint_and_repeats(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "_PICTURES", 4)
     weights = []
     torch.use_deterministic_algorithms(True)  # several threads sum some gradients in any order
     try:
         for folder in (tmp_path / "one", tmp_path / "two"):
-            train(folder, steps=5, seed=7)
+            training.train(folder, steps=5, seed=7)
             model = MllamaForConditionalGeneration.from_pretrained(folder, backend="reference")
             weights.append(dict(model.named_parameters()))
     finally:
