@@ -30,7 +30,7 @@ def assert_no_worse(
     k: float = 2.0,
     **kwargs: Any,
 ) -> None:
-    """Error against float64 is at most k times plain PyTorch's in the same dtype, or half an ulp."""
+    """Error against float64 is at most k times plain PyTorch's in the same dtype, or that of `compare`."""
     exact = reference(*map(to_double, args), **{n: to_double(v) for n, v in kwargs.items()})
     plain = reference(*args, **kwargs)
     if torch.is_tensor(actual):
@@ -41,7 +41,13 @@ def assert_no_worse(
 
 
 def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> None:
-    """One output against the float64 result, with plain PyTorch's error as the measure."""
+    """One output against the float64 result, with plain PyTorch's error as the measure.
+
+    Half an ulp is always allowed: it is the rounding of the store. So are, for the largest error,
+    eight float32 roundings before it (rotation, score, scaling, exponential, weight, product, sum,
+    quotient): the largest of a few hundred errors is a matter of chance, and plain PyTorch's may be
+    luckier than that.
+    """
     ideal = exact.to(actual.dtype)  # what a perfect kernel would store
     assert actual.shape == ideal.shape, (
         f"shape {tuple(actual.shape)}, expected {tuple(ideal.shape)}"
@@ -52,10 +58,15 @@ def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> Non
         f"{int(wrong.sum())} of {wrong.numel()} elements are (not) finite by mistake"
     )
     keep = ideal.isfinite() & plain.isfinite()
+    if exact.numel() < 4096:
+        k *= 1.5  # the quotient of the errors of two samples this small scatters
     a, p, e = (t[keep].double() for t in (actual, plain, exact))
     for order in (float("inf"), 2) if e.numel() else ():
         error = torch.linalg.vector_norm(a - e, order).item()
-        floor = torch.finfo(actual.dtype).eps / 2 * torch.linalg.vector_norm(e, order).item()
+        ulps = torch.finfo(actual.dtype).eps / 2
+        if order == float("inf") and actual.dtype != torch.float64:
+            ulps += 8 * torch.finfo(torch.float32).eps / 2
+        floor = ulps * torch.linalg.vector_norm(e, order).item()
         allowed = max(k * torch.linalg.vector_norm(p - e, order).item(), floor)
         assert error <= allowed, f"{order}-norm of the error is {error:.2e}, allowed {allowed:.2e}"
 

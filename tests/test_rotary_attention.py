@@ -104,7 +104,8 @@ def test_cached_steps_match_float64(device, dtype, head, interleaved):
     """Prefill, a ragged chunk, then decode steps; the cache holds what the reference's holds."""
     heads, kv_heads, dim = head
     prompts = grid([[7, 0, 3]], [[70, 0, 129]])[-1]
-    steps = [prompts, [1, 5, 2], [1, 1, 1], [1, 1, 1]]
+    steps = [prompts, [1, 5, 2], *[[1, 1, 1]] * 6]
+    decoded = []  # a single step has too few elements to judge its errors by
     cache = Paged(3, sum(max(s) for s in steps), kv_heads, dim, dtype, device)
     for lengths in steps:
         total = sum(lengths)
@@ -117,12 +118,16 @@ def test_cached_steps_match_float64(device, dtype, head, interleaved):
         exact = double.run(reference, *map(to_double, args), lengths, **kwargs)
         in_dtype = plain.run(reference, *args, lengths, **kwargs)
         out = cache.run(mllama_kernels, *args, lengths, **kwargs)
-        compare(out, exact, in_dtype)
+        if max(lengths) == 1:
+            decoded.append((out, exact, in_dtype))
+        else:
+            compare(out, exact, in_dtype)
         assert torch.equal(cache.v.nan_to_num(7), plain.v.nan_to_num(7))
         written = cache.k.isfinite()
         assert torch.equal(written, plain.k.isfinite()), "rows outside the sequences were written"
         compare(cache.k[written], double.k[written], plain.k[written])
         cache.lens = cache.lens + torch.tensor(lengths, dtype=torch.int32, device=device)
+    compare(*map(torch.cat, zip(*decoded)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
