@@ -319,6 +319,12 @@ def test_shards_keep_their_size_and_the_index_is_complete(folder, tmp_path):
     assert total == index["metadata"]["total_size"]
 
 
+def test_saved_files_have_the_mode_of_any_new_file(folder, tmp_path):
+    saving.save_pretrained(_load(folder), tmp_path / "ours", "50KB")
+    (tmp_path / "ours" / "plain").touch()
+    assert len({path.stat().st_mode for path in (tmp_path / "ours").iterdir()}) == 1
+
+
 @pytest.mark.parametrize("size", [0, -1, "5 parsecs", "GB", ""])
 def test_bad_shard_size(folder, tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_size"):

@@ -90,7 +90,10 @@ class _Staging:
 
     def commit(self, last: str) -> None:
         """Remove the weights that were there, then rename everything, `last` at the end."""
+        # safetensors makes files that only their owner reads; the text files have the user's mode.
+        mode = (self._folder / ("config.json" + self._suffix)).stat().st_mode & 0o777
         for name in self._names:
+            (self._folder / (name + self._suffix)).chmod(mode)
             _flush(self._folder / (name + self._suffix))
         for old in self._folder.iterdir():
             if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name):
