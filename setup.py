@@ -112,7 +112,9 @@ def check_cuda(torch, home: Path) -> tuple[Path, str]:
 def gencode(torch) -> tuple[str, str]:
     """nvcc's flags and a name for what they produce."""
     if os.environ.get("MLLAMA_KERNELS_SIMULATE") == "1":
-        return "-gencode arch=compute_80,code=compute_80 --no-compress", "compute_80"
+        names = ("compute_80", "compute_90a")
+        flags = " ".join(f"-gencode arch={name},code={name}" for name in names)
+        return f"{flags} --no-compress", "/".join(names)
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not names and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -162,6 +164,7 @@ def ninja_file(build: Path, output: Path) -> str:
         home, found = cuda
         flags, name = gencode(torch)
         defines += f" -DMLLAMA_WITH_CUDA -DUSE_CUDA -DMLLAMA_CUDA_VERSION={found} -DMLLAMA_CUDA_ARCHS={name}"
+        defines += " -DMLLAMA_SM90A" if "90a" in name else ""
         defines += " -DMLLAMA_SIMULATE" if simulate else ""
         runtime = "-lcudart" if simulate else "-lcudart_static -ldl -lrt -lpthread"
         lib = next((p for p in (home / "lib64", home / "lib") if p.exists()), home / "lib64")
