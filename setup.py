@@ -199,7 +199,7 @@ def ninja_file(build: Path, output: Path) -> str:
             add("nvcc", source)
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         for isa, flags in ISA_FLAGS.items() if source.name != "dispatch.cpp" else [("", "")]:
-            add("cxx", source, f"{flags} -Wno-psabi -DMLLAMA_ISA={isa}" if isa else "", isa)
+            add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
     add("cxx", csrc / "bindings.cpp", f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
     add("cxx", csrc / "build_info.cpp")
     lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")

@@ -31,7 +31,7 @@ cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* base,
                             std::initializer_list<TensorMapDim> dims, Swizzle swizzle);
 
 struct LaunchOptions {
-  unsigned cluster = 1;  // consecutive blocks per cluster; over 8 needs kernel_allows_cluster16()
+  unsigned cluster = 1;  // consecutive blocks per cluster, at most 16 (over 8 on Hopper only)
   // Start before the previous kernel of the stream has finished (hopper.cuh: the rule).
   bool overlap = false;
 };
@@ -53,6 +53,11 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, int64
   }
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
+  if (options.cluster > 8) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess) return status;
+  }
   if (options.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
     attributes[count].val.clusterDim.x = options.cluster;
