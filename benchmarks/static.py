@@ -1,6 +1,6 @@
 """Figures of the CUDA kernels that need no GPU: what they execute and move, and what they occupy.
 
-    python benchmarks/static.py SITE SIMULATOR [--ops NAME ...] [--check]
+    python -m benchmarks.static SITE SIMULATOR [--ops NAME ...] [--check]
 
 SITE is the folder of a simulated build (tests/run_simulated.sh), SIMULATOR that of the built
 simulator. Every case of static_cases.py runs as compute capability 8.0 and 9.0; the counters are
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import static_compiler
+from benchmarks import static_compiler
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "results" / "static.json", HERE / "static.md"
@@ -36,7 +36,7 @@ def count(site: Path, simulator: Path, ops: list[str]) -> tuple[dict[str, Any], 
         for arch, sm in static_compiler.MULTIPROCESSORS.items():
             output = Path(folder) / f"{arch}.json"
             environment = os.environ | {
-                "PYTHONPATH": str(site),
+                "PYTHONPATH": str(HERE.parent),
                 "LD_LIBRARY_PATH": str(simulator / "build"),
                 "CUDASIM_ARCH": str(arch),
                 "CUDASIM_SMS": str(sm.count),
@@ -44,8 +44,9 @@ def count(site: Path, simulator: Path, ops: list[str]) -> tuple[dict[str, Any], 
                 "CUDASIM_THREADS": "1",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, str(HERE / "static_counters.py"), str(output), *ops]
-            running.append((subprocess.Popen(command, env=environment), output))
+            command = [sys.executable, "-m", "benchmarks.static_counters", str(output), *ops]
+            # Started in the site: `python -m` looks there first, so its library is the one imported.
+            running.append((subprocess.Popen(command, env=environment, cwd=site), output))
         if any([process.wait() for process, _ in running]):
             raise SystemExit("a case did not run")
         parts = [json.loads(output.read_text()) for _, output in running]
@@ -166,7 +167,9 @@ def differences(old: list[Row], new: list[Row]) -> list[str]:
             if name != "launches" and row[name] != other.get(name):
                 messages.append(f"{key(row)}: {name} {other.get(name)} -> {row[name]}")
         if len(row["launches"]) != len(other["launches"]):
-            messages.append(f"{key(row)}: {len(other['launches'])} -> {len(row['launches'])} launches")
+            messages.append(
+                f"{key(row)}: {len(other['launches'])} -> {len(row['launches'])} launches"
+            )
         for now, then in zip(row["launches"], other["launches"]):
             for name in now:
                 if now[name] != then.get(name):

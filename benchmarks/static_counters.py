@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from static_cases import cases
 
+from benchmarks.static_cases import cases
 from mllama_kernels import _library
 
 
