@@ -137,6 +137,7 @@ def decode_case(batch: int, context: int) -> Case:
         ),
         floor=size(k_cache, v_cache, k, v) + 2 * size(q),
         again={"partial results written and read, from L2": partials(batch, context // split)},
+        conflicts=("rotating the query, once per block", 0.01),
         flops=4 * batch * context * HQ * D,
     )
 
@@ -224,6 +225,9 @@ def vision(arch: int) -> Iterator[Case]:
         floor=size(pixels, weight, positions) + size(tile_positions) // 9 + out_bytes,
         again={
             "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
+            "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1": int(
+                1.2 * column_blocks * size(pixels)
+            ),
             "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
             "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
             "scale and shift per token, from L1": 2 * patches * size(row),

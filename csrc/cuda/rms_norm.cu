@@ -91,13 +91,13 @@ __device__ __forceinline__ Vec<T> load_row(const void* base, int64_t offset, int
 template <typename T>
 __device__ __forceinline__ void store_row(void* base, int64_t offset, int index, int vecs,
                                           const Vec<T>& v) {
-  if (index < vecs) store_vec(static_cast<T*>(base) + offset + index * Vec<T>::kSize, v);
+  store_vec_if(index < vecs, static_cast<T*>(base) + offset + index * Vec<T>::kSize, v);
 }
 
 // Rows that start and end on 16 bytes and fit into registers: kLanes lanes or a block per row.
 template <typename T, bool kResidual, int kLanes, int kVecs>
-__global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
-    rms_norm_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads,
+                                  kLanes == kBlock ? 2 : 1) rms_norm_kernel(const RmsNormParams p) {
   wait_for_previous_kernel();
   start_next_kernel();
   const int step = kLanes == kBlock ? static_cast<int>(blockDim.x) : kLanes;

@@ -37,20 +37,18 @@ __device__ __forceinline__ int64_t tile_element(int i) {
   return (first + i * static_cast<int64_t>(blockDim.x) + threadIdx.x) * Vec<T>::kSize;
 }
 
-// Up to one vector of a row that ends at `dim`; zeros behind it. kVectorized is a template
-// argument: of two branches on it, the compiler merges the common stores and stores 2 bytes at a
-// time.
+// Up to one vector of a row that ends at `dim`; zeros behind it.
 template <bool kVectorized, typename T>
 __device__ __forceinline__ Vec<T> load_tile(const T* row, int64_t element, int64_t dim) {
   if constexpr (kVectorized) return load_vec_if(element < dim, row + element);
+  if (element >= dim) return zero_vec<T>();
   return load_elements(row + element, dim - element);
 }
 template <bool kVectorized, typename T>
 __device__ __forceinline__ void store_tile(T* row, int64_t element, int64_t dim, const Vec<T>& v) {
-  if (element >= dim) return;
   if constexpr (kVectorized) {
-    store_vec(row + element, v);
-  } else {
+    store_vec_if(element < dim, row + element, v);
+  } else if (element < dim) {
     store_elements(row + element, v, dim - element);
   }
 }

@@ -89,6 +89,21 @@ __device__ __forceinline__ void store_vec(T* address, const Vec<T>& v) {
   *reinterpret_cast<Vec<T>*>(address) = v;
 }
 
+// To global memory, or not at all, likewise in one instruction: the compiler may split the store of
+// a Vec into its elements.
+template <typename T>
+__device__ __forceinline__ void store_vec_if(bool wanted, T* address, const Vec<T>& v) {
+  const uint4 words = *reinterpret_cast<const uint4*>(&v);
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n"
+      "}\n" ::"r"(words.x),
+      "r"(words.y), "r"(words.z), "r"(words.w), "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
 // The first `count` elements one by one, for addresses of any alignment; the rest is zero.
 template <typename T>
 __device__ __forceinline__ Vec<T> load_elements(const T* address, int64_t count) {
