@@ -8,7 +8,7 @@
 namespace mllama {
 
 // float32: full-precision exponential and division. 16 bits: the approximate ones, whose relative
-// error of 2^-20 where the result does not underflow in float16, 2^-16 at worst (x near -88,
+// error of 2^-19 where the result does not underflow in float16, 2^-16 at worst (x near -88,
 // bfloat16), is far below the rounding to T. They take a third of the instructions, which would
 // otherwise fill most of the issue slots that a memory-bound kernel has per element.
 template <typename T>
