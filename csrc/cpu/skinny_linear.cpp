@@ -1,5 +1,20 @@
 #include "../skinny_linear.h"
 
+#ifndef KCHAIN
+#define KCHAIN 64
+#endif
+#ifndef WR
+#define WR 4
+#endif
+#ifndef XT
+#define XT 6
+#endif
+#ifndef ORDER
+#define ORDER 1
+#endif
+#ifndef STRIP
+#define STRIP 8
+#endif
 #ifndef PF
 #define PF 2
 #endif
@@ -14,11 +29,12 @@ namespace mllama::MLLAMA_ISA {
 namespace {
 
 // Rows of the weight that one step reads.
-constexpr int kWeightRows = 4;
+constexpr int kWeightRows = WR;
+constexpr int kStrip = STRIP;
 // Rows of x per pass over a block of the weight: kWeightRows times as many sums stay in registers.
-constexpr int kMaxTile = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
+constexpr int kMaxTile = kLanes == 16 ? XT : kLanes == 8 ? 3 : 2;
 // Vectors per chain of additions.
-constexpr int64_t kChain = 64;
+constexpr int64_t kChain = KCHAIN;
 // Bytes of the weight that one task should read at least: below, threads cost more.
 constexpr int64_t kTaskBytes = 1 << 16;
 // Columns whose sums are kept until they are rounded and stored, many at a time.
@@ -93,15 +109,15 @@ class Linear {
   }
 
   void multiply() const {
-    const int64_t group_bytes = (p_.swiglu ? 2 : 1) * kWeightRows * p_.k * (int64_t)sizeof(T);
+    const int64_t group_bytes = (p_.swiglu ? 2 : 1) * kStrip * p_.k * (int64_t)sizeof(T);
     const int64_t grain = max<int64_t>(1, kTaskBytes / group_bytes);
-    parallel_for(0, ceil_div<int64_t>(p_.n, kWeightRows), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, ceil_div<int64_t>(p_.n, kStrip), grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      Vec<T>* sums = scratch.take<Vec<T>>(p_.rows * kWeightRows);
+      Vec<T>* sums = scratch.take<Vec<T>>(p_.rows * kStrip);
       S* y = scratch.take<S>(p_.rows * kColumns);
       S* up = p_.swiglu ? scratch.take<S>(p_.rows * kColumns) : nullptr;
-      const int64_t last = min(end * kWeightRows, p_.n);
-      for (int64_t first = begin * kWeightRows; first < last; first += kColumns) {
+      const int64_t last = min(end * kStrip, p_.n);
+      for (int64_t first = begin * kStrip; first < last; first += kColumns) {
         const int64_t columns = min(kColumns, last - first);
         multiply_columns(first, columns, sums, y);
         if (up) multiply_columns(p_.n + first, columns, sums, up);
@@ -116,30 +132,35 @@ class Linear {
   // y[row][i] = x[row] . weight[first + i]
   void multiply_columns(int64_t first, int64_t columns, Vec<T>* sums, S* y) const {
     const int64_t tiles = ceil_div<int64_t>(p_.rows, kMaxTile);
-    for (int64_t c = 0; c < columns; c += kWeightRows) {
-      Block block;
-      for (int j = 0; j < kWeightRows; ++j) {  // past the last column, that column again
-        block.weight[j] = static_cast<const T*>(p_.weight) +
-                          (first + min(c + j, columns - 1)) * p_.weight_row_stride;
+    for (int64_t c = 0; c < columns; c += kStrip) {
+      const int64_t groups = ceil_div<int64_t>(min<int64_t>(kStrip, columns - c), kWeightRows);
+      const T* weight[kStrip];
+      for (int j = 0; j < kStrip; ++j) {  // past the last column, that column again
+        weight[j] = static_cast<const T*>(p_.weight) +
+                    (first + min(c + j, columns - 1)) * p_.weight_row_stride;
       }
-      const int64_t next_group =
-          c + kWeightRows < columns ? kWeightRows * p_.weight_row_stride : 0;
+      const int64_t next_strip = c + kStrip < columns ? kStrip * p_.weight_row_stride : 0;
       for (int64_t s = 0; s * Dot::kStep < p_.k; s += kChain) {
         const bool last = (s + kChain) * Dot::kStep >= p_.k;
+        Block block = {};
         block.whole = min(kChain, whole_ - s);
         block.tail = last ? tail_ : 0;
-        block.next = last ? next_group - s * Dot::kStep : kChain * Dot::kStep;
+        const int64_t next = last ? next_strip - s * Dot::kStep : kChain * Dot::kStep;
         block.starts = s == 0;
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = t * p_.rows / tiles, end = (t + 1) * p_.rows / tiles;
-          multiply_block<kMaxTile>(end - row, block, x_ + s * x_stride_ + row * Dot::kStep,
-                                   sums + row * kWeightRows);
+          for (int64_t g = 0; g < groups; ++g) {
+            block.next = ORDER ? ((tiles - 1 - g % tiles) == t ? next : 0) : next;
+            for (int j = 0; j < kWeightRows; ++j)
+              block.weight[j] = weight[g * kWeightRows + j] + s * Dot::kStep;
+            multiply_block<kMaxTile>(end - row, block, x_ + s * x_stride_ + row * Dot::kStep,
+                                     sums + (row * kStrip) + g * kWeightRows);
+          }
         }
-        for (int j = 0; j < kWeightRows; ++j) block.weight[j] += kChain * Dot::kStep;
       }
       for (int64_t row = 0; row < p_.rows; ++row) {
-        for (int j = 0; j < kWeightRows; ++j) {
-          y[row * kColumns + c + j] = sum_lanes(sums[row * kWeightRows + j]);
+        for (int j = 0; j < kStrip; ++j) {
+          y[row * kColumns + c + j] = sum_lanes(sums[row * kStrip + j]);
         }
       }
     }
@@ -166,7 +187,7 @@ class Linear {
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const Operand value = Dot::packed(x + r * Dot::kStep);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < kWeightRows; ++j) {
           chains[r][j] = Dot::multiply_add(w[j], value, chains[r][j]);
         }
@@ -174,10 +195,10 @@ class Linear {
     };
     Operand w[kWeightRows];
     for (int64_t s = 0; s < block.whole; ++s, x += x_stride_) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kWeightRows; ++j) {
         const T* here = weight[j] + s * Dot::kStep;
-        __builtin_prefetch(here + next, 0, PF);
+        if constexpr (PF < 4) __builtin_prefetch(here + next, 0, PF);
         w[j] = Dot::weight(here);
       }
       step(w, x);
@@ -190,9 +211,9 @@ class Linear {
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kWeightRows; ++j) {
-        Vec<T>& sum = sums[r * kWeightRows + j];
+        Vec<T>& sum = sums[r * kStrip + j];
         sum = block.starts ? chains[r][j] : sum + chains[r][j];
       }
     }
