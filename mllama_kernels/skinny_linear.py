@@ -7,6 +7,9 @@ from torch import Tensor
 
 from mllama_kernels import _dispatch
 
+# Rows of x at most.
+MAX_ROWS = 16
+
 
 @_dispatch.public
 def skinny_linear(
@@ -21,7 +24,7 @@ def skinny_linear(
     swiglu: bool = False,
     weight_is_constant: bool = False,
 ) -> Tensor:
-    """A matrix product with at most 16 rows, bound by the reading of the weight.
+    """A matrix product with at most MAX_ROWS rows, bound by the reading of the weight.
 
     In this order, each step where it is asked for and rounded as the op of its name rounds::
 
@@ -34,7 +37,7 @@ def skinny_linear(
     The weight is read once however many rows there are, and the bits of a row do not depend on the others.
 
     Args:
-        x: (M, K), M from 0 to 16; float32, float16 or bfloat16 (float64 on CPU).
+        x: (M, K), M from 0 to MAX_ROWS; float32, float16 or bfloat16 (float64 on CPU).
         weight: (N, K), or (2 N, K) with `swiglu`, gate rows first; dtype of x, contiguous in its last
             dimension. Rows may be strided.
         norm_weight: (K,), dtype of x; None: x is multiplied as it is.
