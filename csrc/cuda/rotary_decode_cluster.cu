@@ -71,13 +71,14 @@ struct PagedChunks {
       int first, page, row;
     };
 
+    // 32 bits: the launch has checked that the capacity is below 2^31.
     __device__ __forceinline__ Window look_up(int first) const {
-      const int64_t key =
-          (first + static_cast<int64_t>(threadIdx.x % kWarpSize) * kStrands) * kChunkKeys;
-      const int64_t slot = key / p_.page_size;
+      const unsigned page_size = static_cast<unsigned>(p_.page_size);
+      const unsigned key = (first + threadIdx.x % kWarpSize * kStrands) * kChunkKeys;
+      const unsigned slot = key / page_size;
       const bool valid = b_ < p_.batch && slot < p_.max_pages;
       return {first, valid ? p_.page_table[b_ * p_.max_pages + slot] : -1,
-              static_cast<int>(key - slot * p_.page_size)};
+              static_cast<int>(key - slot * page_size)};
     }
 
     __device__ __forceinline__ int behind(int first, int chunks) const {
@@ -96,22 +97,16 @@ struct PagedChunks {
                                          AppendedRow<T, kHeadDim>& row) const {
     constexpr int kSize = Vec<T>::kSize, kRopeChunks = kHeadDim / 2 / kSize;
     static_assert(3 * kRopeChunks <= kWarpSize, "lanes for a key row and a value row");
-    const int64_t position = keys.length - 1, slot = position / p.page_size;
+    const unsigned page_size = static_cast<unsigned>(p.page_size);
+    const unsigned position = keys.length - 1, slot = position / page_size;
     const int64_t page = p.page_table[b * p.max_pages + slot];
     if (page < 0 || page >= p.num_pages) return;
-    const int64_t target =
-        ((page * p.num_kv_heads + kv_head) * p.page_size + position - slot * p.page_size) *
-        kHeadDim;
-    T* k_target = static_cast<T*>(p.k_cache) + target;
-    T* v_target = static_cast<T*>(p.v_cache) + target;
 
     const int lane = threadIdx.x % kWarpSize;
     if (lane < kRopeChunks) {
       const RopeChunk<T> at(lane, kHeadDim, p.interleaved);
       const T* k =
-          static_cast<const T*>(p.k) +
-          (p.cu_seqlens == nullptr ? b * p.k_batch_stride : keys.token * p.k_token_stride) +
-          kv_head * p.k_head_stride;
+          new_row(p.k, p.k_batch_stride, p.k_token_stride, p.k_head_stride, keys, b, kv_head);
       const int64_t angles = keys.token % p.cos_rows;
       Vec<T> first = load_vec(k + at.first), second = load_vec(k + at.second);
       rotate_chunk(
@@ -121,23 +116,35 @@ struct PagedChunks {
           p.interleaved);
       store_vec(row.k + at.first, first);
       store_vec(row.k + at.second, second);
-      store_vec(k_target + at.first, first);
-      store_vec(k_target + at.second, second);
     } else if (lane < 3 * kRopeChunks) {
       const int column = (lane - kRopeChunks) * kSize;
       const T* v =
-          static_cast<const T*>(p.v) +
-          (p.cu_seqlens == nullptr ? b * p.v_batch_stride : keys.token * p.v_token_stride) +
-          kv_head * p.v_head_stride;
-      const Vec<T> value = load_vec(v + column);
-      store_vec(row.v + column, value);
-      store_vec(v_target + column, value);
+          new_row(p.v, p.v_batch_stride, p.v_token_stride, p.v_head_stride, keys, b, kv_head);
+      store_vec(row.v + column, load_vec(v + column));
+    }
+    __syncwarp();
+    const int64_t target =
+        ((page * p.num_kv_heads + kv_head) * p.page_size + (position - slot * page_size)) *
+        kHeadDim;
+    const int column = lane % 16 * kSize;
+    if (column < kHeadDim) {
+      store_vec(static_cast<T*>(lane < 16 ? p.k_cache : p.v_cache) + target + column,
+                load_vec((lane < 16 ? row.k : row.v) + column));
     }
   }
 
   __device__ __forceinline__ void load_query(const Keys& keys, int64_t b, int kv_head, T* query,
                                              int row_elements) const {
     load_rotated_query(p, keys.token, b, kv_head, query, row_elements);
+  }
+
+  // The sequence's row of k or v.
+  __device__ __forceinline__ const T* new_row(const void* base, int64_t batch_stride,
+                                              int64_t token_stride, int64_t head_stride,
+                                              const Keys& keys, int64_t b, int kv_head) const {
+    return static_cast<const T*>(base) +
+           (p.cu_seqlens == nullptr ? b * batch_stride : keys.token * token_stride) +
+           kv_head * head_stride;
   }
 };
 
