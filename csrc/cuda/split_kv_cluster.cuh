@@ -5,9 +5,9 @@
 // Tiling     A cluster of 4, 8 or 16 blocks per (sequence, key/value head), see split_kv.h. Chunks
 //            of 16 keys are dealt to 64 strands; a warp takes whole strands, one after the other,
 //            and keeps the softmax state of one in registers. The query heads of the group are the
-//            rows of one m16n8k16 tile (split_kv_tile.cuh), so keys and values are read once for
-//            all of them. Warps share nothing until the end: each has its own two-stage ring of
-//            chunks, which runs on from one strand into the next.
+//            columns of m16n8k16 products (split_kv_heads.cuh), so keys and values are read once
+//            for all of them. Warps share nothing until the end: each has its own two-stage ring
+//            of chunks, which runs on from one strand into the next.
 // Merge      A finished strand is pushed to the blocks of the cluster, to each its slice of the
 //            output, and one cluster barrier later every block merges the strands of its slice: no
 //            partial result in global memory, no atomics, no second kernel. Blocks without keys
@@ -15,7 +15,7 @@
 //            offsets in each: bank conflicts that a counter sees there are between blocks.
 // In flight  4 warps x 2 chunks x (K + V) x 16 keys: 64 KB per block at head dim 128, 32 KB while
 //            every warp computes. 4.3 TB/s at a latency of 0.75 us need 24.5 KB per
-//            multiprocessor. Up to 113 KB of shared memory, two blocks per multiprocessor.
+//            multiprocessor. Up to 108 KB of shared memory, two blocks per multiprocessor.
 //            Rows go by cp.async: 16 instructions of some 400 per lane and chunk, and a chunk per
 //            440 clocks feeds a multiprocessor its share of the bandwidth, so issue slots are not
 //            the limit; unlike a tensor copy it pads rows against bank conflicts, takes any
@@ -56,6 +56,7 @@
 #include "hopper.cuh"
 #include "hopper.h"
 #include "split_kv.cuh"
+#include "split_kv_heads.cuh"
 
 namespace mllama {
 
@@ -103,15 +104,13 @@ struct StrandWalk {
 template <typename T, int kHeadDim>
 struct SplitKvClusterShared {
   using Tile = SplitTile<T, kHeadDim>;
-  static constexpr int kKeys = SplitWarp<T, kHeadDim>::kKeys;
-  static_assert(kKeys == kChunkKeys);
 
   struct Stage {
-    T k[kKeys * Tile::kRowElements];
-    T v[kKeys * Tile::kRowElements];
+    T k[kChunkKeys * Tile::kRowElements];
+    T v[kChunkKeys * Tile::kRowElements];
   };
   Stage stages[kSplitKvWarps][kSplitKvStages];
-  alignas(16) T query[Tile::kRows * Tile::kRowElements];
+  alignas(16) T query[kClusterMaxGroup * Tile::kRowElements];
   AppendedRow<T, kHeadDim> appended;
   int counts[kSplitKvWarps][kSplitKvStages];  // visible keys of the chunk in the stage
 };
@@ -147,7 +146,10 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
-__device__ __forceinline__ void cluster_store2(uint32_t address, float2 value) {
+__device__ __forceinline__ void cluster_store(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void cluster_store(uint32_t address, float2 value) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(value.x),
                "f"(value.y)
                : "memory");
@@ -205,7 +207,6 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
   using T = typename Source::T;
   using Shared = SplitKvClusterShared<T, kHeadDim>;
   using Tile = typename Shared::Tile;
-  using Warp = SplitWarp<T, kHeadDim>;
   extern __shared__ uint4 shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   const StrandResults results(reinterpret_cast<char*>(&shared + 1), p.slice_log2);
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
     source.append(keys, b, kv_head, shared.appended);
   }
   if (keys.chunks > 0) source.load_query(keys, b, kv_head, shared.query, Tile::kRowElements);
-  for (int i = group * Tile::kRowElements + threadIdx.x; i < Tile::kRows * Tile::kRowElements;
+  for (int i = group * Tile::kRowElements + threadIdx.x; i < kClusterMaxGroup * Tile::kRowElements;
        i += kSplitKvThreads) {
     shared.query[i] = from_f32<T>(0.0f);
   }
@@ -259,8 +260,9 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
   cluster_wait();
 
   if (keys.chunks > 0) {
-    Warp state;
-    state.init(shared.query);
+    HeadsWarp<T, kHeadDim> state;
+    state.load_query(shared.query);
+    state.reset();
     int stage = 0;
     for (StrandWalk at(keys.chunks, first, next_strand); !at.done(); at.advance()) {
       cp_async_wait<kSplitKvStages - 1>();
@@ -277,29 +279,30 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
         }
         __syncwarp();
       }
-      state.step(tile.k, tile.v, count, p.scale_log2, group);
+      state.step(tile.k, tile.v, count, p.scale_log2);
       __syncwarp();  // every lane has read the stage that is filled next
       copy(stage);
       stage = stage + 1 == kSplitKvStages ? 0 : stage + 1;
       if (!at.ends_strand()) continue;
       state.emit(
           group,
-          [&](int row, float maximum, float sum) {
-            const float2* local = results.statistics(at.strand, row);
-            for (int to = threadIdx.x % 4; to < p.blocks; to += 4)
-              cluster_store2(cluster_address(local, to), make_float2(maximum, sum));
+          [&](int head, float maximum, float sum) {
+            const float2* local = results.statistics(at.strand, head);
+            for (int to = threadIdx.x % kWarpSize / 4; to < p.blocks; to += kWarpSize / 4)
+              cluster_store(cluster_address(local, to), make_float2(maximum, sum));
           },
-          [&](int row, int column, float2 values) {
-            const int quad = (row * kHeadDim + column) / 4;
+          [&](int head, int dimension, float value) {
+            const int quad = (head * kHeadDim + dimension) / 4;
             const float4* local = results.out(at.strand, quad & ((1 << p.slice_log2) - 1));
-            cluster_store2(cluster_address(reinterpret_cast<const float2*>(local) + column / 2 % 2,
-                                           quad >> p.slice_log2),
-                           values);
+            cluster_store(cluster_address(reinterpret_cast<const float*>(local) + dimension % 4,
+                                          quad >> p.slice_log2),
+                          value);
           });
       state.reset();
     }
   }
   cp_async_wait<0>();
+  __syncwarp();  // the barrier below takes whole warps
   cluster_sync();
 
   const int first_quad = rank << p.slice_log2;

@@ -7,8 +7,6 @@
 //   init(query)                            query: the tile of 16 query rows in shared memory
 //   step(k, v, count, scale_log2, group)   one tile; keys from `count` on are masked
 //   store(out, maximum, sum, group)        state to shared memory, out[row * kOutStride + d]
-//
-// The 16-bit state can also be taken apart in registers (emit) and begun anew (reset).
 #pragma once
 
 #include "ptx.cuh"
@@ -42,15 +40,6 @@ class SplitWarp {
 
  public:
   static constexpr int kKeys = 16;
-
-  __device__ __forceinline__ void reset() {
-    softmax_ = {};
-#pragma unroll
-    for (int n = 0; n < 2 * kSteps; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[n][i] = 0.0f;
-    }
-  }
 
   // OnlineSoftmax scales before it subtracts: one FFMA.
   __device__ static __forceinline__ float unit(float) { return 1.0f; }
@@ -109,36 +98,23 @@ class SplitWarp {
     }
   }
 
-  // Calls put_statistics(row, maximum, sum), in all four lanes of the row's quad, and
-  // put_out(row, column, values at column and column + 1) for the group's rows; not normalised.
-  template <typename PutStatistics, typename PutOut>
-  __device__ __forceinline__ void emit(int group, const PutStatistics& put_statistics,
-                                       const PutOut& put_out) const {
+  __device__ __forceinline__ void store(float* out, float* maximum, float* sum, int group) const {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot) {
       const int row = lane / 4 + 8 * slot;
       const float total = quad_sum(softmax_.sum[slot]);
       if (row >= group) continue;
-      put_statistics(row, softmax_.maximum[slot], total);
+      if (lane % 4 == 0) {
+        maximum[row] = softmax_.maximum[slot];
+        sum[row] = total;
+      }
 #pragma unroll
       for (int n = 0; n < 2 * kSteps; ++n) {
-        put_out(row, n * 8 + lane % 4 * 2, make_float2(out_[n][2 * slot], out_[n][2 * slot + 1]));
+        float* to = out + row * Tile::kOutStride + n * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(to) = make_float2(out_[n][2 * slot], out_[n][2 * slot + 1]);
       }
     }
-  }
-
-  __device__ __forceinline__ void store(float* out, float* maximum, float* sum, int group) const {
-    emit(
-        group,
-        [&](int row, float row_maximum, float row_sum) {
-          if (threadIdx.x % 4 != 0) return;
-          maximum[row] = row_maximum;
-          sum[row] = row_sum;
-        },
-        [&](int row, int column, float2 values) {
-          *reinterpret_cast<float2*>(out + row * Tile::kOutStride + column) = values;
-        });
   }
 };
 
