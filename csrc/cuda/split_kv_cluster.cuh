@@ -16,7 +16,7 @@
 // In flight  4 warps x 2 chunks x (K + V) x 16 keys: 64 KB per block at head dim 128, 32 KB while
 //            every warp computes. 4.3 TB/s at a latency of 0.75 us need 24.5 KB per
 //            multiprocessor. Up to 108 KB of shared memory, two blocks per multiprocessor.
-//            Rows go by cp.async: 16 instructions of some 400 per lane and chunk, and a chunk per
+//            Rows go by cp.async: 16 of 445 PTX instructions per warp and chunk, and a chunk per
 //            440 clocks feeds a multiprocessor its share of the bandwidth, so issue slots are not
 //            the limit; unlike a tensor copy it pads rows against bank conflicts, takes any
 //            strides, and zeroes rows behind the last key.
@@ -25,7 +25,7 @@
 // Traffic    Keys and values once, 2 * length * Hkv * D elements, and nothing else of size. Floors
 //            at 4.3 TB/s, 8 heads of 128, bf16: 1k keys 4.2 MB, 1 us; 8k 33.5 MB, 7.8 us; 32k
 //            134 MB, 31 us; batch 32 of 4k 537 MB, 125 us; 6404 image keys 26.2 MB, 6.1 us. At 1k
-//            every warp has one chunk and the time is that of the chain launch, lengths and pages,
+//            every warp has one chunk and the time is that of a chain: launch, lengths and pages,
 //            keys, two products, barrier, merge. Batch 32 runs in 3.9 waves of two blocks per
 //            multiprocessor; a block's first loads and its merge hide behind the other block.
 // Order      Within a strand ascending keys; 8 groups of strands (index mod 8) each in ascending
