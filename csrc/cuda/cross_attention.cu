@@ -253,8 +253,10 @@ bool decodes_by_cluster(const CrossAttentionParams& p) { return uses_cluster(p) 
 
 }  // namespace
 
+// Clusters need none, but whether they will run is not known here: the current device may not yet
+// be that of the tensors.
 int64_t cross_attention_workspace(const CrossAttentionParams& p) {
-  return uses_split_kv(p) && !decodes_by_cluster(p) ? cross_decode_workspace(p) : 0;
+  return uses_split_kv(p) ? cross_decode_workspace(p) : 0;
 }
 
 int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream) {

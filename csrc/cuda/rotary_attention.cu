@@ -289,8 +289,10 @@ bool is_aligned(const RotaryAttentionParams& p) {
 
 }  // namespace
 
+// Clusters need none, but whether they will run is not known here: the current device may not yet
+// be that of the tensors.
 int64_t rotary_attention_workspace(const RotaryAttentionParams& p) {
-  return uses_split_kv(p) && !decodes_by_cluster(p) ? rotary_decode_workspace(p) : 0;
+  return uses_split_kv(p) ? rotary_decode_workspace(p) : 0;
 }
 
 int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {

@@ -32,21 +32,22 @@
 //            order, then a tree over the groups. Nothing else has an influence: bit-identical in
 //            every run, batch and cluster size.
 // Launch     Overlaps the end of the kernel before (hopper.cuh); all it reads may come from there,
-//            so it only sets up its barrier before the wait.
+//            so before the wait a block only tells its cluster that it is there.
 // Aliasing   out overlaps no input.
 //
 // A source is a plain struct passed by value:
-//   T                       the element type
+//   T, shared_ints()        the element type; how many ints of shared memory it needs (host)
 //   Keys                    chunks: how many there are, 0 if nothing is to be seen; appended: the
-//                           chunk whose last key is not in memory yet but in Appended, or -1
+//                           chunk whose last key the launch itself appends, or -1
 //   Reader(source, b, kv_head, first, next_strand)
 //                           of one warp, whose strands are first, first + next_strand, ...; may
 //                           start loads of its own
-//   Keys open(b, shared)    called by all threads; `shared` are shared_ints() ints
+//   Keys open(b, shared)    called by all threads; `shared` are its ints
 //   KeyRun<T> Reader::run(keys, chunk)
 //                           called by all lanes, with the warp's chunks in order
-//   void append(keys, b, kv_head, Appended&)
-//                           called by the warp that has the chunk `appended`
+//   void append(keys, b, kv_head, AppendedRow&)
+//                           called by the warp that has the chunk `appended`; writes the new rows
+//                           to memory and to shared memory, from where the warp takes them
 //   void load_query(keys, b, kv_head, query, row_elements)
 //                           called by all threads; writes the group's query rows
 #pragma once
