@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.case import Arguments, Case, Impl, whole
 
-# Peers may round where they like, in the probabilities and between fused steps; ours may not (tests/numerics.py).
+# A peer may round where it likes, in the probabilities and between its steps; ours may not (tests/numerics.py).
 OURS_AT_MOST, PEER_AT_MOST = 2.0, 8.0
 
 

@@ -1,0 +1,158 @@
+"""Peers that several ops share: torch.compile, SDPA with its backend forced, FlexAttention, other packages."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.case import Arguments, Impl, Setting, absent, unchanged
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# The first of these that the profiler sees is the backend that SDPA took.
+_ATEN_BACKEND = {
+    "aten::_scaled_dot_product_flash_attention": "flash",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
+    "aten::_scaled_dot_product_cudnn_attention": "cudnn",
+    "aten::_scaled_dot_product_efficient_attention": "efficient",
+    "aten::_scaled_dot_product_attention_math": "math",
+}
+
+
+def compiled(call: Callable[..., Any], name: str = "torch.compile") -> Impl:
+    """The line as inductor compiles it for these very shapes, with its search for the best kernel on a GPU."""
+
+    @functools.cache
+    def build() -> Callable[..., Any]:
+        mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else None
+        return torch.compile(call, dynamic=False, fullgraph=True, mode=mode)
+
+    return Impl(name, lambda *args: build()(*args))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """F.scaled_dot_product_attention on (B, L, H, D); k and v may have fewer heads."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, **options).transpose(1, 2)
+
+
+def with_every_head(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """k, v (B, L, Hkv, D) with each head as often as queries share it."""
+    group = heads // k.shape[2]
+    return k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+
+
+def sdpa_backends(
+    setting: Setting,
+    call: Callable[..., Any],
+    prepare: Callable[..., Arguments] = unchanged,
+    suffix: str = "",
+    names: tuple[str, ...] = ("flash", "cudnn", "efficient", "math"),
+) -> list[Impl]:
+    """``call``, a use of SDPA, as PyTorch dispatches it and under each backend alone."""
+    on_cpu = {"cudnn", "efficient"}
+    impls = [Impl(f"sdpa{suffix}", call, prepare)]
+    for name in names:
+        label = f"sdpa {name}{suffix}"
+        if name in on_cpu and not setting.on_gpu:
+            impls.append(absent(label, "a CUDA backend"))
+            continue
+
+        def forced(*args: Any, backend: SDPBackend = BACKENDS[name]) -> Any:
+            with sdpa_kernel([backend]):
+                return call(*args)
+
+        impls.append(Impl(label, forced, prepare))
+    return impls
+
+
+def backend_used(call: Callable[[], Any]) -> dict[str, str]:
+    """What ran: SDPA's backend by its ATen op, and on a GPU the kernel that took the longest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    used: dict[str, str] = {}
+    kernels: dict[str, float] = {}
+    for event in profile.events():
+        if event.name in _ATEN_BACKEND:
+            used.setdefault("sdpa", _ATEN_BACKEND[event.name])
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us()
+    if kernels:
+        used["kernel"] = max(kernels, key=kernels.__getitem__)[:120]
+    return used
+
+
+def wrong_backend(name: str, used: dict[str, str]) -> str | None:
+    """Why an implementation that is called "sdpa <backend>" is not what its name says, if it is not."""
+    words = name.split()
+    if words[0] != "sdpa" or len(words) < 2 or words[1].strip(",") not in BACKENDS:
+        return None
+    wanted, got = words[1].strip(","), used.get("sdpa")
+    return None if got == wanted else f"PyTorch ran {got or 'an unknown backend'} instead"
+
+
+def flex(
+    setting: Setting,
+    mask_of: Callable[..., Callable[..., Tensor]],
+    lengths: tuple[int, int],
+    heads: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    unavailable: str | None = None,
+) -> Impl:
+    """FlexAttention, compiled, with its block mask made outside the timed region.
+
+    Args:
+        mask_of: from the case's arguments to a mask_mod.
+        lengths: queries, keys.
+        heads: from the case's arguments to q, k, v (B, L, H, D).
+    """
+    if unavailable:
+        return absent("FlexAttention", unavailable)
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    @functools.cache
+    def build() -> Callable[..., Any]:
+        return torch.compile(flex_attention, dynamic=False)
+
+    def prepare(*args: Any) -> Arguments:
+        q, k, v = (t.transpose(1, 2) for t in heads(*args))
+        mask = create_block_mask(mask_of(*args), q.shape[0], None, *lengths, device=setting.device)
+        return q, k, v, mask
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        gqa = q.shape[1] != k.shape[1]
+        return build()(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+
+    return Impl("FlexAttention", call, prepare)
+
+
+def from_package(
+    setting: Setting,
+    name: str,
+    module: str,
+    make: Callable[[Any], Callable[..., Any]],
+    prepare: Callable[..., Arguments] = unchanged,
+) -> Impl:
+    """An op of a package that may be there; CUDA only, as those packages are."""
+    if not setting.on_gpu:
+        return absent(name, "runs on CUDA only")
+    try:
+        return Impl(name, make(importlib.import_module(module)), prepare)
+    except (ImportError, AttributeError, OSError) as error:
+        return absent(name, f"{type(error).__name__}: {error}")
