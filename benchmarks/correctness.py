@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.case import Arguments, Case, Impl, whole
 
-# A peer may round where it likes, in the probabilities and between its steps; ours may not (tests/numerics.py).
+# A peer may round where it likes, in the probabilities and between its steps. Ours is held to what the
+# tests allow (tests/numerics.py).
 OURS_AT_MOST, PEER_AT_MOST = 2.0, 8.0
 
 

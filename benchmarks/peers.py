@@ -1,4 +1,4 @@
-"""Peers that several ops share: torch.compile, SDPA with its backend forced, FlexAttention, other packages."""
+"""Peers that several ops share: torch.compile, SDPA by backend, FlexAttention, other packages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ATEN_BACKEND = {
 
 
 def compiled(call: Callable[..., Any], name: str = "torch.compile") -> Impl:
-    """The line as inductor compiles it for these very shapes, with its search for the best kernel on a GPU."""
+    """The line as inductor compiles it for these very shapes; on a GPU it searches for the best kernel."""
 
     @functools.cache
     def build() -> Callable[..., Any]:
@@ -61,12 +61,14 @@ def sdpa_backends(
     suffix: str = "",
     names: tuple[str, ...] = ("flash", "cudnn", "efficient", "math"),
 ) -> list[Impl]:
-    """``call``, a use of SDPA, as PyTorch dispatches it and under each backend alone."""
-    on_cpu = {"cudnn", "efficient"}
-    impls = [Impl(f"sdpa{suffix}", call, prepare)]
+    """``call``, a use of SDPA, under each backend alone; with the name "" as PyTorch dispatches it."""
+    impls = []
     for name in names:
-        label = f"sdpa {name}{suffix}"
-        if name in on_cpu and not setting.on_gpu:
+        label = f"sdpa {name}{suffix}" if name else f"sdpa{suffix}"
+        if not name:
+            impls.append(Impl(label, call, prepare))
+            continue
+        if name in ("cudnn", "efficient") and not setting.on_gpu:
             impls.append(absent(label, "a CUDA backend"))
             continue
 

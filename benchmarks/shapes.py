@@ -35,3 +35,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sample_rows(length: int, count: int = CHECKED_ROWS) -> Tensor:
     """Row numbers spread over ``length``, the first and the last among them."""
     return torch.linspace(0, length - 1, min(count, length)).round().long()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32 unless the scores are float64, rounded to their dtype."""
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.softmax(-1, dtype=wide).to(scores.dtype)

@@ -65,7 +65,7 @@ def copies_for(nbytes: int, cold_bytes: int) -> Copies:
 
 
 class Rotation:
-    """Calls a function on one copy of its arguments after the other.
+    """Calls a function on one copy of its arguments after the other, going on where it stopped.
 
     The last result of every copy stays alive, so that outputs rotate through memory as inputs do.
     """
@@ -73,30 +73,36 @@ class Rotation:
     def __init__(self, call: Callable[..., Any], copies: Sequence[tuple[Any, ...]]) -> None:
         self._call, self._copies = call, copies
         self._results: list[Any] = [None] * len(copies)
+        self._next = 0
         self.uses = [0] * len(copies)
 
     def __len__(self) -> int:
         return len(self._copies)
 
     def run(self, calls: int) -> None:
-        if calls % len(self):
-            raise ValueError(f"{calls} calls do not use {len(self)} copies equally often")
-        for _ in range(calls // len(self)):
-            for i, args in enumerate(self._copies):
-                self._results[i] = self._call(*args)
-                self.uses[i] += 1
+        i, last = self._next, len(self) - 1
+        for _ in range(calls):
+            self._results[i] = self._call(*self._copies[i])
+            self.uses[i] += 1
+            i = 0 if i == last else i + 1
+        self._next = i
 
     def drop_results(self) -> None:
         self._results = [None] * len(self)
 
-    def assert_all_used(self) -> None:
-        assert len(set(self.uses)) == 1 and self.uses[0] > 0, f"copies were used {self.uses} times"
+    def assert_even(self) -> None:
+        """No copy was used again before all others were: had it been, it might have been in the cache."""
+        assert max(self.uses) - min(self.uses) <= 1, f"copies were used {self.uses} times"
 
 
-def burst(once: float, seconds: float, copies: int, most: int | None = None) -> int:
-    """Calls per round: about ``seconds`` of work, a multiple of the copies, at least one use of each."""
+def graph_calls(once: float, seconds: float, copies: int) -> int:
+    """Calls in a graph: about ``seconds`` of work, every copy equally often, MOST_GRAPH_CALLS at most.
+
+    A graph with fewer calls than copies, or with no multiple of them, would come back to some of them
+    too early at its next replay.
+    """
     calls = max(1, round(seconds / max(once, 1e-9) / copies)) * copies
-    return max(copies, min(calls, most // copies * copies)) if most else calls
+    return max(copies, min(calls, MOST_GRAPH_CALLS // copies * copies))
 
 
 class CpuTimer:
@@ -108,24 +114,25 @@ class CpuTimer:
         self, call: Callable[..., Any], copies: Sequence[tuple[Any, ...]], seconds: float
     ) -> None:
         self._rotation = Rotation(call, copies)
-        self._rotation.run(len(copies))
-        self.calls = burst(self._time(len(copies)), seconds, len(copies))
-
-    def _time(self, calls: int) -> float:
-        begin = time.perf_counter()
-        self._rotation.run(calls)
-        return (time.perf_counter() - begin) / calls
+        self.calls = 1
+        self.once = self.round()
+        if self.once < seconds:  # the first calls warm up; short ones are timed in bursts
+            self.calls = min(len(copies), 8)
+            self.once = self.round()
+        self.calls = max(1, round(seconds / max(self.once, 1e-9)))
 
     def round(self) -> float:
         """Seconds per call."""
-        return self._time(self.calls)
+        begin = time.perf_counter()
+        self._rotation.run(self.calls)
+        return (time.perf_counter() - begin) / self.calls
 
     def wall(self) -> float | None:
         """Seconds per call as the caller sees them; None where a round measures just that."""
         return None
 
     def close(self) -> None:
-        self._rotation.assert_all_used()
+        self._rotation.assert_even()
 
 
 class CudaTimer:
@@ -140,8 +147,8 @@ class CudaTimer:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._rotation.run(len(copies))  # libraries choose algorithms and allocate here
-            once = self._events(lambda: self._rotation.run(len(copies))) / len(copies)
-        self.calls = burst(once, seconds, len(copies), MOST_GRAPH_CALLS)
+            self.once = self._events(lambda: self._rotation.run(len(copies))) / len(copies)
+        self.calls = graph_calls(self.once, seconds, len(copies))
         self._rotation.drop_results()
         torch.cuda.synchronize()
         self.name, self.why_no_graph = "graph", None
@@ -152,7 +159,7 @@ class CudaTimer:
             self._graph = graph
         except RuntimeError as error:
             self.name, self.why_no_graph = "events", str(error).splitlines()[0]
-            self._rotation.drop_results()
+            self._rotation = Rotation(call, copies)
             torch.cuda.synchronize()
         self.round()  # uploads the graph
 
@@ -182,9 +189,7 @@ class CudaTimer:
         return (time.perf_counter() - begin) / self.calls
 
     def close(self) -> None:
-        """A failed capture may have stopped between two copies; a successful one used them equally."""
-        if self._graph is not None:
-            self._rotation.assert_all_used()
+        self._rotation.assert_even()
         self._rotation.drop_results()
         self._graph = None
         torch.cuda.synchronize()

@@ -84,11 +84,11 @@ def peers(setting: Setting, rows: int, visible: int) -> list[Impl]:
         Impl("transformers", transformers_attention, additive_mask),
     ]
     if visible == TILES:
-        impls += sdpa_backends(setting, normed_sdpa, no_mask, ", no mask", ("flash", "cudnn"))
-    impls += sdpa_backends(setting, normed_sdpa, dense_mask, ", mask", ("cudnn", "efficient"))[1:]
+        impls += sdpa_backends(setting, normed_sdpa, no_mask, ", no mask", ("", "flash", "cudnn"))
+    impls += sdpa_backends(setting, normed_sdpa, dense_mask, ", mask", ("cudnn", "efficient"))
     impls += sdpa_backends(
         setting, normed_sdpa, dense_mask_every_head, ", mask, every head", ("cudnn", "efficient")
-    )[1:]
+    )
     small = "its kernel for one row has no block mask" if rows == 1 else None
     impls.append(flex(setting, flex_mask, (rows, TILES * TILE_TOKENS), flex_heads, small))
     return impls

@@ -12,7 +12,7 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.cases import rotary_attention as prefill
 from benchmarks.peers import sdpa, sdpa_backends
-from benchmarks.shapes import HKV, HQ, PAGE, D, angles, rotate
+from benchmarks.shapes import HKV, HQ, PAGE, D, angles, rotate, softmax
 
 
 def make(setting: Setting, batch: int, new: int, past: int) -> Arguments:
@@ -76,7 +76,7 @@ def decode_truth(past: int, *args: Tensor) -> Tensor:
     v_cache.index_copy_(2, position, v.transpose(1, 2))
     q = rotate(q, cos, sin)[:, 0].unflatten(1, (HKV, -1))
     scores = torch.einsum("bhgd,bhjd->bhgj", q, k_cache) * D**-0.5
-    return torch.einsum("bhgj,bhjd->bhgd", scores.softmax(-1), v_cache).flatten(1, 2)
+    return torch.einsum("bhgj,bhjd->bhgd", softmax(scores), v_cache).flatten(1, 2)
 
 
 def prefill_truth(*args: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def flat_attention(causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def peers(setting: Setting, new: int, past: int) -> list[Impl]:
     alone = partial(flat_attention, new > 1)
     prepare = partial(attention_beforehand, new, past)
-    names = ("flash", "cudnn") if new > 1 else ("flash", "cudnn", "math")
+    names = ("", "flash", "cudnn") if new > 1 else ("", "flash", "cudnn", "math")
     return [
         Impl(PLAIN, append_and_attend, partial(static_cache, new, past)),
         *sdpa_backends(setting, alone, prepare, ", no RoPE, no cache write", names),
