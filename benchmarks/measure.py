@@ -78,7 +78,7 @@ class _Contestant:
             self.record["error"] = error.to_json()
             if refusal:
                 return self.refuse("wrong", refusal)
-            used = backend_used(lambda: self.impl.call(*prepared[0]))
+            used = backend_used(self.impl.name, lambda: self.impl.call(*prepared[0]), plan.device)
             self.record |= {"ran": used} if used else {}
             if refusal := wrong_backend(self.impl.name, used):
                 return self.refuse("unavailable", refusal)
@@ -88,7 +88,7 @@ class _Contestant:
 
 
 @torch.inference_mode()
-def measure(case: Case, plan: Plan, ceiling: dict[str, float]) -> dict[str, Any]:
+def measure(case: Case, plan: Plan) -> dict[str, Any]:
     """The row of a case, ready for JSON. Only implementations that passed the gate have times."""
     torch.compiler.reset()
     first = case.make()
@@ -100,13 +100,12 @@ def measure(case: Case, plan: Plan, ceiling: dict[str, float]) -> dict[str, Any]
     for contestant in contestants:
         contestant.admit(gate, arguments, plan)
     timed = [c for c in contestants if c.timer is not None]
-    slowest = max((c.timer.round() for c in timed), default=0.0)
+    slowest = max((c.timer.once for c in timed), default=0.0)
     rounds = plan.rounds if slowest < plan.patience else min(3, plan.rounds)
     times = interleave([c.timer.round for c in timed], rounds)
-    seconds, floor_is = ceilings.floor(case.bytes, case.flops, case.bound, case.dtype_name, ceiling)
     mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
     for contestant, one in zip(timed, times):
-        figures(contestant, one, mine, case, seconds)
+        figures(contestant, one, mine, case)
     return {
         "op": case.op,
         "shape": case.shape,
@@ -115,8 +114,7 @@ def measure(case: Case, plan: Plan, ceiling: dict[str, float]) -> dict[str, Any]
         "copies": copies.count,
         "bytes": case.bytes,
         "flops": case.flops,
-        "floor_us": significant(seconds * 1e6),
-        "floor_is": floor_is,
+        "bound": case.bound,
         "plain_error": gate.plain.to_json(),
         "state": {"before": before, "after": machine.state(plan.device)},
         "impls": [c.record for c in contestants],
@@ -128,7 +126,6 @@ def figures(
     times: list[float],
     mine: list[float] | None,
     case: Case,
-    floor_seconds: float,
 ) -> None:
     """Fill in what follows from the rounds, and close the timer."""
     timer, record = contestant.timer, contestant.record
@@ -141,7 +138,6 @@ def figures(
         "calls": timer.calls,
         "us": Spread.of([t * 1e6 for t in times]).to_json(),
         "rounds_us": [significant(t * 1e6, 5) for t in times],
-        "share_of_floor": significant(floor_seconds / typical.median, 3),
         "gbps": significant(case.bytes / typical.median / ceilings.GB),
     }
     if case.flops:
@@ -152,3 +148,12 @@ def figures(
         record["why_no_graph"] = why
     if mine is not None and not contestant.is_ours:
         record["ours_is_faster"] = ratios(mine, times).to_json()
+
+
+def add_floor(row: dict[str, Any], ceiling: dict[str, float]) -> None:
+    """The time below which this machine cannot do the case, and the share of it that each reaches."""
+    seconds, what = ceilings.floor(row["bytes"], row["flops"], row["bound"], row["dtype"], ceiling)
+    row |= {"floor_us": significant(seconds * 1e6), "floor_is": what}
+    for impl in row["impls"]:
+        if impl["status"] == "timed":
+            impl["share_of_floor"] = significant(seconds * 1e6 / impl["us"]["median"], 3)

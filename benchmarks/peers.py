@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.case import Arguments, Impl, Setting, absent, unchanged
 
@@ -20,13 +24,12 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# The first of these that the profiler sees is the backend that SDPA took.
-_ATEN_BACKEND = {
-    "aten::_scaled_dot_product_flash_attention": "flash",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
-    "aten::_scaled_dot_product_cudnn_attention": "cudnn",
-    "aten::_scaled_dot_product_efficient_attention": "efficient",
-    "aten::_scaled_dot_product_attention_math": "math",
+# What SDPA calls in each backend; the math backend is none of these.
+_FUSED = {
+    "_scaled_dot_product_flash_attention": "flash",
+    "_scaled_dot_product_flash_attention_for_cpu": "flash",
+    "_scaled_dot_product_cudnn_attention": "cudnn",
+    "_scaled_dot_product_efficient_attention": "efficient",
 }
 
 
@@ -80,24 +83,56 @@ def sdpa_backends(
     return impls
 
 
-def backend_used(call: Callable[[], Any]) -> dict[str, str]:
-    """What ran: SDPA's backend by its ATen op, and on a GPU the kernel that took the longest."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+class _AtenNames(TorchDispatchMode):
+    """Collects the names of the ATen ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ writes to the terminal."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def longest_kernel(call: Callable[[], Any]) -> str | None:
+    """The name of the CUDA kernel in which a call spends most time, by the profiler."""
+    times: dict[str, float] = {}
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with _quiet(), torch.profiler.profile(activities=activities) as profile:
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    used: dict[str, str] = {}
-    kernels: dict[str, float] = {}
+        torch.cuda.synchronize()
     for event in profile.events():
-        if event.name in _ATEN_BACKEND:
-            used.setdefault("sdpa", _ATEN_BACKEND[event.name])
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us()
-    if kernels:
-        used["kernel"] = max(kernels, key=kernels.__getitem__)[:120]
+            times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us()
+    return max(times, key=times.__getitem__)[:120] if times else None
+
+
+def backend_used(name: str, call: Callable[[], Any], device: torch.device) -> dict[str, str]:
+    """What ran: the backend that SDPA took, and on a GPU the kernel that took the longest."""
+    used = {}
+    if name.startswith("sdpa"):
+        with _AtenNames() as seen:
+            call()
+        used["sdpa"] = next((_FUSED[op] for op in sorted(seen.names) if op in _FUSED), "math")
+    if device.type == "cuda" and (kernel := longest_kernel(call)):
+        used["kernel"] = kernel
     return used
 
 
