@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Measured = TypeVar("Measured")
 
 MOST_COPIES = 256
 MOST_GRAPH_CALLS = 1024
@@ -204,9 +206,9 @@ def make_timer(
     return (CudaTimer if device.type == "cuda" else CpuTimer)(call, copies, seconds)
 
 
-def interleave(rounds: Sequence[Callable[[], float]], count: int) -> list[list[float]]:
+def interleave(rounds: Sequence[Callable[[], Measured]], count: int) -> list[list[Measured]]:
     """``count`` rounds of A B C, C B A, A B C, ...: what disturbs the machine disturbs neighbours alike."""
-    times: list[list[float]] = [[] for _ in rounds]
+    times: list[list[Measured]] = [[] for _ in rounds]
     for number in range(count):
         order = range(len(rounds))
         for i in order if number % 2 == 0 else reversed(order):
