@@ -41,7 +41,7 @@ class Plan:
     @classmethod
     def of(cls, device: torch.device, quick: bool) -> Plan:
         gpu = device.type == "cuda"
-        rounds = (5 if quick else 11) if gpu else (3 if quick else 7)
+        rounds = (5 if quick else 11) if gpu else (3 if quick else 5)
         return cls(device, rounds, 0.005 if gpu else 0.03, machine.cold_bytes(device))
 
 

@@ -7,7 +7,7 @@ there; on a CPU a few of each kind at their true dimensions, so that a run fits 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,18 +311,16 @@ def measure(
 
 def run(
     device: torch.device, dtypes: list[torch.dtype], quick: bool, seed: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row per dtype and scenario."""
-    layers = REDUCED if device.type == "cpu" else FULL
-    rows = []
+    on_cpu = device.type == "cpu"
+    layers, rounds = REDUCED if on_cpu else FULL, 3 if quick or on_cpu else 5
     for dtype in dtypes:
         torch.manual_seed(seed)
         mine, theirs = build(layers, dtype, device)
         for scenario in scenarios(device, quick):
-            rows.append(measure(mine, theirs, layers, scenario, device, 3 if quick else 5))
-            print(line(rows[-1]), flush=True)
+            yield measure(mine, theirs, layers, scenario, device, rounds)
         del mine, theirs
-    return rows
 
 
 def line(row: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def draw(run: dict[str, Any], path: Path, dtype: str) -> None:
 
     rows = bars(run, dtype)
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
-    for number, (label, *pair) in enumerate(reversed(rows)):
+    for number, (_, *pair) in enumerate(reversed(rows)):
         for offset, ratio, color in zip((0.18, -0.18), pair, ("#9dbbdb", OURS_COLOR)):
             error = [[ratio["median"] - ratio["min"]], [ratio["max"] - ratio["median"]]]
             axes.barh(

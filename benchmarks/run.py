@@ -68,23 +68,46 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
+class ResultFile:
+    """The document, written again after every row: a run that is cut short leaves what it has."""
+
+    def __init__(self, path: Path, head: dict[str, Any]) -> None:
+        self.path = path
+        self.document: dict[str, Any] = {**head, "skipped": {}, "rows": [], "model": []}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        self.document[part].append(row)
+        self.write()
+
+    def write(self, **values: Any) -> None:
+        self.document |= values
+        self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+
+
 def run_ops(
-    names: list[str], device: torch.device, options: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows, and for each op that could not be measured the reason."""
-    plan, rows, skipped = Plan.of(device, options.quick), [], {}
+    names: list[str], device: torch.device, options: argparse.Namespace, results: ResultFile
+) -> None:
+    plan = Plan.of(device, options.quick)
     for op in names:
         if reason := cases.missing(op):
-            skipped[op] = reason
+            results.document["skipped"][op] = reason
             print(f"{op}: skipped, {reason}", flush=True)
             continue
         for name in options.dtype:
             setting = Setting(device, getattr(torch, name), options.quick)
             for case in cases.cases(op, setting):
                 torch.manual_seed(options.seed)
-                rows.append(measure(case, plan))
-                print(line(rows[-1]), flush=True)
-    return rows, skipped
+                row = measure(case, plan)
+                results.add("rows", row)
+                print(line(row), flush=True)
+
+
+def run_model(device: torch.device, options: argparse.Namespace, results: ResultFile) -> None:
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    for row in model.run(device, dtypes, options.quick, options.seed):
+        results.add("model", row)
+        print(model.line(row), flush=True)
 
 
 def slug(described: dict[str, Any]) -> str:
@@ -105,47 +128,41 @@ def main(arguments: list[str] | None = None) -> int:
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     described = machine.describe(device)
     print(f"{described.get('gpu') or described['cpu']}, {described['threads']} threads")
-    names = [op for op in cases.MODULES if op in options.what] or (
-        [] if options.what else list(cases.MODULES)
-    )
-    dtypes = [getattr(torch, name) for name in options.dtype]
     if device.type == "cpu":
         described["keeps_freed_memory"] = keep_freed_memory()
-    ceiling = ceilings.measure(device, dtypes)
-    print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
-    rows, skipped = run_ops(names, device, options)
-    models = []
-    if not options.what or "model" in options.what:
-        models = model.run(device, dtypes, options.quick, options.seed)
-    ceiling = ceilings.higher(ceiling, ceilings.measure(device, dtypes))
-    for row in rows:
-        add_floor(row, ceiling)
-    for row in models:
-        model.add_floor(row, ceiling)
-    document = {
+    head = {
         "format": FORMAT,
         "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - clock),
         "command": " ".join(["python -m benchmarks.run", *(arguments or sys.argv[1:])]),
-        "complete": not options.what and not options.quick,
+        "complete": False,
         "seed": options.seed,
         "machine": described,
         "versions": machine.versions(),
         **machine.commit(),
-        "ceilings": ceiling,
-        "skipped": skipped,
-        "rows": rows,
-        "model": models,
     }
-    path = options.output or default_path(described, started)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"{document['seconds']} s; written to {path}")
-    wrong = [row for row in rows if row["impls"][0]["status"] != "timed"]
-    wrong += [row for row in models if row["impls"][0]["status"] != "timed"]
-    for row in wrong:
+    results = ResultFile(options.output or default_path(described, started), head)
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    ceiling = ceilings.measure(device, dtypes)
+    print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
+    everything = not options.what
+    run_ops(
+        [op for op in cases.MODULES if everything or op in options.what], device, options, results
+    )
+    if everything or "model" in options.what:
+        run_model(device, options, results)
+    ceiling = ceilings.higher(ceiling, ceilings.measure(device, dtypes))
+    rows, models = results.document["rows"], results.document["model"]
+    for row in rows:
+        add_floor(row, ceiling)
+    for row in models:
+        model.add_floor(row, ceiling)
+    seconds = round(time.perf_counter() - clock)
+    results.write(ceilings=ceiling, seconds=seconds, complete=everything and not options.quick)
+    print(f"{seconds} s; written to {results.path}")
+    failed = [row for row in [*rows, *models] if row["impls"][0]["status"] != "timed"]
+    for row in failed:
         print(f"not measured: {row.get('op', 'model')} {row['shape']}: {row['impls'][0]['reason']}")
-    return 1 if wrong else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
