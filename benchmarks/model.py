@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mllama
-from benchmarks import ceilings
+from benchmarks import ceilings, machine
 from benchmarks.case import OURS
 from benchmarks.measure import in_words
 from benchmarks.shapes import HKV, TILE, TILE_TOKENS, TILES, VISION_WIDTH, VOCAB, D
@@ -249,6 +249,7 @@ def bytes_per_step(model: Any, scenario: Scenario) -> int:
 def measure(
     mine: Any, theirs: Any, layers: Layers, scenario: Scenario, device: torch.device, rounds: int
 ) -> dict[str, Any]:
+    before = machine.state(device)
     inputs = inputs_of(scenario, mine.dtype, device)
     records, runs = [], []
     expected: Tensor | None = None
@@ -305,6 +306,7 @@ def measure(
         },
         "dtype": str(mine.dtype).removeprefix("torch."),
         "bytes_per_step": bytes_per_step(mine, scenario),
+        "state": {"before": before, "after": machine.state(device)},
         "impls": records,
     }
 

@@ -40,9 +40,9 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: run["started"])
 
 
-def newest(runs: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
-    """The latest complete run on a kind of device: rows of different versions are never mixed."""
-    fits = [run for run in runs if run["machine"]["kind"] == kind and run["complete"]]
+def newest(runs: list[dict[str, Any]], kind: str, part: str) -> dict[str, Any] | None:
+    """The latest run on a kind of device that has all of a part: rows of two runs are never mixed."""
+    fits = [run for run in runs if run["machine"]["kind"] == kind and part in run["parts"]]
     return fits[-1] if fits else None
 
 
@@ -98,11 +98,12 @@ def ceilings_in_words(run: dict[str, Any]) -> str:
 
 def load_in_words(run: dict[str, Any]) -> str:
     """How busy a CPU was: figures of a machine that did other work as well are no absolute ones."""
-    loads = [row["state"]["before"].get("load") for row in run["rows"]]
+    loads = [row["state"]["before"].get("load") for row in [*run["rows"], *run["model"]]]
     known = [load for load in loads if load is not None]
     if not known:
         return ""
-    return f" The load average was {min(known):.1f} to {max(known):.1f} while the ops were timed."
+    least, most = min(known), max(known)
+    return f" The load average was {least:.1f} to {most:.1f} on {run['machine']['cores']} cores."
 
 
 def best_peer(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -184,11 +185,11 @@ Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_word
 
 ## Ops
 
-{op_table(run)}
+{op_table(run) if run["rows"] else "Not part of this run."}
 
 ## Model
 
-{model_table(run)}
+{model_table(run) if run["model"] else "Not part of this run."}
 
 ## Not timed
 
@@ -196,10 +197,11 @@ Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_word
 """
 
 
-def goal_table(gpu: dict[str, Any] | None, cpu: dict[str, Any] | None) -> str:
+def goal_table(runs: list[dict[str, Any]]) -> str:
     rows = []
     for goal in goals.GOALS:
-        value = goals.value_of(goal, gpu if goal.device == goals.GPU else cpu)
+        part = "model" if goal.op == "model" else "ops"
+        value = goals.value_of(goal, newest(runs, goal.device, part))
         sign = ">=" if goals.MEASURES[goal.measure][1] else "<="
         measured = ["", ""]
         if value is not None:
@@ -208,27 +210,31 @@ def goal_table(gpu: dict[str, Any] | None, cpu: dict[str, Any] | None) -> str:
     return table(["goal", "target", "measured", "reached"], rows)
 
 
-def run_section(run: dict[str, Any]) -> str:
+def run_section(run: dict[str, Any], parts: list[str]) -> str:
+    """Where it was measured, then the tables of these parts."""
     name = run["file"].removesuffix(".json")
-    figure = f"\n![speed against PyTorch](benchmarks/results/{name}.svg)\n"
-    return f"""Measured on {machine_in_words(run)}. This machine reaches {ceilings_in_words(run)}: the floor
-that shares are of.{load_in_words(run)} Ratios are how many times faster ours is, the median of
-interleaved rounds and their range. [All rows](benchmarks/results/{name}.md).
-{figure if (RESULTS / f"{name}.svg").exists() else ""}
-{op_table(run)}
-
-{model_table(run)}"""
+    text = f"""Measured on {machine_in_words(run)}. This machine reached {ceilings_in_words(run)}: the
+floors that shares are of.{load_in_words(run)} [All of this run](benchmarks/results/{name}.md)."""
+    if "ops" in parts and (RESULTS / f"{name}.svg").exists():
+        text += f"\n\n![times faster than PyTorch](benchmarks/results/{name}.svg)"
+    tables = {"ops": op_table, "model": model_table}
+    return "\n\n".join([text, *(tables[part](run) for part in parts)])
 
 
 def readme_section(runs: list[dict[str, Any]]) -> str:
     """What stands between the two markers of the README."""
-    gpu, cpu = newest(runs, goals.GPU), newest(runs, goals.CPU)
-    parts = []
-    if gpu is None:
-        parts.append("There is no GPU run yet: the GPU goals below have no figures.")
-    parts += [run_section(run) for run in (gpu, cpu) if run is not None]
-    parts.append(f"The goals, those without a figure not measured yet:\n\n{goal_table(gpu, cpu)}")
-    return "\n\n".join(parts)
+    texts = [
+        "Ratios are how many times faster ours is: the median of interleaved rounds and their range."
+    ]
+    for kind in (goals.GPU, goals.CPU):
+        found = {part: newest(runs, kind, part) for part in ("ops", "model")}
+        if kind == goals.GPU and not any(found.values()):
+            texts.append("There is no GPU run yet: the GPU goals below have no figures.")
+        for run in runs:
+            parts = [part for part, source in found.items() if source is run]
+            texts += [run_section(run, parts)] if parts else []
+    texts.append(f"The goals; those without a figure are not measured yet.\n\n{goal_table(runs)}")
+    return "\n\n".join(texts)
 
 
 def replaced(text: str, section: str) -> str:

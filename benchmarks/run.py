@@ -1,8 +1,8 @@
 """Times ops and the model beside their peers and writes one JSON file.
 
-    python -m benchmarks.run [OP ... | model] [--device cpu|cuda] [--dtype NAME ...] [--quick]
+    python -m benchmarks.run [OP ... | ops | model] [--device cpu|cuda] [--dtype NAME ...] [--quick]
 
-Without a name everything is run. The file is benchmarks/results/<machine>-<date>.json, or --output;
+Without a name all ops and the model are run. The file is benchmarks/results/<machine>-<date>.json, or --output;
 `python -m benchmarks.report` and `python -m benchmarks.plot` read it.
 """
 
@@ -34,8 +34,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
     )
-    names = [*cases.MODULES, "model"]
-    parser.add_argument("what", nargs="*", metavar="OP|model", help=f"any of {', '.join(names)}")
+    names = [*cases.MODULES, "ops", "model"]
+    parser.add_argument(
+        "what", nargs="*", metavar="OP|ops|model", help=f"any of {', '.join(names)}"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="default: bfloat16; CPU: and float32"
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         "format": FORMAT,
         "started": started.isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.run", *(arguments or sys.argv[1:])]),
-        "complete": False,
+        "parts": [],
         "seed": options.seed,
         "machine": described,
         "versions": machine.versions(),
@@ -144,11 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = [getattr(torch, name) for name in options.dtype]
     ceiling = ceilings.measure(device, dtypes)
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
-    everything = not options.what
-    run_ops(
-        [op for op in cases.MODULES if everything or op in options.what], device, options, results
-    )
-    if everything or "model" in options.what:
+    ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
+    with_model = not options.what or "model" in options.what
+    run_ops(ops, device, options, results)
+    if with_model:
         run_model(device, options, results)
     ceiling = ceilings.higher(ceiling, ceilings.measure(device, dtypes))
     rows, models = results.document["rows"], results.document["model"]
@@ -157,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in models:
         model.add_floor(row, ceiling)
     seconds = round(time.perf_counter() - clock)
-    results.write(ceilings=ceiling, seconds=seconds, complete=everything and not options.quick)
+    parts = ["ops"] * (len(ops) == len(cases.MODULES)) + ["model"] * with_model
+    results.write(ceilings=ceiling, seconds=seconds, parts=[] if options.quick else parts)
     print(f"{seconds} s; written to {results.path}")
     failed = [row for row in [*rows, *models] if row["impls"][0]["status"] != "timed"]
     for row in failed:

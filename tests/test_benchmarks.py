@@ -51,7 +51,7 @@ def sample_run(kind: str = "cpu", **changes: object) -> dict:
     described = machine.describe(torch.device("cpu")) | {"kind": kind, "gpu": "GPU"}
     document = {
         "started": "2026-01-01T00:00:00+00:00",
-        "complete": True,
+        "parts": ["ops", "model"],
         "machine": described,
         "versions": machine.versions(),
         "commit": "abc",
@@ -154,7 +154,7 @@ def all_cases(op: str, device: str, quick: bool = False) -> list[Case]:
     return list(cases.cases(op, Setting(torch.device(device), torch.bfloat16, quick)))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
 @pytest.mark.parametrize("op", cases.MODULES)
 def test_every_op_has_cases(op, device):
     found = all_cases(op, device)
@@ -211,7 +211,7 @@ def test_every_goal_of_the_model_names_a_scenario():
 
 
 def test_a_goal_without_a_run_is_blank():
-    text = report.goal_table(None, None)
+    text = report.goal_table([])
     assert all(line.endswith("|  |  |") for line in text.splitlines()[2:])
 
 
@@ -228,12 +228,16 @@ def test_only_the_newest_complete_run_of_a_kind_counts():
     runs = [
         sample_run(started="2026-01-01", file="old.json"),
         sample_run(started="2026-01-02", file="new.json"),
-        sample_run(started="2026-01-03", file="part.json", complete=False),
+        sample_run(started="2026-01-03", file="part.json", parts=["model"]),
         sample_run("cuda", started="2026-01-04", file="gpu.json"),
     ]
-    assert report.newest(runs, "cpu")["file"] == "new.json"
-    assert report.newest(runs, "cuda")["file"] == "gpu.json"
-    assert report.newest(runs[:2], "cuda") is None
+    assert report.newest(runs, "cpu", "ops")["file"] == "new.json"
+    assert report.newest(runs, "cpu", "model")["file"] == "part.json"
+    assert report.newest(runs, "cuda", "ops")["file"] == "gpu.json"
+    assert report.newest(runs[:2], "cuda", "ops") is None
+    section = report.readme_section(runs)
+    assert all(name in section for name in ("new.md", "part.md", "gpu.md"))
+    assert "old.md" not in section
 
 
 def test_committed_tables_are_up_to_date(capsys):
