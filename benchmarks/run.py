@@ -2,8 +2,8 @@
 
     python -m benchmarks.run [OP ... | ops | model] [--device cpu|cuda] [--dtype NAME ...] [--quick]
 
-Without a name all ops and the model are run. The file is benchmarks/results/<machine>-<date>.json, or --output;
-`python -m benchmarks.report` and `python -m benchmarks.plot` read it.
+Without a name all ops and the model are run. The file is benchmarks/results/<machine>-<date>.json, or
+--output; `python -m benchmarks.report` and `python -m benchmarks.plot` read it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,16 @@ class ResultFile:
 
     def add(self, part: str, row: dict[str, Any]) -> None:
         self.document[part].append(row)
+        self.hold_against(self.document["ceilings"])
         self.write()
+
+    def hold_against(self, ceiling: dict[str, float]) -> None:
+        """The ceilings of this run, and every row's share of its floor under them."""
+        self.document["ceilings"] = ceiling
+        for row in self.document["rows"]:
+            add_floor(row, ceiling)
+        for row in self.document["model"]:
+            model.add_floor(row, ceiling)
 
     def write(self, **values: Any) -> None:
         self.document |= values
@@ -142,26 +151,23 @@ def main(arguments: list[str] | None = None) -> int:
         "versions": machine.versions(),
         **machine.commit(),
     }
-    results = ResultFile(options.output or default_path(described, started), head)
     dtypes = [getattr(torch, name) for name in options.dtype]
     ceiling = ceilings.measure(device, dtypes)
+    path = options.output or default_path(described, started)
+    results = ResultFile(path, {**head, "ceilings": ceiling})
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
     ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
     with_model = not options.what or "model" in options.what
     run_ops(ops, device, options, results)
     if with_model:
         run_model(device, options, results)
-    ceiling = ceilings.higher(ceiling, ceilings.measure(device, dtypes))
-    rows, models = results.document["rows"], results.document["model"]
-    for row in rows:
-        add_floor(row, ceiling)
-    for row in models:
-        model.add_floor(row, ceiling)
+    results.hold_against(ceilings.higher(ceiling, ceilings.measure(device, dtypes)))
     seconds = round(time.perf_counter() - clock)
     parts = ["ops"] * (len(ops) == len(cases.MODULES)) + ["model"] * with_model
-    results.write(ceilings=ceiling, seconds=seconds, parts=[] if options.quick else parts)
+    results.write(seconds=seconds, parts=[] if options.quick else parts)
     print(f"{seconds} s; written to {results.path}")
-    failed = [row for row in [*rows, *models] if row["impls"][0]["status"] != "timed"]
+    rows = [*results.document["rows"], *results.document["model"]]
+    failed = [row for row in rows if row["impls"][0]["status"] != "timed"]
     for row in failed:
         print(f"not measured: {row.get('op', 'model')} {row['shape']}: {row['impls'][0]['reason']}")
     return 1 if failed else 0
