@@ -117,6 +117,5 @@ def _number(text: str) -> float | str:
 def state(device: torch.device) -> dict[str, Any]:
     """What changes while measuring: clocks, power and temperature of a GPU, load of a CPU."""
     if device.type == "cuda":
-        fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-        return query_gpu(*fields, "clocks_throttle_reasons.active")
+        return query_gpu("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     return {"load": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}

@@ -103,6 +103,7 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
     slowest = max((c.timer.once for c in timed), default=0.0)
     rounds = plan.rounds if slowest < plan.patience else min(3, plan.rounds)
     times = interleave([c.timer.round for c in timed], rounds)
+    after = machine.state(plan.device)
     mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
     for contestant, one in zip(timed, times):
         figures(contestant, one, mine, case)
@@ -116,7 +117,7 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
         "flops": case.flops,
         "bound": case.bound,
         "plain_error": gate.plain.to_json(),
-        "state": {"before": before, "after": machine.state(plan.device)},
+        "state": {"before": before, "after": after},
         "impls": [c.record for c in contestants],
     }
 

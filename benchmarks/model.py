@@ -22,7 +22,7 @@ from benchmarks.shapes import HKV, TILE, TILE_TOKENS, TILES, VISION_WIDTH, VOCAB
 from benchmarks.timing import Spread, interleave, ratios, significant
 
 PEER = "transformers sdpa"
-PAD, ALL_TILES = 128004, 6
+PAD, ALL_TILES, ROUNDS = 128004, 6, 3
 # Of the logits' norm: what summation order and the rounding of activations account for.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
@@ -75,7 +75,8 @@ def scenarios(device: torch.device, quick: bool) -> list[Scenario]:
         return [Scenario(1, 32, 8)]
     if quick:
         return [Scenario(1, 32, 16), Scenario(1, 1024, 64)]
-    return [Scenario(1, 32, 32), *(Scenario(batch, 1024, 128) for batch in (1, 8, 32))]
+    many = (Scenario(batch, 1024, 64) for batch in (8, 32))
+    return [Scenario(1, 32, 32), Scenario(1, 1024, 128), *many]
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ class Contestant:
     unavailable: str | None = None
 
 
-def contestants(mine: Any, theirs: Any, device: torch.device) -> list[Contestant]:
+def contestants(mine: Any, theirs: Any, quick: bool) -> list[Contestant]:
     text, vision = theirs.model.language_model, theirs.model.vision_model
     compiled: dict[Any, Any] = {}
 
@@ -195,7 +196,8 @@ def contestants(mine: Any, theirs: Any, device: torch.device) -> list[Contestant
         for module, call in compiled.items():
             module._compiled_call_impl = call
 
-    on_cpu = device.type == "cpu"
+    on_cpu = mine.device.type == "cpu"
+    no_time = "compiling takes longer than all the rest of this run" if on_cpu or quick else None
     return [
         Contestant(OURS, mine, {"eos_token_id": None, "pad_token_id": PAD}, lambda: None),
         Contestant(PEER, theirs, {}, attention("sdpa")),
@@ -211,7 +213,7 @@ def contestants(mine: Any, theirs: Any, device: torch.device) -> list[Contestant
             theirs,
             {},
             compile_towers,
-            "compiling for the CPU takes longer than this whole run" if on_cpu else None,
+            no_time,
         ),
     ]
 
@@ -247,13 +249,15 @@ def bytes_per_step(model: Any, scenario: Scenario) -> int:
 
 @torch.no_grad()
 def measure(
-    mine: Any, theirs: Any, layers: Layers, scenario: Scenario, device: torch.device, rounds: int
+    mine: Any, theirs: Any, layers: Layers, scenario: Scenario, quick: bool
 ) -> dict[str, Any]:
+    """The row of a scenario, ready for JSON; the peer comes first, to be compared with."""
+    device = mine.device
     before = machine.state(device)
     inputs = inputs_of(scenario, mine.dtype, device)
     records, runs = [], []
     expected: Tensor | None = None
-    for contestant in sorted(contestants(mine, theirs, device), key=lambda c: c.name != PEER):
+    for contestant in sorted(contestants(mine, theirs, quick), key=lambda c: c.name != PEER):
         record: dict[str, Any] = {"name": contestant.name, "status": "timed"}
         records.append(record)
         if contestant.unavailable:
@@ -278,7 +282,7 @@ def measure(
                 torch.cuda.empty_cache()
             continue
         runs.append((record, lambda c=contestant: generate(c, inputs, scenario.new)))
-    watches = interleave([run for _, run in runs], rounds)
+    watches = interleave([run for _, run in runs], ROUNDS)
     times = {
         record["name"]: {
             "first_token": [w.first_token for w in row],
@@ -315,13 +319,12 @@ def run(
     device: torch.device, dtypes: list[torch.dtype], quick: bool, seed: int
 ) -> Iterator[dict[str, Any]]:
     """One row per dtype and scenario."""
-    on_cpu = device.type == "cpu"
-    layers, rounds = REDUCED if on_cpu else FULL, 3 if quick or on_cpu else 5
+    layers = REDUCED if device.type == "cpu" else FULL
     for dtype in dtypes:
         torch.manual_seed(seed)
         mine, theirs = build(layers, dtype, device)
         for scenario in scenarios(device, quick):
-            yield measure(mine, theirs, layers, scenario, device, rounds)
+            yield measure(mine, theirs, layers, scenario, quick)
         del mine, theirs
 
 

@@ -150,6 +150,7 @@ def flex(
     mask_of: Callable[..., Callable[..., Tensor]],
     lengths: tuple[int, int],
     heads: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    head_dim: int,
     unavailable: str | None = None,
 ) -> Impl:
     """FlexAttention, compiled, with its block mask made outside the timed region.
@@ -158,9 +159,13 @@ def flex(
         mask_of: from the case's arguments to a mask_mod.
         lengths: queries, keys.
         heads: from the case's arguments to q, k, v (B, L, H, D).
+        head_dim: D. FlexAttention rounds it up to a power of two inside; where it is none, zeros are
+            appended outside the timed region, since it has read out of bounds with such sizes.
     """
+    wide = 1 << (head_dim - 1).bit_length()
+    name = "FlexAttention" if wide == head_dim else f"FlexAttention, padded to {wide}"
     if unavailable:
-        return absent("FlexAttention", unavailable)
+        return absent(name, unavailable)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     @functools.cache
@@ -168,15 +173,16 @@ def flex(
         return torch.compile(flex_attention, dynamic=False)
 
     def prepare(*args: Any) -> Arguments:
-        q, k, v = (t.transpose(1, 2) for t in heads(*args))
+        q, k, v = (F.pad(t, (0, wide - head_dim)).transpose(1, 2) for t in heads(*args))
         mask = create_block_mask(mask_of(*args), q.shape[0], None, *lengths, device=setting.device)
         return q, k, v, mask
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         gqa = q.shape[1] != k.shape[1]
-        return build()(q, k, v, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+        out = build()(q, k, v, block_mask=mask, scale=head_dim**-0.5, enable_gqa=gqa)
+        return out[..., :head_dim].transpose(1, 2)
 
-    return Impl("FlexAttention", call, prepare)
+    return Impl(name, call, prepare)
 
 
 def from_package(

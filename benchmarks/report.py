@@ -20,6 +20,7 @@ from benchmarks.machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DTYPES = ("bfloat16", "float32", "float16")  # the README shows the first
 BEGIN, END = "<!-- speed: made by `python -m benchmarks.report` -->", "<!-- end of speed -->"
 
 
@@ -111,9 +112,9 @@ def best_peer(row: dict[str, Any]) -> dict[str, Any] | None:
     return min(peers, key=lambda impl: impl["us"]["median"], default=None)
 
 
-def op_rows(run: dict[str, Any]) -> list[list[str]]:
+def op_table(run: dict[str, Any], dtypes: tuple[str, ...]) -> str:
     cells = []
-    for row in run["rows"]:
+    for row in [row for row in run["rows"] if row["dtype"] in dtypes]:
         head = [f"`{row['op']}` {sizes(row['shape'])}", row["dtype"]]
         mine, plain, best = goals.timed(row), goals.timed(row, PLAIN), best_peer(row)
         if mine is None:
@@ -128,12 +129,8 @@ def op_rows(run: dict[str, Any]) -> list[list[str]]:
                 f"{times(best['ours_is_faster'])} {best['name']}" if best else "",
             ]
         )
-    return cells
-
-
-def op_table(run: dict[str, Any]) -> str:
     header = ["op", "dtype", "time", "of floor", "plain PyTorch", "fastest peer"]
-    return table(header, op_rows(run))
+    return table(header, cells)
 
 
 def model_table(run: dict[str, Any]) -> str:
@@ -185,7 +182,7 @@ Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_word
 
 ## Ops
 
-{op_table(run) if run["rows"] else "Not part of this run."}
+{op_table(run, DTYPES) if run["rows"] else "Not part of this run."}
 
 ## Model
 
@@ -217,8 +214,8 @@ def run_section(run: dict[str, Any], parts: list[str]) -> str:
 floors that shares are of.{load_in_words(run)} [All of this run](benchmarks/results/{name}.md)."""
     if "ops" in parts and (RESULTS / f"{name}.svg").exists():
         text += f"\n\n![times faster than PyTorch](benchmarks/results/{name}.svg)"
-    tables = {"ops": op_table, "model": model_table}
-    return "\n\n".join([text, *(tables[part](run) for part in parts)])
+    tables = {"ops": lambda: op_table(run, DTYPES[:1]), "model": lambda: model_table(run)}
+    return "\n\n".join([text, *(tables[part]() for part in parts)])
 
 
 def readme_section(runs: list[dict[str, Any]]) -> str:

@@ -221,7 +221,9 @@ def test_tables_come_from_the_document_alone():
     assert "`sum` rows 8" in text and "flashinfer: unavailable: not here" in text
     assert "sample: no such op" in text and document["machine"]["cpu"] in text
     section = report.readme_section([document])
-    assert "no GPU run" in section and "`sum` rows 8" in section
+    assert "no GPU run" in section and "`sum`" not in section  # float32 is in the run's own table
+    document["rows"][0]["dtype"] = "bfloat16"
+    assert "`sum` rows 8" in report.readme_section([document])
 
 
 def test_only_the_newest_complete_run_of_a_kind_counts():

@@ -90,7 +90,7 @@ def peers(setting: Setting, rows: int, visible: int) -> list[Impl]:
         setting, normed_sdpa, dense_mask_every_head, ", mask, every head", ("cudnn", "efficient")
     )
     small = "its kernel for one row has no block mask" if rows == 1 else None
-    impls.append(flex(setting, flex_mask, (rows, TILES * TILE_TOKENS), flex_heads, small))
+    impls.append(flex(setting, flex_mask, (rows, TILES * TILE_TOKENS), flex_heads, D, small))
     return impls
 
 

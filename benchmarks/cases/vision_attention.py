@@ -85,7 +85,7 @@ def peers(setting: Setting) -> list[Impl]:
         Impl("transformers", masked, additive_mask),
         *sdpa_backends(setting, masked, bool_mask, ", mask", names),
         *sdpa_backends(setting, masked, additive_mask, ", additive mask", ("cudnn", "efficient")),
-        flex(setting, flex_mask, (TOKENS, TOKENS), flex_heads),
+        flex(setting, flex_mask, (TOKENS, TOKENS), flex_heads, VISION_DIM),
     ]
 
 
