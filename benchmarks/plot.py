@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from benchmarks import goals
 from benchmarks.case import PLAIN
 from benchmarks.report import best_peer, machine_in_words, sizes
 
-OURS_COLOR, EVEN_COLOR = "#3b6ea8", "#888888"
+PLAIN_COLOR, BEST_COLOR, EVEN_COLOR = "#9dbbdb", "#3b6ea8", "#666666"
 
 
 def bars(run: dict[str, Any], dtype: str) -> list[tuple[str, dict[str, float], dict[str, float]]]:
@@ -39,17 +40,14 @@ def draw(run: dict[str, Any], path: Path, dtype: str) -> None:
     rows = bars(run, dtype)
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
     for number, (_, *pair) in enumerate(reversed(rows)):
-        for offset, ratio, color in zip((0.18, -0.18), pair, ("#9dbbdb", OURS_COLOR)):
-            error = [[ratio["median"] - ratio["min"]], [ratio["max"] - ratio["median"]]]
-            axes.barh(
-                *(number + offset, ratio["median"]),
-                height=0.34,
-                color=color,
-                xerr=error,
-                ecolor=EVEN_COLOR,
-            )
+        for offset, ratio, color in zip((0.18, -0.18), pair, (PLAIN_COLOR, BEST_COLOR)):
+            middle, place = ratio["median"], number + offset
+            axes.barh(place, middle - 1, left=1, height=0.34, color=color)
+            axes.plot([ratio["min"], ratio["max"]], [place, place], color=EVEN_COLOR, linewidth=1)
     axes.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)], fontsize=8)
     axes.set_xscale("log", base=2)
+    medians = [ratio["median"] for _, *pair in rows for ratio in pair]
+    axes.set_xlim(min([0.7, *medians]) / 1.2, max([2.0, *medians]) * 1.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.axvline(1, color=EVEN_COLOR, linewidth=1)
     axes.set_xlabel(
@@ -57,7 +55,8 @@ def draw(run: dict[str, Any], path: Path, dtype: str) -> None:
         "lines: range over rounds",
         fontsize=8,
     )
-    axes.set_title(f"{dtype}; {machine_in_words(run)}", fontsize=7)
+    caption = f"{dtype}; {machine_in_words(run)}"
+    figure.suptitle("\n".join(textwrap.wrap(caption, 130)), fontsize=7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     metadata = {"Date": None} if path.suffix == ".svg" else None
