@@ -34,7 +34,7 @@ def entries() -> Iterator[Any]:
                     yield pytest.param(case, impl, id=f"{case} {impl.name}".replace(" ", "-"))
 
 
-@pytest.mark.parametrize(("case", "impl"), entries())
+@pytest.mark.parametrize(("case", "impl"), list(entries()))
 @torch.inference_mode()
 def test_op(case: Case, impl: Impl, benchmark: Any) -> None:
     torch.manual_seed(0)
