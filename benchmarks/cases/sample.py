@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting, absent
@@ -33,10 +34,15 @@ def make(setting: Setting, batch: int) -> Arguments:
     return logits, seeds, torch.zeros((), dtype=torch.int64, device=setting.device)
 
 
+def highest(logits: Tensor, seeds: Tensor, step: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     for choice, options in CHOICES.items():
         for batch in setting.sizes([1, 8, 32], [1], [1]):
             plain = partial(reference.sample, **options)
+            greedy = [Impl("argmax", highest)] if choice == "greedy" else []
             yield Case(
                 op="sample",
                 shape={"batch": batch, "vocabulary": VOCAB, "choice": choice},
@@ -46,6 +52,7 @@ def cases(setting: Setting) -> Iterator[Case]:
                 impls=(
                     Impl(OURS, partial(ours.sample, **options)),
                     Impl(PLAIN, plain),
+                    *greedy,
                     absent(
                         "flashinfer", "draws from random numbers of its own: no token to compare"
                     ),
