@@ -128,7 +128,8 @@ def backend_used(name: str, call: Callable[[], Any], device: torch.device) -> di
     """What ran: the backend that SDPA took, and on a GPU the kernel that took the longest."""
     used = {}
     if name.startswith("sdpa"):
-        with _AtenNames() as seen:
+        # In inference mode SDPA would reach the collector whole, before it has chosen.
+        with torch.inference_mode(False), torch.no_grad(), _AtenNames() as seen:
             call()
         used["sdpa"] = next((_FUSED[op] for op in sorted(seen.names) if op in _FUSED), "math")
     if device.type == "cuda" and (kernel := longest_kernel(call)):

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
 
-from benchmarks import cases, ceilings, goals, machine, measure, model, report, run, timing  # noqa: E402
+from benchmarks import cases, ceilings, goals, machine, measure, model, peers, report, run, timing  # noqa: E402
 from benchmarks.case import OURS, PLAIN, Case, Impl, Setting, absent  # noqa: E402
 from benchmarks.correctness import Gate  # noqa: E402
 from mllama_kernels import _library  # noqa: E402
@@ -136,6 +136,18 @@ def test_a_wrong_implementation_is_not_timed():
         "sdpa cudnn": "unavailable",  # it never called that backend
     }
     assert all(("us" in impl) == (impl["status"] == "timed") for impl in row["impls"])
+
+
+@pytest.mark.parametrize(("forced", "used"), [("flash", "flash"), ("math", "math"), ("", "flash")])
+def test_the_backend_that_sdpa_took_is_seen(forced, used):
+    setting = Setting(torch.device("cpu"), torch.float32)
+    q, k, v = (setting.randn(1, 16, 2, 64) for _ in range(3))
+    (impl,) = peers.sdpa_backends(setting, peers.sdpa, suffix=", no mask", names=(forced,))
+    with torch.inference_mode():
+        ran = peers.backend_used(impl.name, lambda: impl.call(q, k, v), setting.device)
+    assert ran == {"sdpa": used}
+    assert peers.wrong_backend(impl.name, ran) is None
+    assert (peers.wrong_backend("sdpa flash", ran) is None) == (used == "flash")
 
 
 def test_ours_is_held_to_less_than_a_peer():
