@@ -7,6 +7,7 @@ there; on a CPU a few of each kind at their true dimensions, so that a run fits 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -319,6 +320,7 @@ def run(
     device: torch.device, dtypes: list[torch.dtype], quick: bool, seed: int
 ) -> Iterator[dict[str, Any]]:
     """One row per dtype and scenario."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers about its own calls
     layers = REDUCED if device.type == "cpu" else FULL
     for dtype in dtypes:
         torch.manual_seed(seed)
