@@ -19,6 +19,7 @@ OPS = (
     "cross_attention",
     "vision_attention",
     "patch_embed",
+    "sample",
 )
 
 
