@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import FLOATS, assert_compiles, grid, opcheck, strided
+from numerics import FLOATS, assert_compiles, chi_square, grid, opcheck, strided
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
@@ -113,7 +113,9 @@ def test_rows_are_independent_of_their_batch(device, rows):
 @pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 1, 4, 7, 11)])
 def test_checkpoint_vocabulary(device, dtype, options):
     logits = logits_of("normal", 2, 128256, dtype).to(device)
-    assert_same(logits, torch.tensor([5, -6], device=device), torch.tensor(8, device=device), **options)
+    assert_same(
+        logits, torch.tensor([5, -6], device=device), torch.tensor(8, device=device), **options
+    )
 
 
 @pytest.mark.full
@@ -122,7 +124,9 @@ def test_checkpoint_vocabulary(device, dtype, options):
 def test_large_vocabularies(device, kind, vocab):
     logits = logits_of(kind, 1, vocab, torch.float32).to(device)
     for options in OPTIONS:
-        assert_same(logits, torch.tensor([3], device=device), torch.tensor(1, device=device), **options)
+        assert_same(
+            logits, torch.tensor([3], device=device), torch.tensor(1, device=device), **options
+        )
 
 
 def test_greedy_takes_the_first_of_equals(device):
@@ -202,15 +206,12 @@ def test_top_p_keeps_what_transformers_keeps(tied):
     for share in (0.0, 0.01, 0.3, 0.9, 0.999):
         ours = kept(logits, top_p=share)
         theirs = hf.TopPLogitsWarper(share)(NO_IDS, logits).isfinite() & matters(logits)
-        for row in range(5):
-            more_likely = torch.stack([likely[row][logits[row] > z].sum() for z in logits[row]])
+        for z, p, mine, other in zip(logits, likely, ours, theirs):
+            more_likely = torch.stack([p[z > value].sum() for value in z])
             near = (more_likely - share).abs() < 1e-6
-            assert ours[row][~near].equal((more_likely < share)[~near] | (logits[row] == logits[row].max())[~near])
-            tie = (theirs[row] & ~ours[row]).any()
-            assert not tie or near[theirs[row] & ~ours[row]].all()
-            extra = ours[row] & ~theirs[row]
-            last = logits[row][theirs[row]].min()
-            assert (near | (logits[row] == last))[extra].all()
+            assert mine[~near].equal(((more_likely < share) | (z == z.max()))[~near])
+            assert near[other & ~mine].all()
+            assert (near | (z == z[other].min()))[mine & ~other].all()
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
@@ -253,24 +254,6 @@ def test_levels_are_distances():
     distances = torch.tensor([[0, 2**25, 16, 0, 29 * 2**26, 29 * 2**26, 29 * 2**26]])
     distances[0, 3] = int((3.0 - torch.tensor(-25.9)).item() * 2**26)
     assert levels_of(logits).equal(distances)
-
-
-def chi_square_limit(degrees: int) -> float:
-    """The chi-square quantile at one false alarm in ten million (Wilson, Hilferty 1931)."""
-    z = 5.2
-    return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3
-
-
-def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, float]:
-    """Statistic and limit, with cells of fewer than ten expected draws pooled."""
-    expected = probabilities.double() * counts.sum()
-    rare = expected < 10
-    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
-    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    keep = expected > 0
-    assert observed[~keep].sum() == 0, "drew a token of probability zero"
-    statistic = ((observed - expected)[keep] ** 2 / expected[keep]).sum().item()
-    return statistic, chi_square_limit(max(int(keep.sum()) - 1, 1))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
@@ -349,7 +332,10 @@ def test_torch_machinery(device):
         ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
         ({"min_p": math.nan}, "min_p must be from 0 to 1, got nan"),
         ({"seen": torch.zeros(2, 9)}, "seen must be bool, got float32"),
-        ({"seen": torch.zeros(2, 8, dtype=torch.bool)}, r"seen must have shape \(2, 9\), got \(2, 8\)"),
+        (
+            {"seen": torch.zeros(2, 8, dtype=torch.bool)},
+            r"seen must have shape \(2, 9\), got \(2, 8\)",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(device, options, message):
