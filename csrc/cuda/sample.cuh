@@ -35,8 +35,10 @@ static_assert(kSampleThreads == 4 * kBins, "four lanes per bin");
 struct SampleShared {
   uint64_t bins[2 * kPasses][kBins];
   uint64_t warp_values[kSampleWarps];
-  uint64_t block_value;  // what the block tells the others: its largest, later its mass
-  uint64_t block_mass;
+  uint64_t block_largest, block_mass;  // what the block tells the others
+  uint64_t group_largest;
+  int64_t seed, step;
+  int64_t target;  // of the draw, counted from the block's first token
   struct {
     uint64_t before, amount;
     int bin;
@@ -143,7 +145,7 @@ __device__ __forceinline__ void add_to_bin(uint64_t* bin, uint64_t amount) {
   if (high != 0) atomicAdd(words + 1, high);
 }
 
-// The largest of all threads of the group.
+// The largest of all threads of the group. One warp per block reads from the others.
 template <typename Group>
 __device__ uint64_t group_max(uint64_t x, SampleShared& shared, const Group& group) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -152,10 +154,15 @@ __device__ uint64_t group_max(uint64_t x, SampleShared& shared, const Group& gro
   __syncthreads();
   if (warp == 0) {
     x = warp_max_u64(shared.warp_values[lane]);
-    if (lane == 0) shared.block_value = x;
+    if (lane == 0) shared.block_largest = x;
   }
   group.sync();
-  return warp_max_u64(lane < group.size() ? group.load(&shared.block_value, lane) : 0);
+  if (warp == 0) {
+    x = warp_max_u64(lane < group.size() ? group.load(&shared.block_largest, lane) : 0);
+    if (lane == 0) shared.group_largest = x;
+  }
+  __syncthreads();
+  return shared.group_largest;
 }
 
 // The bin in which the amount from the most likely token on reaches need(amount of all bins), into
@@ -239,23 +246,32 @@ struct RowCuts {
     const uint64_t warps = warp_running_sum<1>(shared.warp_values[lane], lane);
     if (threadIdx.x == kWarpSize - 1) shared.block_mass = warps;
     group.sync();
-    const uint64_t mass = lane < group.size() ? group.load(&shared.block_mass, lane) : 0;
-    const uint64_t blocks = warp_running_sum<1>(mass, lane);
-    const uint64_t total = __shfl_sync(0xffffffffu, blocks, kWarpSize - 1);
-    const uint64_t target = draw_target(p.seeds[row], *p.step, total);
-    const uint64_t end = __shfl_sync(0xffffffffu, blocks - mass, group.rank()) +
-                         __shfl_sync(0xffffffffu, warps, warp);
-    uint64_t before = end - sum;
+    if (warp == 0) {
+      const uint64_t mass = lane < group.size() ? group.load(&shared.block_mass, lane) : 0;
+      const uint64_t blocks = warp_running_sum<1>(mass, lane);
+      const int64_t total = __shfl_sync(0xffffffffu, blocks, kWarpSize - 1);
+      if (lane == group.rank()) {
+        shared.target =
+            draw_target(shared.seed, shared.step, total) - static_cast<int64_t>(blocks - mass);
+      }
+    }
+    __syncthreads();
+    const int64_t target = shared.target;
+    const int64_t end = __shfl_sync(0xffffffffu, warps, warp);
+    int64_t before = end - static_cast<int64_t>(sum);
     if (target < before || target >= end) return;
     for (int step = 0;; ++step) {
       uint64_t weight[kTokensPerLane];
-      const uint64_t own = weights(step, cut, p.min_weight, weight);
-      const uint64_t until = before + warp_running_sum<1>(own, lane);
-      if (target < until && target >= until - own) {
+      const int64_t own = weights(step, cut, p.min_weight, weight);
+      const int64_t until = before + static_cast<int64_t>(warp_running_sum<1>(own, lane));
+      if (target >= until - own && target < until) {
         int passed = 0;
-        uint64_t sum_until = until - own;
+        int64_t sum_until = until - own;
 #pragma unroll
-        for (int i = 0; i < kTokensPerLane; ++i) passed += (sum_until += weight[i]) <= target;
+        for (int i = 0; i < kTokensPerLane; ++i) {
+          sum_until += static_cast<int64_t>(weight[i]);
+          passed += sum_until <= target;
+        }
         p.tokens[row] = first_token + step * kTokensPerStep + lane * kTokensPerLane + passed;
       }
       before = __shfl_sync(0xffffffffu, until, kWarpSize - 1);
@@ -296,6 +312,11 @@ __device__ void sample_row(const SampleParams& p, int64_t row, bool vectorized, 
   const ScaledRow<T> scaled(p, row, vectorized);
   const int64_t first_token = (int64_t{group.rank()} * kSampleWarps + warp) * span;
   const int steps = span / kTokensPerStep;
+  int64_t seed = 0, counter = 0;  // read early: their latency passes with that of the logits
+  if (threadIdx.x == 0 && p.do_sample) {
+    seed = p.seeds[row];
+    counter = *p.step;
+  }
   uint64_t best = 0;
 #pragma unroll 2
   for (int step = 0; step < steps; ++step) {
@@ -308,6 +329,10 @@ __device__ void sample_row(const SampleParams& p, int64_t row, bool vectorized, 
       const uint64_t key = static_cast<uint64_t>(ordered_key(z[i])) << 32;
       best = max(best, key | ~static_cast<uint32_t>(token + i));  // the smaller token of equals
     }
+  }
+  if (threadIdx.x == 0) {
+    shared.seed = seed;
+    shared.step = counter;
   }
   best = group_max(best, shared, group);
   const uint32_t key = static_cast<uint32_t>(best >> 32);

@@ -18,7 +18,7 @@
 namespace mllama {
 namespace {
 
-constexpr int kMaxCluster = 16;
+constexpr int kPortableCluster = 8, kMaxCluster = 16;
 constexpr int kMinTokens = 4096;                // of a block, before a row takes more blocks
 constexpr int kMaxBlocks = 128;                 // of all rows, before rows take fewer blocks
 constexpr int64_t kMaxStageBytes = 200 * 1024;  // leaves room for SampleShared
@@ -54,6 +54,13 @@ struct Cluster {
   }
 };
 
+// One store of 16 bytes: the compiler makes four of an assignment behind an unrolled loop.
+__device__ __forceinline__ void stage4(uint32_t* address, const uint32_t (&x)[kTokensPerLane]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(address)),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 struct StagedLevels {
   const uint32_t* stage;  // of this lane, in the first step
 
@@ -77,16 +84,15 @@ __global__ void __launch_bounds__(kSampleThreads)
   sample_row<T>(
       p, blockIdx.x / blocks, vectorized, span, shared, cluster,
       [&](int step, const float (&z)[kTokensPerLane]) {
-        *reinterpret_cast<float4*>(stage + step * kTokensPerStep) =
-            make_float4(z[0], z[1], z[2], z[3]);
+        stage4(stage + step * kTokensPerStep, {__float_as_uint(z[0]), __float_as_uint(z[1]),
+                                               __float_as_uint(z[2]), __float_as_uint(z[3])});
       },
       [&](const ScaledRow<T>&, int64_t, int steps, float largest) {
         for (int step = 0; step < steps; ++step) {
           uint32_t* own = stage + step * kTokensPerStep;
           const float4 z = *reinterpret_cast<const float4*>(own);
-          *reinterpret_cast<uint4*>(own) =
-              make_uint4(level_of(z.x, largest), level_of(z.y, largest), level_of(z.z, largest),
-                         level_of(z.w, largest));
+          stage4(own, {level_of(z.x, largest), level_of(z.y, largest), level_of(z.z, largest),
+                       level_of(z.w, largest)});
         }
         return StagedLevels{stage};
       });
@@ -102,16 +108,47 @@ cudaError_t launch_clusters(const SampleParams& p, int cluster, cudaStream_t str
                 static_cast<int>(span_of(p.vocab, cluster)), cluster);
 }
 
+// A slice of a GPU may have no 16 multiprocessors that form a cluster.
+int ask_widest_cluster() {
+  const auto kernel = sample_cluster_kernel<float>;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kMaxCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(kMaxCluster);
+  config.blockDim = dim3(kSampleThreads);
+  config.dynamicSmemBytes = kMaxStageBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                         1) == cudaSuccess &&
+                    allow_shared(kernel, kMaxStageBytes) == cudaSuccess &&
+                    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess &&
+                    clusters > 0;
+  if (!fits) cudaGetLastError();  // a refusal is an answer, not an error of the launch to come
+  return fits ? kMaxCluster : kPortableCluster;
+}
+
+// One answer per device, asked once.
+int widest_cluster() {
+  static std::atomic<int> known[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return kPortableCluster;
+  if (known[device] == 0) known[device] = ask_widest_cluster();
+  return known[device];
+}
+
 }  // namespace
 
 bool samples_in_clusters(const SampleParams& p) {
-  return runs_sm90a() && stage_bytes(p.vocab, kMaxCluster) <= kMaxStageBytes;
+  return runs_sm90a() && stage_bytes(p.vocab, widest_cluster()) <= kMaxStageBytes;
 }
 
 cudaError_t sample_in_clusters(const SampleParams& p, cudaStream_t stream) {
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return launch_clusters<T>(p, choose_cluster(p.rows, p.vocab, kMaxCluster), stream);
+    return launch_clusters<T>(p, choose_cluster(p.rows, p.vocab, widest_cluster()), stream);
   });
 }
 
