@@ -78,6 +78,8 @@ MLLAMA_HOST_DEVICE static inline int64_t mass_to_keep(int64_t total, double drop
 constexpr int kBinBits = 8;
 constexpr int kBins = 1 << kBinBits;
 
+namespace {  // internal linkage, as above
+
 struct CutInterval {
   uint32_t first = 0;
   int shift = 31 - kBinBits;  // kMaxLevel < 2^31
@@ -102,5 +104,7 @@ struct CutInterval {
     shift = shift > kBinBits ? shift - kBinBits : 0;
   }
 };
+
+}  // namespace
 
 }  // namespace mllama

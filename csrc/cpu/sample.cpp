@@ -1,10 +1,11 @@
 // sample: from logits to tokens; sample_math.h defines the result, bit for bit.
 //
-// Threads    rows where there are many; else chunks of one row, one pass over them after another.
-// Passes     1. scaled logits in float32, and the largest; 2. levels, and the counts of the first
-//            top-k bins; then the few tokens that top-k left, or all with a weight, are packed
-//            together, and the finer bins, top-p and the draw look at those alone.
-// Traffic    logits and seen once; levels (4 bytes per token) once or twice more, from L2.
+// Threads    Rows where there are many; else chunks of one row, in one pass over them after
+// another. Passes     The scaled logits in float32 and the largest; the levels; with top-k, the
+// counts of the
+//            levels' bins (2 passes as a rule, 4 at most). The tokens that are left are then packed
+//            together with their weights, and top-p and the draw look at those alone.
+// Traffic    logits and seen once, 24 bytes of scratch per token, from L2 after the first pass.
 #include "../sample.h"
 
 #include "../sample_math.h"
@@ -153,22 +154,37 @@ void pack(const Row& row, uint32_t cut) {
   });
 }
 
-int64_t draw(const SampleParams& p, const Row& row, int64_t index, uint32_t cut) {
-  const auto drawable = [&](int64_t i) {
-    return row.levels[i] <= cut && row.weights[i] >= p.min_weight ? row.weights[i] : 0;
-  };
-  int64_t total = 0;
-  for (int64_t c = 0; c < row.count(); ++c) {
-    Chunk& chunk = row.chunks[c];
-    chunk.mass = 0;
-    for (int64_t i = 0; i < chunk.packed; ++i) chunk.mass += drawable(c * kChunk + i);
-    total += chunk.mass;
+// The mass of the packed tokens that stay, of each chunk and of all.
+struct Filter {
+  uint32_t cut;
+  int64_t min_weight;
+
+  int64_t operator()(uint32_t level, int64_t weight) const {
+    return level <= cut && weight >= min_weight ? weight : 0;
   }
+};
+
+int64_t find_mass(const Row& row, const Filter& filter) {
+  row.for_chunks([&](Chunk& chunk, int64_t begin, int64_t) {
+    const uint32_t* levels = row.levels + begin;
+    const int64_t* weights = row.weights + begin;
+    int64_t mass = 0;
+    for (int64_t i = 0; i < chunk.packed; ++i) mass += filter(levels[i], weights[i]);
+    chunk.mass = mass;
+  });
+  int64_t total = 0;
+  for (int64_t i = 0; i < row.count(); ++i) total += row.chunks[i].mass;
+  return total;
+}
+
+int64_t draw(const SampleParams& p, const Row& row, int64_t index, const Filter& filter) {
+  const auto weight = [&](int64_t i) { return filter(row.levels[i], row.weights[i]); };
+  const int64_t total = find_mass(row, filter);
   int64_t left = draw_target(p.seeds[index], *p.step, total);
   int64_t c = 0;
   for (; left >= row.chunks[c].mass; ++c) left -= row.chunks[c].mass;
   int64_t i = c * kChunk;
-  for (; left >= drawable(i); ++i) left -= drawable(i);
+  for (; left >= weight(i); ++i) left -= weight(i);
   return row.tokens[i];
 }
 
@@ -196,13 +212,10 @@ int64_t sample_row(const SampleParams& p, const Row& row, int64_t index) {
   pack(row, p.top_k > 0 ? find_cut<false>(row, p.top_k, false) : kMaxLevel);
   uint32_t cut = kMaxLevel;
   if (p.drop_share > 0) {
-    int64_t total = 0;
-    for (int64_t c = 0; c < row.count(); ++c) {
-      for (int64_t i = 0; i < row.chunks[c].packed; ++i) total += row.weights[c * kChunk + i];
-    }
+    const int64_t total = find_mass(row, {kMaxLevel, 1});
     cut = find_cut<true>(row, mass_to_keep(total, p.drop_share), true);
   }
-  return draw(p, row, index, cut);
+  return draw(p, row, index, {cut, p.min_weight});
 }
 
 template <typename T>
