@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -102,3 +103,21 @@ def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     eager = function(*args, **kwargs)
     for c, e in zip(*((r,) if torch.is_tensor(r) else r for r in (compiled, eager))):
         assert torch.equal(c, e)
+
+
+def chi_square_limit(degrees: int) -> float:
+    """The chi-square quantile at one false alarm in ten million (Wilson, Hilferty 1931)."""
+    z = 5.2
+    return degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> tuple[float, float]:
+    """Statistic and limit, with cells of fewer than ten expected draws pooled."""
+    expected = probabilities.double() * counts.sum()
+    rare = expected < 10
+    observed = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    keep = expected > 0
+    assert observed[~keep].sum() == 0, "drew a token of probability zero"
+    statistic = ((observed - expected)[keep] ** 2 / expected[keep]).sum().item()
+    return statistic, chi_square_limit(max(int(keep.sum()) - 1, 1))

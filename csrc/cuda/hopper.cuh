@@ -210,6 +210,12 @@ __device__ __forceinline__ float4 cluster_load4(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint64_t cluster_load_u64(uint32_t address) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];\n" : "=l"(value) : "r"(address) : "memory");
+  return value;
+}
+
 // ---- programmatic dependent launch (launches made with hopper.h: LaunchOptions::overlap)
 //
 // The rule that makes it safe: every thread that reads or writes global memory which another kernel
