@@ -1,0 +1,233 @@
+// The warps of skinny_linear that multiply: eight, sharing the elements of every slab.
+#pragma once
+
+#include "ptx.cuh"
+#include "reduce.cuh"
+#include "skinny_linear_output.cuh"
+#include "skinny_linear_slabs.cuh"
+
+namespace mllama {
+
+constexpr int kSlabThreads = kSlabWarps * kWarpSize;
+
+// Sums of one round wait here for those of the other warps: 16 weight rows x 8 rows of x, or more
+// weight rows where there are fewer rows of x.
+constexpr int kRoundSums = kSlabRows * 8;
+
+struct SkinnyShared {
+  float sums[2][kSlabWarps][kRoundSums];  // two, so that one barrier per round suffices
+  float squares[kSkinnyLinearMaxRows][kSlabWarps];
+};
+
+// kRowBlocks: eights of rows of x.
+template <typename T, int kRowBlocks>
+class SlabMultiplier {
+ public:
+  // Tiles of a pass: what their sums leave of the 112 registers with which two blocks, and so two
+  // kernels, are on a multiprocessor at once.
+  static constexpr int kMaxPassTiles = kRowBlocks == 1 ? 8 : 4;
+
+  __device__ __forceinline__ SlabMultiplier(const SkinnyLinearParams& p, const WeightShare& share,
+                                            SkinnyShared& shared)
+      : p_(p), share_(share), shared_(shared), gate_(skinny_gate<T>(p)) {
+    if (p.norm_weight != nullptr) measure_rows();
+  }
+
+  template <typename Ring>
+  __device__ __forceinline__ void run(Ring& ring) {
+    for (int first_tile = 0; first_tile < share_.tiles; first_tile += share_.pass_tiles) {
+      const int tiles = min(share_.pass_tiles, share_.tiles - first_tile);
+      SkinnyOutput<T> output = locate(first_tile, tiles, 0, 0);
+      float sum[kMaxPassTiles][kRowBlocks][4] = {};
+      Activations next = load(0);
+      for (int chunk = 0; chunk < share_.chunks(); ++chunk) {
+        const Activations x = p_.norm_weight == nullptr ? next : normalized(next);
+        if (chunk + 1 < share_.chunks()) next = load(chunk + 1);
+        const int depth = share_.depth() - chunk * kSlabDepth;
+#pragma unroll
+        for (int i = 0; i < kMaxPassTiles; ++i) {
+          if (i >= tiles) break;
+          multiply(sum[i], x, ring.wait(), first_tile + i, depth);
+          ring.release();
+        }
+      }
+      reduce(sum, first_tile, tiles, output);
+    }
+  }
+
+ private:
+  // A warp's part of a chunk of x, as the B operands of its products: lane l holds elements
+  // l % 4 * 8 to + 7 of row l / 4 of each 32 elements, which takes the order of k within the 32
+  // from the instruction's to that of 16-byte vectors. The weight is read in the same order.
+  static constexpr int kVecs = kWarpDepth / 32;
+  struct Activations {
+    Vec<T> x[kRowBlocks][kVecs];
+    Vec<T> weight[kVecs];  // of the norm
+  };
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kWarpSize; }
+  // First element, within a chunk, of a lane's vector.
+  __device__ __forceinline__ static int vec_begin(int vec) {
+    return warp() * kWarpDepth + vec * 32 + lane() % 4 * 8;
+  }
+
+  __device__ __forceinline__ Activations load(int chunk) const {
+    Activations a;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int k = chunk * kSlabDepth + vec_begin(v);
+#pragma unroll
+      for (int b = 0; b < kRowBlocks; ++b) {
+        const int row = b * 8 + lane() / 4;
+        a.x[b][v] = row < p_.rows && k < share_.depth()
+                        ? load_vec(static_cast<const T*>(p_.x) + row * p_.x_row_stride + k)
+                        : zero_vec<T>();
+      }
+      a.weight[v] = p_.norm_weight != nullptr && k < share_.depth()
+                        ? load_vec(static_cast<const T*>(p_.norm_weight) + k)
+                        : zero_vec<T>();
+    }
+    return a;
+  }
+
+  __device__ __forceinline__ Activations normalized(Activations a) const {
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+#pragma unroll
+      for (int b = 0; b < kRowBlocks; ++b) {
+        a.x[b][v] = normalize(a.x[b][v], a.weight[v], rstd_[b]);
+      }
+    }
+    return a;
+  }
+
+  // The factors of the norm. All warps share every row, in an order that depends on k alone.
+  __device__ __forceinline__ void measure_rows() {
+    const int vecs = share_.depth() / Vec<T>::kSize;
+#pragma unroll 1
+    for (int first_row = 0; first_row < p_.rows; first_row += 8) {
+      float sum[8] = {};
+#pragma unroll 1
+      for (int v = threadIdx.x; v < vecs; v += kSlabThreads) {
+        Vec<T> x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          x[i] = first_row + i < p_.rows
+                     ? load_vec(static_cast<const T*>(p_.x) + (first_row + i) * p_.x_row_stride +
+                                v * Vec<T>::kSize)
+                     : zero_vec<T>();
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = sum_of_squares(x[i], sum[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float total = warp_sum(sum[i]);
+        if (lane() == 0) shared_.squares[first_row + i][warp()] = total;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kSlabWarps; ++w) total += shared_.squares[b * 8 + lane() / 4][w];
+      rstd_[b] = reciprocal_rms(p_, total);
+    }
+  }
+
+  // Rows behind the last column are replaced by the last, elements behind k by zeros.
+  __device__ __forceinline__ void multiply(float (&sum)[kRowBlocks][4], const Activations& x,
+                                           const char* slab, int tile, int depth) const {
+    const int last = share_.columns_of(tile) - 1, row = lane() / 4;
+    const int low_row = min(row, last), high_row = p_.swiglu ? 8 + low_row : min(row + 8, last);
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      uint4 low = make_uint4(0, 0, 0, 0), high = low;
+      if (vec_begin(v) < depth) {
+        const char* element = slab + vec_begin(v) * 2;
+        low = *reinterpret_cast<const uint4*>(element + low_row * kSlabRowBytes);
+        high = *reinterpret_cast<const uint4*>(element + high_row * kSlabRowBytes);
+      }
+#pragma unroll
+      for (int b = 0; b < kRowBlocks; ++b) {
+        const uint4 operand = *reinterpret_cast<const uint4*>(&x.x[b][v]);
+        mma_m16n8k16<T>(sum[b], {low.x, high.x, low.y, high.y}, operand.x, operand.y);
+        mma_m16n8k16<T>(sum[b], {low.z, high.z, low.w, high.w}, operand.z, operand.w);
+      }
+    }
+  }
+
+  // A round adds up to 128 sums over the warps: those of a block of eight rows of x, of which
+  // 2^columns_log2 are kept, for 8 / 2^columns_log2 tiles.
+  __device__ __forceinline__ int columns_log2(int row_block) const {
+    const int rows = static_cast<int>(p_.rows) - row_block * 8;
+    return (rows > 1) + (rows > 2) + (rows > 4);
+  }
+
+  // The element of out that this thread makes in a round.
+  __device__ __forceinline__ SkinnyOutput<T> locate(int first_tile, int tiles, int row_block,
+                                                    int round) const {
+    const int log2 = columns_log2(row_block), thread = threadIdx.x;
+    const int row = row_block * 8 + (thread & ((1 << log2) - 1));
+    const int tile_column = (thread >> log2) % kSlabRows;
+    const int tile = round * (8 >> log2) + thread / kSlabRows / (1 << log2);
+    if (thread >= kRoundSums || row >= p_.rows || tile >= tiles ||
+        tile_column >= share_.columns_of(first_tile + tile)) {
+      return {};
+    }
+    const int column = (first_tile + tile) * share_.tile_columns() + tile_column;
+    return {p_, row, share_.first_column + column};
+  }
+
+  __device__ __forceinline__ void reduce(const float (&sum)[kMaxPassTiles][kRowBlocks][4],
+                                         int first_tile, int tiles, SkinnyOutput<T> output) {
+#pragma unroll
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const int log2 = columns_log2(b), round_tiles = 8 >> log2;
+      const int rounds = (tiles + round_tiles - 1) / round_tiles;
+      for (int round = 0; round < rounds; ++round) {
+        float* const own = shared_.sums[buffer_][warp()];
+#pragma unroll
+        for (int i = 0; i < kMaxPassTiles; ++i) {
+          const int tile = i - round * round_tiles;
+          if (tile < 0 || tile >= round_tiles) continue;
+          float* const low = own + ((tile * kSlabRows + lane() / 4) << log2);
+          float* const high = low + (8 << log2);
+          const int column = lane() % 4 * 2;
+          if (log2 == 0 && column == 0) {
+            *low = sum[i][b][0];
+            *high = sum[i][b][2];
+          } else if (column < 1 << log2) {
+            *reinterpret_cast<float2*>(low + column) = make_float2(sum[i][b][0], sum[i][b][1]);
+            *reinterpret_cast<float2*>(high + column) = make_float2(sum[i][b][2], sum[i][b][3]);
+          }
+        }
+        __syncthreads();
+        if (output.index >= 0) {
+          float total = 0.0f, up = 0.0f;
+#pragma unroll
+          for (int w = 0; w < kSlabWarps; ++w) {
+            const float* const other = shared_.sums[buffer_][w] + threadIdx.x;
+            total += other[0];
+            if (p_.swiglu) up += other[8 << log2];
+          }
+          output.store(p_, gate_, total, up);
+        }
+        buffer_ ^= 1;
+        const bool last = round + 1 == rounds;
+        output = locate(first_tile, tiles, last ? b + 1 : b, last ? 0 : round + 1);
+      }
+    }
+  }
+
+  const SkinnyLinearParams& p_;
+  const WeightShare& share_;
+  SkinnyShared& shared_;
+  float gate_;
+  float rstd_[kRowBlocks] = {};
+  int buffer_ = 0;
+};
+
+}  // namespace mllama
