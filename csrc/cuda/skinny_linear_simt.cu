@@ -36,17 +36,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   };
 
   __shared__ float rstd[kMaxRows];
-  if (p.norm_weight != nullptr) {
-    for (int row = warp; row < p.rows; row += kWarps) {
-      Statistic<T> sum = 0;
-      for (int64_t k = lane * kVec; k < p.k; k += kWarpSize * kVec) {
-        sum = sum_of_squares(load(p.x, row * p.x_row_stride, k), sum);
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) rstd[row] = reciprocal_rms(p, sum);
+  for (int row = warp; row < p.rows; row += kWarps) {
+    Statistic<T> sum = 0;
+    for (int64_t k = lane * kVec; p.norm_weight != nullptr && k < p.k; k += kWarpSize * kVec) {
+      sum = sum_of_squares(load(p.x, row * p.x_row_stride, k), sum);
     }
-    __syncthreads();
+    sum = warp_sum(sum);
+    if (lane == 0) rstd[row] = reciprocal_rms(p, sum);
   }
+  __syncthreads();
 
   const float gate = skinny_gate<T>(p);
   const int64_t group_columns = p.swiglu ? kGroupRows / 2 : kGroupRows;
