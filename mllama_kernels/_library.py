@@ -14,6 +14,7 @@ OPS = (
     "add_rms_norm",
     "gated_residual",
     "swiglu",
+    "skinny_linear",
     "rotary_attention",
     "rotary_attention_cached",
     "cross_attention",

@@ -18,6 +18,7 @@ __all__ = [
     "rms_norm",
     "rotary_attention",
     "rotary_attention_cached",
+    "skinny_linear",
     "swiglu",
     "vision_attention",
 ]
@@ -66,6 +67,34 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :func:`mllama_kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+_swiglu = swiglu  # an argument of skinny_linear has the name
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    swiglu: bool = False,
+    weight_is_constant: bool = False,
+) -> Tensor:
+    """Norm, product, SwiGLU and residual of a few rows; see :func:`mllama_kernels.skinny_linear`."""
+    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
+        raise ValueError("gate goes with residual, row_mask with gate")
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    y = F.linear(x, weight)
+    if swiglu:
+        y = _swiglu(y)
+    if residual is None:
+        return y
+    return residual + y if gate is None else gated_residual(y, residual, gate, row_mask)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

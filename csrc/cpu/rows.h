@@ -39,6 +39,12 @@ MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, 
   });
 }
 
+// silu(gate) * up, for the caller to round.
+template <typename T>
+MLLAMA_INLINE Vec<T> swiglu_product(Vec<T> gate, Vec<T> up) {
+  return round_to<T>(gate / (exp(-gate) + (Scalar<T>)1)) * up;
+}
+
 // out = residual + gate * x; visible false: out = residual + gate * 0.
 template <typename T>
 MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible,
