@@ -18,55 +18,63 @@ struct AsyncShared {
 static_assert(sizeof(AsyncShared) <= 99 * 1024, "sm_86 and sm_89");
 
 template <typename T, int kRowBlocks>
-__global__ void __launch_bounds__(kSlabThreads)
+__global__ void __launch_bounds__(kSlabThreads, 1)
     skinny_linear_sm80_kernel(const SkinnyLinearParams p) {
-#ifndef MLLAMA_SM90A_DEVICE
   extern __shared__ uint4 shared_memory[];
   AsyncShared& shared = *reinterpret_cast<AsyncShared*>(shared_memory);
   using Multiplier = SlabMultiplier<T, kRowBlocks>;
   const WeightShare share(p, Multiplier::kMaxPassTiles);
   AsyncRing ring(share, &shared.slabs[0][0]);
   Multiplier(p, share, shared.skinny).run(ring);
-#endif
 }
 
-struct BulkShared {
-  BulkRingShared ring;
+struct TensorShared {
+  TensorRingShared ring;
   SkinnyShared skinny;
 };
-constexpr int kBulkBlocks = 2;  // per multiprocessor: this kernel's and the next one's
-static_assert(kBulkBlocks * (sizeof(BulkShared) + 1024) <= 228 * 1024,
+constexpr int kTensorBlocks = 2;  // per multiprocessor: this kernel's and the next one's
+static_assert(kTensorBlocks * (sizeof(TensorShared) + 1024) <= 228 * 1024,
               "the system takes 1 KB per block");
 
 template <typename T, int kRowBlocks>
-__global__ void __launch_bounds__(kSlabThreads, kBulkBlocks)
-    skinny_linear_sm90_kernel(const SkinnyLinearParams p) {
+__global__ void __launch_bounds__(kSlabThreads, kTensorBlocks)
+    skinny_linear_sm90_kernel(const SkinnyLinearParams p,
+                              const __grid_constant__ CUtensorMap weight) {
 #ifdef MLLAMA_SM90A_DEVICE
   extern __shared__ uint4 shared_memory[];
-  BulkShared& shared = *reinterpret_cast<BulkShared*>(shared_memory);
+  TensorShared& shared = *reinterpret_cast<TensorShared*>(shared_memory);
   using Multiplier = SlabMultiplier<T, kRowBlocks>;
   const WeightShare share(p, Multiplier::kMaxPassTiles);
-  BulkRing ring(share, shared.ring, p.weight_is_constant);
+  TensorRing ring(share, weight, shared.ring);
   Multiplier(p, share, shared.skinny).run(ring);
 #endif
 }
 
 template <typename T, int kRowBlocks>
 cudaError_t launch_mma(const SkinnyLinearParams& p, int multiprocessors, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>(p.n, multiprocessors);
-  if (runs_sm90a()) {
-    return launch(skinny_linear_sm90_kernel<T, kRowBlocks>, blocks, kSlabThreads,
-                  sizeof(BulkShared), stream, {.overlap = true}, p);
+  const int64_t blocks = std::min<int64_t>(column_blocks(p.n), multiprocessors);
+  if (p.k % kWarpDepth != 0 || !runs_sm90a()) {
+    return launch(skinny_linear_sm80_kernel<T, kRowBlocks>, blocks, kSlabThreads,
+                  sizeof(AsyncShared), stream, {}, p);
   }
-  return launch(skinny_linear_sm80_kernel<T, kRowBlocks>, blocks, kSlabThreads, sizeof(AsyncShared),
-                stream, {}, p);
+  CUtensorMap weight;
+  const cudaError_t status =
+      make_tensor_map(weight, p.dtype, p.weight,
+                      {{kWarpDepth, 1, kWarpDepth},
+                       {p.swiglu ? 2 * p.n : p.n, p.weight_row_stride, kHalfRows},
+                       {p.k / kWarpDepth, kWarpDepth, kSlabWarps}},
+                      Swizzle::k128);
+  if (status != cudaSuccess) return status;
+  return launch(skinny_linear_sm90_kernel<T, kRowBlocks>, blocks, kSlabThreads,
+                sizeof(TensorShared), stream, {.overlap = true}, p, weight);
 }
 
 }  // namespace
 
 int skinny_linear_cuda(const SkinnyLinearParams& p, CUstream_st* stream) {
   if (p.rows == 0 || p.n == 0) return cudaSuccess;
-  if (p.rows > kSkinnyLinearMaxRows || p.n > INT32_MAX || p.k > INT32_MAX - kSlabDepth) {
+  if (p.rows > kSkinnyLinearMaxRows || p.n > INT32_MAX / 2 - kSlabRows ||
+      p.k > INT32_MAX - kSlabDepth) {
     return cudaErrorInvalidValue;
   }
   int device = 0, multiprocessors = 0;

@@ -8,8 +8,6 @@
 
 namespace mllama {
 
-constexpr int kSlabThreads = kSlabWarps * kWarpSize;
-
 // Sums of one round wait here for those of the other warps: 16 weight rows x 8 rows of x, or more
 // weight rows where there are fewer rows of x.
 constexpr int kRoundSums = kSlabRows * 8;
@@ -41,13 +39,12 @@ class SlabMultiplier {
       float sum[kMaxPassTiles][kRowBlocks][4] = {};
       Activations next = load(0);
       for (int chunk = 0; chunk < share_.chunks(); ++chunk) {
-        const Activations x = p_.norm_weight == nullptr ? next : normalized(next);
+        const Activations x = p_.norm_weight == nullptr ? next : normalized(next, chunk);
         if (chunk + 1 < share_.chunks()) next = load(chunk + 1);
-        const int depth = share_.depth() - chunk * kSlabDepth;
 #pragma unroll
         for (int i = 0; i < kMaxPassTiles; ++i) {
           if (i >= tiles) break;
-          multiply(sum[i], x, ring.wait(), first_tile + i, depth);
+          multiply(sum[i], x, ring.wait(), first_tile + i);
           ring.release();
         }
       }
@@ -62,7 +59,6 @@ class SlabMultiplier {
   static constexpr int kVecs = kWarpDepth / 32;
   struct Activations {
     Vec<T> x[kRowBlocks][kVecs];
-    Vec<T> weight[kVecs];  // of the norm
   };
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
@@ -84,19 +80,19 @@ class SlabMultiplier {
                         ? load_vec(static_cast<const T*>(p_.x) + row * p_.x_row_stride + k)
                         : zero_vec<T>();
       }
-      a.weight[v] = p_.norm_weight != nullptr && k < share_.depth()
-                        ? load_vec(static_cast<const T*>(p_.norm_weight) + k)
-                        : zero_vec<T>();
     }
     return a;
   }
 
-  __device__ __forceinline__ Activations normalized(Activations a) const {
+  __device__ __forceinline__ Activations normalized(Activations a, int chunk) const {
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
+      const int k = chunk * kSlabDepth + vec_begin(v);
+      const Vec<T> weight =
+          k < share_.depth() ? load_vec(static_cast<const T*>(p_.norm_weight) + k) : zero_vec<T>();
 #pragma unroll
       for (int b = 0; b < kRowBlocks; ++b) {
-        a.x[b][v] = normalize(a.x[b][v], a.weight[v], rstd_[b]);
+        a.x[b][v] = normalize(a.x[b][v], weight, rstd_[b]);
       }
     }
     return a;
@@ -137,19 +133,21 @@ class SlabMultiplier {
     }
   }
 
-  // Rows behind the last column are replaced by the last, elements behind k by zeros.
+  // Row i of the product's operand is row weight_row(i) of a half: of two neighbours, the chunks of
+  // one are in the first 64 bytes then, and those of the other in the second, so that eight lanes
+  // reading 16 bytes each meet all banks once.
+  __device__ __forceinline__ static int weight_row(int i) { return i / 2 + i % 2 * 4; }
+
   __device__ __forceinline__ void multiply(float (&sum)[kRowBlocks][4], const Activations& x,
-                                           const char* slab, int tile, int depth) const {
-    const int last = share_.columns_of(tile) - 1, row = lane() / 4;
-    const int low_row = min(row, last), high_row = p_.swiglu ? 8 + low_row : min(row + 8, last);
+                                           const char* slab, int tile) const {
+    const char* const own = slab + warp() * kWarpBytes;
+    // A half that is not there is replaced by the first.
+    const char* const high_half = own + (share_.halves(tile) - 1) * kHalfBytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      uint4 low = make_uint4(0, 0, 0, 0), high = low;
-      if (vec_begin(v) < depth) {
-        const char* element = slab + vec_begin(v) * 2;
-        low = *reinterpret_cast<const uint4*>(element + low_row * kSlabRowBytes);
-        high = *reinterpret_cast<const uint4*>(element + high_row * kSlabRowBytes);
-      }
+      const int offset = chunk_offset(weight_row(lane() / 4), v * 4 + lane() % 4);
+      const uint4 low = *reinterpret_cast<const uint4*>(own + offset);
+      const uint4 high = *reinterpret_cast<const uint4*>(high_half + offset);
 #pragma unroll
       for (int b = 0; b < kRowBlocks; ++b) {
         const uint4 operand = *reinterpret_cast<const uint4*>(&x.x[b][v]);
@@ -171,10 +169,11 @@ class SlabMultiplier {
                                                     int round) const {
     const int log2 = columns_log2(row_block), thread = threadIdx.x;
     const int row = row_block * 8 + (thread & ((1 << log2) - 1));
-    const int tile_column = (thread >> log2) % kSlabRows;
+    const int slot = (thread >> log2) % kSlabRows;
+    const int tile_column = slot / 8 * 8 + weight_row(slot % 8);
     const int tile = round * (8 >> log2) + thread / kSlabRows / (1 << log2);
     if (thread >= kRoundSums || row >= p_.rows || tile >= tiles ||
-        tile_column >= share_.columns_of(first_tile + tile)) {
+        tile_column >= min(share_.tile_columns(), share_.columns_from(first_tile + tile))) {
       return {};
     }
     const int column = (first_tile + tile) * share_.tile_columns() + tile_column;

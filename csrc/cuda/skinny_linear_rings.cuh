@@ -1,5 +1,5 @@
 // Two ways to keep slabs of the weight coming through a ring of buffers in shared memory:
-// asynchronous copies (sm_80) and bulk copies (sm_90a).
+// asynchronous copies (sm_80) and tensor copies (sm_90a).
 #pragma once
 
 #include "hopper.cuh"
@@ -11,7 +11,7 @@ namespace mllama {
 // Each warp copies the elements it will use itself, so that no warp ever waits for another.
 class AsyncRing {
  public:
-  static constexpr int kStages = 4;  // with the rest below the 99 KB of sm_86 and sm_89
+  static constexpr int kStages = 5;  // with the rest below the 99 KB of sm_86 and sm_89
 
   __device__ __forceinline__ AsyncRing(const WeightShare& share, char* slabs)
       : share_(share), slabs_(slabs) {
@@ -34,17 +34,24 @@ class AsyncRing {
   // One group per slab, empty behind the last, so that the waits count alike.
   __device__ __forceinline__ void copy_next() {
     if (!cursor_.done(share_)) {
-      constexpr int kRowLanes = kWarpDepth * 2 / 16;
-      const int lane = threadIdx.x % kWarpSize;
-      const int byte = threadIdx.x / kWarpSize * (kWarpDepth * 2) + lane % kRowLanes * 16;
-      const bool inside = byte < cursor_.row_bytes(share_);
-      const uint32_t slab = shared_address(slabs_ + filled_ * kSlabBytes) + byte;
+      constexpr int kRowChunks = kWarpDepth / 8;
+      const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+      const int chunk = lane % kRowChunks, k = cursor_.chunk * kSlabDepth + warp * kWarpDepth;
+      const bool inside = k + chunk * 8 < share_.depth();
+      const uint32_t target = shared_address(slabs_ + filled_ * kSlabBytes + warp * kWarpBytes);
 #pragma unroll
-      for (int row = lane / kRowLanes; row < kSlabRows; row += kWarpSize / kRowLanes) {
-        bool valid;
-        const char* source = cursor_.row(share_, row, valid);
-        valid &= inside;
-        cp_async_16(slab + row * kSlabRowBytes, valid ? source + byte : share_.p.weight, valid);
+      for (int half = 0; half < 2; ++half) {
+        const bool present = inside && half < share_.halves(cursor_.tile);
+        const int64_t first_row = share_.row(cursor_.tile, half);
+        const int columns = share_.columns_from(cursor_.tile) - (share_.p.swiglu ? 0 : half * 8);
+#pragma unroll
+        for (int i = 0; i < kHalfRows; i += kWarpSize / kRowChunks) {
+          const int row = i + lane / kRowChunks;
+          const bool valid = present && row < columns;
+          const char* source = static_cast<const char*>(share_.p.weight);
+          if (valid) source += ((first_row + row) * share_.p.weight_row_stride + k + chunk * 8) * 2;
+          cp_async_16(target + half * kHalfBytes + chunk_offset(row, chunk), source, valid);
+        }
       }
       cursor_.advance(share_);
       filled_ = filled_ + 1 == kStages ? 0 : filled_ + 1;
@@ -58,34 +65,38 @@ class AsyncRing {
   int filled_ = 0, used_ = 0;
 };
 
-struct BulkRingShared {
+struct TensorRingShared {
   static constexpr int kStages = 6;
-  alignas(128) char slabs[kStages][kSlabBytes];
+  alignas(1024) char slabs[kStages][kSlabBytes];
   uint64_t full[kStages], empty[kStages];
 };
 
-// The first warp requests the slabs of all with bulk copies, one row per lane, and refills a buffer
-// as soon as the slowest warp has done with it. A warp of its own for that would leave the others
-// fewer registers: 96 instead of 128 with two blocks per multiprocessor.
-class BulkRing {
+// One thread requests a half per instruction: weight (rows, k) seen as (k / 64, rows, 64), in boxes
+// of 8 x 8 x 64. It belongs to the first warp, which refills a buffer as soon as the slowest warp
+// has done with it: a warp of its own for that would leave the others 96 registers instead of 128
+// where two blocks are on a multiprocessor. Bulk copies of single rows need no tensor map, but 16
+// instructions per slab, about as long as the slab takes to arrive.
+class TensorRing {
  public:
   // All threads of the block. Reads the weight behind wait_for_previous_kernel() only, unless that
   // is constant.
-  __device__ __forceinline__ BulkRing(const WeightShare& share, BulkRingShared& shared,
-                                      bool weight_is_constant)
-      : share_(share), shared_(shared) {
+  __device__ __forceinline__ TensorRing(const WeightShare& share, const CUtensorMap& weight,
+                                        TensorRingShared& shared)
+      : share_(share), weight_(weight), shared_(shared) {
     if (threadIdx.x == 0) {
+      prefetch_tensor_map(&weight_);
 #pragma unroll
-      for (int i = 0; i < BulkRingShared::kStages; ++i) {
+      for (int i = 0; i < TensorRingShared::kStages; ++i) {
         mbarrier_init(&shared_.full[i], 1);
         mbarrier_init(&shared_.empty[i], kSlabWarps);
       }
       fence_mbarrier_init();
     }
     __syncthreads();
-    if (!weight_is_constant) wait_for_previous_kernel();
-    if (warp_uniform(threadIdx.x / kWarpSize) == 0) {
-      for (int i = 0; i < BulkRingShared::kStages && !cursor_.done(share_); ++i) copy_next(i);
+    if (!share_.p.weight_is_constant) wait_for_previous_kernel();
+    if (copies_) {
+#pragma unroll 1
+      for (int i = 0; i < TensorRingShared::kStages && !cursor_.done(share_); ++i) copy_next(i);
     }
     wait_for_previous_kernel();
     start_next_kernel();
@@ -100,7 +111,7 @@ class BulkRing {
     uint64_t* const empty = &shared_.empty[position_.stage];
     __syncwarp();
     if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(empty);
-    if (warp_uniform(threadIdx.x / kWarpSize) == 0 && !cursor_.done(share_)) {
+    if (copies_ && !cursor_.done(share_)) {
       mbarrier_wait(empty, position_.parity);
       copy_next(position_.stage);
     }
@@ -109,24 +120,27 @@ class BulkRing {
 
  private:
   __device__ __forceinline__ void copy_next(int stage) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int bytes = cursor_.row_bytes(share_);
-    uint64_t* const full = &shared_.full[stage];
-    if (lane == 0) mbarrier_arrive_expect(full, cursor_.rows(share_) * bytes);
-    __syncwarp();
-    bool valid;
-    const char* row = cursor_.row(share_, lane % kSlabRows, valid);
-    if (lane < kSlabRows && valid) {
-      bulk_copy(shared_.slabs[stage] + lane * kSlabRowBytes, row, bytes, full, policy_);
+    if (elect_one()) {
+      uint64_t* const full = &shared_.full[stage];
+      const int halves = share_.halves(cursor_.tile);
+      mbarrier_arrive_expect(full, halves * kHalfBytes);
+      for (int half = 0; half < halves; ++half) {
+        tensor_copy_with_policy(shared_.slabs[stage] + half * kHalfBytes, &weight_, full, 0,
+                                share_.row(cursor_.tile, half),
+                                cursor_.chunk * (kSlabDepth / kWarpDepth), policy_);
+      }
     }
+    __syncwarp();
     cursor_.advance(share_);
   }
 
   const WeightShare& share_;
-  BulkRingShared& shared_;
+  const CUtensorMap& weight_;
+  TensorRingShared& shared_;
+  const bool copies_ = warp_uniform(threadIdx.x / kWarpSize) == 0;
   const uint64_t policy_ = l2_evict_first();
   SlabCursor cursor_;
-  RingPosition<BulkRingShared::kStages> position_;
+  RingPosition<TensorRingShared::kStages> position_;
 };
 
 }  // namespace mllama

@@ -36,9 +36,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   };
 
   __shared__ float rstd[kMaxRows];
-  for (int row = warp; row < p.rows; row += kWarps) {
+  for (int row = warp; row < kMaxRows; row += kWarps) {
     Statistic<T> sum = 0;
-    for (int64_t k = lane * kVec; p.norm_weight != nullptr && k < p.k; k += kWarpSize * kVec) {
+    const int64_t squares = p.norm_weight != nullptr && row < p.rows ? p.k : 0;
+    for (int64_t k = lane * kVec; k < squares; k += kWarpSize * kVec) {
       sum = sum_of_squares(load(p.x, row * p.x_row_stride, k), sum);
     }
     sum = warp_sum(sum);
