@@ -27,20 +27,22 @@ class SlabMultiplier {
 
   __device__ __forceinline__ SlabMultiplier(const SkinnyLinearParams& p, const WeightShare& share,
                                             SkinnyShared& shared)
-      : p_(p), share_(share), shared_(shared), gate_(skinny_gate<T>(p)) {
-    if (p.norm_weight != nullptr) measure_rows();
-  }
+      : p_(p), share_(share), shared_(shared) {}
 
   template <typename Ring>
   __device__ __forceinline__ void run(Ring& ring) {
+    Activations next = load(0);  // on its way while the norm is measured
+    if (p_.norm_weight != nullptr) measure_rows();
+    gate_ = skinny_gate<T>(p_);
     for (int first_tile = 0; first_tile < share_.tiles; first_tile += share_.pass_tiles) {
       const int tiles = min(share_.pass_tiles, share_.tiles - first_tile);
-      SkinnyOutput<T> output = locate(first_tile, tiles, 0, 0);
+      const bool last_pass = first_tile + tiles == share_.tiles;
+      const SkinnyOutput<T> output = locate(first_tile, tiles, 0, 0);
       float sum[kMaxPassTiles][kRowBlocks][4] = {};
-      Activations next = load(0);
       for (int chunk = 0; chunk < share_.chunks(); ++chunk) {
         const Activations x = p_.norm_weight == nullptr ? next : normalized(next, chunk);
-        if (chunk + 1 < share_.chunks()) next = load(chunk + 1);
+        const int next_chunk = chunk + 1 < share_.chunks() ? chunk + 1 : 0;
+        if (next_chunk != 0 || !last_pass) next = load(next_chunk);
 #pragma unroll
         for (int i = 0; i < kMaxPassTiles; ++i) {
           if (i >= tiles) break;
@@ -57,8 +59,10 @@ class SlabMultiplier {
   // l % 4 * 8 to + 7 of row l / 4 of each 32 elements, which takes the order of k within the 32
   // from the instruction's to that of 16-byte vectors. The weight is read in the same order.
   static constexpr int kVecs = kWarpDepth / 32;
+  static constexpr bool kNormAhead = kRowBlocks == 1;  // registers allow to load its weight early
   struct Activations {
     Vec<T> x[kRowBlocks][kVecs];
+    Vec<T> norm_weight[kNormAhead ? kVecs : 1];
   };
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
@@ -66,6 +70,10 @@ class SlabMultiplier {
   // First element, within a chunk, of a lane's vector.
   __device__ __forceinline__ static int vec_begin(int vec) {
     return warp() * kWarpDepth + vec * 32 + lane() % 4 * 8;
+  }
+
+  __device__ __forceinline__ Vec<T> load_norm(int k) const {
+    return k < share_.depth() ? load_vec(static_cast<const T*>(p_.norm_weight) + k) : zero_vec<T>();
   }
 
   __device__ __forceinline__ Activations load(int chunk) const {
@@ -80,6 +88,7 @@ class SlabMultiplier {
                         ? load_vec(static_cast<const T*>(p_.x) + row * p_.x_row_stride + k)
                         : zero_vec<T>();
       }
+      if (kNormAhead && p_.norm_weight != nullptr) a.norm_weight[v] = load_norm(k);
     }
     return a;
   }
@@ -87,48 +96,56 @@ class SlabMultiplier {
   __device__ __forceinline__ Activations normalized(Activations a, int chunk) const {
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int k = chunk * kSlabDepth + vec_begin(v);
       const Vec<T> weight =
-          k < share_.depth() ? load_vec(static_cast<const T*>(p_.norm_weight) + k) : zero_vec<T>();
+          kNormAhead ? a.norm_weight[v] : load_norm(chunk * kSlabDepth + vec_begin(v));
 #pragma unroll
-      for (int b = 0; b < kRowBlocks; ++b) {
-        a.x[b][v] = normalize(a.x[b][v], weight, rstd_[b]);
-      }
+      for (int b = 0; b < kRowBlocks; ++b) a.x[b][v] = normalize(a.x[b][v], weight, rstd_[b]);
     }
     return a;
   }
 
   // The factors of the norm. All warps share every row, in an order that depends on k alone.
   __device__ __forceinline__ void measure_rows() {
+    constexpr int kRows = 4, kAhead = 2;  // rows, and vectors of each, under way
     const int vecs = share_.depth() / Vec<T>::kSize;
+    const T* const x = static_cast<const T*>(p_.x);
 #pragma unroll 1
-    for (int first_row = 0; first_row < p_.rows; first_row += 8) {
-      float sum[8] = {};
+    for (int first_row = 0; first_row < p_.rows; first_row += kRows) {
+      float sum[kRows] = {};
 #pragma unroll 1
-      for (int v = threadIdx.x; v < vecs; v += kSlabThreads) {
-        Vec<T> x[8];
+      for (int first = threadIdx.x; first < vecs; first += kAhead * kSlabThreads) {
+        Vec<T> part[kAhead][kRows];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          x[i] = first_row + i < p_.rows
-                     ? load_vec(static_cast<const T*>(p_.x) + (first_row + i) * p_.x_row_stride +
-                                v * Vec<T>::kSize)
-                     : zero_vec<T>();
+        for (int i = 0; i < kAhead; ++i) {
+          const int v = first + i * kSlabThreads;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            part[i][r] = v < vecs && first_row + r < p_.rows
+                             ? load_vec(x + (first_row + r) * p_.x_row_stride + v * Vec<T>::kSize)
+                             : zero_vec<T>();
+          }
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] = sum_of_squares(x[i], sum[i]);
+        for (int r = 0; r < kRows; ++r) {
+          if (first_row + r >= p_.rows) break;
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) sum[r] = sum_of_squares(part[i][r], sum[r]);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float total = warp_sum(sum[i]);
-        if (lane() == 0) shared_.squares[first_row + i][warp()] = total;
+      for (int r = 0; r < kRows; ++r) {
+        if (first_row + r >= p_.rows) break;
+        const float total = warp_sum(sum[r]);
+        if (lane() == 0) shared_.squares[first_row + r][warp()] = total;
       }
     }
     __syncthreads();
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
+      const int row = min(b * 8 + lane() / 4, static_cast<int>(p_.rows) - 1);
       float total = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kSlabWarps; ++w) total += shared_.squares[b * 8 + lane() / 4][w];
+      for (int w = 0; w < kSlabWarps; ++w) total += shared_.squares[row][w];
       rstd_[b] = reciprocal_rms(p_, total);
     }
   }
@@ -224,7 +241,7 @@ class SlabMultiplier {
   const SkinnyLinearParams& p_;
   const WeightShare& share_;
   SkinnyShared& shared_;
-  float gate_;
+  float gate_ = 1.0f;
   float rstd_[kRowBlocks] = {};
   int buffer_ = 0;
 };
