@@ -21,8 +21,8 @@ struct SkinnyShared {
 template <typename T, int kRowBlocks>
 class SlabMultiplier {
  public:
-  // Tiles of a pass: what their sums leave of the 112 registers with which two blocks, and so two
-  // kernels, are on a multiprocessor at once.
+  // Tiles of a pass. With more, their sums would not leave enough of the 128 registers with which
+  // two blocks, and so two kernels, are on a multiprocessor at once.
   static constexpr int kMaxPassTiles = kRowBlocks == 1 ? 8 : 4;
 
   __device__ __forceinline__ SlabMultiplier(const SkinnyLinearParams& p, const WeightShare& share,

@@ -124,11 +124,13 @@ class TensorRing {
       uint64_t* const full = &shared_.full[stage];
       const int halves = share_.halves(cursor_.tile);
       mbarrier_arrive_expect(full, halves * kHalfBytes);
-      for (int half = 0; half < halves; ++half) {
+      const auto copy = [&](int half) {
         tensor_copy_with_policy(shared_.slabs[stage] + half * kHalfBytes, &weight_, full, 0,
                                 share_.row(cursor_.tile, half),
                                 cursor_.chunk * (kSlabDepth / kWarpDepth), policy_);
-      }
+      };
+      copy(0);
+      if (halves == 2) copy(1);
     }
     __syncwarp();
     cursor_.advance(share_);
