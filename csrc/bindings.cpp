@@ -416,8 +416,7 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
   if (residual_in) {
     c.floating(*residual_in, "residual");
     c.sizes(*residual_in, "residual", {rows, n});
-    residual =
-        residual_in->stride(1) == 1 ? *residual_in : torch::stable::contiguous(*residual_in);
+    residual = residual_in->stride(1) == 1 ? *residual_in : torch::stable::contiguous(*residual_in);
   }
   if (gate) {
     c.floating(*gate, "gate");

@@ -181,12 +181,19 @@ def test_a_promise_changes_no_bits(device):
     assert torch.equal(early, out)
 
 
+# qkv, o, gate_up, down and lm_head of the 11B model: n, k, fusion
+LAYERS = [
+    (6144, 4096, "norm"),
+    (4096, 4096, "residual"),
+    (14336, 4096, "all"),
+    (4096, 14336, "gate"),
+    (128256, 4096, "norm"),
+]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    ("n", "k", "fusion"),
-    [(6144, 4096, "norm"), (4096, 4096, "residual"), (14336, 4096, "all"), (4096, 14336, "gate"), (128256, 4096, "norm")],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "k", "fusion"), LAYERS)
 @pytest.mark.parametrize("rows", [1, 4, 16])
 def test_checkpoint_shapes(device, dtype, n, k, fusion, rows):
     args, kwargs = make((rows, n, k), fusion, dtype, device)

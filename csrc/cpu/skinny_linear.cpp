@@ -1,24 +1,19 @@
+// skinny_linear: few rows of x, so the time is that of reading the weight.
+// Threads    contiguous ranges of the weight's rows; norm and packing of x once, by rows of x.
+// Tiling     kStripRows rows of the weight go through k together, kChain vectors at a time, so that
+//            this part of x stays in L1 for all of them. kWeightRows of them meet up to kMaxTile
+//            rows of x with all sums in registers: 24 of the 32 (12 of 16) vector registers. More
+//            rows of x read the part of the weight again, from L1.
+// Prefetch   what the strip reads next, to L2, while it multiplies: the hardware's own prefetching
+//            stops at the end of each 4 KB page, which is where rows of the weight end, too.
+// Precision  each lane adds chains of kChain products in float32 (float64 for float64); chains and
+//            then lanes are added in order. That order depends on k alone, so a row has the same
+//            bits in any batch. With AVX512-BF16, bfloat16 products are added in pairs and
+//            subnormals count as zero.
+// Traffic    the weight once. Up to about 8 rows its reading is the longest part; from there on the
+//            products are: 16 rows need 8 multiply-adds per byte of a bfloat16 weight.
+// Aliasing   out may be x or residual.
 #include "../skinny_linear.h"
-
-#ifndef KCHAIN
-#define KCHAIN 64
-#endif
-#ifndef WR
-#define WR 4
-#endif
-#ifndef XT
-#define XT 6
-#endif
-#ifndef ORDER
-#define ORDER 1
-#endif
-#ifndef STRIP
-#define STRIP 8
-#endif
-#ifndef PF
-#define PF 2
-#endif
-#include <type_traits>
 
 #include "dtypes.h"
 #include "kernels.h"
@@ -28,30 +23,29 @@
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-// Rows of the weight that one step reads.
-constexpr int kWeightRows = WR;
-constexpr int kStrip = STRIP;
-// Rows of x per pass over a block of the weight: kWeightRows times as many sums stay in registers.
-constexpr int kMaxTile = kLanes == 16 ? XT : kLanes == 8 ? 3 : 2;
-// Vectors per chain of additions.
-constexpr int64_t kChain = KCHAIN;
-// Bytes of the weight that one task should read at least: below, threads cost more.
-constexpr int64_t kTaskBytes = 1 << 16;
-// Columns whose sums are kept until they are rounded and stored, many at a time.
+constexpr int kStripRows = 16;
+constexpr int kWeightRows = 4;
+constexpr int kMaxTile = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 2;
+constexpr int64_t kChain = 32;
+// Columns that are finished together: rounded, activated, added to the residual and stored.
 constexpr int64_t kColumns = 128;
+static_assert(kColumns % kStripRows == 0 && kStripRows % kWeightRows == 0);
+// Bytes of the weight that one task should read at least: below, threads cost more.
+constexpr int64_t kTaskBytes = 1 << 17;
 
+// Products of vectors of kStep elements of the weight with as many of x, which is packed.
 template <typename T>
 struct FmaDot {
   using Element = Scalar<T>;  // of packed x
   using Operand = Vec<T>;
   static constexpr int kStep = kLanes;
 
-  static Operand weight(const T* p) { return load(p); }
-  static Operand weight(const T* p, First part) { return load(p, part); }
-  static Operand packed(const Element* p) { return load(p); }
-  static Vec<T> multiply_add(Operand w, Operand x, Vec<T> sum) { return sum + w * x; }
+  static Operand load_weight(const T* p) { return load(p); }
+  static Operand load_weight(const T* p, First part) { return load(p, part); }
+  static Operand load_x(const Element* p) { return load(p); }
   static void pack(const T* x, Element* out) { store(out, load(x)); }
   static void pack(const T* x, First part, Element* out) { store(out, load(x, part)); }
+  static Vec<T> multiply_add(Operand w, Operand x, Vec<T> sum) { return sum + w * x; }
 };
 
 #ifdef __AVX512BF16__
@@ -60,18 +54,18 @@ struct Bf16Dot {
   using Operand = __m512bh;
   static constexpr int kStep = 32;
 
-  static Operand weight(const BF16* p) { return (Operand)_mm512_loadu_si512(p); }
-  static Operand weight(const BF16* p, First part) {
+  static Operand load_weight(const BF16* p) { return (Operand)_mm512_loadu_si512(p); }
+  static Operand load_weight(const BF16* p, First part) {
     return (Operand)_mm512_maskz_loadu_epi16(((__mmask32)1 << part.n) - 1, p);
   }
-  static Operand packed(const BF16* p) { return weight(p); }
+  static Operand load_x(const BF16* p) { return load_weight(p); }
+  static void pack(const BF16* x, BF16* out) { memcpy(out, x, sizeof(Operand)); }
+  static void pack(const BF16* x, First part, BF16* out) {
+    const Operand padded = load_weight(x, part);
+    memcpy(out, &padded, sizeof(padded));
+  }
   static FVec multiply_add(Operand w, Operand x, FVec sum) {
     return (FVec)_mm512_dpbf16_ps((__m512)sum, w, x);
-  }
-  static void pack(const BF16* x, BF16* out) { memcpy(out, x, kStep * sizeof(BF16)); }
-  static void pack(const BF16* x, First part, BF16* out) {
-    const Operand padded = weight(x, part);
-    memcpy(out, &padded, sizeof(padded));
   }
 };
 #endif
@@ -91,6 +85,7 @@ class Linear {
         x_stride_(p.rows * Dot::kStep),
         x_(scratch_.take<E>((whole_ + 1) * x_stride_)) {}
 
+  // Normalizes x if asked to. Packed x is [vector of k][row].
   void pack_x() {
     T* normed = p_.norm_weight ? scratch_.take<T>(p_.rows * p_.k) : nullptr;
     parallel_for(0, p_.rows, row_grain(p_.k), [&](int64_t begin, int64_t end) {
@@ -102,25 +97,26 @@ class Linear {
           x = y;
         }
         E* out = x_ + row * Dot::kStep;
-        for (int64_t s = 0; s < whole_; ++s) Dot::pack(x + s * Dot::kStep, out + s * x_stride_);
+        for (int64_t v = 0; v < whole_; ++v) Dot::pack(x + v * Dot::kStep, out + v * x_stride_);
         if (tail_) Dot::pack(x + whole_ * Dot::kStep, First{tail_}, out + whole_ * x_stride_);
       }
     });
   }
 
   void multiply() const {
-    const int64_t group_bytes = (p_.swiglu ? 2 : 1) * kStrip * p_.k * (int64_t)sizeof(T);
-    const int64_t grain = max<int64_t>(1, kTaskBytes / group_bytes);
-    parallel_for(0, ceil_div<int64_t>(p_.n, kStrip), grain, [&](int64_t begin, int64_t end) {
+    const int64_t strip_bytes = (p_.swiglu ? 2 : 1) * kStripRows * p_.k * (int64_t)sizeof(T);
+    const int64_t grain = ceil_div(kTaskBytes, strip_bytes);
+    parallel_for(0, ceil_div<int64_t>(p_.n, kStripRows), grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      Vec<T>* sums = scratch.take<Vec<T>>(p_.rows * kStrip);
+      Vec<T>* sums = scratch.take<Vec<T>>(p_.rows * kStripRows);
       S* y = scratch.take<S>(p_.rows * kColumns);
       S* up = p_.swiglu ? scratch.take<S>(p_.rows * kColumns) : nullptr;
-      const int64_t last = min(end * kStrip, p_.n);
-      for (int64_t first = begin * kStrip; first < last; first += kColumns) {
+      const int64_t last = min(end * kStripRows, p_.n);
+      for (int64_t first = begin * kStripRows; first < last; first += kColumns) {
         const int64_t columns = min(kColumns, last - first);
-        multiply_columns(first, columns, sums, y);
-        if (up) multiply_columns(p_.n + first, columns, sums, up);
+        const int64_t next = min(first + kColumns, last - 1);
+        multiply_columns(first, columns, up ? p_.n + first : next, sums, y);
+        if (up) multiply_columns(p_.n + first, columns, next, sums, up);
         for (int64_t row = 0; row < p_.rows; ++row) {
           finish_row(row, first, columns, y + row * kColumns, up ? up + row * kColumns : nullptr);
         }
@@ -129,129 +125,137 @@ class Linear {
   }
 
  private:
-  // y[row][i] = x[row] . weight[first + i]
-  void multiply_columns(int64_t first, int64_t columns, Vec<T>* sums, S* y) const {
-    const int64_t tiles = ceil_div<int64_t>(p_.rows, kMaxTile);
-    for (int64_t c = 0; c < columns; c += kStrip) {
-      const int64_t groups = ceil_div<int64_t>(min<int64_t>(kStrip, columns - c), kWeightRows);
-      const T* weight[kStrip];
-      for (int j = 0; j < kStrip; ++j) {  // past the last column, that column again
-        weight[j] = static_cast<const T*>(p_.weight) +
-                    (first + min(c + j, columns - 1)) * p_.weight_row_stride;
-      }
-      const int64_t next_strip = c + kStrip < columns ? kStrip * p_.weight_row_stride : 0;
-      for (int64_t s = 0; s * Dot::kStep < p_.k; s += kChain) {
-        const bool last = (s + kChain) * Dot::kStep >= p_.k;
-        Block block = {};
-        block.whole = min(kChain, whole_ - s);
-        block.tail = last ? tail_ : 0;
-        const int64_t next = last ? next_strip - s * Dot::kStep : kChain * Dot::kStep;
-        block.starts = s == 0;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = t * p_.rows / tiles, end = (t + 1) * p_.rows / tiles;
-          for (int64_t g = 0; g < groups; ++g) {
-            block.next = ORDER ? ((tiles - 1 - g % tiles) == t ? next : 0) : next;
-            for (int j = 0; j < kWeightRows; ++j)
-              block.weight[j] = weight[g * kWeightRows + j] + s * Dot::kStep;
-            multiply_block<kMaxTile>(end - row, block, x_ + s * x_stride_ + row * Dot::kStep,
-                                     sums + (row * kStrip) + g * kWeightRows);
-          }
-        }
+  // Some vectors of kWeightRows rows of the weight.
+  struct Part {
+    const T* weight[kWeightRows];
+    int64_t whole, tail;  // vectors, and the elements of one more
+    int64_t ahead;        // elements from here to what is read next
+    bool starts;          // with the first elements of the rows
+  };
+
+  // y[row][i] = x[row] . weight[first + i]. `next`: the row of the weight that is read after these.
+  void multiply_columns(int64_t first, int64_t columns, int64_t next, Vec<T>* sums, S* y) const {
+    for (int64_t c = 0; c < columns; c += kStripRows) {
+      const int64_t next_strip = c + kStripRows < columns ? first + c + kStripRows : next;
+      const int64_t to_next_strip = (next_strip - (first + c)) * p_.weight_row_stride;
+      const int64_t count = min<int64_t>(kStripRows, columns - c);
+      for (int64_t v = 0; v * Dot::kStep < p_.k; v += kChain) {
+        const bool ends = (v + kChain) * Dot::kStep >= p_.k;
+        Part part;
+        part.whole = min(kChain, whole_ - v);
+        part.tail = ends ? tail_ : 0;
+        part.ahead = ends ? to_next_strip - v * Dot::kStep : kChain * Dot::kStep;
+        part.starts = v == 0;
+        multiply_strip(first + c, count, v, part, sums);
       }
       for (int64_t row = 0; row < p_.rows; ++row) {
-        for (int j = 0; j < kStrip; ++j) {
-          y[row * kColumns + c + j] = sum_lanes(sums[row * kStrip + j]);
+        for (int64_t i = 0; i < count; ++i) {
+          y[row * kColumns + c + i] = sum_lanes(sums[row * kStripRows + i]);
         }
       }
     }
   }
 
-  // Up to kChain vectors of kWeightRows rows of the weight.
-  struct Block {
-    const T* weight[kWeightRows];
-    int64_t whole, tail;  // vectors, and elements after them
-    int64_t next;         // elements from here to what will be read after this block
-    bool starts;          // the rows
-  };
+  // The vectors from v on of `count` rows of the weight, times all of x.
+  void multiply_strip(int64_t first, int64_t count, int64_t v, Part& part, Vec<T>* sums) const {
+    const int64_t tiles = ceil_div<int64_t>(p_.rows, kMaxTile);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = t * p_.rows / tiles, rows = (t + 1) * p_.rows / tiles - row;
+      for (int64_t i = 0; i < count; i += kWeightRows) {
+        for (int j = 0; j < kWeightRows; ++j) {  // past the last row, that row again
+          part.weight[j] = static_cast<const T*>(p_.weight) +
+                           (first + min(i + j, count - 1)) * p_.weight_row_stride + v * Dot::kStep;
+        }
+        multiply_tile<kMaxTile>(rows, part, x_ + v * x_stride_ + row * Dot::kStep,
+                                sums + row * kStripRows + i);
+      }
+    }
+  }
 
   template <int kRows>
-  void multiply_block(int64_t rows, const Block& block, const E* x, Vec<T>* sums) const {
+  void multiply_tile(int64_t rows, const Part& part, const E* x, Vec<T>* sums) const {
     if constexpr (kRows > 1) {
-      if (rows < kRows) return multiply_block<kRows - 1>(rows, block, x, sums);
+      if (rows < kRows) return multiply_tile<kRows - 1>(rows, part, x, sums);
     }
-    Vec<T> chains[kRows][kWeightRows] = {};
     const T* weight[kWeightRows];
-    for (int j = 0; j < kWeightRows; ++j) weight[j] = block.weight[j];
-    const int64_t next = block.next;
-    const auto step = [&](const Operand(&w)[kWeightRows], const E* x) {
+    for (int j = 0; j < kWeightRows; ++j) weight[j] = part.weight[j];
+    const int64_t ahead = part.ahead;
+    Vec<T> chains[kRows][kWeightRows] = {};
+    Operand w[kWeightRows];
+    const auto multiply = [&](const E* x) {
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const Operand value = Dot::packed(x + r * Dot::kStep);
-#pragma GCC unroll 8
+        const Operand value = Dot::load_x(x + r * Dot::kStep);
+#pragma GCC unroll 4
         for (int j = 0; j < kWeightRows; ++j) {
           chains[r][j] = Dot::multiply_add(w[j], value, chains[r][j]);
         }
       }
     };
-    Operand w[kWeightRows];
-    for (int64_t s = 0; s < block.whole; ++s, x += x_stride_) {
-#pragma GCC unroll 8
+    for (int64_t v = 0; v < part.whole; ++v) {
+#pragma GCC unroll 4
       for (int j = 0; j < kWeightRows; ++j) {
-        const T* here = weight[j] + s * Dot::kStep;
-        if constexpr (PF < 4) __builtin_prefetch(here + next, 0, PF);
-        w[j] = Dot::weight(here);
+        const T* place = weight[j] + v * Dot::kStep;
+        __builtin_prefetch(place + ahead, 0, 2);
+        w[j] = Dot::load_weight(place);
       }
-      step(w, x);
+      multiply(x + v * x_stride_);
     }
-    if (block.tail) {
+    if (part.tail) {
       for (int j = 0; j < kWeightRows; ++j) {
-        w[j] = Dot::weight(weight[j] + block.whole * Dot::kStep, First{block.tail});
+        w[j] = Dot::load_weight(weight[j] + part.whole * Dot::kStep, First{part.tail});
       }
-      step(w, x);
+      multiply(x + part.whole * x_stride_);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int j = 0; j < kWeightRows; ++j) {
-        Vec<T>& sum = sums[r * kStrip + j];
-        sum = block.starts ? chains[r][j] : sum + chains[r][j];
+        Vec<T>& sum = sums[r * kStripRows + j];
+        sum = part.starts ? chains[r][j] : sum + chains[r][j];
       }
     }
   }
 
-  // From float32 sums of columns first, ... to elements of out.
+  // Columns first, ... of a row of out, from their sums.
   void finish_row(int64_t row, int64_t first, int64_t columns, const S* y, const S* up) const {
     const bool visible = !p_.row_mask || p_.row_mask[row];
-    const T* residual = p_.residual ? static_cast<const T*>(p_.residual) +
-                                          row * p_.residual_row_stride + first
-                                    : nullptr;
+    const T* residual = static_cast<const T*>(p_.residual);
+    if (residual) residual += row * p_.residual_row_stride + first;
     T* out = static_cast<T*>(p_.out) + row * p_.n + first;
     for_vectors(columns, [&](int64_t i, auto part) {
       Vec<T> value = round_to<T>(load(y + i));
       if (up) value = round_to<T>(swiglu_product<T>(value, round_to<T>(load(up + i))));
-      if (p_.gate) value = visible ? round_to<T>(value * gate_) : Vec<T>{} * gate_;
-      if (residual) value += load(residual + i, part);
+      if (p_.gate) {
+        value = gated_sum<T>(value, load(residual + i, part), gate_, visible);
+      } else if (residual) {
+        value += load(residual + i, part);
+      }
       store(out + i, value, part);
     });
   }
 
   const SkinnyLinearParams& p_;
   const S gate_;
-  const int64_t whole_, tail_, x_stride_;
+  const int64_t whole_, tail_;  // vectors of k, and the elements of one more
+  const int64_t x_stride_;
   Scratch scratch_;
   E* x_;
 };
 
-template <typename T>
-void run(const SkinnyLinearParams& p) {
-#ifdef __AVX512BF16__
-  using Dot = std::conditional_t<__is_same(T, BF16), Bf16Dot, FmaDot<T>>;
-#else
-  using Dot = FmaDot<T>;
-#endif
+template <typename T, typename Dot>
+void run_with(const SkinnyLinearParams& p) {
   Linear<T, Dot> linear(p);
   linear.pack_x();
   linear.multiply();
+}
+
+template <typename T>
+void run(const SkinnyLinearParams& p) {
+#ifdef __AVX512BF16__
+  if constexpr (__is_same(T, BF16)) return run_with<T, Bf16Dot>(p);
+#endif
+  run_with<T, FmaDot<T>>(p);
 }
 
 }  // namespace
