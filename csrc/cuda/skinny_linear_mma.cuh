@@ -8,8 +8,7 @@
 
 namespace mllama {
 
-// Sums of one round wait here for those of the other warps: 16 weight rows x 8 rows of x, or more
-// weight rows where there are fewer rows of x.
+// Sums of a round: 16 weight rows x 8 rows of x, or more weight rows where fewer rows of x.
 constexpr int kRoundSums = kSlabRows * 8;
 
 struct SkinnyShared {
@@ -175,10 +174,10 @@ class SlabMultiplier {
   }
 
   // A round adds up to 128 sums over the warps: those of a block of eight rows of x, of which
-  // 2^columns_log2 are kept, for 8 / 2^columns_log2 tiles.
+  // 2^columns_log2, at least two, are kept, for 8 / 2^columns_log2 tiles.
   __device__ __forceinline__ int columns_log2(int row_block) const {
     const int rows = static_cast<int>(p_.rows) - row_block * 8;
-    return (rows > 1) + (rows > 2) + (rows > 4);
+    return 1 + (rows > 2) + (rows > 4);
   }
 
   // The element of out that this thread makes in a round.
@@ -212,10 +211,7 @@ class SlabMultiplier {
           float* const low = own + ((tile * kSlabRows + lane() / 4) << log2);
           float* const high = low + (8 << log2);
           const int column = lane() % 4 * 2;
-          if (log2 == 0 && column == 0) {
-            *low = sum[i][b][0];
-            *high = sum[i][b][2];
-          } else if (column < 1 << log2) {
+          if (column < 1 << log2) {
             *reinterpret_cast<float2*>(low + column) = make_float2(sum[i][b][0], sum[i][b][1]);
             *reinterpret_cast<float2*>(high + column) = make_float2(sum[i][b][2], sum[i][b][3]);
           }
