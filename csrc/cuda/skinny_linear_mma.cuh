@@ -12,7 +12,7 @@ namespace mllama {
 constexpr int kRoundSums = kSlabRows * 8;
 
 struct SkinnyShared {
-  float sums[2][kSlabWarps][kRoundSums];  // two, so that one barrier per round suffices
+  alignas(16) float sums[2][kSlabWarps][kRoundSums];  // two, so that one barrier per round suffices
   float squares[kSkinnyLinearMaxRows][kSlabWarps];
 };
 
@@ -203,18 +203,17 @@ class SlabMultiplier {
       const int log2 = columns_log2(b), round_tiles = 8 >> log2;
       const int rounds = (tiles + round_tiles - 1) / round_tiles;
       for (int round = 0; round < rounds; ++round) {
-        float* const own = shared_.sums[buffer_][warp()];
+        float2* const own = reinterpret_cast<float2*>(shared_.sums[buffer_][warp()]);
 #pragma unroll
         for (int i = 0; i < kMaxPassTiles; ++i) {
           const int tile = i - round * round_tiles;
           if (tile < 0 || tile >= round_tiles) continue;
-          float* const low = own + ((tile * kSlabRows + lane() / 4) << log2);
-          float* const high = low + (8 << log2);
           const int column = lane() % 4 * 2;
-          if (column < 1 << log2) {
-            *reinterpret_cast<float2*>(low + column) = make_float2(sum[i][b][0], sum[i][b][1]);
-            *reinterpret_cast<float2*>(high + column) = make_float2(sum[i][b][2], sum[i][b][3]);
-          }
+          if (column >= 1 << log2) continue;
+          // Pairs as an index of float2: through a float address the compiler stores halves.
+          const int low = (tile * kSlabRows + lane() / 4) << (log2 - 1);
+          own[low + column / 2] = make_float2(sum[i][b][0], sum[i][b][1]);
+          own[low + (8 << (log2 - 1)) + column / 2] = make_float2(sum[i][b][2], sum[i][b][3]);
         }
         __syncthreads();
         if (output.index >= 0) {
