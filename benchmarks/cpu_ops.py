@@ -9,6 +9,7 @@ median of each and the median of the paired ratios. --save writes benchmarks/res
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -88,6 +89,29 @@ def elementwise(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(
             "swiglu", f"{rows}x{INTERMEDIATE}", lambda g=gate_up: ours.swiglu(g), plain_swiglu
         )
+
+
+def linear(dtype: torch.dtype) -> Iterator[Case]:
+    """The projections of a decode step. Weights rotate where one alone would stay in the cache."""
+    shapes = {
+        "qkv": (6144, E),
+        "o": (E, E),
+        "gate_up": (2 * INTERMEDIATE, E),
+        "down": (E, INTERMEDIATE),
+        "lm_head": (128256, E),
+    }
+    for name, (n, k) in shapes.items():
+        copies = max(1, (1 << 29) // (n * k * dtype.itemsize))
+        weights = torch.randn(copies, n, k, dtype=dtype)
+        for rows in (1, 4, 16):
+            x = torch.randn(rows, k, dtype=dtype)
+            mine, theirs = itertools.cycle(weights), itertools.cycle(weights)
+            yield Case(
+                "skinny_linear",
+                f"{name} {rows}x{k} to {n}",
+                lambda x=x, w=mine: ours.skinny_linear(x, next(w)),
+                lambda x=x, w=theirs: F.linear(x, next(w)),
+            )
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs: object) -> Tensor:
@@ -279,7 +303,7 @@ def main() -> None:
     print(f"{'op':24}{'shape':28}{'dtype':10}{'ours ms':>10}{'plain ms':>10}{'ratio':>7}")
     for name in args.dtypes:
         dtype = getattr(torch, name)
-        for source in (elementwise, self_attention, cross_attention, vision):
+        for source in (elementwise, linear, self_attention, cross_attention, vision):
             for case in source(dtype):
                 if args.ops and not any(op in case.op for op in args.ops):
                     continue

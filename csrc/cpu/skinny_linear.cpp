@@ -125,28 +125,36 @@ class Linear {
   }
 
  private:
-  // Some vectors of kWeightRows rows of the weight.
+  // Some vectors of k.
   struct Part {
-    const T* weight[kWeightRows];
+    int64_t first;        // element
     int64_t whole, tail;  // vectors, and the elements of one more
     int64_t ahead;        // elements from here to what is read next
-    bool starts;          // with the first elements of the rows
   };
 
   // y[row][i] = x[row] . weight[first + i]. `next`: the row of the weight that is read after these.
   void multiply_columns(int64_t first, int64_t columns, int64_t next, Vec<T>* sums, S* y) const {
+    const int64_t tiles = ceil_div<int64_t>(p_.rows, kMaxTile);
     for (int64_t c = 0; c < columns; c += kStripRows) {
+      const int64_t count = min<int64_t>(kStripRows, columns - c);
+      const T* weight[kStripRows];
+      for (int i = 0; i < kStripRows; ++i) {  // past the last row, that row again
+        weight[i] = static_cast<const T*>(p_.weight) +
+                    (first + c + min<int64_t>(i, count - 1)) * p_.weight_row_stride;
+      }
       const int64_t next_strip = c + kStripRows < columns ? first + c + kStripRows : next;
       const int64_t to_next_strip = (next_strip - (first + c)) * p_.weight_row_stride;
-      const int64_t count = min<int64_t>(kStripRows, columns - c);
       for (int64_t v = 0; v * Dot::kStep < p_.k; v += kChain) {
         const bool ends = (v + kChain) * Dot::kStep >= p_.k;
-        Part part;
-        part.whole = min(kChain, whole_ - v);
-        part.tail = ends ? tail_ : 0;
-        part.ahead = ends ? to_next_strip - v * Dot::kStep : kChain * Dot::kStep;
-        part.starts = v == 0;
-        multiply_strip(first + c, count, v, part, sums);
+        const Part part = {v * Dot::kStep, min(kChain, whole_ - v), ends ? tail_ : 0,
+                           ends ? to_next_strip - v * Dot::kStep : kChain * Dot::kStep};
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = t * p_.rows / tiles, rows = (t + 1) * p_.rows / tiles - row;
+          const E* x = x_ + v * x_stride_ + row * Dot::kStep;
+          for (int64_t i = 0; i < count; i += kWeightRows) {
+            multiply_tile(rows, weight + i, part, x, sums + row * kStripRows + i);
+          }
+        }
       }
       for (int64_t row = 0; row < p_.rows; ++row) {
         for (int64_t i = 0; i < count; ++i) {
@@ -156,30 +164,15 @@ class Linear {
     }
   }
 
-  // The vectors from v on of `count` rows of the weight, times all of x.
-  void multiply_strip(int64_t first, int64_t count, int64_t v, Part& part, Vec<T>* sums) const {
-    const int64_t tiles = ceil_div<int64_t>(p_.rows, kMaxTile);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = t * p_.rows / tiles, rows = (t + 1) * p_.rows / tiles - row;
-      for (int64_t i = 0; i < count; i += kWeightRows) {
-        for (int j = 0; j < kWeightRows; ++j) {  // past the last row, that row again
-          part.weight[j] = static_cast<const T*>(p_.weight) +
-                           (first + min(i + j, count - 1)) * p_.weight_row_stride + v * Dot::kStep;
-        }
-        multiply_tile<kMaxTile>(rows, part, x_ + v * x_stride_ + row * Dot::kStep,
-                                sums + row * kStripRows + i);
-      }
-    }
-  }
-
-  template <int kRows>
-  void multiply_tile(int64_t rows, const Part& part, const E* x, Vec<T>* sums) const {
-    if constexpr (kRows > 1) {
-      if (rows < kRows) return multiply_tile<kRows - 1>(rows, part, x, sums);
+  template <int kRows = 1>
+  void multiply_tile(int64_t rows, const T* const* weight_rows, const Part& part, const E* x,
+                     Vec<T>* sums) const {
+    if constexpr (kRows < kMaxTile) {
+      if (rows > kRows) return multiply_tile<kRows + 1>(rows, weight_rows, part, x, sums);
     }
     const T* weight[kWeightRows];
-    for (int j = 0; j < kWeightRows; ++j) weight[j] = part.weight[j];
-    const int64_t ahead = part.ahead;
+    for (int j = 0; j < kWeightRows; ++j) weight[j] = weight_rows[j] + part.first;
+    const int64_t ahead = part.ahead, x_stride = x_stride_;
     Vec<T> chains[kRows][kWeightRows] = {};
     Operand w[kWeightRows];
     const auto multiply = [&](const E* x) {
@@ -199,20 +192,20 @@ class Linear {
         __builtin_prefetch(place + ahead, 0, 2);
         w[j] = Dot::load_weight(place);
       }
-      multiply(x + v * x_stride_);
+      multiply(x + v * x_stride);
     }
     if (part.tail) {
       for (int j = 0; j < kWeightRows; ++j) {
         w[j] = Dot::load_weight(weight[j] + part.whole * Dot::kStep, First{part.tail});
       }
-      multiply(x + part.whole * x_stride_);
+      multiply(x + part.whole * x_stride);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < kWeightRows; ++j) {
         Vec<T>& sum = sums[r * kStripRows + j];
-        sum = part.starts ? chains[r][j] : sum + chains[r][j];
+        sum = part.first == 0 ? chains[r][j] : sum + chains[r][j];
       }
     }
   }
