@@ -117,6 +117,16 @@ __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint6
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+// With one of the policies above.
+__device__ __forceinline__ void tensor_copy_with_policy(void* shared, const void* map,
+                                                        uint64_t* barrier, int c0, int c1, int c2,
+                                                        uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_"
+      "hint [%0], [%1, {%3, %4, %5}], [%2], %6;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint64_t* barrier,
                                             int c0, int c1, int c2, int c3) {
   asm volatile(
