@@ -47,7 +47,7 @@ def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> Non
     Half an ulp is always allowed: it is the rounding of the store. So are, for the largest error,
     eight float32 roundings before it (rotation, score, scaling, exponential, weight, product, sum,
     quotient): the largest of a few hundred errors is a matter of chance, and plain PyTorch's may be
-    luckier than that.
+    luckier than that. The 2-norm of a handful of errors is no less so.
     """
     ideal = exact.to(actual.dtype)  # what a perfect kernel would store
     assert actual.shape == ideal.shape, (
@@ -65,7 +65,7 @@ def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> Non
     for order in (float("inf"), 2) if e.numel() else ():
         error = torch.linalg.vector_norm(a - e, order).item()
         ulps = torch.finfo(actual.dtype).eps / 2
-        if order == float("inf") and actual.dtype != torch.float64:
+        if (order == float("inf") or e.numel() < 16) and actual.dtype != torch.float64:
             ulps += 8 * torch.finfo(torch.float32).eps / 2
         floor = ulps * torch.linalg.vector_norm(e, order).item()
         allowed = max(k * torch.linalg.vector_norm(p - e, order).item(), floor)
