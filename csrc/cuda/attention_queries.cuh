@@ -48,7 +48,7 @@ __device__ __forceinline__ void for_own_rows(const F& f) {
 struct PlainQuery {
   template <typename Config, typename T>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
+    using Layout = typename Config::QueryLayout;
     const uint32_t address = shared_address(tile);
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
@@ -71,7 +71,7 @@ struct NormedQuery {
 
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
+    using Layout = typename Config::QueryLayout;
     constexpr int kVecs = (Layout::kChunks + 7) / 8;
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
@@ -117,7 +117,7 @@ struct RotaryQuery {
 
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
+    using Layout = typename Config::QueryLayout;
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
       const T* source = valid ? rows.q_row(row) : rows.q;

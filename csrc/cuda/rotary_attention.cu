@@ -21,8 +21,10 @@
 #include "../rotary_attention.h"
 #include "attention.cuh"
 #include "attention_keys.cuh"
+#include "hopper.h"
 #include "ragged.cuh"
 #include "rope.cuh"
+#include "rotary_attention_sm90.h"
 #include "split_kv.h"
 
 namespace mllama {
@@ -302,6 +304,9 @@ int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
       const cudaError_t status = launch_append<T>(p, stream);
       if (status != cudaSuccess) return status;
       if (uses_split_kv(p)) return static_cast<cudaError_t>(rotary_decode_cuda(p, stream));
+      if (uses_rotary_sm90(p) && runs_sm90a()) {
+        return static_cast<cudaError_t>(rotary_attention_sm90(p, stream));
+      }
       return launch_attend<decltype(config)>(p, stream);
     });
   });
