@@ -178,11 +178,18 @@ class AttentionSm90Compute {
     wgmma_wait<0>(scores[0]);
     release(shared_.k_empty, k_);
     weigh(block, scores, factor);
-    pack(scores);
 
+    // A product with V is waited for at the top of the loop, not where its results are needed: the
+    // compiler moves a wait up to the start of its basic block, ahead of the softmax that is to run
+    // meanwhile.
     bool first = true;
     block = warp_uniform(mask_.next());
-    while (block != kNoBlock) {
+    while (true) {
+      wgmma_wait<0>(out_);
+      if (!first) release(shared_.v_empty, v_);
+      rescale(factor);
+      pack(scores);
+      if (block == kNoBlock) break;
       const int next = warp_uniform(mask_.next());
       mbarrier_wait(&shared_.k_full[k_.stage], k_.parity);
       if (!first || warpgroup_ != 0) wait_for_turn();
@@ -195,10 +202,6 @@ class AttentionSm90Compute {
       wgmma_wait<1>(scores[0]);
       release(shared_.k_empty, k_);
       weigh(block, scores, factor);
-      wgmma_wait<0>(out_);
-      release(shared_.v_empty, v_);
-      rescale(factor);
-      pack(scores);
       first = false;
       block = next;
     }
