@@ -86,7 +86,7 @@ struct AttentionSm90Shared {
   alignas(1024) char k[kStages][Config::KeyLayout::kBytes];
   alignas(1024) char v[kStages][Config::KeyLayout::kBytes];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  uint64_t v_tail;
+  uint64_t q_full, v_tail;
   QueryRows<T> rows;
 
   // By one thread, before the block synchronises.
@@ -97,6 +97,7 @@ struct AttentionSm90Shared {
       mbarrier_init(&k_empty[stage], Config::kWarps);
       mbarrier_init(&v_empty[stage], Config::kWarps);
     }
+    mbarrier_init(&q_full, 1);
     mbarrier_init(&v_tail, 1);
     fence_mbarrier_init();
   }
@@ -339,10 +340,16 @@ class AttentionSm90Compute {
   uint32_t weights_[Config::kBlockN / 16][4];
 };
 
+// Query policies that are filled by tensor copies (attend_sm90 below).
+template <typename Query>
+concept CopiedQuery =
+    requires(const Query& query, char* tile, uint64_t* barrier) { query.copy(tile, barrier); };
+
 // Computes one block of query rows. All threads of the block call it, with shared.rows written and
 // the barriers initialised, behind a __syncthreads(). The policies:
 //
-//   Query   load<Config>(tile, rows): see attention_queries.cuh.
+//   Query   load<Config>(tile, rows): see attention_queries.cuh. Or all lanes of the copying warp
+//           call copy(char* tile, uint64_t* barrier): start tensor copies of QueryLayout::kBytes.
 //   Keys    The copying warp's lanes all call
 //             copy_k, copy_v(int block, char* tile, uint64_t* barrier): start tensor copies of the
 //               block's keys into the tile; KeyLayout::kBytes in all land on the barrier.
@@ -356,16 +363,28 @@ __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared,
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   if (warp >= Config::kWarps) {
     registers_release<Config::kCopyRegisters>();
-    if (warp == Config::kWarps) copy_keys<Config>(shared, keys, mask);
+    if (warp != Config::kWarps) return;
+    if constexpr (CopiedQuery<Query>) {
+      if (threadIdx.x % kWarpSize == 0) {
+        mbarrier_arrive_expect(&shared.q_full, Config::QueryLayout::kBytes);
+      }
+      __syncwarp();
+      query.copy(shared.q, &shared.q_full);
+    }
+    copy_keys<Config>(shared, keys, mask);
     return;
   }
   registers_acquire<Config::kComputeRegisters>();
-  query.template load<Config>(shared.q, shared.rows);
-  cp_async_commit();
-  cp_async_wait<0>();
-  fence_proxy_async();
   AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2);
-  compute.sync();  // the warpgroup's rows are there
+  if constexpr (CopiedQuery<Query>) {
+    mbarrier_wait(&shared.q_full, 0);
+  } else {
+    query.template load<Config>(shared.q, shared.rows);
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    compute.sync();  // the warpgroup's rows are there
+  }
   compute.run();
   compute.store();
 }

@@ -20,9 +20,18 @@ constexpr int kAttentionSm90Stages = 2;  // of K, and of V
 // allows, and little is masked on the diagonal.
 //
 //   keys  registers of scores, weights and output at head dim 128
-//   128   64 + 32 + 64 of 232
+//   128   64 + 32 + 64, of 232
 //   176   88 + 44 + 64: a quarter more to mask on the diagonal, and boxes of 32 rows do not fit
 constexpr AttentionSm90Tile kCausalSm90Tile{128, 128};
+
+// Keys per block for dense attention.
+//
+//   head dim  keys  registers of scores, weights and output, of 232
+//   80        176   88 + 44 + 40. 6432 tokens are 36.5 blocks
+//   64, 128   128   64 + 32 + 32 or 64
+constexpr AttentionSm90Tile dense_sm90_tile(int64_t head_dim) {
+  return {128, head_dim == 80 ? 176 : 128};
+}
 
 // Bytes of a panel's rows: what one swizzle pattern spans. Operands lie in shared memory as panels
 // of rows; a head dim of 80 (160 bytes) divides into no wider ones than 32 bytes.

@@ -12,7 +12,7 @@
 // Traffic    2 * S^2 * Hq * D FLOP: S 4096, 32 heads of 128: 137 GFLOP, 174 us at 790 TFLOP/s.
 //            K and V come from L2 but for the first time.
 
-#include "attention_sm90.cuh"
+#include "attention_sm90_rows.cuh"
 #include "ragged.cuh"
 #include "rotary_attention_sm90.h"
 
@@ -34,10 +34,10 @@ struct RotaryKeys {
   bool zeros_behind;  // the tensor ends with the sequence
 
   __device__ __forceinline__ void copy_k(int block, char* tile, uint64_t* barrier) const {
-    copy(&maps.k, block, tile, barrier);
+    copy(maps.k, block, tile, barrier);
   }
   __device__ __forceinline__ void copy_v(int block, char* tile, uint64_t* barrier) const {
-    copy(&maps.v, block, tile, barrier);
+    copy(maps.v, block, tile, barrier);
   }
   __device__ __forceinline__ int count(int block) const {
     return zeros_behind ? Config::kBlockN : length - block * Config::kBlockN;
@@ -45,7 +45,7 @@ struct RotaryKeys {
 
  private:
   // A copy is one panel of one box; each lane starts some.
-  __device__ __forceinline__ void copy(const CUtensorMap* map, int block, char* tile,
+  __device__ __forceinline__ void copy(const CUtensorMap& map, int block, char* tile,
                                        uint64_t* barrier) const {
     using Layout = typename Config::KeyLayout;
     const int copies = Config::kBlockN / maps.box_rows * Layout::kPanels;
@@ -58,9 +58,7 @@ struct RotaryKeys {
         tensor_row = key - slot * page_size;
         outer = key < length ? __ldg(page_table + slot) : -1;  // the table is unchecked,
       }  // but outside the tensor is zero
-      tensor_copy(tile + panel * Layout::kPanelPitch + row * Layout::kPanelBytes, map, barrier,
-                  panel * Layout::kPanelChunks * Layout::kChunkElements, tensor_row, kv_head,
-                  outer);
+      copy_panel<Layout>(tile, row, panel, map, barrier, tensor_row, kv_head, outer);
     }
   }
 };
@@ -165,43 +163,32 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #endif
 }
 
-// What of the four-dimensional tensors differs: rows of what, and how far apart.
-struct RowsOf {
-  int64_t rows, row_stride, head_stride, outer, outer_stride;
-};
-
-template <typename Config>
-cudaError_t make_map(CUtensorMap& map, const RotaryAttentionParams& p, const void* base,
-                     const RowsOf& of, int64_t box_rows) {
-  constexpr int64_t kPanel = Config::KeyLayout::kPanelChunks * Config::KeyLayout::kChunkElements;
-  return make_tensor_map(map, p.dtype, base,
-                         {{p.head_dim, 1, kPanel},
-                          {of.rows, of.row_stride, box_rows},
-                          {p.num_kv_heads, of.head_stride, 1},
-                          {of.outer, of.outer_stride, 1}},
-                         Config::KeyLayout::kPanelBytes == 128 ? Swizzle::k128 : Swizzle::k32);
-}
-
 template <typename Config>
 cudaError_t make_maps(KeyMaps& maps, const RotaryAttentionParams& p) {
-  RowsOf k{}, v{};
-  const void* values = p.v;
-  maps.box_rows = Config::kBlockN;
+  using Layout = typename Config::KeyLayout;
+  const int64_t heads = p.num_kv_heads, dim = p.head_dim;
+  RowsTensor k, v;
   if (p.page_table != nullptr) {
-    values = p.v_cache;
     maps.box_rows = static_cast<int>(page_box_rows(p.page_size, Config::kBlockN));
-    k = v = {p.page_size, p.head_dim, p.page_size * p.head_dim, p.num_pages,
-             p.num_kv_heads * p.page_size * p.head_dim};
+    const int64_t page = heads * p.page_size * dim;
+    k = {p.k_cache, p.page_size, dim, heads, p.page_size * dim, p.num_pages, page};
+    v = k;
+    v.base = p.v_cache;
   } else {
+    maps.box_rows = Config::kBlockN;
     const bool packed = p.cu_seqlens != nullptr;
     const int64_t rows = packed ? p.tokens : p.max_seqlen, sequences = packed ? 1 : p.batch;
-    const int64_t k_row = p.num_kv_heads * p.head_dim;
-    k = {rows, k_row, p.head_dim, sequences, rows * k_row};
-    v = {rows, p.v_token_stride, p.v_head_stride, sequences,
-         packed ? k.outer_stride : p.v_batch_stride};
+    k = {p.k_cache, rows, heads * dim, heads, dim, sequences, rows * heads * dim};
+    v = {p.v,
+         rows,
+         p.v_token_stride,
+         heads,
+         p.v_head_stride,
+         sequences,
+         packed ? 0 : p.v_batch_stride};
   }
-  const cudaError_t status = make_map<Config>(maps.k, p, p.k_cache, k, maps.box_rows);
-  return status != cudaSuccess ? status : make_map<Config>(maps.v, p, values, v, maps.box_rows);
+  const cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype, k, maps.box_rows);
+  return status != cudaSuccess ? status : make_rows_map<Layout>(maps.v, p.dtype, v, maps.box_rows);
 }
 
 template <typename Config>

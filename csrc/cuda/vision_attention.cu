@@ -19,6 +19,8 @@
 #include "../vision_attention.h"
 #include "attention.cuh"
 #include "attention_keys.cuh"
+#include "hopper.h"
+#include "vision_attention_sm90.h"
 
 namespace mllama {
 namespace {
@@ -195,6 +197,7 @@ int vision_attention_cuda(const VisionAttentionParams& p, CUstream_st* stream) {
            p.k_head_stride, p.v_batch_stride, p.v_token_stride, p.v_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
+  if (uses_vision_sm90(p) && runs_sm90a()) return vision_attention_sm90(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_config<decltype(element)>(
         p.head_dim, [&](auto config) { return launch<decltype(config)>(p, stream); });
