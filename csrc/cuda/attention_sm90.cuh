@@ -238,9 +238,8 @@ class AttentionSm90Compute {
       T* const target = rows.out_row(row);
 #pragma unroll
       for (int chunk = lane % kLanes; chunk < QueryLayout::kChunks; chunk += kLanes) {
-        store_vec(
-            target + chunk * QueryLayout::kChunkElements,
-            load_vec(reinterpret_cast<const T*>(shared_.q + QueryLayout::offset(row, chunk))));
+        *reinterpret_cast<uint4*>(target + chunk * QueryLayout::kChunkElements) =
+            *reinterpret_cast<const uint4*>(shared_.q + QueryLayout::offset(row, chunk));
       }
     }
   }
