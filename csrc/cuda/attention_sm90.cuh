@@ -63,6 +63,7 @@ struct AttentionSm90Config {
   static constexpr int kThreads = (kWarps + 4) * kWarpSize;
   static constexpr int kRowsPerWarp = 16;
   static constexpr int kSlots = 2;               // query rows per thread
+  static constexpr int kQueryRowsAhead = 4;      // all that a thread loads
   static constexpr int kKeyTiles = kBlockN / 8;  // n8 tiles of the scores
   static constexpr int kDimTiles = kHeadDim / 8;
   // 65536 registers for 128 threads that copy and 256 that compute.

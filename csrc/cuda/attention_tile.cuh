@@ -44,6 +44,7 @@ struct AttentionConfig {
   static constexpr int kDimTiles = kHeadDim / 8;       // n8 tiles of the output
   static constexpr int kKeyRun = kBlockN / kWarps;     // key rows that one warp copies
   static constexpr int64_t kSharedBytes = attention_shared_bytes(kHeadDim, sizeof(T), kHides);
+  static constexpr int kQueryRowsAhead = 1;  // loaded before the first is worked on: registers
   // Blocks per multiprocessor: the registers of sm_80 (65536) and its shared memory (164 KB) allow
   // two.
   static constexpr int kMinBlocks = 2;
