@@ -77,7 +77,8 @@ struct AttentionSm90Config {
   __device__ static __forceinline__ int first_column() { return threadIdx.x % 4 * 2; }
 };
 
-// Dynamic shared memory of one thread block, 1024-byte aligned.
+// Dynamic shared memory of one thread block, 1024-byte aligned: 161 KB at head dim 128 with 128
+// keys, 131 KB at 80 with 176, of 227 KB.
 template <typename Config>
 struct AttentionSm90Shared {
   using T = typename Config::T;
