@@ -9,6 +9,9 @@
 // Keys       Tensor copies of 128 rows or, from pages, of as many as a page surely holds (the
 //            largest power of two in page_size). Pages behind the sequence's last key are not
 //            read: coordinates outside the tensor bring zeros.
+// Banks      Rotated queries are stored without conflicts but for interleaved pairs (two-way: eight
+//            lanes store every other chunk of a row) and head dim 80 (up to four-way); once per
+//            block.
 // Traffic    2 * S^2 * Hq * D FLOP: S 4096, 32 heads of 128: 137 GFLOP, 174 us at 790 TFLOP/s.
 //            K and V come from L2 but for the first time.
 
