@@ -2,9 +2,9 @@
 // rotary_attention.cu on the core of attention_sm90.cuh, for 16-bit elements. Rows, masks and
 // precision are described there.
 //
-// Tiling     One block per (sequence, key/value head, 128 rows of packed query heads); blocks of 128
-//            keys; the longest first. q is rotated by the computing warps on its way into shared
-//            memory, while the first keys arrive.
+// Tiling     One block per (sequence, key/value head, 128 rows of packed query heads), 128 keys at
+//            a time. The longest blocks first. q is rotated by the computing warps on its way into
+//            shared memory, while the first keys arrive.
 // Keys       Tensor copies of 128 rows or, from pages, of as many as a page surely holds (the
 //            largest power of two in page_size). Pages behind the sequence's last key are not
 //            read: coordinates outside the tensor bring zeros.
