@@ -131,6 +131,54 @@ def test_cached_steps_match_float64(device, dtype, head, interleaved):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("paged", [False, True])
+def test_not_a_number_stays_in_its_sequence(device, dtype, paged):
+    """What lies behind a sequence's last key, here the next sequence or NaN, is never multiplied."""
+    lengths, past = [21, 40, 130], 7
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    q, k, v, _, _ = (t[0].clone() for t in make((1, sum(lengths), 4, 2, 64), dtype, device))
+    where = torch.cat([torch.arange(n) for n in lengths]).to(device) + (past if paged else 0)
+    cos, sin = angles(where, 64, dtype)
+
+    def run():
+        if not paged:
+            kwargs = {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
+            return mllama_kernels.rotary_attention(q, k, v, cos, sin, **kwargs)
+        torch.manual_seed(1)  # the same pages again
+        cache = Paged(3, 144, 2, 64, dtype, device, page_size=48)
+        cache.lens += past
+        cache.k[cache.table[:, 0].long(), :, :past] = 1
+        cache.v[cache.table[:, 0].long(), :, :past] = 2
+        return cache.run(mllama_kernels, q, k, v, cos, sin, lengths)
+
+    clean = run()
+    assert clean.isfinite().all()
+    second = slice(int(bounds[1]), int(bounds[2]))
+    k[second] = v[second] = float("nan")
+    broken = run()
+    assert broken[second].isnan().all()
+    for other in (slice(0, int(bounds[1])), slice(int(bounds[2]), None)):
+        assert torch.equal(broken[other], clean[other])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("page_size", grid([48, 128], [16, 80, 256]))
+def test_long_sequences_in_pages_of_any_size(device, dtype, page_size):
+    """Many key blocks, which pages do not align with, filled by two uneven chunks."""
+    dim = 64
+    cache = Paged(2, 700, 1, dim, dtype, device, page_size)
+    for lengths in ([601, 37], [75, 6]):
+        past = cache.lens.tolist()
+        q, k, v, _, _ = (t[0] for t in make((1, sum(lengths), 2, 1, dim), dtype, device))
+        where = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths)]).to(device)
+        args = (q, k, v, *angles(where, dim, dtype))
+        exact = cache.clone(torch.Tensor.double).run(reference, *map(to_double, args), lengths)
+        in_dtype = cache.clone().run(reference, *args, lengths)
+        compare(cache.run(mllama_kernels, *args, lengths), exact, in_dtype)
+        cache.lens = cache.lens + torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_decode_is_batch_invariant_and_repeatable(device, dtype):
     past, dim = grid([50], [400])[-1], 64
     cache = Paged(3, past + 1, 2, dim, dtype, device)

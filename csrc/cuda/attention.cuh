@@ -20,9 +20,6 @@
 
 namespace mllama {
 
-// What a mask's next() answers when no block is left.
-constexpr int kNoBlock = 0x7fffffff;
-
 // Computes one block of query rows. All threads of the block call it; `shared` is
 // Config::kSharedBytes of dynamic shared memory, 16-byte aligned. `rows` is best kept in shared
 // memory: it is needed before and after the loop, and in between registers are short. The policies:
@@ -137,11 +134,6 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
                    load_vec(reinterpret_cast<const T*>(q_tile + Layout::offset(row, chunk))));
     }
   });
-}
-
-// The scale that turns q k into an exponent of 2; the loop needs it positive.
-__host__ __device__ __forceinline__ float softmax_scale_log2(double softmax_scale) {
-  return static_cast<float>(softmax_scale * 1.4426950408889634);  // log2(e)
 }
 
 // Sequences are counted in int; this leaves room for the last block.

@@ -48,7 +48,7 @@ __device__ __forceinline__ void for_own_rows(const F& f) {
 struct PlainQuery {
   template <typename Config, typename T>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
+    using Layout = typename Config::QueryLayout;
     const uint32_t address = shared_address(tile);
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
@@ -71,7 +71,7 @@ struct NormedQuery {
 
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
+    using Layout = typename Config::QueryLayout;
     constexpr int kVecs = (Layout::kChunks + 7) / 8;
     for_own_rows<Config>([&](int row, int lane) {
       const bool valid = rows.valid(row);
@@ -117,27 +117,43 @@ struct RotaryQuery {
 
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
-    using Layout = TileLayout<T, Config::kHeadDim>;
-    for_own_rows<Config>([&](int row, int lane) {
-      const bool valid = rows.valid(row);
-      const T* source = valid ? rows.q_row(row) : rows.q;
-      const int token = valid ? rows.token(row) : 0;
+    using Layout = typename Config::QueryLayout;
+    constexpr int kAhead = Config::kQueryRowsAhead;
+    struct Part {
+      Vec<T> first, second, cos, sin;
+    };
+    const int warp_row = threadIdx.x / kWarpSize * Config::kRowsPerWarp;
+    const int row_of_lane = threadIdx.x % kWarpSize / 8, lane = threadIdx.x % 8;
+#pragma unroll 1
+    for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead) {
+      const int first_row = warp_row + i + row_of_lane;
 #pragma unroll
       for (int c = lane; c < Layout::kChunks / 2; c += 8) {
         const RopeChunk<T> chunk(c, Config::kHeadDim, interleaved);
-        Vec<T> first = zero_vec<T>(), second = zero_vec<T>();
-        if (valid) {
-          first = load_vec(source + chunk.first);
-          second = load_vec(source + chunk.second);
-          rotate_chunk(first, second, load_vec(cos + token * cos_stride + c * Vec<T>::kSize),
-                       load_vec(sin + token * sin_stride + c * Vec<T>::kSize), interleaved);
+        Part parts[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          const int row = first_row + 4 * j;
+          parts[j] = {zero_vec<T>(), zero_vec<T>(), zero_vec<T>(), zero_vec<T>()};
+          if (!rows.valid(row)) continue;
+          const T* const source = rows.q_row(row);
+          const int64_t token = rows.token(row);
+          parts[j] = {load_vec(source + chunk.first), load_vec(source + chunk.second),
+                      load_vec(cos + token * cos_stride + c * Vec<T>::kSize),
+                      load_vec(sin + token * sin_stride + c * Vec<T>::kSize)};
         }
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.first / Vec<T>::kSize)),
-                  first);
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.second / Vec<T>::kSize)),
-                  second);
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          Part& part = parts[j];
+          const int row = first_row + 4 * j;
+          rotate_chunk(part.first, part.second, part.cos, part.sin, interleaved);
+          store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.first / Vec<T>::kSize)),
+                    part.first);
+          store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk.second / Vec<T>::kSize)),
+                    part.second);
+        }
       }
-    });
+    }
   }
 };
 

@@ -8,10 +8,28 @@
 
 namespace mllama {
 
+// What a mask's next() answers when no block is left.
+constexpr int kNoBlock = 0x7fffffff;
+
+// Where 16-byte chunk `chunk` of row `row` lies in a tile.
+template <typename T, int kHeadDim>
+struct TileLayout {
+  static constexpr int kChunkElements = Vec<T>::kSize;
+  static constexpr int kChunks = kHeadDim / kChunkElements;
+  static constexpr int kStride = attention_tile_stride(kHeadDim, sizeof(T));
+  static constexpr bool kSwizzled = attention_tile_swizzled(kHeadDim, sizeof(T));
+
+  __device__ static __forceinline__ int offset(int row, int chunk) {
+    if constexpr (kSwizzled) chunk ^= row & 7;
+    return row * kStride + chunk * 16;
+  }
+};
+
 // Compile-time side of attention_config.h for one element type and head dim.
 template <typename Element, int kHeadDimension, bool kHides = false>
 struct AttentionConfig {
   using T = Element;
+  using QueryLayout = TileLayout<T, kHeadDimension>;
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr bool kHidesRows = kHides;
   static constexpr AttentionTile kTile = attention_tile(kHeadDim, sizeof(T), kHides);
@@ -26,6 +44,7 @@ struct AttentionConfig {
   static constexpr int kDimTiles = kHeadDim / 8;       // n8 tiles of the output
   static constexpr int kKeyRun = kBlockN / kWarps;     // key rows that one warp copies
   static constexpr int64_t kSharedBytes = attention_shared_bytes(kHeadDim, sizeof(T), kHides);
+  static constexpr int kQueryRowsAhead = 1;  // loaded before the first is worked on: registers
   // Blocks per multiprocessor: the registers of sm_80 (65536) and its shared memory (164 KB) allow
   // two.
   static constexpr int kMinBlocks = 2;
@@ -38,20 +57,6 @@ struct AttentionConfig {
   }
   // Its columns in every n8 tile: first_column() and the next.
   __device__ static __forceinline__ int first_column() { return threadIdx.x % 4 * 2; }
-};
-
-// Where 16-byte chunk `chunk` of row `row` lies in a tile.
-template <typename T, int kHeadDim>
-struct TileLayout {
-  static constexpr int kChunkElements = Vec<T>::kSize;
-  static constexpr int kChunks = kHeadDim / kChunkElements;
-  static constexpr int kStride = attention_tile_stride(kHeadDim, sizeof(T));
-  static constexpr bool kSwizzled = attention_tile_swizzled(kHeadDim, sizeof(T));
-
-  __device__ static __forceinline__ int offset(int row, int chunk) {
-    if constexpr (kSwizzled) chunk ^= row & 7;
-    return row * kStride + chunk * 16;
-  }
 };
 
 // Consecutive rows in global memory: row i at base + i * stride (elements) for i < count. Rows from

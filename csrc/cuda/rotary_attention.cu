@@ -2,11 +2,11 @@
 //
 // Kernels    1. Append: rotates k and writes it, with v, into the pages (not paged: rotated k into
 //            scratch; v is read in place). A key is rotated once, not once per query block.
-//            2. One query row per sequence: split-KV decode (split_kv.cuh). Otherwise the main loop
-//            of attention.cuh, one block per (sequence, key/value head, 128 rows of packed query
-//            heads; float32: 64). q is rotated on its way into shared memory, once per row, and the
-//            rotated q never goes to memory. Rows are taken last first, so that the longest blocks
-//            start first.
+//            2. One query row per sequence: split-KV decode (split_kv.cuh). Otherwise prefill: for
+//            16 bits on sm_90a rotary_attention_sm90.cu, else the main loop of attention.cuh, one
+//            block per (sequence, key/value head, 128 rows of packed query heads; float32: 64). q
+//            is rotated on its way into shared memory, once per row, and the rotated q never goes
+//            to memory. Rows are taken last first, so that the longest blocks start first.
 //            Stream order is the only synchronisation between the two: appended keys are read by
 //            blocks all over the device. On sm_90a 16-bit decode is a single launch, the append
 //            included (rotary_decode_cluster.cu).
@@ -25,6 +25,7 @@
 #include "hopper.h"
 #include "ragged.cuh"
 #include "rope.cuh"
+#include "rotary_attention_sm90.h"
 #include "split_kv.h"
 
 namespace mllama {
@@ -309,6 +310,9 @@ int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
       const cudaError_t status = launch_append<T>(p, stream);
       if (status != cudaSuccess) return status;
       if (uses_split_kv(p)) return static_cast<cudaError_t>(rotary_decode_cuda(p, stream));
+      if (uses_rotary_sm90(p) && runs_sm90a()) {
+        return static_cast<cudaError_t>(rotary_attention_sm90(p, stream));
+      }
       return launch_attend<decltype(config)>(p, stream);
     });
   });

@@ -15,6 +15,11 @@
 
 namespace mllama {
 
+// The scale that turns q k into an exponent of 2; the updates below need it positive.
+__host__ __device__ __forceinline__ float softmax_scale_log2(double softmax_scale) {
+  return static_cast<float>(softmax_scale * 1.4426950408889634);  // log2(e)
+}
+
 // float32 callers get the exact exp2f: the approximation's error would show beside plain float32.
 template <typename T>
 __device__ __forceinline__ float softmax_exp2(float x) {
@@ -29,11 +34,14 @@ __device__ __forceinline__ float softmax_exp2(float x) {
 __device__ __forceinline__ float quad_max(float x) { return warp_max<4>(x); }
 __device__ __forceinline__ float quad_sum(float x) { return warp_sum<4>(x); }
 
-template <typename T, int kSlots>
+// kLazy: the maximum follows the largest score only when it lags by more than 2^8. Weights are then
+// at most 2^8 instead of 1, and most blocks leave what was summed so far unscaled: factor 1.
+template <typename T, int kSlots, bool kLazy = false>
 struct OnlineSoftmax {
   // Scaling first makes score and shift one FFMA. float32 scales the difference instead: the
   // rounding of the scale then stays out of large scores, and the largest weight is exactly 1.
   static constexpr bool kScaleFirst = !std::is_same_v<T, float>;
+  static_assert(kScaleFirst || !kLazy, "the lag is counted in powers of 2");
 
   float maximum[kSlots];
   float sum[kSlots];
@@ -63,6 +71,7 @@ struct OnlineSoftmax {
       }
       const float previous = maximum[slot];
       maximum[slot] = fmaxf(previous, quad_max(largest) * (kScaleFirst ? scale_log2 : 1.0f));
+      if (kLazy && maximum[slot] - previous <= 8.0f) maximum[slot] = previous;
       const float shift = maximum[slot] == -INFINITY ? 0.0f : maximum[slot];
       factor[slot] = previous == maximum[slot]
                          ? 1.0f

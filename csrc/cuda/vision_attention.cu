@@ -1,6 +1,7 @@
 // Vision self-attention over all tiles of an image; non-causal. Only (padding query, padding key)
 // pairs are masked: valid queries do attend to padding keys, so absent tiles cannot be dropped.
-// Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
+// Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh. 16 bits
+// on sm_90a: vision_attention_sm90.cu.
 //
 // Tiling     One block per (batch, head, 128 query rows; float32: 64). Head dim 80 is native: 5
 //            k-steps for the scores, 10 n-tiles for the output, shared rows of 176 bytes.
@@ -19,6 +20,8 @@
 #include "../vision_attention.h"
 #include "attention.cuh"
 #include "attention_keys.cuh"
+#include "hopper.h"
+#include "vision_attention_sm90.h"
 
 namespace mllama {
 namespace {
@@ -195,6 +198,7 @@ int vision_attention_cuda(const VisionAttentionParams& p, CUstream_st* stream) {
            p.k_head_stride, p.v_batch_stride, p.v_token_stride, p.v_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
+  if (uses_vision_sm90(p) && runs_sm90a()) return vision_attention_sm90(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_config<decltype(element)>(
         p.head_dim, [&](auto config) { return launch<decltype(config)>(p, stream); });

@@ -1,0 +1,211 @@
+// Causal grouped-query attention with rotary embedding for sm_90a: the prefill kernel of
+// rotary_attention.cu on the core of attention_sm90.cuh, for 16-bit elements. Rows, masks and
+// precision are described there.
+//
+// Tiling     One block per (sequence, key/value head, 128 rows of packed query heads), 128 keys at
+//            a time. The longest blocks first. q is rotated by the computing warps on its way into
+//            shared memory, while the first keys arrive.
+// Keys       Tensor copies of 128 rows or, from pages, of as many as a page surely holds (the
+//            largest power of two in page_size). Pages behind the sequence's last key are not
+//            read: coordinates outside the tensor bring zeros.
+// Banks      Rotated queries are stored without conflicts but for interleaved pairs (two-way: eight
+//            lanes store every other chunk of a row) and head dim 80 (up to four-way); once per
+//            block.
+// Traffic    2 * S^2 * Hq * D FLOP: S 4096, 32 heads of 128: 137 GFLOP, 174 us at 790 TFLOP/s.
+//            K and V come from L2 but for the first time.
+
+#include "attention_sm90_rows.cuh"
+#include "ragged.cuh"
+#include "rotary_attention_sm90.h"
+
+namespace mllama {
+namespace {
+
+// K and V as tensors (head_dim, rows, key/value heads, pages or sequences), innermost first.
+struct KeyMaps {
+  CUtensorMap k, v;
+  int box_rows;
+};
+
+template <typename Config>
+struct RotaryKeys {
+  const KeyMaps& maps;
+  const int32_t* page_table;  // of the sequence, or null
+  int first_row, sequence;    // not paged: where the tensor holds the first key
+  int kv_head, length, page_size;
+  bool zeros_behind;  // the tensor ends with the sequence
+
+  __device__ __forceinline__ void copy_k(int block, char* tile, uint64_t* barrier) const {
+    copy(maps.k, block, tile, barrier);
+  }
+  __device__ __forceinline__ void copy_v(int block, char* tile, uint64_t* barrier) const {
+    copy(maps.v, block, tile, barrier);
+  }
+  __device__ __forceinline__ int count(int block) const {
+    return zeros_behind ? Config::kBlockN : length - block * Config::kBlockN;
+  }
+
+ private:
+  // A copy is one panel of one box; each lane starts some.
+  __device__ __forceinline__ void copy(const CUtensorMap& map, int block, char* tile,
+                                       uint64_t* barrier) const {
+    using Layout = typename Config::KeyLayout;
+    const int copies = Config::kBlockN / maps.box_rows * Layout::kPanels;
+    for (int i = threadIdx.x % kWarpSize; i < copies; i += kWarpSize) {
+      const int panel = i % Layout::kPanels, row = i / Layout::kPanels * maps.box_rows;
+      const int key = block * Config::kBlockN + row;
+      int tensor_row = first_row + key, outer = sequence;
+      if (page_table != nullptr) {
+        // Behind the last key, and where the unchecked table names no page: outside the tensor.
+        const int slot = key / page_size;
+        tensor_row = key - slot * page_size;
+        outer = key < length ? __ldg(page_table + slot) : -1;
+      }
+      copy_panel<Layout>(tile, row, panel, map, barrier, tensor_row, kv_head, outer);
+    }
+  }
+};
+
+template <typename Config>
+class CausalMask {
+ public:
+  static constexpr bool kHidesRows = false;
+
+  // Row r of the sequence (`group` per token) sees keys 0 .. past + r / group.
+  __device__ __forceinline__ CausalMask(int first_row, int rows, int group, int past) {
+    const int last_row = min(first_row + Config::kBlockM, rows) - 1;
+    const int warp_row = static_cast<int>(threadIdx.x) / kWarpSize * Config::kRowsPerWarp;
+    blocks_ = (past + last_row / group) / Config::kBlockN + 1;
+    unmasked_ = (past + (first_row + warp_row) / group + 1) / Config::kBlockN;
+#pragma unroll
+    for (int slot = 0; slot < Config::kSlots; ++slot) {
+      last_[slot] = past + (first_row + Config::row_of_slot(slot)) / group - Config::first_column();
+    }
+  }
+
+  __device__ __forceinline__ int next() { return next_ < blocks_ ? next_++ : kNoBlock; }
+
+  __device__ __forceinline__ bool enter(int block) {
+    first_key_ = block * Config::kBlockN;
+    return block >= unmasked_;
+  }
+
+  __device__ __forceinline__ bool visible(int slot, int offset) const {
+    return offset <= last_[slot] - first_key_;
+  }
+
+ private:
+  int next_ = 0, blocks_;
+  int unmasked_;              // blocks that every row of the warp sees whole
+  int last_[Config::kSlots];  // the key each row sees last, counted from the first column
+  int first_key_ = 0;         // of the entered block
+};
+
+template <typename T, int kHeadDim>
+using RotaryConfig = AttentionSm90Config<T, kHeadDim, kCausalSm90Tile.rows, kCausalSm90Tile.keys>;
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    rotary_attention_sm90_kernel(const __grid_constant__ RotaryAttentionParams p,
+                                 const __grid_constant__ KeyMaps maps) {
+#ifdef MLLAMA_SM90A_DEVICE
+  using T = typename Config::T;
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<AttentionSm90Shared<Config>*>(memory);
+  const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
+  const unsigned pairs = static_cast<unsigned>(p.batch) * kv_heads;
+  const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
+  const int64_t kv_head = blockIdx.x % kv_heads, b = blockIdx.x % pairs / kv_heads;
+  const SequenceRows sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
+
+  const int first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * Config::kBlockM;
+  const int count = static_cast<int>(sequence.count) * group;
+  if (first >= count) return;
+  const bool paged = p.page_table != nullptr, packed = p.cu_seqlens != nullptr;
+  const int64_t capacity = p.max_pages * p.page_size;
+  const int64_t past =  // unchecked, like the page table
+      paged ? min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity) : 0;
+
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&maps.k);
+    prefetch_tensor_map(&maps.v);
+    shared.init_barriers();
+    QueryRows<T>& rows = shared.rows;
+    const int64_t first_head = kv_head * group;
+    rows.group = group;
+    rows.first = first;
+    rows.count = count;
+    rows.q = static_cast<const T*>(p.q) +
+             (packed ? sequence.begin * p.q_token_stride : b * p.q_batch_stride) +
+             first_head * p.q_head_stride;
+    rows.out =
+        static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + first_head) * Config::kHeadDim;
+    rows.q_token_stride = p.q_token_stride;
+    rows.q_head_stride = p.q_head_stride;
+    rows.out_token_stride = p.num_q_heads * Config::kHeadDim;
+    rows.out_head_stride = Config::kHeadDim;
+  }
+  __syncthreads();
+
+  const int64_t angles = sequence.begin % p.cos_rows;
+  const RotaryQuery<T> query{static_cast<const T*>(p.cos) + angles * p.cos_row_stride,
+                             static_cast<const T*>(p.sin) + angles * p.sin_row_stride,
+                             p.cos_row_stride, p.sin_row_stride, p.interleaved};
+  const RotaryKeys<Config> keys{
+      maps,
+      paged ? p.page_table + b * p.max_pages : nullptr,
+      packed ? static_cast<int>(sequence.begin) : 0,
+      packed ? 0 : static_cast<int>(b),
+      static_cast<int>(kv_head),
+      static_cast<int>(paged ? min(past + sequence.count, capacity) : sequence.count),
+      static_cast<int>(p.page_size),
+      !paged && !packed};
+  CausalMask<Config> mask(first, count, group, static_cast<int>(past));
+  attend_sm90<Config>(shared, query, keys, mask, softmax_scale_log2(p.softmax_scale));
+#endif
+}
+
+template <typename Config>
+cudaError_t make_maps(KeyMaps& maps, const RotaryAttentionParams& p) {
+  using Layout = typename Config::KeyLayout;
+  const int64_t heads = p.num_kv_heads, dim = p.head_dim;
+  RowsTensor k, v;
+  if (p.page_table != nullptr) {
+    maps.box_rows = static_cast<int>(page_box_rows(p.page_size, Config::kBlockN));
+    const int64_t page = heads * p.page_size * dim;
+    k = {p.k_cache, p.page_size, dim, heads, p.page_size * dim, p.num_pages, page};
+    v = k;
+    v.base = p.v_cache;
+  } else {
+    maps.box_rows = Config::kBlockN;
+    const bool packed = p.cu_seqlens != nullptr;
+    const int64_t rows = packed ? p.tokens : p.max_seqlen, sequences = packed ? 1 : p.batch;
+    k = {p.k_cache, rows, heads * dim, heads, dim, sequences, rows * heads * dim};
+    v = {p.v, rows, p.v_token_stride, heads, p.v_head_stride, sequences, p.v_batch_stride};
+  }
+  const cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype, k, maps.box_rows);
+  return status != cudaSuccess ? status : make_rows_map<Layout>(maps.v, p.dtype, v, maps.box_rows);
+}
+
+template <typename Config>
+cudaError_t launch_config(const RotaryAttentionParams& p, cudaStream_t stream) {
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  const int64_t blocks =
+      ceil_div<int64_t>(p.max_seqlen * group, Config::kBlockM) * p.num_kv_heads * p.batch;
+  if (blocks == 0) return cudaSuccess;
+  KeyMaps maps;
+  const cudaError_t status = make_maps<Config>(maps, p);
+  if (status != cudaSuccess) return status;
+  return launch(rotary_attention_sm90_kernel<Config>, blocks, Config::kThreads,
+                sizeof(AttentionSm90Shared<Config>), stream, {}, p, maps);
+}
+
+}  // namespace
+
+int rotary_attention_sm90(const RotaryAttentionParams& p, CUstream_st* stream) {
+  return dispatch_sm90(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
+    return launch_config<RotaryConfig<decltype(element), decltype(head_dim)::value>>(p, stream);
+  });
+}
+
+}  // namespace mllama

@@ -1,0 +1,241 @@
+// Vision self-attention for sm_90a: what vision_attention.cu computes, on the core of
+// attention_sm90.cuh, for 16-bit elements.
+//
+// Tiling     One block per (batch, head, 128 query rows), 176 keys at a time at head dim 80. That
+//            head dim is native: tiles are five panels of 16 columns, a step of the scores reads
+//            one, and outputs are products of 80 columns.
+// Mask       As vision_attention.cu: valid queries take no mask but at the sequence's end; padding
+//            queries alone look at one bit per key and skip key blocks that are all padding.
+// Traffic    q, k, v read and out written once from HBM, 4 * B * S * H * D elements; K and V of a
+//            head stay in L2 for its row blocks. 4 tiles, S 6432, 16 heads of 80, bf16: 66 MB, 15
+//            us at 4.3 TB/s; 4 * S^2 * H * D = 212 GFLOP, 0.27 ms at 790 TFLOP/s: bound by the
+//            products. exp2 takes 0.8 of their time, at the same time.
+// Aliasing   As vision_attention.cu.
+
+#include "attention_sm90_rows.cuh"
+#include "vision_attention_sm90.h"
+
+namespace mllama {
+namespace {
+
+struct VisionMaps {
+  CUtensorMap q, k, v;
+};
+
+template <typename Config>
+struct VisionQuery {
+  const CUtensorMap& map;
+  int row, head, batch;
+
+  __device__ __forceinline__ void copy(char* tile, uint64_t* barrier) const {
+    copy_tile<typename Config::QueryLayout>(tile, map, barrier, row, head, batch);
+  }
+};
+
+template <typename Config>
+struct VisionKeys {
+  const VisionMaps& maps;
+  int head, batch;
+
+  __device__ __forceinline__ void copy_k(int block, char* tile, uint64_t* barrier) const {
+    copy_tile<typename Config::KeyLayout>(tile, maps.k, barrier, block * Config::kBlockN, head,
+                                          batch);
+  }
+  __device__ __forceinline__ void copy_v(int block, char* tile, uint64_t* barrier) const {
+    copy_tile<typename Config::KeyLayout>(tile, maps.v, barrier, block * Config::kBlockN, head,
+                                          batch);
+  }
+  __device__ __forceinline__ int count(int) const { return Config::kBlockN; }
+};
+
+// Of each key block: a bit per padding key, and its place in the list of visited blocks.
+template <int kBlockN>
+struct BlockPadding {
+  static constexpr int kWords = (kBlockN + 31) / 32;
+  uint32_t words[kWords];
+  int visit;
+};
+
+template <typename Config>
+class PaddingMask {
+ public:
+  static constexpr bool kHidesRows = false;
+  using Padding = BlockPadding<Config::kBlockN>;
+
+  // Called by all threads of the block. `padding`: the sequence's flags, or null; `blocks`: shared
+  // memory for as many as the sequence has key blocks, unless it is null.
+  __device__ __forceinline__ PaddingMask(const bool* padding, int first_row, int seqlen,
+                                         Padding* blocks)
+      : blocks_(blocks),
+        seqlen_(seqlen),
+        visits_((seqlen + Config::kBlockN - 1) / Config::kBlockN) {
+    if (padding == nullptr) return;
+    const int row = first_row + static_cast<int>(threadIdx.x);
+    const bool valid = threadIdx.x < Config::kBlockM && row < seqlen;
+    const bool padded = valid && padding[row];
+    if (!__syncthreads_or(padded)) return;
+    skips_ = __syncthreads_and(padded || !valid);
+#pragma unroll
+    for (int slot = 0; slot < Config::kSlots; ++slot) {
+      const int slot_row = first_row + Config::row_of_slot(slot);
+      if (slot_row < min(first_row + Config::kBlockM, seqlen) && padding[slot_row]) {
+        padded_rows_ |= 1u << slot;
+      }
+    }
+    padded_warp_ = __any_sync(0xffffffffu, padded_rows_ != 0);
+    read_padding(padding);
+    __syncthreads();
+    if (skips_) visits_ = list_visited();
+  }
+
+  __device__ __forceinline__ int next() {
+    const int visit = visit_++;
+    if (visit >= visits_) return kNoBlock;
+    return skips_ ? blocks_[visit].visit : visit;
+  }
+
+  __device__ __forceinline__ bool enter(int block) {
+    const int keys = seqlen_ - block * Config::kBlockN;
+    keys_ = keys - Config::first_column();
+    uint32_t any = 0;
+#pragma unroll
+    for (int word = 0; word < Padding::kWords; ++word) {
+      const uint32_t bits = padded_warp_ ? blocks_[block].words[word] : 0;
+      any |= bits;
+      hidden_[word] = bits >> Config::first_column();
+    }
+    return any != 0 || keys < Config::kBlockN;
+  }
+
+  __device__ __forceinline__ bool visible(int slot, int offset) const {
+    const uint32_t row = padded_rows_ >> slot & 1;
+    return offset < keys_ && (hidden_[offset / 32] >> offset % 32 & row) == 0;
+  }
+
+ private:
+  __device__ __forceinline__ void read_padding(const bool* padding) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int words = visits_ * Padding::kWords;
+    for (int i = warp_uniform(threadIdx.x / kWarpSize); i < words;
+         i += Config::kThreads / kWarpSize) {
+      const int block = i / Padding::kWords, offset = i % Padding::kWords * 32 + lane;
+      const int key = block * Config::kBlockN + offset;
+      const bool padded = offset < Config::kBlockN && key < seqlen_ && padding[key];
+      const uint32_t bits = __ballot_sync(0xffffffffu, padded);
+      if (lane == 0) blocks_[block].words[i % Padding::kWords] = bits;
+    }
+  }
+
+  // Lists the blocks that hold any key for a padding query.
+  __device__ __forceinline__ int list_visited() const {
+    const int lane = threadIdx.x % kWarpSize;
+    int count = 0;
+    for (int first = 0; first < visits_; first += kWarpSize) {
+      const int block = first + lane;
+      bool visited = false;
+      if (block < visits_) {
+        int keys = min(seqlen_ - block * Config::kBlockN, Config::kBlockN);
+        for (const uint32_t bits : blocks_[block].words) keys -= __popc(bits);
+        visited = keys > 0;
+      }
+      const unsigned ballot = __ballot_sync(0xffffffffu, visited);
+      if (threadIdx.x < kWarpSize && visited) {
+        blocks_[count + __popc(ballot & ((1u << lane) - 1))].visit = block;
+      }
+      count += __popc(ballot);
+    }
+    __syncthreads();
+    return count;
+  }
+
+  Padding* blocks_;
+  int seqlen_;
+  int visits_, visit_ = 0;
+  bool skips_ = false;                // the block's queries are all padding
+  bool padded_warp_ = false;          // some of the warp's are
+  unsigned padded_rows_ = 0;          // a bit per slot
+  uint32_t hidden_[Padding::kWords];  // of the entered block, from the thread's first column
+  int keys_ = 0;                      // likewise
+};
+
+template <typename T, int kHeadDim>
+using VisionConfig = AttentionSm90Config<T, kHeadDim, dense_sm90_tile(kHeadDim).rows,
+                                         dense_sm90_tile(kHeadDim).keys>;
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    vision_attention_sm90_kernel(const __grid_constant__ VisionAttentionParams p,
+                                 const __grid_constant__ VisionMaps maps) {
+#ifdef MLLAMA_SM90A_DEVICE
+  using T = typename Config::T;
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<AttentionSm90Shared<Config>*>(memory);
+  const int seqlen = static_cast<int>(p.seqlen), num_heads = static_cast<int>(p.num_heads);
+  const int row_blocks = (seqlen + Config::kBlockM - 1) / Config::kBlockM;
+  const int row_block = blockIdx.x % row_blocks;  // neighbours share K and V in L2
+  const int head = blockIdx.x / row_blocks % num_heads;
+  const int batch = blockIdx.x / row_blocks / num_heads;
+  const int first = row_block * Config::kBlockM;
+
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&maps.q);
+    prefetch_tensor_map(&maps.k);
+    prefetch_tensor_map(&maps.v);
+    shared.init_barriers();
+    QueryRows<T>& rows = shared.rows;
+    rows.out = static_cast<T*>(p.out) + (batch * p.seqlen * num_heads + head) * Config::kHeadDim;
+    rows.out_token_stride = p.num_heads * Config::kHeadDim;
+    rows.out_head_stride = 0;
+    rows.group = 1;
+    rows.first = first;
+    rows.count = seqlen;
+  }
+  __syncthreads();
+
+  PaddingMask<Config> mask(
+      p.padding == nullptr ? nullptr : p.padding + batch * p.padding_batch_stride, first, seqlen,
+      reinterpret_cast<BlockPadding<Config::kBlockN>*>(memory +
+                                                       sizeof(AttentionSm90Shared<Config>)));
+  attend_sm90<Config>(shared, VisionQuery<Config>{maps.q, first, head, batch},
+                      VisionKeys<Config>{maps, head, batch}, mask,
+                      softmax_scale_log2(p.softmax_scale));
+#endif
+}
+
+template <typename Config>
+cudaError_t launch_config(const VisionAttentionParams& p, cudaStream_t stream) {
+  using KeyLayout = typename Config::KeyLayout;
+  using QueryLayout = typename Config::QueryLayout;
+  VisionMaps maps;
+  cudaError_t status = make_rows_map<QueryLayout>(
+      maps.q, p.dtype,
+      {p.q, p.seqlen, p.q_token_stride, p.num_heads, p.q_head_stride, p.batch, p.q_batch_stride},
+      Config::kBlockM);
+  if (status != cudaSuccess) return status;
+  status = make_rows_map<KeyLayout>(
+      maps.k, p.dtype,
+      {p.k, p.seqlen, p.k_token_stride, p.num_heads, p.k_head_stride, p.batch, p.k_batch_stride},
+      Config::kBlockN);
+  if (status != cudaSuccess) return status;
+  status = make_rows_map<KeyLayout>(
+      maps.v, p.dtype,
+      {p.v, p.seqlen, p.v_token_stride, p.num_heads, p.v_head_stride, p.batch, p.v_batch_stride},
+      Config::kBlockN);
+  if (status != cudaSuccess) return status;
+  const int64_t blocks = ceil_div<int64_t>(p.seqlen, Config::kBlockM) * p.num_heads * p.batch;
+  const int64_t padding = p.padding == nullptr ? 0
+                                               : ceil_div<int64_t>(p.seqlen, Config::kBlockN) *
+                                                     int64_t{sizeof(BlockPadding<Config::kBlockN>)};
+  return launch(vision_attention_sm90_kernel<Config>, blocks, Config::kThreads,
+                int64_t{sizeof(AttentionSm90Shared<Config>)} + padding, stream, {}, p, maps);
+}
+
+}  // namespace
+
+int vision_attention_sm90(const VisionAttentionParams& p, CUstream_st* stream) {
+  return dispatch_sm90(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
+    return launch_config<VisionConfig<decltype(element), decltype(head_dim)::value>>(p, stream);
+  });
+}
+
+}  // namespace mllama
