@@ -22,6 +22,8 @@ import mllama_kernels as ours
 E, INTERMEDIATE, HQ, HKV, D = 4096, 14336, 32, 8, 128
 VISION_WIDTH, VISION_HEADS, VISION_DIM, PATCH, TILE = 1280, 16, 80, 14, 560
 TILES, TILE_TOKENS = 4, 1601
+VOCABULARY = 128256
+MULTIPROCESSORS = {80: 108, 90: 132}  # as static.py has them presented
 BF16 = torch.bfloat16
 
 
@@ -237,7 +239,49 @@ def vision(arch: int) -> Iterator[Case]:
     )
 
 
-SOURCES = (elementwise, self_attention, cross_attention, vision)
+def decoding(arch: int) -> Iterator[Case]:
+    """The products of a decoder layer, and the choice of the token."""
+    square, gate_up = randn(E, E), randn(2 * INTERMEDIATE // 4, E)
+    norm_weight = randn(E)
+    for rows in (1, 8):
+        x = randn(rows, E)
+        yield Case(
+            "skinny_linear",
+            f"o, {rows} x {E}",
+            lambda x=x: ours.skinny_linear(x, square, residual=x),
+            floor=size(square) + 3 * size(x),
+            again={"x by every block, from L2": (MULTIPROCESSORS[arch] - 1) * size(x)},
+            flops=2 * rows * E * E,
+        )
+        yield Case(
+            "skinny_linear",
+            f"norm, gate and up*, SwiGLU, {rows} x {E}",
+            lambda x=x: ours.skinny_linear(x, gate_up, norm_weight=norm_weight, swiglu=True),
+            floor=size(gate_up, x, norm_weight) + rows * INTERMEDIATE // 4 * 2,
+            again={
+                "x twice and the norm's weight by every block, from L2": MULTIPROCESSORS[arch]
+                * size(x, x, norm_weight)
+                - size(x, norm_weight)
+            },
+            flops=2 * rows * E * 2 * (INTERMEDIATE // 4),
+        )
+    logits = 3 * randn(1, VOCABULARY)
+    seeds, step = torch.tensor([1]), torch.tensor(0)
+    yield Case(
+        "sample",
+        f"top-k, top-p, min-p, 1 x {VOCABULARY}",
+        lambda: ours.sample(logits, seeds, step, top_k=50, top_p=0.9, min_p=0.05),
+        floor=size(logits),
+        again={"the row once more for each of nine passes, from L2": 9 * size(logits)}
+        if arch == 80
+        else {},
+        conflicts=("bins of four blocks in one load, counted as one block's", 0.46)
+        if arch == 90
+        else ("", 0.0),
+    )
+
+
+SOURCES = (elementwise, self_attention, cross_attention, vision, decoding)
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -191,10 +191,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; orders shared-memory accesses before it.
+// All threads of all blocks of the cluster; orders shared-memory accesses before it. In two halves,
+// so that work fits in between, or at once.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
-                   : "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The address of the same variable in the shared memory of block `rank` of the cluster.
@@ -224,6 +231,15 @@ __device__ __forceinline__ uint64_t cluster_load_u64(uint32_t address) {
   uint64_t value;
   asm volatile("ld.shared::cluster.u64 %0, [%1];\n" : "=l"(value) : "r"(address) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void cluster_store(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void cluster_store(uint32_t address, float2 value) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(value.x),
+               "f"(value.y)
+               : "memory");
 }
 
 // ---- programmatic dependent launch (launches made with hopper.h: LaunchOptions::overlap)

@@ -139,23 +139,6 @@ class StrandResults {
   float2* statistics_;
 };
 
-// Barriers between the blocks of a cluster in two halves, so that work fits in between.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_store(uint32_t address, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
-}
-__device__ __forceinline__ void cluster_store(uint32_t address, float2 value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(value.x),
-               "f"(value.y)
-               : "memory");
-}
-
 // Whether row `token` of the output belongs to a sequence.
 __device__ __forceinline__ bool is_sequence_row(const SplitKvClusterParams& p, int64_t token) {
   const int64_t b = find_sequence(p.cu_seqlens, p.batch, 1, token);
