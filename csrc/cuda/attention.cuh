@@ -130,8 +130,8 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
     T* const target = rows.out_row(row);
 #pragma unroll
     for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
-      store_vec(target + chunk * Layout::kChunkElements,
-                load_vec(reinterpret_cast<const T*>(q_tile + Layout::offset(row, chunk))));
+      store_vec_if(true, target + chunk * Layout::kChunkElements,
+                   load_vec(reinterpret_cast<const T*>(q_tile + Layout::offset(row, chunk))));
     }
   });
 }

@@ -44,9 +44,8 @@ cudaError_t allow_shared(void (*kernel)(Params...), int64_t bytes) {
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes,
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, int64_t shared_bytes,
                    cudaStream_t stream, const LaunchOptions& options, Args&&... args) {
-  if (blocks <= 0 || blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t status = allow_shared(kernel, shared_bytes);
     if (status != cudaSuccess) return status;
@@ -70,13 +69,21 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, int64
     ++count;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = grid;
+  config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, const LaunchOptions& options, Args&&... args) {
+  if (blocks <= 0 || blocks > INT32_MAX) return cudaErrorInvalidValue;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                shared_bytes, stream, options, args...);
 }
 
 }  // namespace mllama

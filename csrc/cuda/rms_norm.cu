@@ -2,25 +2,34 @@
 // t is x, residual + x, or residual + tanh(gate) * row_mask * x.
 // Zhang, Sennrich 2019 (arXiv 1910.07467)
 //
-// Tiling     A row lives in registers as 16-byte vectors and is read once, all loads before the
-//            first use. 16 lanes per row up to 16 vectors (head dims: millions of short rows), a
-//            warp up to 128, a block of up to 512 threads x 4 vectors up to 2048 (16384 elements of
-//            16 bits, 8192 of float32). Longer rows, and rows that do not start and end on 16
-//            bytes, take a block that passes over the row twice, element by element where it must,
-//            in the same order.
+// Tiling     A row lives in registers as 16-byte vectors and is read once; all loads, also of w,
+//            are issued before the first use. 16 lanes per row up to 16 vectors (head dims:
+//            millions of short rows), a warp up to 128, a block of up to 512 threads x 4 vectors up
+//            to 2048 (16384 elements of 16 bits, 8192 of float32). Longer rows, and rows that do
+//            not start and end on 16 bytes, take a block that passes over the row twice, element by
+//            element where it must, in the same order.
 // Precision  Squares, sum and mean in float32 for 16-bit types; in float64 for float32, whose
 //            result would otherwise show the order of additions (a GPU with few float64 units then
 //            runs float32 rows below the memory's speed). The order depends on dim alone: a row's
 //            result depends neither on the other rows nor on alignment. Roundings as in PyTorch:
 //            tanh(gate), the gated product, t, the normalised value, its product with the weight.
-// Traffic    rms_norm 2 * rows * dim elements, add_rms_norm 4 (w stays in L2).
-//            4096 x 4096 bf16: 67 MB, 15.6 us at 4.3 TB/s; with residual 134 MB, 31.2 us.
+// Traffic    rms_norm 2 * rows * dim elements, add_rms_norm 4 (w stays in L1). 4096 x 4096 bf16: 67
+//            MB, 15.6 us at 4.3 TB/s; with residual 134 MB, 31.2 us.
+// In flight  dim 4096, 16 bits: 8 rows per multiprocessor, 64 KB (residual: 128 KB), where 4.3 TB/s
+//            at 0.75 us of latency need 25 KB, half of it reads. Rows leave as others arrive, so no
+//            persistent grid: what is left is one latency at each end of the launch, 1 to 1.5 us,
+//            91 to 94 % of bandwidth for 4096 rows, more for longer launches. Issue slots are the
+//            other limit, see vec_math.cuh.
+// Launch     On Hopper before the previous kernel has ended (hopper.cuh: the rule); everything is
+//            read behind the wait.
 // Aliasing   y may be x, residual_out may be residual or x (one thread reads, then writes an
 //            element). Input rows may be strided. A row hidden by row_mask is not read from x.
 
 #include "../rms_norm.h"
+#include "hopper.cuh"
+#include "hopper.h"
 #include "reduce.cuh"
-#include "vec.cuh"
+#include "vec_math.cuh"
 
 namespace mllama {
 namespace {
@@ -51,67 +60,46 @@ __device__ __forceinline__ Row locate_row(const RmsNormParams& p, int64_t row) {
 }
 
 template <typename T>
-__device__ __forceinline__ float row_gate(const RmsNormParams& p) {
-  return p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate);
+__device__ __forceinline__ Vec<T> row_gate(const RmsNormParams& p) {
+  return filled_vec<T>(p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate));
 }
 
 // residual + gate * x with every operation rounded. Without a gate the factor is 1 and exact.
 template <typename T>
 __device__ __forceinline__ Vec<T> add_residual(const Vec<T>& x, const Vec<T>& residual,
-                                               float gate) {
-  Vec<T> sum;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const float product = round_to<T>(__fmul_rn(gate, to_f32(x.data[i])));
-    sum.data[i] = from_f32<T>(__fadd_rn(to_f32(residual.data[i]), product));
-  }
-  return sum;
-}
-
-template <typename T>
-__device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v) {
-  Statistic<T> sum = 0;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const Statistic<T> value = to_f32(v.data[i]);
-    sum = fma(value, value, sum);
-  }
-  return sum;
+                                               const Vec<T>& gate) {
+  return add(residual, multiply(gate, x));
 }
 
 template <typename S>
 __device__ __forceinline__ float reciprocal_rms(const RmsNormParams& p, S sum) {
-  return static_cast<float>(S{1} / sqrt(sum / static_cast<S>(p.dim) + static_cast<S>(p.eps)));
+  const S mean = sum / static_cast<S>(p.dim) + static_cast<S>(p.eps);
+  return static_cast<float>(rsqrt(mean));
 }
 
 template <typename T>
 __device__ __forceinline__ Vec<T> normalize(const Vec<T>& v, const Vec<T>& weight, float rstd) {
-  Vec<T> y;
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const float normalized = round_to<T>(__fmul_rn(to_f32(v.data[i]), rstd));
-    y.data[i] = from_f32<T>(__fmul_rn(normalized, to_f32(weight.data[i])));
-  }
-  return y;
+  return multiply(map_f32(v, [rstd](float x) { return __fmul_rn(x, rstd); }), weight);
 }
 
 // Vector `index` of an aligned row of `vecs` vectors; behind the row it is zero.
 template <typename T>
 __device__ __forceinline__ Vec<T> load_row(const void* base, int64_t offset, int index, int vecs) {
-  return index < vecs ? load_vec(static_cast<const T*>(base) + offset + index * Vec<T>::kSize)
-                      : zero_vec<T>();
+  return load_vec_if(index < vecs, static_cast<const T*>(base) + offset + index * Vec<T>::kSize);
 }
 
 template <typename T>
 __device__ __forceinline__ void store_row(void* base, int64_t offset, int index, int vecs,
                                           const Vec<T>& v) {
-  if (index < vecs) store_vec(static_cast<T*>(base) + offset + index * Vec<T>::kSize, v);
+  store_vec_if(index < vecs, static_cast<T*>(base) + offset + index * Vec<T>::kSize, v);
 }
 
 // Rows that start and end on 16 bytes and fit into registers: kLanes lanes or a block per row.
 template <typename T, bool kResidual, int kLanes, int kVecs>
-__global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
-    rms_norm_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads,
+                                  kLanes == kBlock ? 2 : 1) rms_norm_kernel(const RmsNormParams p) {
+  wait_for_previous_kernel();
+  start_next_kernel();
   const int step = kLanes == kBlock ? static_cast<int>(blockDim.x) : kLanes;
   const int first = static_cast<int>(threadIdx.x) % step;
   const int64_t row_index =
@@ -121,23 +109,32 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
   const int vecs = active ? static_cast<int>(p.dim) / Vec<T>::kSize : 0;
   const Row row = locate_row(p, active ? row_index : 0);
 
-  Vec<T> v[kVecs];
+  Vec<T> v[kVecs], weight[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     v[i] = load_row<T>(p.x, row.x, first + i * step, row.visible ? vecs : 0);
   }
+  // Asked for before anything is used: behind the sum it would cost a single row a second trip to
+  // memory.
+  const auto load_weight = [&] {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) weight[i] = load_row<T>(p.weight, 0, first + i * step, vecs);
+  };
   if constexpr (kResidual) {
     Vec<T> residual[kVecs];
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       residual[i] = load_row<T>(p.residual, row.residual, first + i * step, vecs);
     }
-    const float gate = row_gate<T>(p);
+    load_weight();
+    const Vec<T> gate = row_gate<T>(p);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       v[i] = add_residual(v[i], residual[i], gate);
       store_row(p.residual_out, row.out, first + i * step, vecs, v[i]);
     }
+  } else {
+    load_weight();
   }
   // Behind the row t is 0 and adds nothing (or NaN, if the gate and with it the whole row is NaN).
   Statistic<T> sum = 0;
@@ -151,8 +148,7 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads)
   const float rstd = reciprocal_rms(p, sum);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
-    const Vec<T> weight = load_row<T>(p.weight, 0, first + i * step, vecs);
-    store_row(p.y, row.out, first + i * step, vecs, normalize(v[i], weight, rstd));
+    store_row(p.y, row.out, first + i * step, vecs, normalize(v[i], weight[i], rstd));
   }
 }
 
@@ -181,9 +177,11 @@ __device__ __forceinline__ void store_any(void* base, int64_t offset, int64_t in
 template <typename T, bool kResidual>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_two_pass_kernel(const RmsNormParams p, const bool vectorized) {
+  wait_for_previous_kernel();
+  start_next_kernel();
   const Row row = locate_row(p, blockIdx.x);
   const int64_t vecs = (p.dim + Vec<T>::kSize - 1) / Vec<T>::kSize;
-  const float gate = kResidual ? row_gate<T>(p) : 1.0f;
+  const Vec<T> gate = kResidual ? row_gate<T>(p) : zero_vec<T>();
   Statistic<T> sum = 0;
   for (int64_t i = threadIdx.x; i < vecs; i += blockDim.x) {
     Vec<T> v = row.visible ? load_any<T>(p.x, row.x, i, p.dim, vectorized) : zero_vec<T>();
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename T, bool kResidual>
-cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
+cudaError_t launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   const auto aligned = [&](const void* address, int64_t outer_stride, int64_t inner_stride) {
     return is_aligned16(address, p.outer > 1 ? outer_stride : 0, p.dtype) &&
            is_aligned16(address, p.inner > 1 ? inner_stride : 0, p.dtype);
@@ -217,20 +215,23 @@ cudaError_t launch(const RmsNormParams& p, cudaStream_t stream) {
   const int64_t vecs = ceil_div<int64_t>(p.dim, Vec<T>::kSize);
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   const auto blocks = [&](int lanes) { return ceil_div<int64_t>(rows * lanes, kRowThreads); };
-  const int64_t threads = std::min<int64_t>(
-      kMaxThreads, round_up<int64_t>(ceil_div<int64_t>(vecs, kVecsPerThread), kWarpSize));
+  const int threads = static_cast<int>(std::min<int64_t>(
+      kMaxThreads, round_up<int64_t>(ceil_div<int64_t>(vecs, kVecsPerThread), kWarpSize)));
+  const LaunchOptions options{.overlap = runs_sm90a()};
   if (!vectorized || vecs > kMaxThreads * kVecsPerThread) {
-    rms_norm_two_pass_kernel<T, kResidual><<<rows, threads, 0, stream>>>(p, vectorized);
-  } else if (vecs <= kShortRowLanes) {
-    rms_norm_kernel<T, kResidual, kShortRowLanes, 1>
-        <<<blocks(kShortRowLanes), kRowThreads, 0, stream>>>(p);
-  } else if (vecs <= kWarpSize * kVecsPerThread) {
-    rms_norm_kernel<T, kResidual, kWarpSize, kVecsPerThread>
-        <<<blocks(kWarpSize), kRowThreads, 0, stream>>>(p);
-  } else {
-    rms_norm_kernel<T, kResidual, kBlock, kVecsPerThread><<<rows, threads, 0, stream>>>(p);
+    return launch(rms_norm_two_pass_kernel<T, kResidual>, rows, threads, 0, stream, options, p,
+                  vectorized);
   }
-  return cudaGetLastError();
+  if (vecs <= kShortRowLanes) {
+    return launch(rms_norm_kernel<T, kResidual, kShortRowLanes, 1>, blocks(kShortRowLanes),
+                  kRowThreads, 0, stream, options, p);
+  }
+  if (vecs <= kWarpSize * kVecsPerThread) {
+    return launch(rms_norm_kernel<T, kResidual, kWarpSize, kVecsPerThread>, blocks(kWarpSize),
+                  kRowThreads, 0, stream, options, p);
+  }
+  return launch(rms_norm_kernel<T, kResidual, kBlock, kVecsPerThread>, rows, threads, 0, stream,
+                options, p);
 }
 
 }  // namespace
@@ -239,7 +240,8 @@ int rms_norm_cuda(const RmsNormParams& p, CUstream_st* stream) {
   if (p.outer == 0 || p.inner == 0 || p.dim == 0) return cudaSuccess;
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return p.residual == nullptr ? launch<T, false>(p, stream) : launch<T, true>(p, stream);
+    return p.residual == nullptr ? launch_rms_norm<T, false>(p, stream)
+                                 : launch_rms_norm<T, true>(p, stream);
   });
 }
 

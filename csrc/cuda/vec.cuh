@@ -64,9 +64,44 @@ __device__ __forceinline__ Vec<T> load_vec(const T* address) {
   return *reinterpret_cast<const Vec<T>*>(address);
 }
 
+// From global memory, or zeros. One predicated instruction: a branch around each load would let the
+// compiler use what a load brings before it issues the next.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec_if(bool wanted, const T* address) {
+  uint4 words;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
+      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  return *reinterpret_cast<const Vec<T>*>(&words);
+}
+
 template <typename T>
 __device__ __forceinline__ void store_vec(T* address, const Vec<T>& v) {
   *reinterpret_cast<Vec<T>*>(address) = v;
+}
+
+// To global memory, or not at all, likewise in one instruction: the compiler may split the store of
+// a Vec into its elements.
+template <typename T>
+__device__ __forceinline__ void store_vec_if(bool wanted, T* address, const Vec<T>& v) {
+  const uint4 words = *reinterpret_cast<const uint4*>(&v);
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "@wanted st.global.v4.u32 [%4], {%0, %1, %2, %3};\n"
+      "}\n" ::"r"(words.x),
+      "r"(words.y), "r"(words.z), "r"(words.w), "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
 }
 
 // The first `count` elements one by one, for addresses of any alignment; the rest is zero.

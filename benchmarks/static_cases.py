@@ -1,0 +1,247 @@
+"""The cases of the static table: shapes of the 11B checkpoint, each with what it must move.
+
+A case names the bytes that have to cross the memory bus (`floor`: every input once, every output
+once) and the bytes its design moves again, served by L1 or L2 (`again`: reason and bytes). What the
+simulator counts beyond 1.1 times their sum fails. Likewise every conflict of shared memory needs a
+reason. Shapes marked * are cut down, for the simulator's sake; the kernels and their tiles are
+those of the full shape.
+
+To add a case, yield it from one of the functions below, or from a new one listed in SOURCES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mllama_kernels as ours
+
+E, INTERMEDIATE, HQ, HKV, D = 4096, 14336, 32, 8, 128
+VISION_WIDTH, VISION_HEADS, VISION_DIM, PATCH, TILE = 1280, 16, 80, 14, 560
+TILES, TILE_TOKENS = 4, 1601
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Case:
+    op: str
+    shape: str
+    run: Callable[[], object]
+    floor: int  # bytes
+    again: dict[str, int] = field(default_factory=dict)  # reason to bytes
+    # Why shared accesses take more wavefronts than they must, and how many more, as a share of all.
+    conflicts: tuple[str, float] = ("", 0.0)
+    flops: int = 0  # useful ones, where products bound the kernel
+    architectures: tuple[int, ...] = (80, 90)
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape).to(BF16)
+
+
+def elementwise(arch: int) -> Iterator[Case]:
+    weight, gate = randn(E), randn(1)
+    rows = 4096
+    x, residual = randn(rows, E), randn(rows, E)
+    per_row = {"weight, per row, from L1": (rows - 1) * size(weight)}
+    shape = f"{rows} x {E}"
+    yield Case(
+        "rms_norm",
+        shape,
+        lambda: ours.rms_norm(x, weight),
+        floor=2 * size(x) + size(weight),
+        again=per_row,
+    )
+    yield Case(
+        "add_rms_norm",
+        shape,
+        lambda: ours.add_rms_norm(x, residual, weight),
+        floor=4 * size(x) + size(weight),
+        again=per_row,
+    )
+    yield Case(
+        "gated_residual",
+        shape,
+        lambda: ours.gated_residual(x, residual, gate),
+        floor=3 * size(x) + size(gate),
+    )
+    heads, head_weight = randn(2048, HQ, D), randn(D)
+    yield Case(
+        "rms_norm",
+        f"2048 x {HQ} x {D}",
+        lambda: ours.rms_norm(heads, head_weight),
+        floor=2 * size(heads) + size(head_weight),
+        again={"weight, per two rows, from L1": (2048 * HQ // 2 - 1) * size(head_weight)},
+    )
+    gate_up = randn(1024, 2 * INTERMEDIATE)
+    yield Case(
+        "swiglu",
+        f"1024 x {INTERMEDIATE}",
+        lambda: ours.swiglu(gate_up),
+        floor=size(gate_up) * 3 // 2,
+    )
+
+
+def angles(length: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(length).unsqueeze(-1) * 500000.0 ** (-torch.arange(0, D, 2) / D)
+    return angle.cos().to(BF16), angle.sin().to(BF16)
+
+
+def self_attention(arch: int) -> Iterator[Case]:
+    length, block = 1024, 32  # tokens in 128 rows of packed query heads
+    q = randn(1, length, HQ, D)
+    k, v = randn(1, length, HKV, D), randn(1, length, HKV, D)
+    cos, sin = angles(length)
+    blocks = length // block
+    keys = block * blocks * (blocks + 1) // 2  # that the blocks of one head see
+    yield Case(
+        "rotary_attention",
+        f"prefill {length}*",
+        lambda: ours.rotary_attention(q, k, v, cos[None], sin[None]),
+        floor=2 * size(q) + size(k, v, cos, sin),
+        again={
+            "rotated keys written, then keys and values by every block of rows, from L2": size(k)
+            + keys * HKV * D * 2 * 2
+            - size(v),
+            "cos and sin per key head and query group, 4 heads at a time, from L1": size(cos, sin)
+            * (HKV // 4 + HQ // 4 - 1),
+        },
+        flops=2 * length * length * HQ * D,
+    )
+    for batch, context in ((1, 1024), (1, 8192), (8, 2048)):
+        yield decode_case(batch, context)
+
+
+def decode_case(batch: int, context: int) -> Case:
+    page = 64
+    pages = context // page
+    q, k, v = randn(batch, HQ, D), randn(batch, HKV, D), randn(batch, HKV, D)
+    k_cache, v_cache = (randn(batch * pages, HKV, page, D) for _ in range(2))
+    table = torch.randperm(batch * pages).int().view(batch, pages)
+    bounds = torch.arange(batch + 1).int()
+    lens = torch.full((batch,), context - 1).int()
+    cos, sin = (t[-1:].expand(batch, -1).contiguous() for t in angles(context))
+    split = 256 if context <= 4096 else 512
+    return Case(
+        "rotary_attention_cached",
+        f"decode, batch {batch}, {context} keys",
+        lambda: ours.rotary_attention_cached(
+            q, k, v, cos, sin, k_cache, v_cache, table, bounds, lens, max_seqlen=1
+        ),
+        floor=size(k_cache, v_cache, k, v) + 2 * size(q),
+        again={"partial results written and read, from L2": partials(batch, context // split)},
+        conflicts=("rotating the query, once per block", 0.01),
+        flops=4 * batch * context * HQ * D,
+    )
+
+
+def partials(batch: int, splits: int) -> int:
+    return 2 * batch * HQ * splits * (D + 2) * 4
+
+
+def cross_attention(arch: int) -> Iterator[Case]:
+    k, v = (randn(1, TILES, TILE_TOKENS, HKV, D) for _ in range(2))
+    keys, weight = TILES * TILE_TOKENS, randn(D)
+    one = randn(1, 1, HQ, D)
+    yield Case(
+        "cross_attention",
+        f"decode, {keys} keys",
+        lambda: ours.cross_attention(one, k, v, q_norm_weight=weight),
+        floor=size(k, v) + 2 * size(one),
+        again={"partial results written and read, from L2": partials(1, TILES * 4)},
+        flops=4 * keys * HQ * D,
+    )
+    rows, block = 128, 32
+    q = randn(1, rows, HQ, D)
+    yield Case(
+        "cross_attention",
+        f"{rows} rows*, {keys} keys",
+        lambda: ours.cross_attention(q, k, v, q_norm_weight=weight),
+        floor=size(k, v) + 2 * size(q),
+        again={"keys and values by every block of rows, from L2": (rows // block - 1) * size(k, v)},
+        flops=4 * rows * keys * HQ * D,
+    )
+    first_tile = torch.tensor([True, False, False, False]).expand(1, rows, TILES).contiguous()
+    yield Case(
+        "cross_attention",
+        f"{rows} rows*, {keys} keys, one tile seen",
+        lambda: ours.cross_attention(q, k, v, first_tile, q_norm_weight=weight),
+        floor=size(k, v) // TILES + 2 * size(q),
+        again={
+            "keys and values by every block of rows, from L2": (rows // block - 1)
+            * (size(k, v) // TILES)
+        },
+        flops=4 * rows * TILE_TOKENS * HQ * D,
+    )
+
+
+def vision(arch: int) -> Iterator[Case]:
+    tokens, block = 1608, 128
+    q, k, v = (randn(1, tokens, VISION_HEADS, VISION_DIM) for _ in range(3))
+    padding = torch.arange(tokens)[None] >= TILE_TOKENS
+    yield Case(
+        "vision_attention",
+        f"{tokens} tokens*",
+        lambda: ours.vision_attention(q, k, v, padding),
+        floor=4 * size(q),
+        again={"keys and values by every block of rows, from L2": tokens // block * size(k, v)},
+        flops=4 * tokens * tokens * VISION_HEADS * VISION_DIM,
+    )
+    pixels = randn(1, 1, 3, TILE, TILE)
+    grid = TILE // PATCH
+    patches, depth = grid * grid, 3 * PATCH * PATCH
+    weight = randn(VISION_WIDTH, 3, PATCH, PATCH)
+    positions, tile_positions = (
+        randn(patches + 1, VISION_WIDTH),
+        randn(9, (patches + 1) * VISION_WIDTH),
+    )
+    row, gate = randn(VISION_WIDTH), randn(1)
+    pre_tile = randn(9, VISION_WIDTH)
+    out_bytes = (patches + 8) * VISION_WIDTH * 2
+    row_blocks, column_blocks = -(-patches // 128), VISION_WIDTH // 128
+    yield Case(
+        "patch_embed",
+        f"1 tile* of {TILE}",
+        lambda: ours.patch_embed(
+            pixels,
+            torch.tensor([1]),
+            weight,
+            row,
+            positions,
+            gate,
+            tile_positions,
+            pre_tile,
+            gate,
+            row,
+            row,
+        ),
+        floor=size(pixels, weight, positions) + size(tile_positions) // 9 + out_bytes,
+        again={
+            "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
+            "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1": int(
+                1.2 * column_blocks * size(pixels)
+            ),
+            "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
+            "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
+            "scale and shift per token, from L1": 2 * patches * size(row),
+            "pre-tile embedding per patch, from L1": patches * size(row),
+        },
+        flops=2 * patches * depth * VISION_WIDTH,
+    )
+
+
+SOURCES = (elementwise, self_attention, cross_attention, vision)
+
+
+def cases(arch: int) -> Iterator[Case]:
+    for source in SOURCES:
+        for case in source(arch):
+            if arch in case.architectures:
+                yield case
