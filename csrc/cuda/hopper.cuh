@@ -134,6 +134,18 @@ __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint6
       : "memory");
 }
 
+// The same box to the same place in the shared memory of every block of the cluster whose bit is
+// set in `blocks`; each block's own barrier, at the same place too, counts its bytes.
+__device__ __forceinline__ void tensor_copy_multicast(void* shared, const void* map,
+                                                      uint64_t* barrier, uint16_t blocks, int c0,
+                                                      int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+      "multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
@@ -194,6 +206,12 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, uint32_t
                : "=r"(address)
                : "r"(shared_address(shared)), "r"(rank));
   return address;
+}
+
+// Arrives at a barrier of any block of the cluster, by its cluster_address().
+__device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
 }
 
 __device__ __forceinline__ float cluster_load(uint32_t address) {

@@ -1,0 +1,464 @@
+// Pixels to vision tokens for sm_90a: what patch_embed.cu computes, in one pass over the tokens,
+// for 16-bit elements. The convolution as a product of unfolded patches (rows, K) and weights (K,
+// dim).
+//
+// Tiling     A cluster computes 256 whole tokens: two blocks of 128 rows by up to four of 320
+//            columns. Two warpgroups per block compute 64 x 320 each, wgmma m64n160k16 twice per
+//            step. One warp copies weights by TMA, slices of 64 k through a ring of four; each of
+//            the two blocks that share columns copies half of a slice, to both.
+// Patches    Need no shared memory: a row of patches belongs to one warp alone, whose lanes load
+//            the pixel pairs of the register operand straight from the image, one slice ahead.
+//            Rows of pixels are read through L1 in whole sectors: neighbouring patches are
+//            neighbouring rows of the operand.
+// Weights    Rows of 1176 bytes are no TMA rows (multiples of 16); pairs of rows are. Even and odd
+//            rows are copied apart, so a thread's accumulators are four neighbouring columns. What
+//            follows the last k of an even row is the next row's; pixels are zero there.
+// Norm       The tokens stay in the accumulators. Each block has the sum of its columns and the sum
+//            of squares about their mean; the blocks of a row exchange them through the cluster's
+//            shared memory and merge them (Chan et al. 1979).
+// Rest       Class tokens and zero tokens: a warp each, in clusters behind the last patches.
+// Precision  Products summed in float32; embeddings are added as PyTorch's operators round;
+//            statistics in float32; one rounding at the store.
+// Bad ids    As patch_embed.cu.
+// Traffic    Pixels, weights, embeddings and out once from or to HBM. 4 tiles of 560 x 560, dim
+//            1280, bf16: 7.5 + 1.5 + 20.5 + 16.5 MB, 11 us at 4.3 TB/s; 9.6 GFLOP, 12 us at 790
+//            TFLOP/s. From L2: pixels by four blocks of columns, 30 MB, and weights by 25 clusters,
+//            41 MB with the tail of the last slice: 13 us at an assumed 5.5 TB/s, beside the
+//            products.
+// Estimate   Not measured. 25 clusters of 8 on 132 multiprocessors (16 at a time where a GPC has 16
+//            to 18) are two rounds: 2 * 37 steps of 320 clocks, 13.5 us at 1.755 GHz. The
+//            epilogue's loads do not overlap products of the same block: 164 KB per block, which
+//            prefetches have brought to L2, 3 us per round at 32 bytes per clock. With 1 us to
+//            start: 20 us. patch_embed.cu would take 36: products by mma.sync at 0.6 of wgmma's
+//            rate in four rounds of 500 blocks, 22 us, but 150 MB from L2 for them, 27 us; then 33
+//            MB of tokens read and written again, 7 us, and 2 us between the kernels.
+// Aliasing   As patch_embed.cu.
+
+#include "hopper.cuh"
+#include "hopper.h"
+#include "patch_embed_sm90.h"
+#include "patch_geometry.cuh"
+#include "patch_tokens.cuh"
+#include "vec_math.cuh"
+#include "wgmma.cuh"
+
+namespace mllama {
+namespace {
+
+constexpr int kBlockM = 128, kBlockN = kPatchSm90Columns, kBlockK = 64, kStages = 4;
+constexpr int kRowBlocks = 2;  // of a cluster
+constexpr int kProductN = 160, kProducts = kBlockN / kProductN;
+constexpr int kComputeWarps = 8, kRowsPerWarp = 16;
+constexpr int kWarps = kComputeWarps + 4, kThreads = kWarps * kWarpSize;
+// 65536 registers for 256 threads that compute and a warpgroup of which one thread copies.
+constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
+constexpr int kSteps = kBlockK / 16;          // products along k per slice
+constexpr int kGroups = kProductN / 16;       // of 16 columns, four of them a thread's
+constexpr int kSlots = 2;                     // rows per thread
+constexpr int kSpan = 128;                    // bytes of a row of a slice
+constexpr int kBoxRows = kProductN / 2;       // even or odd rows of weights
+constexpr int kSliceBytes = kBlockN * kSpan;  // of all columns
+constexpr int kProductBytes = kProductN * kSpan;
+static_assert(kProducts == kRowBlocks, "each row block copies the weights of one product");
+static_assert(kBoxRows * kSpan % 1024 == 0 && kBlockK * 2 == kSpan);
+
+// Of a row's columns in one block.
+struct RowStatistics {
+  float sum, squares;  // the latter about the mean of these columns
+};
+
+struct PatchShared {
+  alignas(1024) char weights[kStages][kSliceBytes];
+  uint64_t full[kStages], empty[kStages];
+  RowStatistics statistics[kBlockM];
+  int pixel_offsets[];  // of the pairs of a patch; -1 behind the last, up to whole slices
+};
+
+#ifdef MLLAMA_SM90A_DEVICE
+
+// Two pixels, or zeros.
+__device__ __forceinline__ uint32_t load_pair_if(bool wanted, const void* address) {
+  uint32_t pair;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %2, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "@wanted ld.global.nc.u32 %0, [%1];\n"
+      "}\n"
+      : "=&r"(pair)
+      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  return pair;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address));
+}
+
+// Accumulators of 16 rows, by warp.
+struct PatchSums {
+  float d[kProducts][2 * kGroups][4] = {};
+
+  // Column `i` of a thread's four: even rows of weights come first in a product, then odd ones.
+  __device__ __forceinline__ float& at(int slot, int product, int group, int i) {
+    return d[product][group + i % 2 * kGroups][slot * 2 + i / 2];
+  }
+};
+
+// Place of the first of a thread's four columns in the block.
+__device__ __forceinline__ int group_column(int product, int group) {
+  return product * kProductN + group * 16 + threadIdx.x % 4 * 4;
+}
+
+// The copying thread's part.
+__device__ __forceinline__ void copy_weights(PatchShared& shared, const CUtensorMap& map, int depth,
+                                             int first_column, uint32_t rank) {
+  const int part = rank % kRowBlocks;
+  const auto blocks = static_cast<uint16_t>(3u << (rank - part));
+  RingPosition<kStages> ring;
+  for (int k = 0; k < depth; k += kBlockK, ring.advance()) {
+    mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+    mbarrier_arrive_expect(&shared.full[ring.stage], kSliceBytes);
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      tensor_copy_multicast(
+          shared.weights[ring.stage] + part * kProductBytes + odd * kBoxRows * kSpan, &map,
+          &shared.full[ring.stage], blocks, odd * depth + k, first_column / 2 + part * kBoxRows);
+    }
+  }
+}
+
+// The computing warps' part of the product.
+template <typename T>
+class PatchProduct {
+ public:
+  __device__ __forceinline__ PatchProduct(PatchShared& shared, const PatchGeometry& g,
+                                          const T* pixels, int64_t first_row, uint32_t rank)
+      : shared_(shared), rank_(rank), steps_((g.depth + 15) / 16) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int64_t row = first_row + slot * 8;
+      source_[slot] = pixels + (row < g.rows ? g.patch_offset(row) : 0);
+    }
+  }
+
+  // Two slices per turn, each with its own operand registers.
+  __device__ __forceinline__ void run(PatchSums& sums) {
+    load<0>(0);
+    wgmma_fence(sums.d[0], sums.d[1]);
+    for (int step = 0; step < steps_; step += 2 * kSteps) {
+      multiply<0>(sums, step);
+      if (step + kSteps < steps_) multiply<1>(sums, step + kSteps);
+    }
+    wgmma_wait<0>(sums.d[0], sums.d[1]);
+  }
+
+ private:
+  // The pixels of a slice, laid out as the operand of its products.
+  template <int kBuffer>
+  __device__ __forceinline__ void load(int first_step) {
+    const int* const offsets =
+        shared_.pixel_offsets + first_step * 8 + static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int offset = offsets[step * 8 + half * 4];
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot) {
+          pixels_[kBuffer][step][half * 2 + slot] =
+              load_pair_if(offset >= 0, source_[slot] + offset);
+        }
+      }
+    }
+  }
+
+  // Issues the products of the slice that was loaded, and while they run loads the next one.
+  template <int kBuffer>
+  __device__ __forceinline__ void multiply(PatchSums& sums, int first_step) {
+    mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
+    const uint64_t weights =
+        wgmma_descriptor_k<kSpan>(shared_address(shared_.weights[ring_.stage]));
+    const auto issue = [&](int step) {
+#pragma unroll
+      for (int product = 0; product < kProducts; ++product) {
+        Wgmma<T, kProductN>::template rs<WgmmaMajor::kK, true>(
+            sums.d[product], pixels_[kBuffer][step],
+            weights + wgmma_step(product * kProductBytes + step * 32));
+      }
+    };
+    // A fence in each basic block: the compiler would put one where it is missing.
+    if (first_step + kSteps <= steps_) {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) issue(step);
+    } else {
+#pragma unroll
+      for (int step = 0; step < kSteps - 1; ++step) {
+        if (first_step + step >= steps_) break;
+        wgmma_fence();
+        issue(step);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (first_step > 0) release();
+    if (first_step + kSteps < steps_) load<kBuffer ^ 1>(first_step + kSteps);
+    ring_.advance();
+  }
+
+  // Gives the slice before the current one back to both blocks that copy into it.
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % kWarpSize >= kRowBlocks) return;
+    const int stage = (ring_.stage + kStages - 1) % kStages;
+    cluster_arrive(cluster_address(&shared_.empty[stage],
+                                   rank_ / kRowBlocks * kRowBlocks + threadIdx.x % kWarpSize));
+  }
+
+  PatchShared& shared_;
+  const uint32_t rank_;
+  const int steps_;
+  const T* source_[kSlots];
+  uint32_t pixels_[2][kSteps][4];
+  RingPosition<kStages> ring_;
+};
+
+// Starts bringing the embeddings of the block's tokens to L2, where they are wanted after the
+// product.
+template <typename T>
+__device__ __forceinline__ void prefetch_embeddings(const PatchEmbedParams& p, int64_t rows,
+                                                    int64_t first_row, int first_column) {
+  constexpr int kLine = 128 / sizeof(T), kLines = kBlockN / kLine;
+  static_assert(kBlockN % kLine == 0);
+  const int64_t patches = p.grid * p.grid, row = first_row + threadIdx.x / 2;
+  if (row >= rows) return;
+  const int64_t image_tile = row / patches, token = row - image_tile * patches + 1;
+  const int64_t image = image_tile / p.tiles, ratio = p.aspect_ratio_ids[image];
+  if (ratio < 0 || ratio >= p.ratios) return;
+  const TokenEmbedding<T> embedding(p, ratio, image_tile - image * p.tiles, token, true);
+  for (int line = threadIdx.x % 2; line < kLines; line += 2) {
+    const int column = first_column + line * kLine;
+    if (column >= p.dim) return;
+    prefetch_l2(embedding.tile_position + column);
+    prefetch_l2(embedding.position + column);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float4 load_four(const T* address) {
+  const uint2 words = *reinterpret_cast<const uint2*>(address);
+  const float2 low = unpack_pair<T>(words.x), high = unpack_pair<T>(words.y);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+// Adds its embeddings to a row of the block's sums; its statistics go to shared memory.
+template <typename T>
+__device__ __forceinline__ void embed_row(const PatchEmbedParams& p, int64_t rows, int64_t row,
+                                          int slot, int first_column, int columns, PatchSums& sums,
+                                          RowStatistics& statistics) {
+  const int64_t patches = p.grid * p.grid, image_tile = row / patches;
+  const int64_t token = row - image_tile * patches + 1, image = image_tile / p.tiles;
+  const int64_t ratio = row < rows ? p.aspect_ratio_ids[image] : -1;
+  const bool valid = ratio >= 0 && ratio < p.ratios;
+  const TokenEmbedding<T> embedding(p, valid ? ratio : 0, valid ? image_tile - image * p.tiles : 0,
+                                    valid ? token : 0, true);
+  float sum = 0;
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int place = group_column(product, group), column = first_column + place;
+      if (place >= columns) continue;
+      const float4 pre_tile = load_four(embedding.pre_tile + column);
+      const float4 position = load_four(embedding.position + column);
+      const float4 tile_position = load_four(embedding.tile_position + column);
+      const auto add = [&](int i, float a, float b, float c) {
+        float x = round_to<T>(sums.at(slot, product, group, i));
+        x = add_scaled<T>(x, embedding.pre_tile_gate, a);
+        x = add_scaled<T>(x, embedding.inverse_gate, b);
+        x = add_scaled<T>(x, embedding.position_gate, c);
+        sums.at(slot, product, group, i) = x = valid ? x : NAN;
+        sum += x;
+      };
+      add(0, pre_tile.x, position.x, tile_position.x);
+      add(1, pre_tile.y, position.y, tile_position.y);
+      add(2, pre_tile.z, position.z, tile_position.z);
+      add(3, pre_tile.w, position.w, tile_position.w);
+    }
+  }
+  sum = warp_sum<4>(sum);
+  const float mean = sum / columns;
+  float squares = 0;
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      if (group_column(product, group) >= columns) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float difference = sums.at(slot, product, group, i) - mean;
+        squares += difference * difference;
+      }
+    }
+  }
+  squares = warp_sum<4>(squares);
+  if (threadIdx.x % 4 == 0) statistics = {sum, squares};
+}
+
+// Normalises a row of the block's sums with the statistics of all blocks of the row, and stores it.
+template <typename T>
+__device__ __forceinline__ void normalize_row(const PatchEmbedParams& p, int slot, int first_column,
+                                              int columns, uint32_t rank,
+                                              const RowStatistics& statistics, T* out,
+                                              PatchSums& sums) {
+  const int dim = static_cast<int>(p.dim);
+  RowStatistics parts[kPatchSm90MaxDim / kBlockN];
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < kPatchSm90MaxDim / kBlockN; ++i) {
+    if (i * kBlockN >= dim) break;
+    const uint32_t part = cluster_address(&statistics, i * kRowBlocks + rank % kRowBlocks);
+    parts[i] = {cluster_load(part), cluster_load(part + 4)};
+    sum += parts[i].sum;
+  }
+  const float mean = sum / dim;
+#pragma unroll
+  for (int i = 0; i < kPatchSm90MaxDim / kBlockN; ++i) {
+    if (i * kBlockN >= dim) break;
+    const int count = min(dim - i * kBlockN, kBlockN);
+    const float difference = parts[i].sum / count - mean;
+    squares += parts[i].squares + count * difference * difference;
+  }
+  const float rstd = 1 / sqrt(squares / dim + static_cast<float>(p.eps));
+  if (out == nullptr) return;
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int place = group_column(product, group), column = first_column + place;
+      if (place >= columns) continue;
+      const float4 weight = load_four(static_cast<const T*>(p.norm_weight) + column);
+      const float4 bias = load_four(static_cast<const T*>(p.norm_bias) + column);
+      const auto value = [&](int i, float w, float b) {
+        return fmaf((sums.at(slot, product, group, i) - mean) * rstd, w, b);
+      };
+      *reinterpret_cast<uint2*>(out + column) =
+          make_uint2(pack_pair<T>(value(0, weight.x, bias.x), value(1, weight.y, bias.y)),
+                     pack_pair<T>(value(2, weight.z, bias.z), value(3, weight.w, bias.w)));
+    }
+  }
+}
+
+#endif  // MLLAMA_SM90A_DEVICE
+
+// Blocks of a cluster that share columns are neighbours. Clusters from `row_clusters` on make the
+// tokens that are no patches.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    patch_sm90_kernel(const __grid_constant__ PatchEmbedParams p,
+                      const __grid_constant__ PatchGeometry g,
+                      const __grid_constant__ CUtensorMap weights, const int row_clusters,
+                      const bool vectorized) {
+#ifdef MLLAMA_SM90A_DEVICE
+  const int dim = static_cast<int>(p.dim);
+  const int blocks = (dim + kBlockN - 1) / kBlockN * kRowBlocks;
+  const int cluster = static_cast<int>(blockIdx.x) / blocks;
+  const int warp = warp_uniform(threadIdx.x / kWarpSize), lane = threadIdx.x % kWarpSize;
+  const int64_t patches = p.grid * p.grid;
+  if (cluster >= row_clusters) {
+    const int64_t others = p.out_tokens - patches;
+    const int64_t i = (static_cast<int64_t>(blockIdx.x) - row_clusters * blocks) * kWarps + warp;
+    if (i >= p.images * p.tiles * others) return;
+    const int64_t image_tile = i / others, other = i - image_tile * others;
+    const int64_t token = other == 0 ? 0 : patches + other;
+    finish_token<T>(p, image_tile * p.out_tokens + token, vectorized);
+    return;
+  }
+
+  extern __shared__ __align__(1024) char memory[];
+  auto& shared = *reinterpret_cast<PatchShared*>(memory);
+  const uint32_t rank = cluster_rank();
+  const int first_column = static_cast<int>(rank / kRowBlocks) * kBlockN;
+  const int64_t first_row =
+      (static_cast<int64_t>(cluster) * kRowBlocks + rank % kRowBlocks) * kBlockM;
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&weights);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&shared.full[stage], 1);
+      mbarrier_init(&shared.empty[stage], kComputeWarps * kRowBlocks);
+    }
+    fence_mbarrier_init();
+  }
+  const int pairs = (g.depth + kBlockK - 1) / kBlockK * kBlockK / 2;
+  for (int pair = threadIdx.x; pair < pairs; pair += kThreads) {
+    shared.pixel_offsets[pair] = 2 * pair < g.depth ? g.pixel_offset(2 * pair) : -1;
+  }
+  cluster_sync();  // the barriers of all blocks can be arrived at
+
+  if (warp >= kComputeWarps) {
+    registers_release<kCopyRegisters>();
+    if (warp == kComputeWarps && elect_one()) {
+      copy_weights(shared, weights, g.depth, first_column, rank);
+    }
+    __syncwarp();
+    cluster_sync();
+    cluster_sync();
+    return;
+  }
+  registers_acquire<kComputeRegisters>();
+  const int block_row = warp * kRowsPerWarp + lane / 4;
+  const int64_t row = first_row + block_row;
+  const int columns = min(dim - first_column, kBlockN);
+  prefetch_embeddings<T>(p, g.rows, first_row, first_column);
+  PatchSums sums;
+  PatchProduct<T>(shared, g, static_cast<const T*>(p.pixel_values), row, rank).run(sums);
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    embed_row<T>(p, g.rows, row + slot * 8, slot, first_column, columns, sums,
+                 shared.statistics[block_row + slot * 8]);
+  }
+  cluster_sync();
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int64_t patch = row + slot * 8, image_tile = patch / patches;
+    const int64_t token = patch - image_tile * patches + 1;
+    T* const out = patch < g.rows
+                       ? static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim
+                       : nullptr;
+    normalize_row<T>(p, slot, first_column, columns, rank, shared.statistics[block_row + slot * 8],
+                     out, sums);
+  }
+  cluster_sync();  // none leaves while its statistics are read
+#endif
+}
+
+template <typename T>
+cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
+  const PatchGeometry g(p);
+  CUtensorMap weights;
+  const cudaError_t status = make_tensor_map(
+      weights, p.dtype, p.patch_weight,
+      {{2 * g.depth, 1, kBlockK}, {p.dim / 2, 2 * g.depth, kBoxRows}}, Swizzle::k128);
+  if (status != cudaSuccess) return status;
+  const int64_t blocks = ceil_div<int64_t>(p.dim, kBlockN) * kRowBlocks;
+  const int64_t row_clusters = ceil_div<int64_t>(g.rows, kBlockM * kRowBlocks);
+  const int64_t others = p.images * p.tiles * (p.out_tokens - p.grid * p.grid);
+  const int64_t other_clusters = ceil_div<int64_t>(others, blocks * kWarps);
+  const int64_t grid = (row_clusters + other_clusters) * blocks;
+  if (grid > INT32_MAX) return cudaErrorInvalidValue;
+  const int64_t shared_bytes =
+      int64_t{sizeof(PatchShared)} + round_up(g.depth, kBlockK) / 2 * int64_t{sizeof(int)};
+  LaunchOptions options;
+  options.cluster = static_cast<unsigned>(blocks);
+  return launch(patch_sm90_kernel<T>, grid, kThreads, shared_bytes, stream, options, p, g, weights,
+                static_cast<int>(row_clusters), tokens_vectorized<T>(p));
+}
+
+}  // namespace
+
+int patch_embed_sm90(const PatchEmbedParams& p, CUstream_st* stream) {
+  return p.dtype == DType::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, stream)
+                                     : launch_dtype<__half>(p, stream);
+}
+
+}  // namespace mllama
