@@ -51,14 +51,13 @@ constexpr int kProductN = 160, kProducts = kBlockN / kProductN;
 constexpr int kComputeWarps = 8, kRowsPerWarp = 16;
 constexpr int kWarps = kComputeWarps + 4, kThreads = kWarps * kWarpSize;
 // 65536 registers for 256 threads that compute and a warpgroup of which one thread copies.
-constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
+constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
 constexpr int kSteps = kBlockK / 16;          // products along k per slice
 constexpr int kGroups = kProductN / 16;       // of 16 columns, four of them a thread's
 constexpr int kSlots = 2;                     // rows per thread
 constexpr int kSpan = 128;                    // bytes of a row of a slice
 constexpr int kBoxRows = kProductN / 2;       // even or odd rows of weights
 constexpr int kSliceBytes = kBlockN * kSpan;  // of all columns
-constexpr int kProductBytes = kProductN * kSpan;
 static_assert(kProducts == kRowBlocks, "each row block copies the weights of one product");
 static_assert(kBoxRows * kSpan % 1024 == 0 && kBlockK * 2 == kSpan);
 
@@ -76,8 +75,8 @@ struct PatchShared {
 
 #ifdef MLLAMA_SM90A_DEVICE
 
-// Two pixels, or zeros.
-__device__ __forceinline__ uint32_t load_pair_if(bool wanted, const void* address) {
+// Two pixels, or zeros. Loads and stores are predicated instructions, as load_vec_if() explains.
+__device__ __forceinline__ uint32_t load_two_if(bool wanted, const void* address) {
   uint32_t pair;
   asm volatile(
       "{\n"
@@ -89,6 +88,37 @@ __device__ __forceinline__ uint32_t load_pair_if(bool wanted, const void* addres
       : "=&r"(pair)
       : "l"(address), "r"(static_cast<uint32_t>(wanted)));
   return pair;
+}
+
+// Four neighbouring elements of a row, as pairs.
+struct Four {
+  uint32_t pairs[2];
+};
+
+__device__ __forceinline__ Four load_four_if(bool wanted, const void* address) {
+  Four four;
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %3, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "@wanted ld.global.nc.v2.u32 {%0, %1}, [%2];\n"
+      "}\n"
+      : "=&r"(four.pairs[0]), "=&r"(four.pairs[1])
+      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  return four;
+}
+
+__device__ __forceinline__ void store_four_if(bool wanted, void* address, const Four& four) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %3, 0;\n"
+      "@wanted st.global.v2.u32 [%2], {%0, %1};\n"
+      "}\n" ::"r"(four.pairs[0]),
+      "r"(four.pairs[1]), "l"(address), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* address) {
@@ -105,11 +135,6 @@ struct PatchSums {
   }
 };
 
-// Place of the first of a thread's four columns in the block.
-__device__ __forceinline__ int group_column(int product, int group) {
-  return product * kProductN + group * 16 + threadIdx.x % 4 * 4;
-}
-
 // The copying thread's part.
 __device__ __forceinline__ void copy_weights(PatchShared& shared, const CUtensorMap& map, int depth,
                                              int first_column, uint32_t rank) {
@@ -122,7 +147,7 @@ __device__ __forceinline__ void copy_weights(PatchShared& shared, const CUtensor
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       tensor_copy_multicast(
-          shared.weights[ring.stage] + part * kProductBytes + odd * kBoxRows * kSpan, &map,
+          shared.weights[ring.stage] + part * kProductN * kSpan + odd * kBoxRows * kSpan, &map,
           &shared.full[ring.stage], blocks, odd * depth + k, first_column / 2 + part * kBoxRows);
     }
   }
@@ -142,13 +167,24 @@ class PatchProduct {
     }
   }
 
-  // Two slices per turn, each with its own operand registers.
   __device__ __forceinline__ void run(PatchSums& sums) {
     load<0>(0);
     wgmma_fence(sums.d[0], sums.d[1]);
-    for (int step = 0; step < steps_; step += 2 * kSteps) {
+    // Two slices per turn, each with its own operand registers; what is left is less than a slice.
+    int step = 0;
+    while (true) {
+      if (step + kSteps > steps_) {
+        multiply_rest<0>(sums, step);
+        break;
+      }
       multiply<0>(sums, step);
-      if (step + kSteps < steps_) multiply<1>(sums, step + kSteps);
+      step += kSteps;
+      if (step + kSteps > steps_) {
+        multiply_rest<1>(sums, step);
+        break;
+      }
+      multiply<1>(sums, step);
+      step += kSteps;
     }
     wgmma_wait<0>(sums.d[0], sums.d[1]);
   }
@@ -167,44 +203,50 @@ class PatchProduct {
 #pragma unroll
         for (int slot = 0; slot < kSlots; ++slot) {
           pixels_[kBuffer][step][half * 2 + slot] =
-              load_pair_if(offset >= 0, source_[slot] + offset);
+              load_two_if(offset >= 0, source_[slot] + offset);
         }
       }
     }
   }
 
-  // Issues the products of the slice that was loaded, and while they run loads the next one.
+  template <int kBuffer>
+  __device__ __forceinline__ void issue(PatchSums& sums, int step) const {
+    const uint64_t weights =
+        wgmma_descriptor_k<kSpan>(shared_address(shared_.weights[ring_.stage]));
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) {
+      Wgmma<T, kProductN>::template rs<WgmmaMajor::kK, true>(
+          sums.d[product], pixels_[kBuffer][step],
+          weights + wgmma_step(product * kProductN * kSpan + step * 32));
+    }
+  }
+
+  // Issues the products of the slice that was loaded, and while they run loads the next one into
+  // the registers of the one before.
   template <int kBuffer>
   __device__ __forceinline__ void multiply(PatchSums& sums, int first_step) {
     mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
-    const uint64_t weights =
-        wgmma_descriptor_k<kSpan>(shared_address(shared_.weights[ring_.stage]));
-    const auto issue = [&](int step) {
+    wgmma_fence();
 #pragma unroll
-      for (int product = 0; product < kProducts; ++product) {
-        Wgmma<T, kProductN>::template rs<WgmmaMajor::kK, true>(
-            sums.d[product], pixels_[kBuffer][step],
-            weights + wgmma_step(product * kProductBytes + step * 32));
-      }
-    };
-    // A fence in each basic block: the compiler would put one where it is missing.
-    if (first_step + kSteps <= steps_) {
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) issue(step);
-    } else {
-#pragma unroll
-      for (int step = 0; step < kSteps - 1; ++step) {
-        if (first_step + step >= steps_) break;
-        wgmma_fence();
-        issue(step);
-      }
-    }
+    for (int step = 0; step < kSteps; ++step) issue<kBuffer>(sums, step);
     wgmma_commit();
     wgmma_wait<1>();
     if (first_step > 0) release();
     if (first_step + kSteps < steps_) load<kBuffer ^ 1>(first_step + kSteps);
     ring_.advance();
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void multiply_rest(PatchSums& sums, int first_step) {
+    if (first_step >= steps_) return;
+    mbarrier_wait(&shared_.full[ring_.stage], ring_.parity);
+#pragma unroll
+    for (int step = 0; step < kSteps - 1; ++step) {
+      if (first_step + step >= steps_) break;
+      wgmma_fence();
+      issue<kBuffer>(sums, step);
+      wgmma_commit();
+    }
   }
 
   // Gives the slice before the current one back to both blocks that copy into it.
@@ -244,78 +286,143 @@ __device__ __forceinline__ void prefetch_embeddings(const PatchEmbedParams& p, i
   }
 }
 
+// x + gate * e of pairs, both operations rounded (vec_math.cuh).
 template <typename T>
-__device__ __forceinline__ float4 load_four(const T* address) {
-  const uint2 words = *reinterpret_cast<const uint2*>(address);
-  const float2 low = unpack_pair<T>(words.x), high = unpack_pair<T>(words.y);
-  return make_float4(low.x, low.y, high.x, high.y);
+__device__ __forceinline__ uint32_t add_scaled(uint32_t x, uint32_t gate, uint32_t e) {
+  const auto pair = [](const uint32_t& word) { return *reinterpret_cast<const Pair<T>*>(&word); };
+  const Pair<T> sum = __hadd2_rn(pair(x), __hmul2_rn(pair(gate), pair(e)));
+  return *reinterpret_cast<const uint32_t*>(&sum);
 }
 
-// Adds its embeddings to a row of the block's sums; its statistics go to shared memory.
+// A thread's part of one row of the block: the token, from embeddings to LayerNorm.
 template <typename T>
-__device__ __forceinline__ void embed_row(const PatchEmbedParams& p, int64_t rows, int64_t row,
-                                          int slot, int first_column, int columns, PatchSums& sums,
-                                          RowStatistics& statistics) {
-  const int64_t patches = p.grid * p.grid, image_tile = row / patches;
-  const int64_t token = row - image_tile * patches + 1, image = image_tile / p.tiles;
-  const int64_t ratio = row < rows ? p.aspect_ratio_ids[image] : -1;
-  const bool valid = ratio >= 0 && ratio < p.ratios;
-  const TokenEmbedding<T> embedding(p, valid ? ratio : 0, valid ? image_tile - image * p.tiles : 0,
-                                    valid ? token : 0, true);
-  float sum = 0;
+class PatchRow {
+ public:
+  // `columns` of the block exist.
+  __device__ __forceinline__ PatchRow(int first_column, int columns)
+      : first_column_(first_column + threadIdx.x % 4 * 4),
+        columns_(columns),
+        places_(columns - static_cast<int>(threadIdx.x) % 4 * 4) {}
+
+  // Rounds the products of `slot` and adds the embeddings, or makes all NaN.
+  __device__ __forceinline__ void embed(PatchSums& sums, int slot,
+                                        const TokenEmbedding<T>& embedding, bool valid) {
+    const uint32_t pre_tile_gate = twice(embedding.pre_tile_gate),
+                   inverse_gate = twice(embedding.inverse_gate),
+                   position_gate = twice(embedding.position_gate);
+    for_batches([&](int product, int first_group) {
+      Four pre_tile[kBatch], position[kBatch], tile_position[kBatch];
 #pragma unroll
-  for (int product = 0; product < kProducts; ++product) {
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = place_of(product, first_group + i), column = first_column_ + place;
+        const bool wanted = valid && place < places_;
+        pre_tile[i] = load_four_if(wanted, embedding.pre_tile + column);
+        position[i] = load_four_if(wanted, embedding.position + column);
+        tile_position[i] = load_four_if(wanted, embedding.tile_position + column);
+      }
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int place = group_column(product, group), column = first_column + place;
-      if (place >= columns) continue;
-      const float4 pre_tile = load_four(embedding.pre_tile + column);
-      const float4 position = load_four(embedding.position + column);
-      const float4 tile_position = load_four(embedding.tile_position + column);
-      const auto add = [&](int i, float a, float b, float c) {
-        float x = round_to<T>(sums.at(slot, product, group, i));
-        x = add_scaled<T>(x, embedding.pre_tile_gate, a);
-        x = add_scaled<T>(x, embedding.inverse_gate, b);
-        x = add_scaled<T>(x, embedding.position_gate, c);
-        sums.at(slot, product, group, i) = x = valid ? x : NAN;
-        sum += x;
-      };
-      add(0, pre_tile.x, position.x, tile_position.x);
-      add(1, pre_tile.y, position.y, tile_position.y);
-      add(2, pre_tile.z, position.z, tile_position.z);
-      add(3, pre_tile.w, position.w, tile_position.w);
+      for (int i = 0; i < kBatch; ++i) {
+        const int group = first_group + i;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t x = pack_pair<T>(sums.at(slot, product, group, 2 * half),
+                                    sums.at(slot, product, group, 2 * half + 1));
+          x = add_scaled<T>(x, pre_tile_gate, pre_tile[i].pairs[half]);
+          x = add_scaled<T>(x, inverse_gate, position[i].pairs[half]);
+          x = add_scaled<T>(x, position_gate, tile_position[i].pairs[half]);
+          tokens_[product][group].pairs[half] = valid ? x : twice(NAN);
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ RowStatistics statistics() const {
+    float sum = 0, squares = 0;
+    for_elements([&](float x) { sum += x; });
+    sum = warp_sum<4>(sum);
+    const float mean = sum / columns_;
+    for_elements([&](float x) { squares += (x - mean) * (x - mean); });
+    return {sum, warp_sum<4>(squares)};
+  }
+
+  // Stores the row at `out` unless that is null.
+  __device__ __forceinline__ void normalize(const PatchEmbedParams& p, float mean, float rstd,
+                                            T* out) const {
+    const T* const weights = static_cast<const T*>(p.norm_weight);
+    const T* const biases = static_cast<const T*>(p.norm_bias);
+    for_batches([&](int product, int first_group) {
+      Four weight[kBatch], bias[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = place_of(product, first_group + i), column = first_column_ + place;
+        weight[i] = load_four_if(place < places_, weights + column);
+        bias[i] = load_four_if(place < places_, biases + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int place = place_of(product, first_group + i);
+        Four result;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 x = unpack_pair<T>(tokens_[product][first_group + i].pairs[half]);
+          const float2 w = unpack_pair<T>(weight[i].pairs[half]);
+          const float2 b = unpack_pair<T>(bias[i].pairs[half]);
+          result.pairs[half] = pack_pair<T>(fmaf((x.x - mean) * rstd, w.x, b.x),
+                                            fmaf((x.y - mean) * rstd, w.y, b.y));
+        }
+        store_four_if(out != nullptr && place < places_, out + first_column_ + place, result);
+      }
+    });
+  }
+
+ private:
+  static constexpr int kBatch = 5;  // groups whose loads are under way together
+  static_assert(kGroups % kBatch == 0);
+
+  __device__ static __forceinline__ uint32_t twice(float x) { return pack_pair<T>(x, x); }
+  __device__ static __forceinline__ constexpr int place_of(int product, int group) {
+    return product * kProductN + group * 16;
+  }
+
+  template <typename F>
+  __device__ static __forceinline__ void for_batches(const F& f) {
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+      for (int group = 0; group < kGroups; group += kBatch) f(product, group);
     }
   }
-  sum = warp_sum<4>(sum);
-  const float mean = sum / columns;
-  float squares = 0;
+
+  template <typename F>
+  __device__ __forceinline__ void for_elements(const F& f) const {
 #pragma unroll
-  for (int product = 0; product < kProducts; ++product) {
+    for (int product = 0; product < kProducts; ++product) {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if (group_column(product, group) >= columns) continue;
+      for (int group = 0; group < kGroups; ++group) {
+        if (place_of(product, group) >= places_) break;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float difference = sums.at(slot, product, group, i) - mean;
-        squares += difference * difference;
+        for (int half = 0; half < 2; ++half) {
+          const float2 x = unpack_pair<T>(tokens_[product][group].pairs[half]);
+          f(x.x);
+          f(x.y);
+        }
       }
     }
   }
-  squares = warp_sum<4>(squares);
-  if (threadIdx.x % 4 == 0) statistics = {sum, squares};
-}
 
-// Normalises a row of the block's sums with the statistics of all blocks of the row, and stores it.
-template <typename T>
-__device__ __forceinline__ void normalize_row(const PatchEmbedParams& p, int slot, int first_column,
-                                              int columns, uint32_t rank,
-                                              const RowStatistics& statistics, T* out,
-                                              PatchSums& sums) {
-  const int dim = static_cast<int>(p.dim);
-  RowStatistics parts[kPatchSm90MaxDim / kBlockN];
+  const int first_column_;      // the thread's first of each group
+  const int columns_, places_;  // of the block; from the thread's first column
+  Four tokens_[kProducts][kGroups];
+};
+
+// Mean and reciprocal deviation of a row whose statistics lie at the same place in all blocks.
+__device__ __forceinline__ float2 merge_statistics(const RowStatistics& statistics, int dim,
+                                                   uint32_t rank, float eps) {
+  constexpr int kParts = kPatchSm90MaxDim / kBlockN;
+  RowStatistics parts[kParts];
   float sum = 0, squares = 0;
 #pragma unroll
-  for (int i = 0; i < kPatchSm90MaxDim / kBlockN; ++i) {
+  for (int i = 0; i < kParts; ++i) {
     if (i * kBlockN >= dim) break;
     const uint32_t part = cluster_address(&statistics, i * kRowBlocks + rank % kRowBlocks);
     parts[i] = {cluster_load(part), cluster_load(part + 4)};
@@ -323,30 +430,13 @@ __device__ __forceinline__ void normalize_row(const PatchEmbedParams& p, int slo
   }
   const float mean = sum / dim;
 #pragma unroll
-  for (int i = 0; i < kPatchSm90MaxDim / kBlockN; ++i) {
+  for (int i = 0; i < kParts; ++i) {
     if (i * kBlockN >= dim) break;
     const int count = min(dim - i * kBlockN, kBlockN);
     const float difference = parts[i].sum / count - mean;
     squares += parts[i].squares + count * difference * difference;
   }
-  const float rstd = 1 / sqrt(squares / dim + static_cast<float>(p.eps));
-  if (out == nullptr) return;
-#pragma unroll
-  for (int product = 0; product < kProducts; ++product) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int place = group_column(product, group), column = first_column + place;
-      if (place >= columns) continue;
-      const float4 weight = load_four(static_cast<const T*>(p.norm_weight) + column);
-      const float4 bias = load_four(static_cast<const T*>(p.norm_bias) + column);
-      const auto value = [&](int i, float w, float b) {
-        return fmaf((sums.at(slot, product, group, i) - mean) * rstd, w, b);
-      };
-      *reinterpret_cast<uint2*>(out + column) =
-          make_uint2(pack_pair<T>(value(0, weight.x, bias.x), value(1, weight.y, bias.y)),
-                     pack_pair<T>(value(2, weight.z, bias.z), value(3, weight.w, bias.w)));
-    }
-  }
+  return make_float2(mean, 1 / sqrt(squares / dim + eps));
 }
 
 #endif  // MLLAMA_SM90A_DEVICE
@@ -412,21 +502,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   prefetch_embeddings<T>(p, g.rows, first_row, first_column);
   PatchSums sums;
   PatchProduct<T>(shared, g, static_cast<const T*>(p.pixel_values), row, rank).run(sums);
+
+  PatchRow<T> tokens[kSlots] = {{first_column, columns}, {first_column, columns}};
+  T* out[kSlots];
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    embed_row<T>(p, g.rows, row + slot * 8, slot, first_column, columns, sums,
-                 shared.statistics[block_row + slot * 8]);
+    const int64_t patch = row + slot * 8, image_tile = patch / patches;
+    const int64_t token = patch - image_tile * patches + 1, image = image_tile / p.tiles;
+    const int64_t ratio = patch < g.rows ? p.aspect_ratio_ids[image] : -1;
+    const bool valid = ratio >= 0 && ratio < p.ratios;
+    const TokenEmbedding<T> embedding(
+        p, valid ? ratio : 0, valid ? image_tile - image * p.tiles : 0, valid ? token : 0, true);
+    tokens[slot].embed(sums, slot, embedding, valid);
+    const RowStatistics statistics = tokens[slot].statistics();
+    if (lane % 4 == 0) shared.statistics[block_row + slot * 8] = statistics;
+    out[slot] = patch < g.rows
+                    ? static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim
+                    : nullptr;
   }
   cluster_sync();
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
-    const int64_t patch = row + slot * 8, image_tile = patch / patches;
-    const int64_t token = patch - image_tile * patches + 1;
-    T* const out = patch < g.rows
-                       ? static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim
-                       : nullptr;
-    normalize_row<T>(p, slot, first_column, columns, rank, shared.statistics[block_row + slot * 8],
-                     out, sums);
+    const float2 norm = merge_statistics(shared.statistics[block_row + slot * 8], dim, rank,
+                                         static_cast<float>(p.eps));
+    tokens[slot].normalize(p, norm.x, norm.y, out[slot]);
   }
   cluster_sync();  // none leaves while its statistics are read
 #endif

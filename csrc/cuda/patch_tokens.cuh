@@ -24,12 +24,6 @@ __device__ __forceinline__ Vec<T> load_part(const T* address, int count, bool ve
   return vectorized ? load_vec(address) : load_elements(address, count);
 }
 
-// x + gate * e, both operations rounded to T.
-template <typename T>
-__device__ __forceinline__ float add_scaled(float x, float gate, float e) {
-  return round_to<T>(__fadd_rn(x, round_to<T>(__fmul_rn(gate, e))));
-}
-
 // The embeddings of one token of one tile.
 template <typename T>
 struct TokenEmbedding {
@@ -53,12 +47,14 @@ struct TokenEmbedding {
     pre_tile_gate = tanh_gate<T>(p.pre_tile_gate);
   }
 
+  // Adds gate * embedding, both operations rounded.
   __device__ __forceinline__ void add(Vec<T>& x, const T* embedding, float gate, int column,
                                       int count) const {
     const Vec<T> e = load_part(embedding + column, count, vectorized);
 #pragma unroll
     for (int i = 0; i < Vec<T>::kSize; ++i) {
-      x.data[i] = from_f32<T>(add_scaled<T>(to_f32(x.data[i]), gate, to_f32(e.data[i])));
+      x.data[i] = from_f32<T>(
+          __fadd_rn(to_f32(x.data[i]), round_to<T>(__fmul_rn(gate, to_f32(e.data[i])))));
     }
   }
 
