@@ -59,17 +59,24 @@ constexpr int kSpan = 128;                    // bytes of a row of a slice
 constexpr int kBoxRows = kProductN / 2;       // even or odd rows of weights
 constexpr int kSliceBytes = kBlockN * kSpan;  // of all columns
 static_assert(kProducts == kRowBlocks, "each row block copies the weights of one product");
+static_assert(kBlockN / 4 <= 3 * kWarpSize, "a thread loads scale and shift of four columns");
 static_assert(kBoxRows * kSpan % 1024 == 0 && kBlockK * 2 == kSpan);
 
 // Of a row's columns in one block.
 struct RowStatistics {
-  float sum, squares;  // the latter about the mean of these columns
+  float mean, squares;  // the latter about that mean
+};
+
+// Four neighbouring elements of a row, as pairs.
+struct alignas(8) Four {
+  uint32_t pairs[2];
 };
 
 struct PatchShared {
   alignas(1024) char weights[kStages][kSliceBytes];
   uint64_t full[kStages], empty[kStages];
   RowStatistics statistics[kBlockM];
+  Four norm_weight[kBlockN / 4], norm_bias[kBlockN / 4];
   int pixel_offsets[];  // of the pairs of a patch; -1 behind the last, up to whole slices
 };
 
@@ -89,11 +96,6 @@ __device__ __forceinline__ uint32_t load_two_if(bool wanted, const void* address
       : "l"(address), "r"(static_cast<uint32_t>(wanted)));
   return pair;
 }
-
-// Four neighbouring elements of a row, as pairs.
-struct Four {
-  uint32_t pairs[2];
-};
 
 __device__ __forceinline__ Four load_four_if(bool wanted, const void* address) {
   Four four;
@@ -135,6 +137,24 @@ struct PatchSums {
   }
 };
 
+// Blocks of a cluster that share columns are neighbours.
+__device__ __forceinline__ int first_column_of(uint32_t rank) {
+  return static_cast<int>(rank / kRowBlocks) * kBlockN;
+}
+__device__ __forceinline__ int first_row_of(int cluster, uint32_t rank) {
+  return (cluster * kRowBlocks + static_cast<int>(rank % kRowBlocks)) * kBlockM;
+}
+// The first of a thread's rows in the block; slots are 8 apart.
+__device__ __forceinline__ int block_row() {
+  return static_cast<int>(threadIdx.x) / kWarpSize * kRowsPerWarp +
+         static_cast<int>(threadIdx.x) % kWarpSize / 4;
+}
+
+// A thread's four columns of a group start here, counted from those of the block's first group.
+__device__ __forceinline__ constexpr int place_of(int product, int group) {
+  return product * kProductN + group * 16;
+}
+
 // The copying thread's part.
 __device__ __forceinline__ void copy_weights(PatchShared& shared, const CUtensorMap& map, int depth,
                                              int first_column, uint32_t rank) {
@@ -153,16 +173,32 @@ __device__ __forceinline__ void copy_weights(PatchShared& shared, const CUtensor
   }
 }
 
+// What the other warps of the copying warpgroup do: scale and shift of the block's columns.
+template <typename T>
+__device__ __forceinline__ void load_norm(PatchShared& shared, const PatchEmbedParams& p,
+                                          int first_column) {
+  const int i = static_cast<int>(threadIdx.x) - (kComputeWarps + 1) * kWarpSize;
+  if (i < 0 || i >= kBlockN / 4) return;
+  const int column = first_column + i * 4;
+  const bool wanted = column < p.dim;
+  shared.norm_weight[i] = load_four_if(wanted, static_cast<const T*>(p.norm_weight) + column);
+  shared.norm_bias[i] = load_four_if(wanted, static_cast<const T*>(p.norm_bias) + column);
+}
+
 // The computing warps' part of the product.
 template <typename T>
 class PatchProduct {
  public:
   __device__ __forceinline__ PatchProduct(PatchShared& shared, const PatchGeometry& g,
-                                          const T* pixels, int64_t first_row, uint32_t rank)
-      : shared_(shared), rank_(rank), steps_((g.depth + 15) / 16) {
+                                          const T* pixels, int first_row, uint32_t rank)
+      : shared_(shared), steps_((g.depth + 15) / 16) {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    if (lane < kRowBlocks) {
+      empty_ = cluster_address(shared.empty, rank / kRowBlocks * kRowBlocks + lane);
+    }
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int64_t row = first_row + slot * 8;
+      const int row = first_row + slot * 8;
       source_[slot] = pixels + (row < g.rows ? g.patch_offset(row) : 0);
     }
   }
@@ -251,15 +287,13 @@ class PatchProduct {
 
   // Gives the slice before the current one back to both blocks that copy into it.
   __device__ __forceinline__ void release() const {
-    if (threadIdx.x % kWarpSize >= kRowBlocks) return;
     const int stage = (ring_.stage + kStages - 1) % kStages;
-    cluster_arrive(cluster_address(&shared_.empty[stage],
-                                   rank_ / kRowBlocks * kRowBlocks + threadIdx.x % kWarpSize));
+    if (empty_ != 0) cluster_arrive(empty_ + stage * static_cast<int>(sizeof(uint64_t)));
   }
 
   PatchShared& shared_;
-  const uint32_t rank_;
   const int steps_;
+  uint32_t empty_ = 0;  // barriers of the block that this lane tells of a slice that is done with
   const T* source_[kSlots];
   uint32_t pixels_[2][kSteps][4];
   RingPosition<kStages> ring_;
@@ -268,16 +302,18 @@ class PatchProduct {
 // Starts bringing the embeddings of the block's tokens to L2, where they are wanted after the
 // product.
 template <typename T>
-__device__ __forceinline__ void prefetch_embeddings(const PatchEmbedParams& p, int64_t rows,
-                                                    int64_t first_row, int first_column) {
+__device__ __forceinline__ void prefetch_embeddings(const PatchEmbedParams& p, int rows,
+                                                    int first_row, int first_column) {
   constexpr int kLine = 128 / sizeof(T), kLines = kBlockN / kLine;
   static_assert(kBlockN % kLine == 0);
-  const int64_t patches = p.grid * p.grid, row = first_row + threadIdx.x / 2;
+  const int patches = static_cast<int>(p.grid * p.grid), tiles = static_cast<int>(p.tiles);
+  const int row = first_row + static_cast<int>(threadIdx.x) / 2;
   if (row >= rows) return;
-  const int64_t image_tile = row / patches, token = row - image_tile * patches + 1;
-  const int64_t image = image_tile / p.tiles, ratio = p.aspect_ratio_ids[image];
+  const int image_tile = row / patches, token = row - image_tile * patches + 1;
+  const int image = image_tile / tiles;
+  const int64_t ratio = p.aspect_ratio_ids[image];
   if (ratio < 0 || ratio >= p.ratios) return;
-  const TokenEmbedding<T> embedding(p, ratio, image_tile - image * p.tiles, token, true);
+  const TokenEmbedding<T> embedding(p, ratio, image_tile - image * tiles, token, true);
   for (int line = threadIdx.x % 2; line < kLines; line += 2) {
     const int column = first_column + line * kLine;
     if (column >= p.dim) return;
@@ -310,15 +346,18 @@ class PatchRow {
     const uint32_t pre_tile_gate = twice(embedding.pre_tile_gate),
                    inverse_gate = twice(embedding.inverse_gate),
                    position_gate = twice(embedding.position_gate);
+    const T* const pre_tiles = embedding.pre_tile + first_column_;
+    const T* const positions = embedding.position + first_column_;
+    const T* const tile_positions = embedding.tile_position + first_column_;
     for_batches([&](int product, int first_group) {
       Four pre_tile[kBatch], position[kBatch], tile_position[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int place = place_of(product, first_group + i), column = first_column_ + place;
+        const int place = place_of(product, first_group + i);
         const bool wanted = valid && place < places_;
-        pre_tile[i] = load_four_if(wanted, embedding.pre_tile + column);
-        position[i] = load_four_if(wanted, embedding.position + column);
-        tile_position[i] = load_four_if(wanted, embedding.tile_position + column);
+        pre_tile[i] = load_four_if(wanted, pre_tiles + place);
+        position[i] = load_four_if(wanted, positions + place);
+        tile_position[i] = load_four_if(wanted, tile_positions + place);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -339,40 +378,24 @@ class PatchRow {
   __device__ __forceinline__ RowStatistics statistics() const {
     float sum = 0, squares = 0;
     for_elements([&](float x) { sum += x; });
-    sum = warp_sum<4>(sum);
-    const float mean = sum / columns_;
+    const float mean = warp_sum<4>(sum) / columns_;
     for_elements([&](float x) { squares += (x - mean) * (x - mean); });
-    return {sum, warp_sum<4>(squares)};
+    return {mean, warp_sum<4>(squares)};
   }
 
-  // Stores the row at `out` unless that is null.
-  __device__ __forceinline__ void normalize(const PatchEmbedParams& p, float mean, float rstd,
-                                            T* out) const {
-    const T* const weights = static_cast<const T*>(p.norm_weight);
-    const T* const biases = static_cast<const T*>(p.norm_bias);
-    for_batches([&](int product, int first_group) {
-      Four weight[kBatch], bias[kBatch];
+  // Four columns of the token.
+  __device__ __forceinline__ Four normalized(int product, int group, float mean, float rstd,
+                                             const Four& weight, const Four& bias) const {
+    Four result;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int place = place_of(product, first_group + i), column = first_column_ + place;
-        weight[i] = load_four_if(place < places_, weights + column);
-        bias[i] = load_four_if(place < places_, biases + column);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int place = place_of(product, first_group + i);
-        Four result;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 x = unpack_pair<T>(tokens_[product][first_group + i].pairs[half]);
-          const float2 w = unpack_pair<T>(weight[i].pairs[half]);
-          const float2 b = unpack_pair<T>(bias[i].pairs[half]);
-          result.pairs[half] = pack_pair<T>(fmaf((x.x - mean) * rstd, w.x, b.x),
-                                            fmaf((x.y - mean) * rstd, w.y, b.y));
-        }
-        store_four_if(out != nullptr && place < places_, out + first_column_ + place, result);
-      }
-    });
+    for (int half = 0; half < 2; ++half) {
+      const float2 x = unpack_pair<T>(tokens_[product][group].pairs[half]);
+      const float2 w = unpack_pair<T>(weight.pairs[half]);
+      const float2 b = unpack_pair<T>(bias.pairs[half]);
+      result.pairs[half] =
+          pack_pair<T>(fmaf((x.x - mean) * rstd, w.x, b.x), fmaf((x.y - mean) * rstd, w.y, b.y));
+    }
+    return result;
   }
 
  private:
@@ -380,9 +403,6 @@ class PatchRow {
   static_assert(kGroups % kBatch == 0);
 
   __device__ static __forceinline__ uint32_t twice(float x) { return pack_pair<T>(x, x); }
-  __device__ static __forceinline__ constexpr int place_of(int product, int group) {
-    return product * kProductN + group * 16;
-  }
 
   template <typename F>
   __device__ static __forceinline__ void for_batches(const F& f) {
@@ -420,29 +440,83 @@ __device__ __forceinline__ float2 merge_statistics(const RowStatistics& statisti
                                                    uint32_t rank, float eps) {
   constexpr int kParts = kPatchSm90MaxDim / kBlockN;
   RowStatistics parts[kParts];
+  const auto count = [dim](int i) {
+    return static_cast<float>(max(min(dim - i * kBlockN, kBlockN), 0));
+  };
   float sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    if (i * kBlockN >= dim) break;
-    const uint32_t part = cluster_address(&statistics, i * kRowBlocks + rank % kRowBlocks);
-    parts[i] = {cluster_load(part), cluster_load(part + 4)};
-    sum += parts[i].sum;
+    parts[i] = {};
+    if (i * kBlockN < dim) {
+      const uint32_t part = cluster_address(&statistics, i * kRowBlocks + rank % kRowBlocks);
+      parts[i] = {cluster_load(part), cluster_load(part + 4)};
+    }
+    sum = fmaf(count(i), parts[i].mean, sum);
   }
   const float mean = sum / dim;
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    if (i * kBlockN >= dim) break;
-    const int count = min(dim - i * kBlockN, kBlockN);
-    const float difference = parts[i].sum / count - mean;
-    squares += parts[i].squares + count * difference * difference;
+    const float difference = parts[i].mean - mean;
+    squares += fmaf(count(i) * difference, difference, parts[i].squares);
   }
   return make_float2(mean, 1 / sqrt(squares / dim + eps));
 }
 
+// From sums of products to tokens: the computing warps' part after the product.
+template <typename T>
+__device__ __forceinline__ void finish_patches(PatchShared& shared, const PatchEmbedParams& p,
+                                               const PatchGeometry& g, int cluster,
+                                               PatchSums& sums) {
+  const uint32_t rank = cluster_rank();
+  const int dim = static_cast<int>(p.dim), first_column = first_column_of(rank);
+  const int columns = min(dim - first_column, kBlockN),
+            row = first_row_of(cluster, rank) + block_row();
+  PatchRow<T> tokens[kSlots] = {{first_column, columns}, {first_column, columns}};
+  const int rows = static_cast<int>(g.rows), patches = g.grid * g.grid;
+  const int tiles = static_cast<int>(p.tiles);
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int patch = row + slot * 8, image_tile = patch / patches, image = image_tile / tiles;
+    const int64_t ratio = patch < rows ? p.aspect_ratio_ids[image] : -1;
+    const bool valid = ratio >= 0 && ratio < p.ratios;
+    const TokenEmbedding<T> embedding(p, valid ? ratio : 0, valid ? image_tile - image * tiles : 0,
+                                      valid ? patch - image_tile * patches + 1 : 0, true);
+    tokens[slot].embed(sums, slot, embedding, valid);
+    const RowStatistics statistics = tokens[slot].statistics();
+    if (threadIdx.x % 4 == 0) shared.statistics[block_row() + slot * 8] = statistics;
+  }
+  cluster_sync();
+  float2 norm[kSlots];
+  T* out[kSlots];
+  const int lane_column = threadIdx.x % 4 * 4;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    norm[slot] = merge_statistics(shared.statistics[block_row() + slot * 8], dim, rank,
+                                  static_cast<float>(p.eps));
+    const int patch = row + slot * 8, image_tile = patch / patches;
+    const int64_t token = image_tile * p.out_tokens + patch - image_tile * patches + 1;
+    out[slot] = static_cast<T*>(p.out) + token * p.dim + first_column + lane_column;
+  }
+#pragma unroll
+  for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const int place = place_of(product, group);
+      const Four weight = shared.norm_weight[(place + lane_column) / 4],
+                 bias = shared.norm_bias[(place + lane_column) / 4];
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        store_four_if(
+            row + slot * 8 < rows && place + lane_column < columns, out[slot] + place,
+            tokens[slot].normalized(product, group, norm[slot].x, norm[slot].y, weight, bias));
+      }
+    }
+  }
+}
+
 #endif  // MLLAMA_SM90A_DEVICE
 
-// Blocks of a cluster that share columns are neighbours. Clusters from `row_clusters` on make the
-// tokens that are no patches.
+// Clusters from `row_clusters` on make the tokens that are no patches.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     patch_sm90_kernel(const __grid_constant__ PatchEmbedParams p,
@@ -453,11 +527,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int dim = static_cast<int>(p.dim);
   const int blocks = (dim + kBlockN - 1) / kBlockN * kRowBlocks;
   const int cluster = static_cast<int>(blockIdx.x) / blocks;
-  const int warp = warp_uniform(threadIdx.x / kWarpSize), lane = threadIdx.x % kWarpSize;
-  const int64_t patches = p.grid * p.grid;
+  const int warp = warp_uniform(threadIdx.x / kWarpSize);
   if (cluster >= row_clusters) {
+    const int64_t patches = p.grid * p.grid;
     const int64_t others = p.out_tokens - patches;
-    const int64_t i = (static_cast<int64_t>(blockIdx.x) - row_clusters * blocks) * kWarps + warp;
+    const int64_t i = (blockIdx.x - static_cast<int64_t>(row_clusters) * blocks) * kWarps + warp;
     if (i >= p.images * p.tiles * others) return;
     const int64_t image_tile = i / others, other = i - image_tile * others;
     const int64_t token = other == 0 ? 0 : patches + other;
@@ -468,9 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<PatchShared*>(memory);
   const uint32_t rank = cluster_rank();
-  const int first_column = static_cast<int>(rank / kRowBlocks) * kBlockN;
-  const int64_t first_row =
-      (static_cast<int64_t>(cluster) * kRowBlocks + rank % kRowBlocks) * kBlockM;
+  const int first_column = first_column_of(rank), first_row = first_row_of(cluster, rank);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&weights);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -490,43 +562,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == kComputeWarps && elect_one()) {
       copy_weights(shared, weights, g.depth, first_column, rank);
     }
+    load_norm<T>(shared, p, first_column);
     __syncwarp();
     cluster_sync();
     cluster_sync();
     return;
   }
   registers_acquire<kComputeRegisters>();
-  const int block_row = warp * kRowsPerWarp + lane / 4;
-  const int64_t row = first_row + block_row;
-  const int columns = min(dim - first_column, kBlockN);
-  prefetch_embeddings<T>(p, g.rows, first_row, first_column);
+  prefetch_embeddings<T>(p, static_cast<int>(g.rows), first_row, first_column);
   PatchSums sums;
-  PatchProduct<T>(shared, g, static_cast<const T*>(p.pixel_values), row, rank).run(sums);
-
-  PatchRow<T> tokens[kSlots] = {{first_column, columns}, {first_column, columns}};
-  T* out[kSlots];
-#pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const int64_t patch = row + slot * 8, image_tile = patch / patches;
-    const int64_t token = patch - image_tile * patches + 1, image = image_tile / p.tiles;
-    const int64_t ratio = patch < g.rows ? p.aspect_ratio_ids[image] : -1;
-    const bool valid = ratio >= 0 && ratio < p.ratios;
-    const TokenEmbedding<T> embedding(
-        p, valid ? ratio : 0, valid ? image_tile - image * p.tiles : 0, valid ? token : 0, true);
-    tokens[slot].embed(sums, slot, embedding, valid);
-    const RowStatistics statistics = tokens[slot].statistics();
-    if (lane % 4 == 0) shared.statistics[block_row + slot * 8] = statistics;
-    out[slot] = patch < g.rows
-                    ? static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim
-                    : nullptr;
-  }
-  cluster_sync();
-#pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const float2 norm = merge_statistics(shared.statistics[block_row + slot * 8], dim, rank,
-                                         static_cast<float>(p.eps));
-    tokens[slot].normalize(p, norm.x, norm.y, out[slot]);
-  }
+  PatchProduct<T>(shared, g, static_cast<const T*>(p.pixel_values), first_row + block_row(), rank)
+      .run(sums);
+  finish_patches<T>(shared, p, g, cluster, sums);
   cluster_sync();  // none leaves while its statistics are read
 #endif
 }

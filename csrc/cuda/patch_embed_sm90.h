@@ -19,8 +19,8 @@ inline bool uses_patch_sm90(const PatchEmbedParams& p) {
   const int64_t depth = p.channels * p.patch * p.patch;
   bool fits = element_size(p.dtype) == 2 && p.grid > 0 && p.dim % 4 == 0 &&
               p.dim <= kPatchSm90MaxDim && depth % 4 == 0 && depth <= kPatchSm90MaxDepth &&
-              p.patch % 2 == 0 && p.size % 2 == 0 && aligned(p.pixel_values, 4) &&
-              aligned(p.patch_weight, 16);
+              p.images * p.tiles * p.grid * p.grid <= INT32_MAX && p.patch % 2 == 0 &&
+              p.size % 2 == 0 && aligned(p.pixel_values, 4) && aligned(p.patch_weight, 16);
   for (const void* pointer : {p.position_embedding, p.tile_position_embedding, p.pre_tile_embedding,
                               p.norm_weight, p.norm_bias, static_cast<const void*>(p.out)}) {
     fits = fits && aligned(pointer, 8);
