@@ -1,38 +1,38 @@
 // Pixels to vision tokens for sm_90a: what patch_embed.cu computes, in one pass over the tokens,
-// for 16-bit elements. The convolution as a product of unfolded patches (rows, K) and weights (K,
+// for 16-bit elements. The convolution is a product of unfolded patches (rows, K) and weights (K,
 // dim).
 //
 // Tiling     A cluster computes 256 whole tokens: two blocks of 128 rows by up to four of 320
-//            columns. Two warpgroups per block compute 64 x 320 each, wgmma m64n160k16 twice per
-//            step. One warp copies weights by TMA, slices of 64 k through a ring of four; each of
-//            the two blocks that share columns copies half of a slice, to both.
-// Patches    Need no shared memory: a row of patches belongs to one warp alone, whose lanes load
-//            the pixel pairs of the register operand straight from the image, one slice ahead.
-//            Rows of pixels are read through L1 in whole sectors: neighbouring patches are
-//            neighbouring rows of the operand.
-// Weights    Rows of 1176 bytes are no TMA rows (multiples of 16); pairs of rows are. Even and odd
-//            rows are copied apart, so a thread's accumulators are four neighbouring columns. What
-//            follows the last k of an even row is the next row's; pixels are zero there.
-// Norm       The tokens stay in the accumulators. Each block has the sum of its columns and the sum
-//            of squares about their mean; the blocks of a row exchange them through the cluster's
-//            shared memory and merge them (Chan et al. 1979).
-// Rest       Class tokens and zero tokens: a warp each, in clusters behind the last patches.
+//            columns. Two warpgroups per block compute 64 x 320 each, two m64n160k16 products per
+//            step. One thread copies weights by TMA, slices of 64 k through a ring of four; each
+//            of the two blocks that share columns copies half of a slice, to both.
+// Patches    Never pass through shared memory: a warp alone needs its 16 rows, and its lanes load
+//            the pixel pairs of the register operand straight from the image, one slice ahead of
+//            the products. Neighbouring rows are neighbouring patches, so the eight runs of 16
+//            bytes that a load reads lie together.
+// Weights    Rows of 1176 bytes are no rows for TMA (multiples of 16 bytes); pairs of rows are.
+//            Even and odd rows are copied apart, so a thread's accumulators are four neighbouring
+//            columns. Behind an even row's last k lies the odd row: pixels are zero there. (Were
+//            that row not finite, LayerNorm would make every token NaN in any case.)
+// Norm       The tokens stay in registers. Each block has the mean of its columns and the squares
+//            about it; the blocks of a row exchange them through the cluster's shared memory and
+//            merge them (Chan et al. 1979).
+// Rest       Class tokens and zero tokens: a warp each, in clusters behind those of the patches.
 // Precision  Products summed in float32; embeddings are added as PyTorch's operators round;
 //            statistics in float32; one rounding at the store.
-// Bad ids    As patch_embed.cu.
 // Traffic    Pixels, weights, embeddings and out once from or to HBM. 4 tiles of 560 x 560, dim
 //            1280, bf16: 7.5 + 1.5 + 20.5 + 16.5 MB, 11 us at 4.3 TB/s; 9.6 GFLOP, 12 us at 790
-//            TFLOP/s. From L2: pixels by four blocks of columns, 30 MB, and weights by 25 clusters,
-//            41 MB with the tail of the last slice: 13 us at an assumed 5.5 TB/s, beside the
-//            products.
-// Estimate   Not measured. 25 clusters of 8 on 132 multiprocessors (16 at a time where a GPC has 16
-//            to 18) are two rounds: 2 * 37 steps of 320 clocks, 13.5 us at 1.755 GHz. The
-//            epilogue's loads do not overlap products of the same block: 164 KB per block, which
-//            prefetches have brought to L2, 3 us per round at 32 bytes per clock. With 1 us to
-//            start: 20 us. patch_embed.cu would take 36: products by mma.sync at 0.6 of wgmma's
-//            rate in four rounds of 500 blocks, 22 us, but 150 MB from L2 for them, 27 us; then 33
-//            MB of tokens read and written again, 7 us, and 2 us between the kernels.
-// Aliasing   As patch_embed.cu.
+//            TFLOP/s. From L2: pixels for four blocks of columns, 30 MB, and weights for 25
+//            clusters, 41 MB with the padding of the last slice: 13 us at an assumed 5.5 TB/s,
+//            during the products.
+// Estimate   Not measured. 25 clusters of 8 on 132 multiprocessors, at most 16 at a time (two in a
+//            GPC of 16 or 18), are two rounds of 37 steps of 320 clocks: 13.5 us at 1.755 GHz.
+//            Loading embeddings does not overlap the block's own products: 164 KB, brought to L2
+//            meanwhile, at 32 bytes per clock are 3 us per round. With 1 us to start, 20 us.
+//            patch_embed.cu would take 36 us: its products want 150 MB from L2, 27 us (22 us for
+//            mma.sync at 0.6 of wgmma's rate, in four rounds); then 33 MB of tokens read and
+//            written again, 7 us, and 2 us from kernel to kernel.
+// Bad ids and aliasing: as patch_embed.cu.
 
 #include "hopper.cuh"
 #include "hopper.h"
