@@ -48,18 +48,13 @@ namespace {
 constexpr int kBlockM = 128, kBlockN = kPatchSm90Columns, kBlockK = 64, kStages = 4;
 constexpr int kRowBlocks = 2;  // of a cluster
 constexpr int kProductN = 160, kProducts = kBlockN / kProductN;
-constexpr int kComputeWarps = 8, kRowsPerWarp = 16;
-constexpr int kWarps = kComputeWarps + 4, kThreads = kWarps * kWarpSize;
-// 65536 registers for 256 threads that compute and a warpgroup of which one thread copies.
-constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
-constexpr int kSteps = kBlockK / 16;          // products along k per slice
-constexpr int kGroups = kProductN / 16;       // of 16 columns, four of them a thread's
-constexpr int kSlots = 2;                     // rows per thread
+constexpr int kComputeWarps = 8, kWarps = kComputeWarps + 4, kThreads = kWarps * kWarpSize;
 constexpr int kSpan = 128;                    // bytes of a row of a slice
 constexpr int kBoxRows = kProductN / 2;       // even or odd rows of weights
 constexpr int kSliceBytes = kBlockN * kSpan;  // of all columns
 static_assert(kProducts == kRowBlocks, "each row block copies the weights of one product");
 static_assert(kBlockN / 4 <= 3 * kWarpSize, "a thread loads scale and shift of four columns");
+static_assert(kPatchSm90MaxDepth % kBlockK == 0);
 static_assert(kBoxRows * kSpan % 1024 == 0 && kBlockK * 2 == kSpan);
 
 // Of a row's columns in one block.
@@ -77,10 +72,17 @@ struct PatchShared {
   uint64_t full[kStages], empty[kStages];
   RowStatistics statistics[kBlockM];
   Four norm_weight[kBlockN / 4], norm_bias[kBlockN / 4];
-  int pixel_offsets[];  // of the pairs of a patch; -1 behind the last, up to whole slices
+  int pixel_offsets[kPatchSm90MaxDepth / 2];  // of pairs; -1 behind the last, up to whole slices
 };
 
 #ifdef MLLAMA_SM90A_DEVICE
+
+// 65536 registers for 256 threads that compute and a warpgroup of which one thread copies.
+constexpr int kCopyRegisters = 24, kComputeRegisters = 240;
+constexpr int kRowsPerWarp = 16;
+constexpr int kSlots = 2;                // rows per thread
+constexpr int kSteps = kBlockK / 16;     // products along k per slice
+constexpr int kGroups = kProductN / 16;  // of 16 columns, four of them a thread's
 
 // Two pixels, or zeros. Loads and stores are predicated instructions, as load_vec_if() explains.
 __device__ __forceinline__ uint32_t load_two_if(bool wanted, const void* address) {
@@ -376,11 +378,11 @@ class PatchRow {
   }
 
   __device__ __forceinline__ RowStatistics statistics() const {
-    float sum = 0, squares = 0;
-    for_elements([&](float x) { sum += x; });
-    const float mean = warp_sum<4>(sum) / columns_;
-    for_elements([&](float x) { squares += (x - mean) * (x - mean); });
-    return {mean, warp_sum<4>(squares)};
+    float sums[4] = {}, squares[4] = {};  // chains of dependent additions
+    for_elements([&](float x, int i) { sums[i] += x; });
+    const float mean = warp_sum<4>(sums[0] + sums[1] + (sums[2] + sums[3])) / columns_;
+    for_elements([&](float x, int i) { squares[i] += (x - mean) * (x - mean); });
+    return {mean, warp_sum<4>(squares[0] + squares[1] + (squares[2] + squares[3]))};
   }
 
   // Four columns of the token.
@@ -413,6 +415,7 @@ class PatchRow {
     }
   }
 
+  // f(value, its place in the group)
   template <typename F>
   __device__ __forceinline__ void for_elements(const F& f) const {
 #pragma unroll
@@ -423,8 +426,8 @@ class PatchRow {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float2 x = unpack_pair<T>(tokens_[product][group].pairs[half]);
-          f(x.x);
-          f(x.y);
+          f(x.x, 2 * half);
+          f(x.y, 2 * half + 1);
         }
       }
     }
@@ -592,12 +595,10 @@ cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
   const int64_t other_clusters = ceil_div<int64_t>(others, blocks * kWarps);
   const int64_t grid = (row_clusters + other_clusters) * blocks;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
-  const int64_t shared_bytes =
-      int64_t{sizeof(PatchShared)} + round_up(g.depth, kBlockK) / 2 * int64_t{sizeof(int)};
   LaunchOptions options;
   options.cluster = static_cast<unsigned>(blocks);
-  return launch(patch_sm90_kernel<T>, grid, kThreads, shared_bytes, stream, options, p, g, weights,
-                static_cast<int>(row_clusters), tokens_vectorized<T>(p));
+  return launch(patch_sm90_kernel<T>, grid, kThreads, sizeof(PatchShared), stream, options, p, g,
+                weights, static_cast<int>(row_clusters), tokens_vectorized<T>(p));
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace mllama {
 // Columns of out per block, at most four blocks side by side.
 constexpr int64_t kPatchSm90Columns = 320, kPatchSm90MaxDim = 4 * kPatchSm90Columns;
 // Pixels of a patch: a table of their places is kept in shared memory.
-constexpr int64_t kPatchSm90MaxDepth = 4096;
+constexpr int64_t kPatchSm90MaxDepth = 1024;
 
 // Whether it takes a call on a device for which runs_sm90a() holds. Pixels are read in pairs, rows
 // of out in groups of four; two rows of weights, as one, start on 16 bytes.
