@@ -193,10 +193,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; orders shared-memory accesses before it.
+// All threads of all blocks of the cluster; orders shared-memory accesses before it. In two halves
+// where something is to happen in between.
+__device__ __forceinline__ void cluster_sync_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
-                   : "memory");
+  cluster_sync_arrive();
+  cluster_sync_wait();
 }
 
 // The address of the same variable in the shared memory of block `rank` of the cluster.
@@ -208,9 +215,11 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, uint32_t
   return address;
 }
 
-// Arrives at a barrier of any block of the cluster, by its cluster_address().
+// Arrives at a barrier of any block of the cluster, by its cluster_address(): whoever waits there
+// may copy over what this thread has read. Writes are released to the own block alone; to all of
+// the cluster would take a fence for the whole device.
 __device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
                : "memory");
 }
 

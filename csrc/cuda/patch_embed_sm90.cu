@@ -500,6 +500,7 @@ __device__ __forceinline__ void finish_patches(PatchShared& shared, const PatchE
     const int64_t token = image_tile * p.out_tokens + patch - image_tile * patches + 1;
     out[slot] = static_cast<T*>(p.out) + token * p.dim + first_column + lane_column;
   }
+  cluster_sync_arrive();  // before the stores, which its fence would wait for
 #pragma unroll
   for (int product = 0; product < kProducts; ++product) {
 #pragma unroll
@@ -515,6 +516,7 @@ __device__ __forceinline__ void finish_patches(PatchShared& shared, const PatchE
       }
     }
   }
+  cluster_sync_wait();  // no block leaves while its statistics are read
 }
 
 #endif  // MLLAMA_SM90A_DEVICE
@@ -577,7 +579,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   PatchProduct<T>(shared, g, static_cast<const T*>(p.pixel_values), first_row + block_row(), rank)
       .run(sums);
   finish_patches<T>(shared, p, g, cluster, sums);
-  cluster_sync();  // none leaves while its statistics are read
 #endif
 }
 
