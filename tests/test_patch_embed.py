@@ -52,6 +52,15 @@ def test_matches_float64(device, dtype, case):
     assert_no_worse(mllama_kernels.patch_embed(*args), reference.patch_embed, *args)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_columns_of_different_means(device, dtype):
+    """Statistics that are merged from parts of a row: most of the variance is between them."""
+    args = list(make(1, 1, 28, 1280, 14, dtype, device))
+    args[4] = args[4] + torch.linspace(-9, 9, 1280, device=device).to(dtype)
+    args[5] = torch.full_like(args[5], 0.1)
+    assert_no_worse(mllama_kernels.patch_embed(*args), reference.patch_embed, *args)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("size", [448, 560])
