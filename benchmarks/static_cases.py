@@ -207,7 +207,28 @@ def vision(arch: int) -> Iterator[Case]:
     row, gate = randn(VISION_WIDTH), randn(1)
     pre_tile = randn(9, VISION_WIDTH)
     out_bytes = (patches + 8) * VISION_WIDTH * 2
-    row_blocks, column_blocks = -(-patches // 128), VISION_WIDTH // 128
+    row_blocks = -(-patches // 128)
+    per_patch = {"pre-tile embedding per patch, from L1": patches * size(row)}
+    runs = "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1"
+    if arch == 80:
+        column_blocks = VISION_WIDTH // 128
+        again = per_patch | {
+            "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
+            runs: int(1.2 * column_blocks * size(pixels)),
+            "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
+            "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
+            "scale and shift per token, from L1": 2 * patches * size(row),
+        }
+    else:
+        column_blocks = VISION_WIDTH // 320
+        slices, row_blocks = -(-depth // 64), -(-row_blocks // 2) * 2
+        again = per_patch | {
+            "pixels by every block of 320 columns, from L2": (column_blocks - 1) * size(pixels),
+            runs: int(1.2 * column_blocks * size(pixels)),
+            "weights by every block of 128 patches, two by one copy from L2, in slices of 64": (
+                row_blocks * slices * 64 * VISION_WIDTH * 2 - size(weight)
+            ),
+        }
     yield Case(
         "patch_embed",
         f"1 tile* of {TILE}",
@@ -225,16 +246,7 @@ def vision(arch: int) -> Iterator[Case]:
             row,
         ),
         floor=size(pixels, weight, positions) + size(tile_positions) // 9 + out_bytes,
-        again={
-            "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
-            "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1": int(
-                1.2 * column_blocks * size(pixels)
-            ),
-            "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
-            "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
-            "scale and shift per token, from L1": 2 * patches * size(row),
-            "pre-tile embedding per patch, from L1": patches * size(row),
-        },
+        again=again,
         flops=2 * patches * depth * VISION_WIDTH,
     )
 

@@ -144,6 +144,18 @@ __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint6
       : "memory");
 }
 
+// The same box to the same place in the shared memory of every block of the cluster whose bit is
+// set in `blocks`; each block's own barrier, at the same place too, counts its bytes.
+__device__ __forceinline__ void tensor_copy_multicast(void* shared, const void* map,
+                                                      uint64_t* barrier, uint16_t blocks, int c0,
+                                                      int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+      "multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
@@ -191,17 +203,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; orders shared-memory accesses before it. In two halves,
-// so that work fits in between, or at once.
-__device__ __forceinline__ void cluster_arrive() {
+// All threads of all blocks of the cluster; orders shared-memory accesses before it. In two halves
+// where something is to happen in between.
+__device__ __forceinline__ void cluster_sync_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
 }
-__device__ __forceinline__ void cluster_wait() {
+__device__ __forceinline__ void cluster_sync_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync_arrive();
+  cluster_sync_wait();
 }
 
 // The address of the same variable in the shared memory of block `rank` of the cluster.
@@ -211,6 +223,14 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, uint32_t
                : "=r"(address)
                : "r"(shared_address(shared)), "r"(rank));
   return address;
+}
+
+// Arrives at a barrier of any block of the cluster, by its cluster_address(): whoever waits there
+// may copy over what this thread has read. Writes are released to the own block alone; to all of
+// the cluster would take a fence for the whole device.
+__device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
 }
 
 __device__ __forceinline__ float cluster_load(uint32_t address) {

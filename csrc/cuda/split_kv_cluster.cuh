@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
   // Four neighbouring strands to a block, then the next block, so that short sequences spread.
   const int first = rank * kSplitKvWarps + warp, next_strand = p.blocks * kSplitKvWarps;
 
-  cluster_arrive();  // this block is there: the others may write to its shared memory
+  cluster_sync_arrive();  // this block is there: the others may write to its shared memory
   wait_for_previous_kernel();
   start_next_kernel();
 
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
       out[i] = from_f32<T>(0.0f);
   }
   __syncthreads();
-  cluster_wait();
+  cluster_sync_wait();
 
   if (keys.chunks > 0) {
     HeadsWarp<T, kHeadDim> state;
