@@ -72,38 +72,57 @@ struct NormedQuery {
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
     using Layout = typename Config::QueryLayout;
-    constexpr int kVecs = (Layout::kChunks + 7) / 8;
-    for_own_rows<Config>([&](int row, int lane) {
-      const bool valid = rows.valid(row);
-      const T* source = valid ? rows.q_row(row) : rows.q;
-      Vec<T> v[kVecs];
-      Statistic<T> sum = 0;
+    constexpr int kVecs = (Layout::kChunks + 7) / 8, kAhead = Config::kQueryRowsAhead;
+    const int warp_row = threadIdx.x / kWarpSize * Config::kRowsPerWarp;
+    const int row_of_lane = threadIdx.x % kWarpSize / 8, lane = threadIdx.x % 8;
+#pragma unroll 1
+    for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead) {
+      const int first_row = warp_row + i + row_of_lane;
+      Vec<T> v[kAhead][kVecs];
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const int chunk = i * 8 + lane;
-        v[i] = valid && chunk < Layout::kChunks ? load_vec(source + chunk * Vec<T>::kSize)
-                                                : zero_vec<T>();
+      for (int j = 0; j < kAhead; ++j) {
+        const int row = first_row + 4 * j;
+        const bool valid = rows.valid(row);
+        const T* const source = valid ? rows.q_row(row) : rows.q;
 #pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e) {
-          const Statistic<T> value = to_f32(v[i].data[e]);
-          sum = fma(value, value, sum);
+        for (int c = 0; c < kVecs; ++c) {
+          const int chunk = c * 8 + lane;
+          v[j][c] = load_vec_if(valid && chunk < Layout::kChunks, source + chunk * Vec<T>::kSize);
         }
       }
-      const Statistic<T> mean = warp_sum<8>(sum) / Config::kHeadDim;
-      const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const int chunk = i * 8 + lane;
-        if (chunk >= Layout::kChunks) continue;
-        const Vec<T> w = load_vec(weight + chunk * Vec<T>::kSize);
+      for (int j = 0; j < kAhead; ++j) normalize<Layout>(tile, first_row + 4 * j, lane, v[j]);
+    }
+  }
+
+ private:
+  // Eight lanes hold a row.
+  template <typename Layout, int kVecs>
+  __device__ __forceinline__ void normalize(char* tile, int row, int lane,
+                                            Vec<T> (&v)[kVecs]) const {
+    Statistic<T> sum = 0;
 #pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e) {
-          const float normalized = round_to<T>(__fmul_rn(to_f32(v[i].data[e]), rstd));
-          v[i].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w.data[e])));
-        }
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[i]);
+    for (int c = 0; c < kVecs; ++c) {
+#pragma unroll
+      for (int e = 0; e < Vec<T>::kSize; ++e) {
+        const Statistic<T> value = to_f32(v[c].data[e]);
+        sum = fma(value, value, sum);
       }
-    });
+    }
+    const Statistic<T> mean = warp_sum<8>(sum) / (Layout::kChunks * Vec<T>::kSize);
+    const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
+#pragma unroll
+    for (int c = 0; c < kVecs; ++c) {
+      const int chunk = c * 8 + lane;
+      if (chunk >= Layout::kChunks) continue;
+      const Vec<T> w = load_vec(weight + chunk * Vec<T>::kSize);
+#pragma unroll
+      for (int e = 0; e < Vec<T>::kSize; ++e) {
+        const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
+        v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w.data[e])));
+      }
+      store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[c]);
+    }
   }
 };
 

@@ -15,11 +15,13 @@
 // Precision  Scores, softmax and output in float32; weights are rounded before the product with V.
 //            One rounding at the store. The maximum is lazy (softmax.cuh): most blocks leave the
 //            output unscaled.
+// Parts      Keys whose parts are seen by some rows only: attention_sm90_parts.cuh.
 // Geometry   As attention.cuh: the order of summation over keys depends on the sequence alone.
 #pragma once
 
 #include "attention_queries.cuh"
 #include "attention_sm90_config.h"
+#include "attention_sm90_parts.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "softmax.cuh"
@@ -153,15 +155,17 @@ class AttentionSm90Compute {
   using Scores = float[1][Config::kKeyTiles][4];
   static constexpr int kSpan = QueryLayout::kPanelBytes;
   static constexpr int kWarpgroupThreads = 4 * kWarpSize;
+  static constexpr bool kParted = PartedMask<Mask>;
   // Named barriers of the two warpgroups: each its turn to issue products, and for itself alone.
   static constexpr int kTurn = 1, kAlone = kTurn + Config::kWarpgroups;
 
  public:
   __device__ __forceinline__ AttentionSm90Compute(AttentionSm90Shared<Config>& shared, Mask& mask,
-                                                  float scale_log2)
+                                                  float scale_log2, char* totals)
       : shared_(shared),
         mask_(mask),
         scale_log2_(scale_log2),
+        totals_(totals),
         warpgroup_(warp_uniform(threadIdx.x / kWarpgroupThreads)) {}
 
   // The warpgroup's threads meet.
@@ -184,11 +188,14 @@ class AttentionSm90Compute {
     // A product with V is waited for at the top of the loop, not where its results are needed: the
     // compiler moves a wait up to the start of its basic block, ahead of the softmax that is to run
     // meanwhile.
-    bool first = true;
+    bool first = true, part_ended = false;
     block = warp_uniform(mask_.next());
     while (true) {
       wgmma_wait<0>(out_);
       if (!first) release(shared_.v_empty, v_);
+      if constexpr (kParted) {
+        if (part_ended) totals_.store(out_);
+      }
       rescale(factor);
       pack(scores);
       if (block == kNoBlock) break;
@@ -203,6 +210,10 @@ class AttentionSm90Compute {
       if (next != kNoBlock || warpgroup_ != Config::kWarpgroups - 1) pass_turn();
       wgmma_wait<1>(scores[0]);
       release(shared_.k_empty, k_);
+      if constexpr (kParted) {
+        part_ended = warp_uniform(mask_.begins_part(block));
+        if (part_ended) end_part();
+      }
       weigh(block, scores, factor);
       first = false;
       block = next;
@@ -211,6 +222,10 @@ class AttentionSm90Compute {
     wgmma_fence(out_);
     issue_output();
     wgmma_wait<0>(out_);
+    if constexpr (kParted) {
+      end_part();
+      totals_.finish(out_, softmax_);
+    }
   }
 
   // The results, through the warp's own rows of the query tile, so that global stores are whole
@@ -307,6 +322,11 @@ class AttentionSm90Compute {
     softmax_.update(scores, scale_log2_, factor);
   }
 
+  // Before the mask enters a block of the next part.
+  __device__ __forceinline__ void end_part() {
+    totals_.end(softmax_, [&](int slot) { return mask_.sees(slot); });
+  }
+
   __device__ __forceinline__ void rescale(const float (&factor)[Config::kSlots]) {
     if (!__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
@@ -336,6 +356,7 @@ class AttentionSm90Compute {
   const int warpgroup_;
   Ring k_, v_;
   OnlineSoftmax<T, Config::kSlots, true> softmax_;
+  std::conditional_t<kParted, PartTotals<Config>, NoTotals> totals_;
   float out_[Config::kDimTiles][4] = {};
   uint32_t weights_[Config::kBlockN / 16][4];
 };
@@ -355,11 +376,17 @@ concept CopiedQuery =
 //               block's keys into the tile; KeyLayout::kBytes in all land on the barrier.
 //             int count(int block): value rows from there on are zeroed once they have landed.
 //               kBlockN where the copies themselves bring zeros behind the last key.
-//   Mask    As in attention.cuh; every thread, of the copying warp too, has its own.
+//   Mask    As in attention.cuh; every thread, of the copying warp too, has its own. A mask that
+//           hides rows gives their blocks in parts (PartedMask) and answers visible() as if they
+//           saw the part:
+//             bool begins_part(int block): whether the block is the first of its part.
+//             bool sees(int slot): whether the row sees the part of the entered block.
+//           `totals` is then PartTotals::kBytes of shared memory.
 template <typename Config, typename Query, typename Keys, typename Mask>
 __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared, const Query& query,
-                                            const Keys& keys, Mask& mask, float scale_log2) {
-  static_assert(!Mask::kHidesRows);
+                                            const Keys& keys, Mask& mask, float scale_log2,
+                                            char* totals = nullptr) {
+  static_assert(Mask::kHidesRows == PartedMask<Mask>);
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   if (warp >= Config::kWarps) {
     registers_release<Config::kCopyRegisters>();
@@ -375,7 +402,7 @@ __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared,
     return;
   }
   registers_acquire<Config::kComputeRegisters>();
-  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2);
+  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2, totals);
   if constexpr (CopiedQuery<Query>) {
     mbarrier_wait(&shared.q_full, 0);
   } else {
