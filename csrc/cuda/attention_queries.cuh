@@ -36,12 +36,13 @@ struct QueryRows {
 
 // A query policy has load<Config>(tile, rows): every warp fills its own Config::kRowsPerWarp rows
 // of the tile, eight lanes to a row, by ordinary stores or asynchronous copies. Rows behind the end
-// read as zero.
-template <typename Config, typename F>
+// read as zero. Calls f(row, lane of the eight) for the row and those 4, 8, ... behind it, kAhead
+// in all, whose loads f may then issue together.
+template <typename Config, int kAhead = 1, typename F>
 __device__ __forceinline__ void for_own_rows(const F& f) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll 1  // once per thread block: registers matter more
-  for (int i = 0; i < Config::kRowsPerWarp; i += 4)
+  for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead)
     f(warp * Config::kRowsPerWarp + i + lane / 8, lane % 8);
 }
 
@@ -73,12 +74,13 @@ struct NormedQuery {
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
     using Layout = typename Config::QueryLayout;
     constexpr int kVecs = (Layout::kChunks + 7) / 8, kAhead = Config::kQueryRowsAhead;
-    const int warp_row = threadIdx.x / kWarpSize * Config::kRowsPerWarp;
-    const int row_of_lane = threadIdx.x % kWarpSize / 8, lane = threadIdx.x % 8;
-#pragma unroll 1
-    for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead) {
-      const int first_row = warp_row + i + row_of_lane;
-      Vec<T> v[kAhead][kVecs];
+    for_own_rows<Config, kAhead>([&](int first_row, int lane) {
+      Vec<T> v[kAhead][kVecs], w[kVecs];
+#pragma unroll
+      for (int c = 0; c < kVecs; ++c) {
+        const int chunk = c * 8 + lane;
+        w[c] = load_vec_if(chunk < Layout::kChunks, weight + chunk * Vec<T>::kSize);
+      }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         const int row = first_row + 4 * j;
@@ -91,14 +93,14 @@ struct NormedQuery {
         }
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) normalize<Layout>(tile, first_row + 4 * j, lane, v[j]);
-    }
+      for (int j = 0; j < kAhead; ++j) normalize<Layout>(tile, first_row + 4 * j, lane, w, v[j]);
+    });
   }
 
  private:
   // Eight lanes hold a row.
   template <typename Layout, int kVecs>
-  __device__ __forceinline__ void normalize(char* tile, int row, int lane,
+  __device__ __forceinline__ void normalize(char* tile, int row, int lane, const Vec<T> (&w)[kVecs],
                                             Vec<T> (&v)[kVecs]) const {
     Statistic<T> sum = 0;
 #pragma unroll
@@ -115,11 +117,10 @@ struct NormedQuery {
     for (int c = 0; c < kVecs; ++c) {
       const int chunk = c * 8 + lane;
       if (chunk >= Layout::kChunks) continue;
-      const Vec<T> w = load_vec(weight + chunk * Vec<T>::kSize);
 #pragma unroll
       for (int e = 0; e < Vec<T>::kSize; ++e) {
         const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
-        v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w.data[e])));
+        v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w[c].data[e])));
       }
       store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[c]);
     }
