@@ -161,11 +161,11 @@ class AttentionSm90Compute {
 
  public:
   __device__ __forceinline__ AttentionSm90Compute(AttentionSm90Shared<Config>& shared, Mask& mask,
-                                                  float scale_log2, char* totals)
+                                                  float scale_log2, const PartsPlan& parts)
       : shared_(shared),
         mask_(mask),
         scale_log2_(scale_log2),
-        totals_(totals),
+        totals_(parts),
         warpgroup_(warp_uniform(threadIdx.x / kWarpgroupThreads)) {}
 
   // The warpgroup's threads meet.
@@ -224,7 +224,7 @@ class AttentionSm90Compute {
     wgmma_wait<0>(out_);
     if constexpr (kParted) {
       end_part();
-      totals_.finish(out_, softmax_);
+      totals_.finish(out_);
     }
   }
 
@@ -233,9 +233,18 @@ class AttentionSm90Compute {
   __device__ __forceinline__ void store() {
     const QueryRows<T>& rows = shared_.rows;
     sync();  // no warp's products read the tile any more
+    if constexpr (kParted) {
+      // Rows of the tile that only this warpgroup's products read.
+      char* const statistics = shared_.q + warpgroup_ * kRowsPerWarpgroup * kSpan;
+      static_assert(kRowsPerWarpgroup * kSpan >= kWarpgroupThreads * sizeof(float4));
+      if (!totals_.gather(
+              out_, reinterpret_cast<float4*>(statistics) + threadIdx.x % kWarpgroupThreads)) {
+        return;
+      }
+    }
 #pragma unroll
     for (int slot = 0; slot < Config::kSlots; ++slot) {
-      const float total = softmax_.total(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float total = weights(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
       for (int n = 0; n < Config::kDimTiles; ++n) {
         char* const target = shared_.q + QueryLayout::offset(Config::row_of_slot(slot), n) +
@@ -262,6 +271,15 @@ class AttentionSm90Compute {
 
  private:
   using Ring = RingPosition<kAttentionSm90Stages>;
+
+  // The row's divisor.
+  __device__ __forceinline__ float weights(int slot) const {
+    if constexpr (kParted) {
+      return quad_sum(totals_.weights(slot));
+    } else {
+      return softmax_.total(slot);
+    }
+  }
 
   // Ring tiles are read by all warps of both warpgroups.
   __device__ __forceinline__ void release(uint64_t* empty, Ring& ring) {
@@ -381,11 +399,11 @@ concept CopiedQuery =
 //           saw the part:
 //             bool begins_part(int block): whether the block is the first of its part.
 //             bool sees(int slot): whether the row sees the part of the entered block.
-//           `totals` is then PartTotals::kBytes of shared memory.
+//           `parts` says where totals are kept and who attends to which.
 template <typename Config, typename Query, typename Keys, typename Mask>
 __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared, const Query& query,
                                             const Keys& keys, Mask& mask, float scale_log2,
-                                            char* totals = nullptr) {
+                                            const PartsPlan& parts = {}) {
   static_assert(Mask::kHidesRows == PartedMask<Mask>);
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   if (warp >= Config::kWarps) {
@@ -402,7 +420,7 @@ __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared,
     return;
   }
   registers_acquire<Config::kComputeRegisters>();
-  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2, totals);
+  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2, parts);
   if constexpr (CopiedQuery<Query>) {
     mbarrier_wait(&shared.q_full, 0);
   } else {

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     cross_attention_kernel(const __grid_constant__ CrossAttentionParams p) {
   using T = typename Config::T;
   extern __shared__ __align__(16) char shared[];
-  const CrossBlock block(p, Config::kBlockM);
+  const CrossBlock block(p, Config::kBlockM, blockIdx.x);
   if (block.empty()) return;
 
   __shared__ QueryRows<T> rows;

@@ -15,14 +15,16 @@ struct CrossBlock {
   int64_t b, kv_head;
   int first, group;
 
-  __device__ __forceinline__ CrossBlock(const CrossAttentionParams& p, int block_rows)
+  // Block `index` of cross_blocks().
+  __device__ __forceinline__ CrossBlock(const CrossAttentionParams& p, int block_rows,
+                                        unsigned index)
       : group(static_cast<int>(p.num_q_heads / p.num_kv_heads)) {
     const unsigned row_blocks =
         (static_cast<unsigned>(p.max_seqlen) * group + block_rows - 1) / block_rows;
     const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
-    first = static_cast<int>(blockIdx.x % row_blocks) * block_rows;
-    kv_head = blockIdx.x / row_blocks % kv_heads;
-    b = blockIdx.x / row_blocks / kv_heads;
+    first = static_cast<int>(index % row_blocks) * block_rows;
+    kv_head = index / row_blocks % kv_heads;
+    b = index / row_blocks / kv_heads;
     sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
   }
 
@@ -112,6 +114,12 @@ class TileMask {
       count_ += __popc(seen);
     }
     __syncthreads();
+  }
+
+  // Leaves only the visit of this number, if there are so many.
+  __device__ __forceinline__ void keep_visit(int visit) {
+    visit_ = visit - 1;
+    count_ = min(count_, visit + 1);
   }
 
   __device__ __forceinline__ int next() {

@@ -21,6 +21,15 @@ constexpr bool uses_cross_sm90(const CrossAttentionParams& p) {
          mappable(p.num_kv_heads, p.v_head_stride);
 }
 
+// Blocks of a cluster that share the tiles of the same rows: one per tile, or 1. A block takes a
+// multiprocessor for itself, so `blocks` run in rounds as long as their tiles, or as one tile and,
+// for what the cluster does to share, at most one tile more.
+constexpr int cross_sm90_cluster(int64_t blocks, int64_t tiles, int64_t multiprocessors) {
+  if (tiles < 2 || tiles > 8) return 1;  // clusters of 8 run everywhere
+  const int64_t together = ceil_div(blocks, multiprocessors) * tiles;
+  return ceil_div(blocks * tiles, multiprocessors) < together ? static_cast<int>(tiles) : 1;
+}
+
 // Rows of no sequence are left alone. Returns a cudaError_t.
 int cross_attention_sm90(const CrossAttentionParams& p, CUstream_st* stream);
 
