@@ -46,6 +46,24 @@ def test_attention_tiles_fit(host, head_dim, element_bytes, hides_rows):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_sm90_tiles_suit_the_instructions(host, head_dim):
+    """Panels divide a row; shared memory, the registers of a thread and the box of a copy suffice."""
+    panel = host.attention_sm90_panel_bytes(head_dim)
+    assert panel in (32, 64, 128) and head_dim * 2 % panel == 0
+    for rows, keys in host.attention_sm90_tiles(head_dim):
+        assert rows == 2 * 64 and keys % 16 == 0 and keys <= 256
+        assert (rows + 2 * 2 * keys) * head_dim * 2 + 2048 <= 227 * 1024
+        assert keys // 2 + keys // 4 + head_dim // 2 <= 216  # scores, weights, output
+
+
+@pytest.mark.parametrize("page_size", range(16, 1025, 16))
+def test_copies_stay_in_their_page(host, page_size):
+    keys = host.attention_sm90_tiles(128)[0][1]
+    rows = host.page_box_rows(page_size, keys)
+    assert page_size % rows == 0 and keys % rows == 0 and 16 <= rows <= keys
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_ldmatrix_rows_hit_distinct_banks(host, head_dim):
     """Eight rows of 16 bytes, as one ldmatrix reads them, lie in eight different groups of four banks."""
     stride = host.attention_tile_stride(head_dim, 2)

@@ -57,9 +57,10 @@ def test_random_padding_and_scale(device, dtype):
     assert_no_worse(out, reference.vision_attention, q, k, v, padding, softmax_scale=0.3)
 
 
-def test_all_padding_gives_zeros(device):
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_all_padding_gives_zeros(device, dtype):
     """Padding that sees only padding sees nothing; one real token changes that."""
-    q, k, v = make(1, 24, 1, 64, torch.float32, device)
+    q, k, v = make(1, 24, 1, 64, dtype, device)
     padding = torch.ones(1, 24, dtype=torch.bool, device=device)
     assert not mllama_kernels.vision_attention(q, k, v, padding).any()
     padding[0, 5] = False
@@ -88,8 +89,9 @@ def test_batch_invariant_and_repeatable(device, dtype):
     assert torch.equal(mllama_kernels.vision_attention(q[1:], k[1:], v[1:]), out[1:])
 
 
-def test_large_scores_do_not_overflow(device):
-    q, k, v = (t * 60 for t in make(1, 40, 1, 64, torch.float32, device))
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_scores_do_not_overflow(device, dtype):
+    q, k, v = (t * 60 for t in make(1, 40, 1, 64, dtype, device))
     out = mllama_kernels.vision_attention(q, k, v)
     assert out.isfinite().all()
     assert_no_worse(out, reference.vision_attention, q, k, v)

@@ -47,11 +47,6 @@ constexpr int attention_sm90_panel_bytes(int64_t head_dim) {
   return head_dim * 2 % 128 == 0 ? 128 : 32;
 }
 
-// Shared memory of one thread block: query tile and rings of K and V tiles.
-constexpr int64_t attention_sm90_tile_bytes(AttentionSm90Tile tile, int64_t head_dim) {
-  return (tile.rows + 2 * kAttentionSm90Stages * tile.keys) * head_dim * 2;
-}
-
 // Rows of one tensor copy from pages: it must stay in its page and fill part of a block.
 constexpr int64_t page_box_rows(int64_t page_size, int64_t block_keys) {
   const int64_t power = page_size & -page_size;

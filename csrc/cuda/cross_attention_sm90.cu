@@ -119,25 +119,12 @@ cudaError_t launch_config(const CrossAttentionParams& p, cudaStream_t stream) {
                 sizeof(CrossShared<Config>), stream, options, p, maps, cluster);
 }
 
-template <typename T>
-cudaError_t launch_dim(const CrossAttentionParams& p, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 64:
-      return launch_config<CrossConfig<T, 64>>(p, stream);
-    case 80:
-      return launch_config<CrossConfig<T, 80>>(p, stream);
-    case 128:
-      return launch_config<CrossConfig<T, 128>>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 int cross_attention_sm90(const CrossAttentionParams& p, CUstream_st* stream) {
-  return p.dtype == DType::kBFloat16 ? launch_dim<__nv_bfloat16>(p, stream)
-                                     : launch_dim<__half>(p, stream);
+  return dispatch_sm90(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
+    return launch_config<CrossConfig<decltype(element), decltype(head_dim)::value>>(p, stream);
+  });
 }
 
 }  // namespace mllama

@@ -2,11 +2,11 @@
 //
 // Kernels    1. Append: rotates k and writes it, with v, into the pages (not paged: rotated k into
 //            scratch; v is read in place). A key is rotated once, not once per query block.
-//            2. One query row per sequence: split-KV decode (split_kv.cuh). Otherwise the main loop
-//            of attention.cuh, one block per (sequence, key/value head, 128 rows of packed query
-//            heads; float32: 64). q is rotated on its way into shared memory, once per row, and the
-//            rotated q never goes to memory. Rows are taken last first, so that the longest blocks
-//            start first.
+//            2. One query row per sequence: split-KV decode (split_kv.cuh). Otherwise prefill: for
+//            16 bits on sm_90a rotary_attention_sm90.cu, else the main loop of attention.cuh, one
+//            block per (sequence, key/value head, 128 rows of packed query heads; float32: 64). q
+//            is rotated on its way into shared memory, once per row, and the rotated q never goes
+//            to memory. Rows are taken last first, so that the longest blocks start first.
 //            Stream order is the only synchronisation between the two: appended keys are read by
 //            blocks all over the device.
 // Mask       Key j is visible to row i of a sequence if j <= cache_len + i. Blocks above the

@@ -1,6 +1,7 @@
 // Vision self-attention over all tiles of an image; non-causal. Only (padding query, padding key)
 // pairs are masked: valid queries do attend to padding keys, so absent tiles cannot be dropped.
-// Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
+// Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh. 16 bits
+// on sm_90a: vision_attention_sm90.cu.
 //
 // Tiling     One block per (batch, head, 128 query rows; float32: 64). Head dim 80 is native: 5
 //            k-steps for the scores, 10 n-tiles for the output, shared rows of 176 bytes.

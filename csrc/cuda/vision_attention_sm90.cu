@@ -230,25 +230,12 @@ cudaError_t launch_config(const VisionAttentionParams& p, cudaStream_t stream) {
                 int64_t{sizeof(AttentionSm90Shared<Config>)} + padding, stream, {}, p, maps);
 }
 
-template <typename T>
-cudaError_t launch_dim(const VisionAttentionParams& p, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 64:
-      return launch_config<VisionConfig<T, 64>>(p, stream);
-    case 80:
-      return launch_config<VisionConfig<T, 80>>(p, stream);
-    case 128:
-      return launch_config<VisionConfig<T, 128>>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace
 
 int vision_attention_sm90(const VisionAttentionParams& p, CUstream_st* stream) {
-  return p.dtype == DType::kBFloat16 ? launch_dim<__nv_bfloat16>(p, stream)
-                                     : launch_dim<__half>(p, stream);
+  return dispatch_sm90(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
+    return launch_config<VisionConfig<decltype(element), decltype(head_dim)::value>>(p, stream);
+  });
 }
 
 }  // namespace mllama
