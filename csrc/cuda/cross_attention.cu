@@ -1,5 +1,6 @@
 // Text queries over image tiles, grouped-query attention with one visibility flag per (query,
 // tile). Online softmax in FlashAttention-2 order (arXiv 2307.08691); main loop in attention.cuh.
+// 16 bits on sm_90a: cross_attention_sm90.cu.
 //
 // Tiling     One block per (sequence, kv head, 128 rows; float32: 64). The G query heads of a group
 //            are packed into the rows, so each K and V block is read once for G heads. A tile's
