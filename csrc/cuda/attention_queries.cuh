@@ -15,23 +15,26 @@ struct QueryRows {
   T* out;
   int64_t q_token_stride, q_head_stride;
   int64_t out_token_stride, out_head_stride;
-  int group;
-  int first;  // row of the sequence that is row 0 of this block
-  int count;  // rows of the sequence: tokens * group
+  int64_t group;  // 64 bits: what follows ends without padding, which wide loads would read
+  int first;      // row of the sequence that is row 0 of this block
+  int count;      // rows of the sequence: tokens * group
 
   __device__ __forceinline__ bool valid(int row) const { return first + row < count; }
-  __device__ __forceinline__ int token(int row) const { return (first + row) / group; }
+  __device__ __forceinline__ int token(int row) const { return (first + row) / heads(); }
   // Token of the last of the block's `block_rows` rows that is in the sequence.
   __device__ __forceinline__ int last_token(int block_rows) const {
-    return (min(first + block_rows, count) - 1) / group;
+    return (min(first + block_rows, count) - 1) / heads();
   }
-  __device__ __forceinline__ int head(int row) const { return (first + row) % group; }
+  __device__ __forceinline__ int head(int row) const { return (first + row) % heads(); }
   __device__ __forceinline__ const T* q_row(int row) const {
     return q + token(row) * q_token_stride + head(row) * q_head_stride;
   }
   __device__ __forceinline__ T* out_row(int row) const {
     return out + token(row) * out_token_stride + head(row) * out_head_stride;
   }
+
+ private:
+  __device__ __forceinline__ int heads() const { return static_cast<int>(group); }
 };
 
 // A query policy has load<Config>(tile, rows): every warp fills its own Config::kRowsPerWarp rows
