@@ -34,6 +34,10 @@ $(VENV)/test: $(VENV)/built
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
+$(VENV)/bench: $(VENV)/built
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
 $(VENV)/dev: $(BIN)/python
 	$(BIN)/python -m pip install -q ruff clang-format
 	touch $@
@@ -46,8 +50,8 @@ demo: $(VENV)/built
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/built
-	$(BIN)/python benchmarks/cpu_ops.py
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

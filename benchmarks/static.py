@@ -4,7 +4,7 @@
 
 SITE is the folder of a simulated build (tests/run_simulated.sh), SIMULATOR that of the built
 simulator. Every case of static_cases.py runs as compute capability 8.0 and 9.0; the counters are
-joined with what ptxas says of the same PTX. Writes results/static.json and static.md; --check
+joined with what ptxas says of the same PTX. Writes static.json and static.md; --check
 compares with them instead. Fails if a kernel spills, has bank conflicts that its case does not
 explain, or moves more than 1.1 times what its case accounts for.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import static_compiler
 
 HERE = Path(__file__).resolve().parent
-RESULTS, TABLE = HERE / "results" / "static.json", HERE / "static.md"
+RESULTS, TABLE = HERE / "static.json", HERE / "static.md"
 MOVED_LIMIT = 1.1
 
 Row = dict[str, Any]

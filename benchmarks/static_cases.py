@@ -22,6 +22,8 @@ import mllama_kernels as ours
 E, INTERMEDIATE, HQ, HKV, D = 4096, 14336, 32, 8, 128
 VISION_WIDTH, VISION_HEADS, VISION_DIM, PATCH, TILE = 1280, 16, 80, 14, 560
 TILES, TILE_TOKENS = 4, 1601
+VOCABULARY = 128256
+MULTIPROCESSORS = {80: 108, 90: 132}  # as static.py has them presented
 BF16 = torch.bfloat16
 
 
@@ -220,7 +222,28 @@ def vision(arch: int) -> Iterator[Case]:
     row, gate = randn(VISION_WIDTH), randn(1)
     pre_tile = randn(9, VISION_WIDTH)
     out_bytes = (patches + 8) * VISION_WIDTH * 2
-    row_blocks, column_blocks = -(-patches // 128), VISION_WIDTH // 128
+    row_blocks = -(-patches // 128)
+    per_patch = {"pre-tile embedding per patch, from L1": patches * size(row)}
+    runs = "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1"
+    if arch == 80:
+        column_blocks = VISION_WIDTH // 128
+        again = per_patch | {
+            "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
+            runs: int(1.2 * column_blocks * size(pixels)),
+            "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
+            "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
+            "scale and shift per token, from L1": 2 * patches * size(row),
+        }
+    else:
+        column_blocks = VISION_WIDTH // 320
+        slices, row_blocks = -(-depth // 64), -(-row_blocks // 2) * 2
+        again = per_patch | {
+            "pixels by every block of 320 columns, from L2": (column_blocks - 1) * size(pixels),
+            runs: int(1.2 * column_blocks * size(pixels)),
+            "weights by every block of 128 patches, two by one copy from L2, in slices of 64": (
+                row_blocks * slices * 64 * VISION_WIDTH * 2 - size(weight)
+            ),
+        }
     yield Case(
         "patch_embed",
         f"1 tile* of {TILE}",
@@ -238,21 +261,54 @@ def vision(arch: int) -> Iterator[Case]:
             row,
         ),
         floor=size(pixels, weight, positions) + size(tile_positions) // 9 + out_bytes,
-        again={
-            "pixels by every block of 128 columns, from L2": (column_blocks - 1) * size(pixels),
-            "28-byte pixel rows of patches start anywhere in a sector: 2.2 times, from L1": int(
-                1.2 * column_blocks * size(pixels)
-            ),
-            "weights by every block of 128 patches, from L2": (row_blocks - 1) * size(weight),
-            "tokens read three times and written again for the norm, from L2 and L1": 4 * out_bytes,
-            "scale and shift per token, from L1": 2 * patches * size(row),
-            "pre-tile embedding per patch, from L1": patches * size(row),
-        },
+        again=again,
         flops=2 * patches * depth * VISION_WIDTH,
     )
 
 
-SOURCES = (elementwise, self_attention, cross_attention, vision)
+def decoding(arch: int) -> Iterator[Case]:
+    """The products of a decoder layer, and the choice of the token."""
+    square, gate_up = randn(E, E), randn(2 * INTERMEDIATE // 4, E)
+    norm_weight = randn(E)
+    for rows in (1, 8):
+        x = randn(rows, E)
+        yield Case(
+            "skinny_linear",
+            f"o, {rows} x {E}",
+            lambda x=x: ours.skinny_linear(x, square, residual=x),
+            floor=size(square) + 3 * size(x),
+            again={"x by every block, from L2": (MULTIPROCESSORS[arch] - 1) * size(x)},
+            flops=2 * rows * E * E,
+        )
+        yield Case(
+            "skinny_linear",
+            f"norm, gate and up*, SwiGLU, {rows} x {E}",
+            lambda x=x: ours.skinny_linear(x, gate_up, norm_weight=norm_weight, swiglu=True),
+            floor=size(gate_up, x, norm_weight) + rows * INTERMEDIATE // 4 * 2,
+            again={
+                "x twice and the norm's weight by every block, from L2": MULTIPROCESSORS[arch]
+                * size(x, x, norm_weight)
+                - size(x, norm_weight)
+            },
+            flops=2 * rows * E * 2 * (INTERMEDIATE // 4),
+        )
+    logits = 3 * randn(1, VOCABULARY)
+    seeds, step = torch.tensor([1]), torch.tensor(0)
+    yield Case(
+        "sample",
+        f"top-k, top-p, min-p, 1 x {VOCABULARY}",
+        lambda: ours.sample(logits, seeds, step, top_k=50, top_p=0.9, min_p=0.05),
+        floor=size(logits),
+        again={"the row once more for each of nine passes, from L2": 9 * size(logits)}
+        if arch == 80
+        else {},
+        conflicts=("bins of four blocks in one load, counted as one block's", 0.46)
+        if arch == 90
+        else ("", 0.0),
+    )
+
+
+SOURCES = (elementwise, self_attention, cross_attention, vision, decoding)
 
 
 def cases(arch: int) -> Iterator[Case]:

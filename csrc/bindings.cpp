@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -22,6 +23,9 @@
 #include "patch_embed.h"
 #include "rms_norm.h"
 #include "rotary_attention.h"
+#include "sample.h"
+#include "sample_math.h"
+#include "skinny_linear.h"
 #include "swiglu.h"
 #include "vision_attention.h"
 
@@ -382,6 +386,71 @@ Tensor swiglu(const Tensor& gate_up_in) {
   p.gate_up_row_stride = rows.inner_stride[0];
   p.dtype = c.dtype();
   launch(c, p, swiglu_cpu, MLLAMA_CUDA(swiglu_cuda));
+  return out;
+}
+
+// ---------------------------------------------------------------- skinny_linear
+
+Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& norm_weight_in,
+                     double eps, const OptionalTensor& residual_in, const OptionalTensor& gate,
+                     const OptionalTensor& row_mask_in, bool swiglu, bool weight_is_constant) {
+  const Checker c{"skinny_linear", x_in, "x"};
+  check(x_in.dim() == 2, c.op, "x must be (rows, K), got shape ", shape(x_in));
+  const int64_t rows = x_in.size(0), k = x_in.size(1);
+  check(rows <= kSkinnyLinearMaxRows, c.op, "x must have at most ", kSkinnyLinearMaxRows,
+        " rows, got ", rows);
+  check(k > 0, c.op, "x must have at least one column, got shape ", shape(x_in));
+  c.floating(weight, "weight");
+  check(weight.dim() == 2 && weight.size(1) == k, c.op, "weight must be (", swiglu ? "2 N" : "N",
+        ", ", k, "), got shape ", shape(weight));
+  check(!swiglu || weight.size(0) % 2 == 0, c.op,
+        "weight must have an even number of rows with swiglu, got ", weight.size(0));
+  c.last_contiguous(weight, "weight");  // a copy would cost more than the product
+  const int64_t n = swiglu ? weight.size(0) / 2 : weight.size(0);
+  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  check(!gate || residual_in, c.op, "gate is given without residual");
+  check(!row_mask_in || gate, c.op, "row_mask is given without gate");
+  OptionalTensor norm_weight, residual, row_mask;
+  if (norm_weight_in) {
+    c.floating(*norm_weight_in, "norm_weight");
+    c.sizes(*norm_weight_in, "norm_weight", {k});
+    norm_weight = torch::stable::contiguous(*norm_weight_in);
+  }
+  if (residual_in) {
+    c.floating(*residual_in, "residual");
+    c.sizes(*residual_in, "residual", {rows, n});
+    residual = residual_in->stride(1) == 1 ? *residual_in : torch::stable::contiguous(*residual_in);
+  }
+  if (gate) {
+    c.floating(*gate, "gate");
+    check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
+  }
+  if (row_mask_in) {
+    c.typed(*row_mask_in, "row_mask", ScalarType::Bool);
+    c.sizes(*row_mask_in, "row_mask", {rows});
+    row_mask = torch::stable::contiguous(*row_mask_in);
+  }
+  const Tensor x = x_in.stride(1) == 1 ? x_in : torch::stable::contiguous(x_in);
+  Tensor out = torch::stable::new_empty(x, {rows, n});
+  SkinnyLinearParams p{};
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.norm_weight = data(norm_weight);
+  p.residual = data(residual);
+  p.gate = data(gate);
+  p.row_mask = static_cast<const bool*>(data(row_mask));
+  p.out = out.mutable_data_ptr();
+  p.rows = rows;
+  p.n = n;
+  p.k = k;
+  p.x_row_stride = x.stride(0);
+  p.weight_row_stride = weight.stride(0);
+  p.residual_row_stride = residual ? residual->stride(0) : 0;
+  p.eps = eps;
+  p.swiglu = swiglu;
+  p.weight_is_constant = weight_is_constant;
+  p.dtype = c.dtype();
+  if (out.numel() != 0) launch(c, p, skinny_linear_cpu, MLLAMA_CUDA(skinny_linear_cuda));
   return out;
 }
 
@@ -807,6 +876,55 @@ Tensor patch_embed(const Tensor& pixel_values, const Tensor& aspect_ratio_ids,
   return out;
 }
 
+// ---------------------------------------------------------------- sample
+
+Tensor sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& step, bool do_sample,
+              double temperature, int64_t top_k, double top_p, double min_p,
+              double repetition_penalty, const OptionalTensor& seen_in) {
+  const Checker c{"sample", logits_in, "logits"};
+  check(logits_in.dim() == 2 && logits_in.size(1) > 0 && logits_in.size(1) < kMaxVocab, c.op,
+        "logits must be (B, V) with V from 1 to ", kMaxVocab - 1, ", got shape ", shape(logits_in));
+  SampleParams p{};
+  p.rows = logits_in.size(0);
+  p.vocab = logits_in.size(1);
+  p.dtype = c.dtype();
+  c.typed(seeds_in, "seeds", ScalarType::Long);
+  c.sizes(seeds_in, "seeds", {p.rows});
+  c.typed(step, "step", ScalarType::Long);
+  check(step.numel() == 1, c.op, "step must have one element, got shape ", shape(step));
+  // What the kernels divide by is the float32 value.
+  p.temperature = static_cast<float>(temperature);
+  p.repetition_penalty = static_cast<float>(repetition_penalty);
+  check(p.temperature > 0 && std::isfinite(p.temperature), c.op,
+        "temperature must be a positive float32, got ", temperature);
+  check(p.repetition_penalty > 0 && std::isfinite(p.repetition_penalty), c.op,
+        "repetition_penalty must be a positive float32, got ", repetition_penalty);
+  check(top_k >= 0, c.op, "top_k must not be negative, got ", top_k);
+  check(top_p >= 0 && top_p <= 1, c.op, "top_p must be from 0 to 1, got ", top_p);
+  check(min_p >= 0 && min_p <= 1, c.op, "min_p must be from 0 to 1, got ", min_p);
+  OptionalTensor seen;
+  if (seen_in) {
+    c.typed(*seen_in, "seen", ScalarType::Bool);
+    c.sizes(*seen_in, "seen", {p.rows, p.vocab});
+    if (repetition_penalty != 1) seen = torch::stable::contiguous(*seen_in);
+  }
+  const Tensor logits = logits_in.stride(1) == 1 ? logits_in : torch::stable::contiguous(logits_in);
+  const Tensor seeds = torch::stable::contiguous(seeds_in);
+  Tensor tokens = torch::stable::new_empty(seeds, {p.rows});
+  p.logits = logits.const_data_ptr();
+  p.seeds = seeds.const_data_ptr<int64_t>();
+  p.step = step.const_data_ptr<int64_t>();
+  p.seen = static_cast<const bool*>(data(seen));
+  p.tokens = tokens.mutable_data_ptr<int64_t>();
+  p.logits_row_stride = logits.stride(0);
+  p.top_k = top_k;
+  p.drop_share = 1 - top_p;
+  p.min_weight = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(min_p * kMaxWeight)));
+  p.do_sample = do_sample;
+  if (p.rows != 0) launch(c, p, sample_cpu, MLLAMA_CUDA(sample_cuda));
+  return tokens;
+}
+
 }  // namespace
 }  // namespace mllama
 
@@ -817,6 +935,9 @@ STABLE_TORCH_LIBRARY(mllama_kernels, m) {
       "Tensor? row_mask) -> (Tensor, Tensor)");
   m.def("gated_residual(Tensor x, Tensor residual, Tensor gate, Tensor? row_mask) -> Tensor");
   m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def(
+      "skinny_linear(Tensor x, Tensor weight, Tensor? norm_weight, float eps, Tensor? residual, "
+      "Tensor? gate, Tensor? row_mask, bool swiglu, bool weight_is_constant) -> Tensor");
   m.def(
       "rotary_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, float softmax_scale, "
       "bool interleaved, Tensor? cu_seqlens, int max_seqlen) -> Tensor");
@@ -836,6 +957,9 @@ STABLE_TORCH_LIBRARY(mllama_kernels, m) {
       "Tensor class_embedding, Tensor position_embedding, Tensor position_gate, "
       "Tensor tile_position_embedding, Tensor pre_tile_embedding, Tensor pre_tile_gate, "
       "Tensor norm_weight, Tensor norm_bias, float eps, int pad_to) -> Tensor");
+  m.def(
+      "sample(Tensor logits, Tensor seeds, Tensor step, bool do_sample, float temperature, "
+      "int top_k, float top_p, float min_p, float repetition_penalty, Tensor? seen) -> Tensor");
 }
 
 #define MLLAMA_REGISTER(m)                                                        \
@@ -843,11 +967,13 @@ STABLE_TORCH_LIBRARY(mllama_kernels, m) {
   m.impl("add_rms_norm", TORCH_BOX(&mllama::add_rms_norm));                       \
   m.impl("gated_residual", TORCH_BOX(&mllama::gated_residual));                   \
   m.impl("swiglu", TORCH_BOX(&mllama::swiglu));                                   \
+  m.impl("skinny_linear", TORCH_BOX(&mllama::skinny_linear));                     \
   m.impl("rotary_attention", TORCH_BOX(&mllama::rotary_attention));               \
   m.impl("rotary_attention_cached", TORCH_BOX(&mllama::rotary_attention_cached)); \
   m.impl("cross_attention", TORCH_BOX(&mllama::cross_attention));                 \
   m.impl("vision_attention", TORCH_BOX(&mllama::vision_attention));               \
-  m.impl("patch_embed", TORCH_BOX(&mllama::patch_embed));
+  m.impl("patch_embed", TORCH_BOX(&mllama::patch_embed));                         \
+  m.impl("sample", TORCH_BOX(&mllama::sample));
 
 STABLE_TORCH_LIBRARY_IMPL(mllama_kernels, CPU, m){MLLAMA_REGISTER(m)}
 // Registered in every build: without CUDA kernels, launch() says so in words.

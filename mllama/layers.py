@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mllama_kernels.skinny_linear import MAX_ROWS
 from torch import Tensor, nn
 
 from mllama.backend import Ops
@@ -32,13 +33,13 @@ class FusedLinear(nn.Module):
             owner.add_module(name, Projection(self, begin, size))
             begin += size
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (..., in) to one (..., out) view per projection, in the order of construction."""
-        return F.linear(x, self.weight).split(self.sizes, dim=-1)
-
-    def joined(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., sum of the outputs)."""
         return F.linear(x, self.weight)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The product (..., sum of the outputs) as one view per projection, in their order."""
+        return y.split(self.sizes, dim=-1)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """The projections save the rows."""
@@ -105,8 +106,43 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether calling ``linear`` is its weight's product and nothing else: no adapter, bias, hook or
+    replaced forward, and no other kind of tensor (quantised, sharded) as the weight."""
+    return (
+        type(linear) in (nn.Linear, FusedLinear)
+        and type(linear.weight) is nn.Parameter
+        and getattr(linear, "bias", None) is None
+        and not (linear._forward_pre_hooks or linear._forward_hooks)
+        and "forward" not in vars(linear)
+    )
+
+
+def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | None:
+    """``linear`` of x (N, in) by ``ops.skinny_linear``, with what else is ``fused`` into it.
+
+    Returns: None where that op is not meant for it: with more rows the library's product is better,
+    and a gradient or anything but a plain linear needs the module itself.
+    """
+    if x.shape[0] > MAX_ROWS or torch.is_grad_enabled() or not is_plain(linear):
+        return None
+    # No kernel of a forward writes weights, so a product may read them before the one before it ends.
+    return ops.skinny_linear(x, linear.weight, weight_is_constant=True, **fused)
+
+
+def project(ops: Ops, linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear`` of x (B, L, in), in the way that is best for the number of rows."""
+    y = _skinny(ops, linear, x.flatten(0, 1))
+    return linear(x) if y is None else y.unflatten(0, x.shape[:2])
+
+
 class ResidualStream:
-    """The residual stream (N, E), whose latest addition waits to be fused with the next norm."""
+    """The residual stream (N, E): layers read it through a norm and a projection, and add to it.
+
+    With few rows, as in decoding, the products are bound by the reading of the weights, and norm,
+    SwiGLU, gate and sum are fused into them. With more, the latest addition waits to be fused with
+    the next norm.
+    """
 
     def __init__(self, ops: Ops, x: Tensor) -> None:
         self._ops = ops
@@ -115,12 +151,31 @@ class ResidualStream:
         self._gate: Tensor | None = None
         self._row_mask: Tensor | None = None
 
+    def read(self, norm: RMSNorm, linear: nn.Module, *, swiglu: bool = False) -> Tensor:
+        """``linear`` of the normalised stream, (N, out); with ``swiglu`` of its two halves, (N, out / 2)."""
+        if self._delta is None:
+            y = _skinny(
+                self._ops, linear, self._x, norm_weight=norm.weight, eps=norm.eps, swiglu=swiglu
+            )
+            if y is not None:
+                return y
+        y = linear(self.norm(norm))
+        return self._ops.swiglu(y) if swiglu else y
+
     def add(
-        self, delta: Tensor, gate: Tensor | None = None, row_mask: Tensor | None = None
+        self,
+        linear: nn.Module,
+        x: Tensor,
+        gate: Tensor | None = None,
+        row_mask: Tensor | None = None,
     ) -> None:
-        """Add ``delta``, or ``tanh(gate) * row_mask * delta`` if there is a gate."""
-        self.value()
-        self._delta, self._gate, self._row_mask = delta, gate, row_mask
+        """Add ``linear(x)``, or ``tanh(gate) * row_mask * linear(x)`` if there is a gate."""
+        stream = self.value()
+        y = _skinny(self._ops, linear, x, residual=stream, gate=gate, row_mask=row_mask)
+        if y is not None:
+            self._x = y
+        else:
+            self._delta, self._gate, self._row_mask = linear(x), gate, row_mask
 
     def norm(self, norm: RMSNorm) -> Tensor:
         """The normalised stream."""

@@ -18,6 +18,7 @@ from mllama.checks import (
 )
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
+from mllama.layers import project
 from mllama.loss import causal_lm_loss
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
@@ -211,7 +212,8 @@ class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
                 use_cache=caching,
                 output_hidden_states=output_hidden_states,
             )
-            logits = self.lm_head(_kept_columns(outputs.last_hidden_state, logits_to_keep))
+            kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
+            logits = project(self.ops, self.lm_head, kept)
             loss = None
             if labels is not None:
                 loss = causal_lm_loss(logits, labels, self.config.image_token_index)
@@ -275,7 +277,7 @@ class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
                 output_hidden_states=output_hidden_states,
             )
             kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
-            logits = self.lm_head(kept).float()
+            logits = project(self.ops, self.lm_head, kept).float()
             loss = None if labels is None else causal_lm_loss(logits, labels)
         return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
 

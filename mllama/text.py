@@ -44,22 +44,28 @@ class LayerInputs:
 
 
 class MllamaTextMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """Adds ``down(silu(gate(x)) * up(x))`` of the normalised stream to it."""
 
-    def __init__(self, config: MllamaTextConfig, ops: Ops) -> None:
+    def __init__(self, config: MllamaTextConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.ops = ops
         self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
         self.gate_up_proj.add_projections(self)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_up_proj.joined(x)))
+    def forward(
+        self,
+        stream: ResidualStream,
+        norm: RMSNorm,
+        gate: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> None:
+        inner = stream.read(norm, self.gate_up_proj, swiglu=True)
+        stream.add(self.down_proj, inner, gate, row_mask)
 
 
 class MllamaTextSelfAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Adds causal grouped-query attention with rotary positions to the stream."""
 
     def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -71,8 +77,9 @@ class MllamaTextSelfAttention(nn.Module):
         self.qkv_proj.add_projections(self)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
+    def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> None:
+        qkv = stream.read(norm, self.qkv_proj)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(qkv))
         cu_seqlens, max_seqlen = inputs.packing.cu_seqlens, inputs.packing.max_seqlen
         if inputs.cache is None:
             out = self.ops.rotary_attention(
@@ -93,11 +100,11 @@ class MllamaTextSelfAttention(nn.Module):
                 inputs.cache.lengths,
                 max_seqlen=max_seqlen,
             )
-        return self.o_proj(out.flatten(1))
+        stream.add(self.o_proj, out.flatten(1))
 
 
 class MllamaTextCrossAttention(nn.Module):
-    """Grouped-query attention from text to image tiles, with normalised queries and keys."""
+    """Adds gated grouped-query attention from text to image tiles, with normalised queries and keys."""
 
     def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -112,10 +119,14 @@ class MllamaTextCrossAttention(nn.Module):
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """states (n, P, E) to normalised k, and v, (n, P, Hkv, D)."""
-        k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.kv_proj(states))
+        k, v = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in self.kv_proj.split(self.kv_proj(states))
+        )
         return self.ops.rms_norm(k, self.k_norm.weight, self.k_norm.eps), v
 
-    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+    def forward(
+        self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs, gate: Tensor
+    ) -> None:
         k = v = None
         if inputs.tile_states is not None:
             k, v = self.keys_and_values(inputs.tile_states)
@@ -124,7 +135,7 @@ class MllamaTextCrossAttention(nn.Module):
                 inputs.cache.store_tiles(self.layer, k, v)
             k, v = inputs.cache.tiles(self.layer)
         out = self.ops.cross_attention(
-            self.q_proj(x).unflatten(-1, (-1, self.head_dim)),
+            stream.read(norm, self.q_proj).unflatten(-1, (-1, self.head_dim)),
             k,
             v,
             inputs.view.tile_mask,
@@ -134,7 +145,7 @@ class MllamaTextCrossAttention(nn.Module):
             cu_seqlens=inputs.packing.cu_seqlens,
             max_seqlen=inputs.packing.max_seqlen,
         )
-        return self.o_proj(out.flatten(1))
+        stream.add(self.o_proj, out.flatten(1), gate)
 
 
 class MllamaSelfAttentionDecoderLayer(nn.Module):
@@ -143,11 +154,11 @@ class MllamaSelfAttentionDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MllamaTextSelfAttention(config, layer, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MllamaTextMLP(config, ops)
+        self.mlp = MllamaTextMLP(config)
 
     def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
-        stream.add(self.self_attn(stream.norm(self.input_layernorm), inputs))
-        stream.add(self.mlp(stream.norm(self.post_attention_layernorm)))
+        self.self_attn(stream, self.input_layernorm, inputs)
+        self.mlp(stream, self.post_attention_layernorm)
 
 
 class MllamaCrossAttentionDecoderLayer(nn.Module):
@@ -157,14 +168,17 @@ class MllamaCrossAttentionDecoderLayer(nn.Module):
         self.cross_attn = MllamaTextCrossAttention(config, layer, ops)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MllamaTextMLP(config, ops)
+        self.mlp = MllamaTextMLP(config)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
-        attended = self.cross_attn(stream.norm(self.input_layernorm), inputs)
-        stream.add(attended, self.cross_attn_attn_gate)
-        transformed = self.mlp(stream.norm(self.post_attention_layernorm))
-        stream.add(transformed, self.cross_attn_mlp_gate, inputs.view.row_mask)
+        self.cross_attn(stream, self.input_layernorm, inputs, self.cross_attn_attn_gate)
+        self.mlp(
+            stream,
+            self.post_attention_layernorm,
+            self.cross_attn_mlp_gate,
+            inputs.view.row_mask,
+        )
 
 
 class MllamaTextModel(MllamaPreTrainedModel):

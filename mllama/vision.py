@@ -71,7 +71,9 @@ class MllamaVisionAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x))
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(self.qkv_proj(x))
+        )
         return self.o_proj(self.ops.vision_attention(q, k, v, padding).flatten(2))
 
 

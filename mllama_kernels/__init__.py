@@ -9,6 +9,8 @@ from mllama_kernels.gated_residual import gated_residual
 from mllama_kernels.patch_embed import patch_embed
 from mllama_kernels.rms_norm import add_rms_norm, rms_norm
 from mllama_kernels.rotary_attention import rotary_attention, rotary_attention_cached
+from mllama_kernels.sample import sample
+from mllama_kernels.skinny_linear import skinny_linear
 from mllama_kernels.swiglu import swiglu
 from mllama_kernels.vision_attention import vision_attention
 
@@ -21,6 +23,8 @@ __all__ = [
     "rms_norm",
     "rotary_attention",
     "rotary_attention_cached",
+    "sample",
+    "skinny_linear",
     "swiglu",
     "vision_attention",
 ]

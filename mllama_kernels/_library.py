@@ -14,11 +14,13 @@ OPS = (
     "add_rms_norm",
     "gated_residual",
     "swiglu",
+    "skinny_linear",
     "rotary_attention",
     "rotary_attention_cached",
     "cross_attention",
     "vision_attention",
     "patch_embed",
+    "sample",
 )
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllama_kernels import reference_sampling
+
 __all__ = [
     "add_rms_norm",
     "cross_attention",
@@ -18,6 +20,8 @@ __all__ = [
     "rms_norm",
     "rotary_attention",
     "rotary_attention_cached",
+    "sample",
+    "skinny_linear",
     "swiglu",
     "vision_attention",
 ]
@@ -66,6 +70,34 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :func:`mllama_kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+_swiglu = swiglu  # an argument of skinny_linear has the name
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    swiglu: bool = False,
+    weight_is_constant: bool = False,
+) -> Tensor:
+    """Norm, product, SwiGLU and residual of a few rows; see :func:`mllama_kernels.skinny_linear`."""
+    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
+        raise ValueError("gate goes with residual, row_mask with gate")
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    y = F.linear(x, weight)
+    if swiglu:
+        y = _swiglu(y)
+    if residual is None:
+        return y
+    return residual + y if gate is None else gated_residual(y, residual, gate, row_mask)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -282,3 +314,27 @@ def patch_embed(
     x = x + gate * tile_position_embedding[ids].view(images, tiles, tokens, width)
     x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
     return F.pad(x, (0, 0, 0, -tokens % pad_to))
+
+
+def sample(
+    logits: Tensor,
+    seeds: Tensor,
+    step: Tensor,
+    *,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Logits to tokens; see :func:`mllama_kernels.sample`. Equal to the kernels bit for bit."""
+    heat = temperature if do_sample else 1.0
+    scaled = reference_sampling.scale_logits(logits, heat, repetition_penalty, seen)
+    if do_sample:
+        weights = reference_sampling.kept_weights(scaled, top_k, top_p, min_p)
+        token = reference_sampling.draw(weights, reference_sampling.uniform(seeds, step))
+    else:
+        token = scaled.argmax(dim=-1)
+    return token.where(scaled.amax(dim=-1).isfinite(), reference_sampling.INVALID_TOKEN)

@@ -37,6 +37,11 @@ PYBIND11_MODULE(host_module, m) {
     return py::make_tuple(geometry.splits, geometry.split_size);
   });
   m.def("split_kv_workspace", &split_kv_workspace);
+  m.attr("strands") = kStrands;
+  m.attr("cluster_max_group") = kClusterMaxGroup;
+  m.def("cluster_blocks", &cluster_blocks);
+  m.def("cluster_slice_log2", &cluster_slice_log2);
+  m.def("cluster_merge_bytes", &cluster_merge_bytes);
   m.def("rotary_uses_split_kv",
         [](bool paged, int64_t max_seqlen, int64_t num_q_heads, int64_t num_kv_heads) {
           static const int32_t table = 0;

@@ -215,6 +215,38 @@ def test_batch_invariant_and_repeatable(device, dtype, rows):
     assert torch.equal(mllama_kernels.cross_attention(q[2:], k[2:], v[2:], mask[2:]), out[2:])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head", grid([(2, 1, 64)], [(8, 1, 128), (3, 1, 80)]))
+def test_decode_bits_do_not_depend_on_the_batch(device, dtype, head):
+    """Alone, among 20 and among 40 sequences: the CUDA launches differ, the bits do not.
+
+    1100 visible keys: more than one round of 64 strands of 16 keys.
+    """
+    heads, kv_heads, dim = head
+    q, k, v, mask = make((40, 1, 3, 550, heads, kv_heads, dim), dtype, device)
+    mask[:] = torch.tensor([False, True, False], device=device)
+    mask[0] = torch.tensor([True, False, True], device=device)
+    alone = mllama_kernels.cross_attention(q[:1], k[:1], v[:1], mask[:1])
+    for batch in (20, 40):
+        out = mllama_kernels.cross_attention(q[:batch], k[:batch], v[:batch], mask[:batch])
+        assert torch.equal(out[:1], alone)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_decode_over_many_tiles(device, dtype):
+    """More tiles than a warp has lanes, a few of them visible, two absent."""
+    tiles = 70
+    q = randn(2, 4, 64, dtype=dtype, device=device)
+    k, v = (randn(9, 5, 2, 64, dtype=dtype, device=device) for _ in range(2))
+    table = torch.randint(0, 9, (2, tiles), device=device).int()
+    table[:, [3, 40]] = -1
+    mask = torch.rand(2, tiles, device=device) < 0.3
+    bounds = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    kwargs = {"tile_table": table, "cu_seqlens": bounds, "max_seqlen": 1}
+    out = mllama_kernels.cross_attention(q, k, v, mask, **kwargs)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask, **kwargs)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 512])

@@ -115,6 +115,38 @@ def test_split_workspace_is_linear_in_the_batch(host):
     assert host.split_kv_workspace(7, 32, 16, 128) == 7 * one
 
 
+def test_cluster_blocks_follow_the_batch(host):
+    """A cluster per (sequence, key/value head): 16 blocks while the device holds them, then fewer."""
+    assert [host.cluster_blocks(batch * 8, 4) for batch in (1, 2, 3, 4, 5, 32)] == [
+        16,
+        16,
+        8,
+        8,
+        4,
+        4,
+    ]
+    assert host.cluster_blocks(32 * 8, 8) == 8
+    for pairs in [1, 16, 17, 33, 34, 10000]:
+        for group in range(1, host.cluster_max_group + 1):
+            assert (
+                host.strands % (host.cluster_blocks(pairs, group) * 4) == 0
+            )  # whole strands per warp
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_cluster_slices_cover_the_output_and_fit(host, head_dim):
+    """Every quad of the group's output has a block, and two blocks share the 228 KB of a multiprocessor."""
+    row = head_dim * 2 + 16
+    rings = 4 * 2 * 2 * 16 * row  # 4 warps, 2 stages, a key and a value tile of 16 rows
+    for group in range(1, host.cluster_max_group + 1):
+        for pairs in [1, 20, 1000]:
+            blocks = host.cluster_blocks(pairs, group)
+            log2 = host.cluster_slice_log2(group, head_dim, blocks)
+            assert blocks << log2 >= group * head_dim // 4
+            merge = host.cluster_merge_bytes(group, log2)
+            assert 2 * (rings + 8 * row + 2 * head_dim * 2 + 32 + merge + 1024) <= 228 * 1024
+
+
 def test_choice_of_the_decode_path(host):
     assert host.rotary_uses_split_kv(True, 1, 32, 8)
     assert host.rotary_uses_split_kv(True, 1, 64, 8)

@@ -195,6 +195,69 @@ def test_decode_is_batch_invariant_and_repeatable(device, dtype):
     assert torch.equal(row, out[2:])
 
 
+# Cached keys before the new one: nothing, the edges of the 16 keys of a product, of a page, of the splits of
+# both CUDA implementations (256 keys; 1024 keys to a round of 64 strands).
+EDGES = [0, 1, 15, 16, 47, 48, 255, 256, 1023, 1024]
+
+
+def filled(batch, capacity, kv_heads, dim, dtype, device, page_size=16):
+    """A cache whose pages hold keys and values in every row."""
+    cache = Paged(batch, capacity, kv_heads, dim, dtype, device, page_size)
+    cache.k = randn(*cache.k.shape, dtype=dtype, device=device)
+    cache.v = randn(*cache.v.shape, dtype=dtype, device=device)
+    return cache
+
+
+def decode_rows(cache, heads, kv_heads, dim, dtype, device):
+    q, k, v, _, _ = (t[0] for t in make((1, len(cache.lens), heads, kv_heads, dim), dtype, device))
+    return q, k, v, *angles(cache.lens, dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "case", grid([(EDGES, 16, 4, 1, 64)], [(EDGES, 48, 8, 1, 128), ([33000, 32767], 64, 2, 1, 64)])
+)
+def test_decode_at_the_edges_of_blocks_and_splits(device, dtype, case):
+    """Ragged lengths, one row each; keys behind a sequence's end are NaN and stay out."""
+    pasts, page_size, heads, kv_heads, dim = case
+    cache = filled(len(pasts), max(pasts) + 1, kv_heads, dim, dtype, device, page_size)
+    cache.lens = torch.tensor(pasts, dtype=torch.int32, device=device)
+    for b, past in enumerate(pasts):
+        for slot, page in enumerate(cache.table[b].tolist()):
+            cache.k[page, :, max(0, past - slot * page_size) :] = float("nan")
+            cache.v[page, :, max(0, past - slot * page_size) :] = float("nan")
+    args = decode_rows(cache, heads, kv_heads, dim, dtype, device)
+    lengths = [1] * len(pasts)
+    exact = cache.clone(torch.Tensor.double).run(reference, *map(to_double, args), lengths)
+    plain = cache.clone()
+    in_dtype = plain.run(reference, *args, lengths)
+    out = cache.run(mllama_kernels, *args, lengths)
+    compare(out, exact, in_dtype)
+    assert torch.equal(cache.v.nan_to_num(7), plain.v.nan_to_num(7))
+    assert torch.equal(cache.k.isfinite(), plain.k.isfinite())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head", grid([(2, 1, 64)], [(8, 1, 128), (3, 1, 80)]))
+def test_decode_bits_do_not_depend_on_the_batch(device, dtype, head):
+    """Alone, among 20 and among 40 sequences of other lengths: the CUDA launches differ, the bits do not."""
+    heads, kv_heads, dim = head
+    cache = filled(40, 1100, kv_heads, dim, dtype, device)
+    cache.lens = torch.randint(0, 40, (40,), dtype=torch.int32, device=device)
+    cache.lens[0] = 1090
+    args = decode_rows(cache, heads, kv_heads, dim, dtype, device)
+
+    def first_row(batch):
+        some = cache.clone()
+        some.table, some.lens = cache.table[:batch], cache.lens[:batch]
+        out = some.run(mllama_kernels, *(t[:batch] for t in args), [1] * batch)
+        return out[0], some.k[cache.table[0]], some.v[cache.table[0]]
+
+    alone = first_row(1)
+    for batch in (20, 40):
+        assert all(torch.equal(a, b) for a, b in zip(first_row(batch), alone))
+
+
 def test_steps_equal_one_pass(device):
     """A prompt fed in three chunks and one token at a time gives what one dense call gives."""
     length, dim = 21, 64

@@ -86,6 +86,8 @@ MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
 MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
 MLLAMA_DISPATCH(rms_norm, RmsNormParams)
 MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
+MLLAMA_DISPATCH(sample, SampleParams)
+MLLAMA_DISPATCH(skinny_linear, SkinnyLinearParams)
 MLLAMA_DISPATCH(swiglu, SwigluParams)
 MLLAMA_DISPATCH(vision_attention, VisionAttentionParams)
 

@@ -7,6 +7,8 @@
 #include "../patch_embed.h"
 #include "../rms_norm.h"
 #include "../rotary_attention.h"
+#include "../sample.h"
+#include "../skinny_linear.h"
 #include "../swiglu.h"
 #include "../vision_attention.h"
 
@@ -17,6 +19,8 @@
   void patch_embed(const PatchEmbedParams& p);           \
   void rms_norm(const RmsNormParams& p);                 \
   void rotary_attention(const RotaryAttentionParams& p); \
+  void sample(const SampleParams& p);                    \
+  void skinny_linear(const SkinnyLinearParams& p);       \
   void swiglu(const SwigluParams& p);                    \
   void vision_attention(const VisionAttentionParams& p); \
   }

@@ -39,13 +39,24 @@ MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, 
   });
 }
 
-// out = residual + gate * x; visible false: out = residual + gate * 0.
+// silu(gate) * up, for the caller to round.
+template <typename T>
+MLLAMA_INLINE Vec<T> swiglu_product(Vec<T> gate, Vec<T> up) {
+  return round_to<T>(gate / (exp(-gate) + (Scalar<T>)1)) * up;
+}
+
+// residual + gate * x; visible false: residual + gate * 0.
+template <typename T>
+MLLAMA_INLINE Vec<T> gated_sum(Vec<T> x, Vec<T> residual, Scalar<T> gate, bool visible) {
+  return residual + round_to<T>((visible ? x : Vec<T>{}) * gate);
+}
+
 template <typename T>
 MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible,
                                       T* out, int64_t dim) {
   for_vectors(dim, [&](int64_t i, auto part) {
     const Vec<T> value = visible ? load(x + i, part) : Vec<T>{};
-    store(out + i, load(residual + i, part) + round_to<T>(value * gate), part);
+    store(out + i, gated_sum<T>(value, load(residual + i, part), gate, visible), part);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "kernels.h"
+#include "rows.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -22,9 +23,7 @@ void run(const SwigluParams& p) {
       const T* up = gate + p.dim;
       T* out = static_cast<T*>(p.out) + row * p.dim + column;
       for_vectors(min(kColumns, p.dim - column), [&](int64_t i, auto part) {
-        const Vec<T> g = load(gate + i, part);
-        const Vec<T> silu = round_to<T>(g / (exp(-g) + (Scalar<T>)1));
-        store(out + i, silu * load(up + i, part), part);
+        store(out + i, swiglu_product<T>(load(gate + i, part), load(up + i, part)), part);
       });
     }
   });

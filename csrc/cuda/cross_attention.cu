@@ -5,8 +5,8 @@
 // Tiling     One block per (sequence, kv head, 128 rows; float32: 64). The G query heads of a group
 //            are packed into the rows, so each K and V block is read once for G heads. A tile's
 //            keys are its own blocks: 1601 patches are 50 of 32 and one of 1, and no block
-//            straddles tiles. One query row per sequence (decode) goes to split-KV (split_kv.cuh)
-//            instead.
+//            straddles tiles. One query row per sequence (decode) goes to split-KV (split_kv.cuh,
+//            on sm_90a split_kv_cluster.cuh) instead.
 // Mask       Per block of rows every tile is one of: seen by no row (or absent), skipped before its
 //            loads are issued; seen by all, no mask; mixed, a select per row. One flag per tile,
 //            never per key: 8 KB instead of 26 MB at 2048 rows, 4 tiles, 6404 keys.
@@ -98,8 +98,12 @@ cudaError_t launch(const CrossAttentionParams& p, cudaStream_t stream) {
                           stream, p);
 }
 
+bool decodes_by_cluster(const CrossAttentionParams& p) { return uses_cluster(p) && runs_sm90a(); }
+
 }  // namespace
 
+// Clusters need none, but whether they will run is not known here: the current device may not yet
+// be that of the tensors.
 int64_t cross_attention_workspace(const CrossAttentionParams& p) {
   return uses_split_kv(p) ? cross_decode_workspace(p) : 0;
 }
@@ -116,6 +120,7 @@ int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream) {
            p.k_head_stride, p.v_slot_stride, p.v_token_stride, p.v_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
+  if (decodes_by_cluster(p)) return cross_decode_cluster_cuda(p, stream);
   if (uses_split_kv(p)) return cross_decode_cuda(p, stream);
   if (p.cu_seqlens != nullptr) {  // rows of no sequence
     const cudaError_t status = cudaMemsetAsync(

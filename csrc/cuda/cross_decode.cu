@@ -1,8 +1,9 @@
-// Decode cross-attention: image tiles as the keys' source, and q_norm, for split_kv.cuh. Splits do
-// not cross tiles, and a split of a tile that the row does not see ends before it loads anything.
+// Decode cross-attention: image tiles as the keys' source for split_kv.cuh. Splits do not cross
+// tiles, and a split of a tile that the row does not see ends before it loads anything.
 //
 // Aliasing   Reads q, k and v, writes out and workspace; none of these may overlap.
 
+#include "decode_queries.cuh"
 #include "split_kv.cuh"
 
 namespace mllama {
@@ -42,38 +43,10 @@ struct TileSource {
             p.v_token_stride, keys.length - first};
   }
 
-  // A warp per row; roundings as in rms_norm.
   __device__ __forceinline__ void load_query(int64_t b, int kv_head, T* query,
                                              int row_elements) const {
-    constexpr int kMaxPerLane = 128 / kWarpSize;
-    const int lane = threadIdx.x % kWarpSize, head_dim = static_cast<int>(p.head_dim);
-    const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-    const int64_t token = sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin;
-    const T* q = static_cast<const T*>(p.q) +
-                 (p.cu_seqlens == nullptr ? b * p.q_batch_stride : token * p.q_token_stride) +
-                 static_cast<int64_t>(kv_head) * group * p.q_head_stride;
-    const T* weight = static_cast<const T*>(p.q_norm_weight);
-    for (int row = threadIdx.x / kWarpSize; row < group; row += kSplitKvWarps) {
-      float value[kMaxPerLane];
-      Statistic<T> sum = 0;
-#pragma unroll
-      for (int i = 0; i < kMaxPerLane; ++i) {
-        const int d = lane + i * kWarpSize;
-        value[i] = d < head_dim ? to_f32(q[row * p.q_head_stride + d]) : 0.0f;
-        sum += static_cast<Statistic<T>>(value[i]) * value[i];
-      }
-      const Statistic<T> mean = warp_sum(sum) / head_dim;
-      const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(p.eps)));
-#pragma unroll
-      for (int i = 0; i < kMaxPerLane; ++i) {
-        const int d = lane + i * kWarpSize;
-        if (d >= head_dim) continue;
-        if (weight != nullptr) {
-          value[i] = __fmul_rn(round_to<T>(__fmul_rn(value[i], rstd)), to_f32(weight[d]));
-        }
-        query[row * row_elements + d] = from_f32<T>(value[i]);
-      }
-    }
+    load_normed_query(p, sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin, b, kv_head, query,
+                      row_elements);
   }
 };
 

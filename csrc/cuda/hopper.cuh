@@ -117,6 +117,16 @@ __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint6
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
+// With one of the policies above.
+__device__ __forceinline__ void tensor_copy_with_policy(void* shared, const void* map,
+                                                        uint64_t* barrier, int c0, int c1, int c2,
+                                                        uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_"
+      "hint [%0], [%1, {%3, %4, %5}], [%2], %6;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint64_t* barrier,
                                             int c0, int c1, int c2, int c3) {
   asm volatile(
@@ -131,6 +141,18 @@ __device__ __forceinline__ void tensor_copy(void* shared, const void* map, uint6
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
       "{%3, %4, %5, %6, %7}], [%2];\n" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
+// The same box to the same place in the shared memory of every block of the cluster whose bit is
+// set in `blocks`; each block's own barrier, at the same place too, counts its bytes.
+__device__ __forceinline__ void tensor_copy_multicast(void* shared, const void* map,
+                                                      uint64_t* barrier, uint16_t blocks, int c0,
+                                                      int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+      "multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "h"(blocks)
       : "memory");
 }
 
@@ -181,10 +203,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; orders shared-memory accesses before it.
+// All threads of all blocks of the cluster; orders shared-memory accesses before it. In two halves
+// where something is to happen in between.
+__device__ __forceinline__ void cluster_sync_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_sync_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
-                   : "memory");
+  cluster_sync_arrive();
+  cluster_sync_wait();
 }
 
 // The address of the same variable in the shared memory of block `rank` of the cluster.
@@ -194,6 +223,14 @@ __device__ __forceinline__ uint32_t cluster_address(const void* shared, uint32_t
                : "=r"(address)
                : "r"(shared_address(shared)), "r"(rank));
   return address;
+}
+
+// Arrives at a barrier of any block of the cluster, by its cluster_address(): whoever waits there
+// may copy over what this thread has read. Writes are released to the own block alone; to all of
+// the cluster would take a fence for the whole device.
+__device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];\n" ::"r"(barrier)
+               : "memory");
 }
 
 __device__ __forceinline__ float cluster_load(uint32_t address) {
@@ -208,6 +245,21 @@ __device__ __forceinline__ float4 cluster_load4(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ uint64_t cluster_load_u64(uint32_t address) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];\n" : "=l"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void cluster_store(uint32_t address, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
+}
+__device__ __forceinline__ void cluster_store(uint32_t address, float2 value) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(value.x),
+               "f"(value.y)
+               : "memory");
 }
 
 // ---- programmatic dependent launch (launches made with hopper.h: LaunchOptions::overlap)

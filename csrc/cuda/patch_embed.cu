@@ -16,57 +16,15 @@
 // Aliasing   out aliases nothing. Any alignment: 16-byte vectors where dim and addresses allow.
 
 #include "../patch_embed.h"
+#include "hopper.h"
+#include "patch_embed_sm90.h"
 #include "patch_gemm.cuh"
+#include "patch_tokens.cuh"
 
 namespace mllama {
 namespace {
 
 constexpr int kTokenThreads = 128;
-
-template <typename T>
-__device__ __forceinline__ Vec<T> load_part(const T* address, int count, bool vectorized) {
-  return vectorized ? load_vec(address) : load_elements(address, count);
-}
-
-// The embeddings of one token of one tile.
-template <typename T>
-struct TokenEmbedding {
-  const T* position;  // rows of dim elements
-  const T* tile_position;
-  const T* pre_tile;
-  float position_gate, inverse_gate, pre_tile_gate;  // tanh(g), 1 - tanh(g), tanh(h), rounded to T
-  bool vectorized;
-
-  // `ratio` is in range. `tile` counts within the image, `token` within the tile.
-  __device__ __forceinline__ TokenEmbedding(const PatchEmbedParams& p, int64_t ratio, int64_t tile,
-                                            int64_t token, bool vectorized)
-      : vectorized(vectorized) {
-    const int64_t tokens = p.grid * p.grid + 1;
-    position = static_cast<const T*>(p.position_embedding) + token * p.dim;
-    tile_position = static_cast<const T*>(p.tile_position_embedding) +
-                    ((ratio * p.tiles + tile) * tokens + token) * p.dim;
-    pre_tile = static_cast<const T*>(p.pre_tile_embedding) + (ratio * p.tiles + tile) * p.dim;
-    position_gate = tanh_gate<T>(p.position_gate);
-    inverse_gate = round_to<T>(__fsub_rn(1.0f, position_gate));
-    pre_tile_gate = tanh_gate<T>(p.pre_tile_gate);
-  }
-
-  // Adds gate * embedding, both operations rounded.
-  __device__ __forceinline__ void add(Vec<T>& x, const T* embedding, float gate, int column,
-                                      int count) const {
-    const Vec<T> e = load_part(embedding + column, count, vectorized);
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; ++i) {
-      x.data[i] = from_f32<T>(
-          __fadd_rn(to_f32(x.data[i]), round_to<T>(__fmul_rn(gate, to_f32(e.data[i])))));
-    }
-  }
-
-  __device__ __forceinline__ void add_positions(Vec<T>& x, int column, int count) const {
-    add(x, position, inverse_gate, column, count);
-    add(x, tile_position, position_gate, column, count);
-  }
-};
 
 template <typename Gemm>
 __global__ void __launch_bounds__(Gemm::kThreads, 2)
@@ -116,78 +74,14 @@ __global__ void __launch_bounds__(Gemm::kThreads, 2)
 template <typename T>
 __global__ void __launch_bounds__(kTokenThreads)
     token_kernel(const __grid_constant__ PatchEmbedParams p, const bool vectorized) {
-  constexpr int kSize = Vec<T>::kSize;
-  const int lane = threadIdx.x % kWarpSize, dim = static_cast<int>(p.dim);
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x) / kWarpSize;
-  const int64_t image_tile = row / p.out_tokens, token = row - image_tile * p.out_tokens;
-  const int64_t image = image_tile / p.tiles;
-  if (image >= p.images) return;
-  T* const out = static_cast<T*>(p.out) + row * p.dim;
-  const auto store = [&](int column, const Vec<T>& v) {
-    if (vectorized) {
-      store_vec(out + column, v);
-    } else {
-      store_elements(out + column, v, dim - column);
-    }
-  };
-
-  const int64_t ratio = p.aspect_ratio_ids[image];
-  const bool valid = ratio >= 0 && ratio < p.ratios;
-  if (!valid || token > p.grid * p.grid) {
-    Vec<T> fill;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) fill.data[i] = from_f32<T>(valid ? 0.0f : NAN);
-    for (int column = lane * kSize; column < dim; column += kWarpSize * kSize) store(column, fill);
-    return;
-  }
-
-  const TokenEmbedding<T> embedding(p, ratio, image_tile - image * p.tiles, token, vectorized);
-  const auto load = [&](int column) {
-    if (token > 0) return load_part(out + column, dim - column, vectorized);
-    Vec<T> x =
-        load_part(static_cast<const T*>(p.class_embedding) + column, dim - column, vectorized);
-    embedding.add_positions(x, column, dim - column);
-    return x;
-  };
-  // f(value, column) of all elements of this lane.
-  const auto for_elements = [&](const auto& f) {
-    for (int column = lane * kSize; column < dim; column += kWarpSize * kSize) {
-      const Vec<T> x = load(column);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (column + i < dim) f(to_f32(x.data[i]));
-      }
-    }
-  };
-  Statistic<T> sum = 0, squares = 0;
-  for_elements([&](float x) { sum += x; });
-  const Statistic<T> mean = warp_sum(sum) / dim;
-  for_elements([&](float x) { squares += (x - mean) * (x - mean); });
-  const Statistic<T> rstd = 1 / sqrt(warp_sum(squares) / dim + static_cast<Statistic<T>>(p.eps));
-  for (int column = lane * kSize; column < dim; column += kWarpSize * kSize) {
-    Vec<T> x = load(column);
-    const Vec<T> weight =
-        load_part(static_cast<const T*>(p.norm_weight) + column, dim - column, vectorized);
-    const Vec<T> bias =
-        load_part(static_cast<const T*>(p.norm_bias) + column, dim - column, vectorized);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float normalized = static_cast<float>((to_f32(x.data[i]) - mean) * rstd);
-      x.data[i] = from_f32<T>(fmaf(normalized, to_f32(weight.data[i]), to_f32(bias.data[i])));
-    }
-    store(column, x);
-  }
+  if (row < p.images * p.tiles * p.out_tokens) finish_token<T>(p, row, vectorized);
 }
 
 template <typename Gemm>
-cudaError_t launch(const PatchEmbedParams& p, cudaStream_t stream) {
+cudaError_t launch_gemm(const PatchEmbedParams& p, cudaStream_t stream) {
   using T = typename Gemm::T;
-  bool vectorized = p.dim % Vec<T>::kSize == 0;
-  for (const void* pointer :
-       {p.class_embedding, p.position_embedding, p.tile_position_embedding, p.pre_tile_embedding,
-        p.norm_weight, p.norm_bias, static_cast<const void*>(p.out)}) {
-    vectorized = vectorized && is_aligned16(pointer, 0, p.dtype);
-  }
+  const bool vectorized = tokens_vectorized<T>(p);
   const PatchGeometry g(p);
   const int64_t patch_blocks =
       ceil_div<int64_t>(g.rows, Gemm::kBlockM) * ceil_div<int64_t>(p.dim, Gemm::kBlockN);
@@ -214,13 +108,14 @@ int patch_embed_cuda(const PatchEmbedParams& p, CUstream_st* stream) {
   if (p.dim > (1 << 24) || p.channels * p.size * p.size > INT32_MAX || p.grid > (1 << 15)) {
     return cudaErrorInvalidValue;
   }
+  if (uses_patch_sm90(p) && runs_sm90a()) return patch_embed_sm90(p, stream);
   switch (p.dtype) {
     case DType::kFloat32:
-      return launch<SimtPatchGemm>(p, stream);
+      return launch_gemm<SimtPatchGemm>(p, stream);
     case DType::kFloat16:
-      return launch<TensorCorePatchGemm<__half>>(p, stream);
+      return launch_gemm<TensorCorePatchGemm<__half>>(p, stream);
     case DType::kBFloat16:
-      return launch<TensorCorePatchGemm<__nv_bfloat16>>(p, stream);
+      return launch_gemm<TensorCorePatchGemm<__nv_bfloat16>>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

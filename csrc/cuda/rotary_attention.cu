@@ -8,7 +8,8 @@
 //            is rotated on its way into shared memory, once per row, and the rotated q never goes
 //            to memory. Rows are taken last first, so that the longest blocks start first.
 //            Stream order is the only synchronisation between the two: appended keys are read by
-//            blocks all over the device.
+//            blocks all over the device. On sm_90a 16-bit decode is a single launch, the append
+//            included (rotary_decode_cluster.cu).
 // Mask       Key j is visible to row i of a sequence if j <= cache_len + i. Blocks above the
 //            diagonal are not visited; only blocks that cross it are masked per element.
 // Precision  As attention.cuh; the rotation rounds both products and the sum (rope.cuh).
@@ -277,6 +278,8 @@ cudaError_t launch_append(const RotaryAttentionParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+bool decodes_by_cluster(const RotaryAttentionParams& p) { return uses_cluster(p) && runs_sm90a(); }
+
 bool is_aligned(const RotaryAttentionParams& p) {
   return rows_aligned(p.dtype,
                       {p.q, p.k, p.v, p.cos, p.sin, p.out, p.k_cache, p.v_cache, p.workspace},
@@ -287,6 +290,8 @@ bool is_aligned(const RotaryAttentionParams& p) {
 
 }  // namespace
 
+// Clusters need none, but whether they will run is not known here: the current device may not yet
+// be that of the tensors.
 int64_t rotary_attention_workspace(const RotaryAttentionParams& p) {
   return uses_split_kv(p) ? rotary_decode_workspace(p) : 0;
 }
@@ -298,6 +303,7 @@ int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
     return cudaErrorInvalidValue;
   }
   if (!is_aligned(p)) return cudaErrorMisalignedAddress;
+  if (decodes_by_cluster(p)) return rotary_decode_cluster_cuda(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     return dispatch_config<T>(p.head_dim, [&](auto config) {

@@ -1,10 +1,10 @@
-// Decode attention over a paged cache: the keys' source and the query's rotation for split_kv.cuh.
+// Decode attention over a paged cache: the keys' source for split_kv.cuh.
 // The new token's key and value are in the cache already, written by the launch before on the same
 // stream.
 //
 // Aliasing   Reads q and the cache, writes out and workspace; none of these may overlap.
 
-#include "rope.cuh"
+#include "decode_queries.cuh"
 #include "split_kv.cuh"
 
 namespace mllama {
@@ -59,26 +59,8 @@ struct PagedSource {
 
   __device__ __forceinline__ void load_query(int64_t b, int kv_head, T* query,
                                              int row_elements) const {
-    const int64_t token = sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin;
-    const int head_dim = static_cast<int>(p.head_dim);
-    const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-    const int chunks = head_dim / 2 / Vec<T>::kSize;
-    const T* q = static_cast<const T*>(p.q) +
-                 (p.cu_seqlens == nullptr ? b * p.q_batch_stride : token * p.q_token_stride) +
-                 static_cast<int64_t>(kv_head) * group * p.q_head_stride;
-    const int64_t angles = token % p.cos_rows;
-    const T* cos = static_cast<const T*>(p.cos) + angles * p.cos_row_stride;
-    const T* sin = static_cast<const T*>(p.sin) + angles * p.sin_row_stride;
-    for (int i = threadIdx.x; i < group * chunks; i += blockDim.x) {
-      const int row = i / chunks, chunk = i % chunks;
-      const RopeChunk<T> at(chunk, head_dim, p.interleaved);
-      const T* from = q + row * p.q_head_stride;
-      Vec<T> first = load_vec(from + at.first), second = load_vec(from + at.second);
-      rotate_chunk(first, second, load_vec(cos + chunk * Vec<T>::kSize),
-                   load_vec(sin + chunk * Vec<T>::kSize), p.interleaved);
-      store_vec(query + row * row_elements + at.first, first);
-      store_vec(query + row * row_elements + at.second, second);
-    }
+    load_rotated_query(p, sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin, b, kv_head, query,
+                       row_elements);
   }
 };
 

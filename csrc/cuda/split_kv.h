@@ -1,8 +1,11 @@
-// Decode attention with the keys of a sequence split over thread blocks: geometry and launches. The
-// geometry depends on capacities alone, never on lengths, batch size or the number of
-// multiprocessors: a sequence's result is the same bit for bit in any batch and on any device, and
-// a captured launch stays valid while sequences grow. Splits beyond a sequence's length, known to
-// the device alone, exit at once.
+// Decode attention with the keys of a sequence split over thread blocks: geometry and launches. How
+// keys are summed up depends on capacities alone, never on lengths, batch size or the number of
+// multiprocessors: a sequence's result is the same bit for bit in any batch, and a captured launch
+// stays valid while sequences grow. Splits beyond a sequence's length, known to the device alone,
+// exit at once.
+//
+// Two implementations: splits merged by a second kernel (split_kv.cuh; any device and dtype), and
+// clusters of blocks that merge in one launch (split_kv_cluster.cuh; sm_90a and 16 bits).
 #pragma once
 
 #include <cstdint>
@@ -41,6 +44,58 @@ constexpr int64_t split_kv_workspace(int64_t batch, int64_t num_q_heads, int64_t
   return batch * num_q_heads * splits * (head_dim + 2) * int64_t{4};
 }
 
+// ---- clusters
+
+// The chunks of kChunkKeys keys of a sequence are dealt to strands: chunk i is of strand i mod
+// kStrands. A strand is one warp's work, its chunks in order, and the strands are merged in a fixed
+// order. Which block computes which strand has no influence on the result, so the number of blocks
+// may follow the batch.
+constexpr int kChunkKeys = 16;
+constexpr int kStrands = 64;
+// Query heads per key/value head: more would leave room for one block per multiprocessor only.
+constexpr int64_t kClusterMaxGroup = 8;
+// A block lists the image tiles that its row sees in shared memory.
+constexpr int64_t kClusterMaxTiles = 8192;
+
+// Blocks of the cluster that serves one sequence and key/value head, given how many of these pairs
+// there are: as many as an H100 or H200 (132 multiprocessors) runs at a time, two to each, but 4 at
+// least (8 for groups over 4), because each keeps its part of all strands' results.
+//
+//   batch  heads  keys   blocks              chunks per warp
+//   1      8      1k     8 x 16 = 128        1
+//   1      8      8k     8 x 16 = 128        8
+//   1      8      32k    8 x 16 = 128        32
+//   32     8      4k     256 x 4 = 1024      16
+//   1      8      6404 (4 image tiles)  128  6 or 7
+constexpr int64_t cluster_blocks(int64_t pairs, int64_t group) {
+  constexpr int64_t kResident = 2 * 132;
+  const int64_t least = group <= 4 ? 4 : 8;
+  int64_t blocks = 16;
+  while (blocks > least && pairs * blocks > kResident) blocks /= 2;
+  return blocks;
+}
+
+// Every block of the cluster merges and stores this many quads of the group's output elements, a
+// power of two so that finding the block of a quad is a shift.
+constexpr int64_t cluster_slice_log2(int64_t group, int64_t head_dim, int64_t blocks) {
+  int64_t log2 = 0;
+  while ((blocks << log2) < group * head_dim / 4) ++log2;
+  return log2;
+}
+
+// Shared memory that the results of all strands take in one block; the odd pitches keep banks
+// apart.
+constexpr int64_t cluster_merge_bytes(int64_t group, int64_t slice_log2) {
+  const int64_t quads = (int64_t{1} << slice_log2) | 1;
+  return kStrands * quads * 16 + group * (kStrands + 1) * 8;
+}
+
+constexpr bool fits_cluster(DType dtype, int64_t num_q_heads, int64_t num_kv_heads) {
+  return element_size(dtype) == 2 && num_q_heads / num_kv_heads <= kClusterMaxGroup;
+}
+
+// ---- launches
+
 // Whether the launches below take a call; they need one query row per sequence.
 constexpr bool uses_split_kv(const RotaryAttentionParams& p) {
   return p.page_table != nullptr && p.max_seqlen == 1 &&
@@ -50,11 +105,24 @@ constexpr bool uses_split_kv(const CrossAttentionParams& p) {
   return p.max_seqlen == 1 && p.num_q_heads / p.num_kv_heads <= kSplitKvMaxGroup;
 }
 
-// Attention alone, over keys that are in the cache already; rows of `out` that belong to no
-// sequence get zeros. The workspace is that of the geometry above. Both return a cudaError_t.
+// Whether the launches by clusters take such a call, on a device that runs sm_90a code.
+constexpr bool uses_cluster(const RotaryAttentionParams& p) {
+  return uses_split_kv(p) && fits_cluster(p.dtype, p.num_q_heads, p.num_kv_heads);
+}
+constexpr bool uses_cluster(const CrossAttentionParams& p) {
+  return uses_split_kv(p) && fits_cluster(p.dtype, p.num_q_heads, p.num_kv_heads) &&
+         p.tiles <= kClusterMaxTiles;
+}
+
+// Rows of `out` that belong to no sequence get zeros. All return a cudaError_t.
+//
+// Attention alone, over keys that are in the cache already, with the workspace of the splits.
 int64_t rotary_decode_workspace(const RotaryAttentionParams& p);
 int rotary_decode_cuda(const RotaryAttentionParams& p, CUstream_st* stream);
 int64_t cross_decode_workspace(const CrossAttentionParams& p);
 int cross_decode_cuda(const CrossAttentionParams& p, CUstream_st* stream);
+// By clusters, without a workspace; rotary_decode_cluster_cuda appends the new keys and values too.
+int rotary_decode_cluster_cuda(const RotaryAttentionParams& p, CUstream_st* stream);
+int cross_decode_cluster_cuda(const CrossAttentionParams& p, CUstream_st* stream);
 
 }  // namespace mllama

@@ -92,6 +92,7 @@ struct Wgmma;
 #define MLLAMA_D_64 MLLAMA_D8(0)
 #define MLLAMA_D_80 MLLAMA_D8(0), MLLAMA_D2(8)
 #define MLLAMA_D_128 MLLAMA_D8(0), MLLAMA_D8(8)
+#define MLLAMA_D_160 MLLAMA_D8(0), MLLAMA_D8(8), MLLAMA_D2(16), MLLAMA_D2(18)
 #define MLLAMA_D_176 MLLAMA_D8(0), MLLAMA_D8(8), MLLAMA_D2(16), MLLAMA_D2(18), MLLAMA_D2(20)
 
 #define MLLAMA_R_64                                                                            \
@@ -102,10 +103,10 @@ struct Wgmma;
   MLLAMA_R_80                                                                                    \
   ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, " \
   "%58, %59, %60, %61, %62, %63"
-#define MLLAMA_R_176                                                                             \
-  MLLAMA_R_128                                                                                   \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-  "%82, %83, %84, %85, %86, %87"
+#define MLLAMA_R_160 \
+  MLLAMA_R_128       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define MLLAMA_R_176 MLLAMA_R_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 
 // I0 to I6: the numbers of the operands that follow the N / 2 accumulators.
 #define MLLAMA_WGMMA(ELEMENT, TYPE, N, I0, I1, I2, I3, I4, I5, I6)                                \
@@ -143,15 +144,18 @@ struct Wgmma;
 MLLAMA_WGMMA_BOTH(64, 32, 33, 34, 35, 36, 37, 38);
 MLLAMA_WGMMA_BOTH(80, 40, 41, 42, 43, 44, 45, 46);
 MLLAMA_WGMMA_BOTH(128, 64, 65, 66, 67, 68, 69, 70);
+MLLAMA_WGMMA_BOTH(160, 80, 81, 82, 83, 84, 85, 86);
 MLLAMA_WGMMA_BOTH(176, 88, 89, 90, 91, 92, 93, 94);
 
 #undef MLLAMA_WGMMA_BOTH
 #undef MLLAMA_WGMMA
 #undef MLLAMA_R_176
+#undef MLLAMA_R_160
 #undef MLLAMA_R_128
 #undef MLLAMA_R_80
 #undef MLLAMA_R_64
 #undef MLLAMA_D_176
+#undef MLLAMA_D_160
 #undef MLLAMA_D_128
 #undef MLLAMA_D_80
 #undef MLLAMA_D_64

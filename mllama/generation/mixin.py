@@ -204,7 +204,13 @@ class _Run:
         images = cache.mark_images()
         try:
             cache.reserve(self._inputs["input_ids"].shape[1] + plan.max_new_tokens)
-            sampler = Sampler(plan.sampling, self.prompt.input_ids, self._vocab_size, plan.seeds)
+            sampler = Sampler(
+                plan.sampling,
+                self.prompt.input_ids,
+                self._vocab_size,
+                plan.seeds,
+                self._model.ops,
+            )
             step = DecodeStep(self._model, cache, sampler)
             prefill = self._model(**self._inputs, past_key_values=cache, logits_to_keep=1)
             step.accept(prefill.logits[:, -1])

@@ -1,0 +1,75 @@
+"""What this very machine can do at most: copy and read bandwidth, and a large matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import interleave, make_timer
+
+GB, TERA = 1e9, 1e12
+
+
+def _best(
+    device: torch.device,
+    call: Callable[..., Any],
+    copies: Sequence[tuple[Any, ...]],
+    rounds: int,
+    seconds: float = 0.05,
+) -> float:
+    """Seconds per call in the best round: a ceiling is what was reached once, not what is usual."""
+    timer = make_timer(device, call, copies, seconds)
+    (times,) = interleave([timer.round], rounds)
+    timer.close()
+    return min(times)
+
+
+def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
+    """GB/s of a copy (read plus written) and of reading alone, the fastest of several reductions."""
+    size = 2**31 if device.type == "cuda" else 2**29
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * size / _best(device, torch.Tensor.copy_, [(target, source)], rounds)
+    del target
+    readers: list[Callable[[Tensor], Tensor]] = [torch.sum, torch.amax]
+    if device.type == "cpu":
+        rows = source.view(-1, 4096)
+        vector = torch.ones(4096)
+        readers.append(lambda _: torch.mv(rows, vector))
+    read = max(size / _best(device, reader, [(source,)], rounds) for reader in readers)
+    return {"copy_gbps": round(copy / GB, 1), "read_gbps": round(read / GB, 1)}
+
+
+def matmul(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """TFLOP/s of a large square product of random matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = _best(device, torch.matmul, [(a, b)], rounds)
+    return round(2 * n**3 / seconds / TERA, 3)
+
+
+def measure(
+    device: torch.device, dtypes: Sequence[torch.dtype], rounds: int = 7
+) -> dict[str, float]:
+    ceilings = bandwidth(device, rounds)
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        ceilings[f"matmul_tflops_{name}"] = matmul(device, dtype, rounds)
+    return ceilings
+
+
+def higher(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """Of two measurements, before and after the cases, what the machine can do."""
+    return {name: max(a[name], b[name]) for name in a}
+
+
+def floor(
+    nbytes: int, flops: int, bound: str, dtype: str, ceilings: dict[str, float]
+) -> tuple[float, str]:
+    """Seconds that the bytes or the products take at the ceiling, whichever is longer, and which it is."""
+    moving = nbytes / (ceilings[f"{bound}_gbps"] * GB)
+    computing = flops / (ceilings[f"matmul_tflops_{dtype}"] * TERA)
+    return (moving, bound) if moving >= computing else (computing, "matmul")

@@ -1,0 +1,214 @@
+"""The goals, as data, and what a run says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.case import OURS
+
+GPU, CPU = "cuda", "cpu"
+
+# What a measure is called in a table, and whether more of it is better.
+MEASURES = {
+    "us": ("{:.4g} us", False),
+    "share": ("{:.0%} of floor", True),
+    "tflops": ("{:.4g} TFLOP/s", True),
+    "ratio": ("{:.3g}x", True),
+    "time_of_other": ("{:.2f} of its time", False),
+    "tokens_per_s": ("{:.4g} tokens/s", True),
+    "first_token_ms": ("{:.4g} ms", False),
+    "first_token_ratio": ("{:.3g}x", True),
+    "token_ratio": ("{:.3g}x", True),
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure to reach.
+
+    Attributes:
+        what: as it stands in the table.
+        op: of the row, or "model".
+        shape: sizes by which the row is found; it may have more.
+        measure: one of MEASURES. "share" is of the floor made of this machine's own ceilings.
+        peers: beginnings of the names of the peers that a ratio is against; the fastest of them counts.
+        other: for "time_of_other": sizes of the row whose time is the unit.
+    """
+
+    what: str
+    op: str
+    shape: dict[str, Any]
+    measure: str
+    target: float
+    device: str = GPU
+    dtype: str = "bfloat16"
+    peers: tuple[str, ...] = ()
+    other: dict[str, Any] = field(default_factory=dict)
+
+
+def _prefill(tokens: int, tflops: float) -> list[Goal]:
+    shape = {"new": tokens, "context": tokens}
+    what, op = f"prefill attention, {tokens} tokens", "rotary_attention_cached"
+    return [
+        Goal(what, op, shape, "tflops", tflops),
+        Goal(
+            f"{what}, against cuDNN without RoPE", op, shape, "ratio", 1.08, peers=("sdpa cudnn",)
+        ),
+        Goal(f"{what}, against default SDPA", op, shape, "ratio", 1.8, peers=("sdpa,",)),
+    ]
+
+
+def _decode(batch: int, context: int, us: float) -> Goal:
+    shape = {"batch": batch, "new": 1, "context": context}
+    what = f"decode attention, batch {batch}, {context} tokens"
+    return Goal(what, "rotary_attention_cached", shape, "us", us)
+
+
+def _norm(op: str) -> list[Goal]:
+    shape = {"rows": 4096}
+    return [
+        Goal(f"`{op}`, 4096 rows", op, shape, "share", 0.92),
+        Goal(f"`{op}`, against torch.compile", op, shape, "ratio", 1.05, peers=("torch.compile",)),
+    ]
+
+
+def _linear(layer: str, share: float) -> list[Goal]:
+    one, what = {"layer": layer, "rows": 1}, f"skinny linear {layer}"
+    return [
+        Goal(f"{what}, 1 row", "skinny_linear", one, "share", share),
+        Goal(
+            f"{what}, 1 row, against cuBLAS", "skinny_linear", one, "ratio", 1.1, peers=("pytorch",)
+        ),
+        Goal(
+            f"{what}, 8 rows against 1",
+            "skinny_linear",
+            {"layer": layer, "rows": 8},
+            "time_of_other",
+            1.08,
+            other=one,
+        ),
+    ]
+
+
+def _on_cpu(dtype: str) -> list[Goal]:
+    def goal(what: str, measure: str, target: float) -> Goal:
+        peers = ("transformers",) if measure.endswith("ratio") else ()
+        return Goal(what, "model", {"batch": 1}, measure, target, CPU, dtype, peers)
+
+    return [
+        goal(f"CPU, {dtype}: decoding, share of read bandwidth", "share", 0.85),
+        goal(f"CPU, {dtype}: decoding, against `transformers`", "token_ratio", 1.4),
+        goal(f"CPU, {dtype}: prefill with an image", "first_token_ratio", 1.2),
+    ]
+
+
+_VISION = {"tokens": 6432, "tiles": 4}
+_CROSS = {"rows": 2048, "visible tiles": 4}
+_ONE_TILE = {"rows": 2048, "visible tiles": 1}
+_MODEL = {"batch": 1, "prompt": 1024, "text layers": 40}
+_FIRST = {"batch": 1, "prompt": 32, "text layers": 40}
+_STOCK = ("transformers",)
+_MASKED = ("pytorch", "sdpa", "FlexAttention")
+_MASKED_CUDNN = ("sdpa cudnn, mask",)
+
+GOALS: tuple[Goal, ...] = (
+    *_norm("rms_norm"),
+    *_norm("add_rms_norm"),
+    *(goal for size in ((4096, 580), (8192, 610), (16384, 630)) for goal in _prefill(*size)),
+    _decode(1, 1024, 7),
+    _decode(1, 8192, 12.5),
+    _decode(1, 32768, 37),
+    _decode(32, 4096, 135),
+    Goal("`vision_attention`, four tiles", "vision_attention", _VISION, "us", 424),
+    Goal("same, best masked peer", "vision_attention", _VISION, "ratio", 1.35, peers=_MASKED),
+    Goal("same, `transformers`", "vision_attention", _VISION, "ratio", 2, peers=_STOCK),
+    Goal(
+        "same, one tile against four",
+        "vision_attention",
+        {"tokens": 6432, "tiles": 1},
+        "time_of_other",
+        0.52,
+        other=_VISION,
+    ),
+    Goal("`cross_attention`, 2048 rows, four tiles", "cross_attention", _CROSS, "us", 390),
+    Goal("same, masked cuDNN", "cross_attention", _CROSS, "ratio", 1.5, peers=_MASKED_CUDNN),
+    Goal(
+        "same, one visible tile against four",
+        "cross_attention",
+        _ONE_TILE,
+        "time_of_other",
+        1.15 / 4,
+        other=_CROSS,
+    ),
+    Goal(
+        "same, one visible tile, masked cuDNN",
+        "cross_attention",
+        _ONE_TILE,
+        "ratio",
+        5,
+        peers=_MASKED_CUDNN,
+    ),
+    Goal("`cross_attention`, decode", "cross_attention", {"rows": 1}, "us", 9),
+    Goal("`patch_embed`, four tiles", "patch_embed", {"tiles": 4}, "us", 25),
+    Goal("same, torch.compile", "patch_embed", {"tiles": 4}, "ratio", 3, peers=("torch.compile",)),
+    Goal("`swiglu`, 4096 rows", "swiglu", {"rows": 4096}, "share", 0.92),
+    *(goal for layer in ("gate_up", "down", "lm_head") for goal in _linear(layer, 0.93)),
+    *(goal for layer in ("qkv", "o") for goal in _linear(layer, 0.85)),
+    Goal("`sample`, all filters", "sample", {"batch": 1, "choice": "all filters"}, "us", 12),
+    Goal("11B decoding, batch 1, 1k context", "model", _MODEL, "tokens_per_s", 205),
+    Goal("same, share of the bandwidth floor", "model", _MODEL, "share", 0.89),
+    Goal("same, `transformers`", "model", _MODEL, "token_ratio", 3, peers=_STOCK),
+    Goal("11B first token, image and 32 tokens", "model", _FIRST, "first_token_ms", 38),
+    Goal("same, `transformers`", "model", _FIRST, "first_token_ratio", 2.5, peers=_STOCK),
+    *_on_cpu("bfloat16"),
+    *_on_cpu("float32"),
+)
+
+
+def find(run: dict[str, Any], goal: Goal, shape: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a run that a goal is about."""
+    rows = run["model"] if goal.op == "model" else [r for r in run["rows"] if r["op"] == goal.op]
+    fits = (r for r in rows if r["dtype"] == goal.dtype and shape.items() <= r["shape"].items())
+    return next(fits, None)
+
+
+def timed(row: dict[str, Any] | None, name: str = OURS) -> dict[str, Any] | None:
+    impls = row["impls"] if row else []
+    return next((i for i in impls if i["name"] == name and i["status"] == "timed"), None)
+
+
+def value_of(goal: Goal, run: dict[str, Any] | None) -> float | None:
+    """What the run measured of a goal; None where it did not."""
+    if run is None or run["machine"]["kind"] != goal.device:
+        return None
+    row = find(run, goal, goal.shape)
+    mine = timed(row)
+    if row is None or mine is None:
+        return None
+    if goal.measure == "us":
+        return mine["us"]["median"]
+    if goal.measure in ("share", "tflops", "tokens_per_s"):
+        return mine["share_of_floor" if goal.measure == "share" else goal.measure]
+    if goal.measure == "first_token_ms":
+        return mine["first_token_ms"]["median"]
+    if goal.measure == "time_of_other":
+        unit = timed(find(run, goal, goal.other))
+        return mine["us"]["median"] / unit["us"]["median"] if unit else None
+    which = {"ratio": "ours_is_faster"}.get(goal.measure)
+    which = which or f"ours_is_faster_{goal.measure.removesuffix('_ratio')}"
+    against = (
+        impl[which]["median"]
+        for impl in row["impls"]
+        if impl["name"].startswith(goal.peers) and which in impl
+    )
+    return min(against, default=None)
+
+
+def reached(goal: Goal, value: float) -> bool:
+    more_is_better = MEASURES[goal.measure][1]
+    return value >= goal.target if more_is_better else value <= goal.target
+
+
+def in_words(goal: Goal, value: float) -> str:
+    return MEASURES[goal.measure][0].format(value)

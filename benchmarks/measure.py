@@ -1,0 +1,160 @@
+"""One case to one row: gate, rotation, interleaved rounds, figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import ceilings, machine
+from benchmarks.case import OURS, Arguments, Case, Impl
+from benchmarks.correctness import Gate
+from benchmarks.peers import backend_used, wrong_backend
+from benchmarks.timing import (
+    CpuTimer,
+    CudaTimer,
+    Spread,
+    copies_for,
+    interleave,
+    make_timer,
+    ratios,
+    significant,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to measure.
+
+    Attributes:
+        rounds: bursts per implementation; three where a burst takes more than ``patience`` seconds.
+        seconds: length of a burst.
+    """
+
+    device: torch.device
+    rounds: int
+    seconds: float
+    cold_bytes: int
+    patience: float = 0.5
+
+    @classmethod
+    def of(cls, device: torch.device, quick: bool) -> Plan:
+        gpu = device.type == "cuda"
+        rounds = (5 if quick else 11) if gpu else (3 if quick else 5)
+        return cls(device, rounds, 0.005 if gpu else 0.03, machine.cold_bytes(device))
+
+
+def nbytes(args: Arguments) -> int:
+    """Bytes of the tensors, a view counted as what it shows."""
+    return sum(t.numel() * t.element_size() for t in args if torch.is_tensor(t))
+
+
+def in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+class _Contestant:
+    """An implementation in one case: its record, and its timer if it may be timed."""
+
+    def __init__(self, impl: Impl, is_ours: bool) -> None:
+        self.impl, self.is_ours = impl, is_ours
+        self.record: dict[str, Any] = {"name": impl.name, "status": "timed"}
+        self.timer: CpuTimer | CudaTimer | None = None
+
+    def refuse(self, status: str, reason: str) -> None:
+        self.record |= {"status": status, "reason": reason}
+
+    def admit(self, gate: Gate, copies: list[Arguments], plan: Plan) -> None:
+        """Check it on the first copy and, if it is right and what it says it is, make its timer."""
+        if self.impl.unavailable:
+            return self.refuse("unavailable", self.impl.unavailable)
+        try:
+            prepared = [self.impl.prepare(*args) for args in copies]
+            output = self.impl.call(*prepared[0])
+            error, refusal = gate.check(self.impl, output, self.is_ours)
+            del output
+            self.record["error"] = error.to_json()
+            if refusal:
+                return self.refuse("wrong", refusal)
+            used = backend_used(self.impl.name, lambda: self.impl.call(*prepared[0]), plan.device)
+            self.record |= {"ran": used} if used else {}
+            if refusal := wrong_backend(self.impl.name, used):
+                return self.refuse("unavailable", refusal)
+            self.timer = make_timer(plan.device, self.impl.call, prepared, plan.seconds)
+        except Exception as error:  # a peer may fail in any way; the row says how
+            self.refuse("failed", in_words(error))
+
+
+@torch.inference_mode()
+def measure(case: Case, plan: Plan) -> dict[str, Any]:
+    """The row of a case, ready for JSON. Only implementations that passed the gate have times."""
+    torch.compiler.reset()
+    first = case.make()
+    gate = Gate(case, first)
+    copies = copies_for(nbytes(first), plan.cold_bytes)
+    arguments = [first, *(case.make() for _ in range(copies.count - 1))]
+    before = machine.state(plan.device)
+    contestants = [_Contestant(impl, impl.name == OURS) for impl in case.impls]
+    for contestant in contestants:
+        contestant.admit(gate, arguments, plan)
+    timed = [c for c in contestants if c.timer is not None]
+    slowest = max((c.timer.once for c in timed), default=0.0)
+    rounds = plan.rounds if slowest < plan.patience else min(3, plan.rounds)
+    times = interleave([c.timer.round for c in timed], rounds)
+    after = machine.state(plan.device)
+    mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
+    for contestant, one in zip(timed, times):
+        figures(contestant, one, mine, case)
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype_name,
+        "cache": "cold" if copies.cold else "warm",
+        "copies": copies.count,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "bound": case.bound,
+        "plain_error": gate.plain.to_json(),
+        "state": {"before": before, "after": after},
+        "impls": [c.record for c in contestants],
+    }
+
+
+def figures(
+    contestant: _Contestant,
+    times: list[float],
+    mine: list[float] | None,
+    case: Case,
+) -> None:
+    """Fill in what follows from the rounds, and close the timer."""
+    timer, record = contestant.timer, contestant.record
+    assert timer is not None
+    wall = timer.wall()
+    timer.close()
+    typical = Spread.of(times)
+    record |= {
+        "timer": timer.name,
+        "calls": timer.calls,
+        "us": Spread.of([t * 1e6 for t in times]).to_json(),
+        "rounds_us": [significant(t * 1e6, 5) for t in times],
+        "gbps": significant(case.bytes / typical.median / ceilings.GB),
+    }
+    if case.flops:
+        record["tflops"] = significant(case.flops / typical.median / ceilings.TERA)
+    if wall is not None:
+        record["wall_us"] = significant(wall * 1e6)
+    if why := getattr(timer, "why_no_graph", None):
+        record["why_no_graph"] = why
+    if mine is not None and not contestant.is_ours:
+        record["ours_is_faster"] = ratios(mine, times).to_json()
+
+
+def add_floor(row: dict[str, Any], ceiling: dict[str, float]) -> None:
+    """The time below which this machine cannot do the case, and the share of it that each reaches."""
+    seconds, what = ceilings.floor(row["bytes"], row["flops"], row["bound"], row["dtype"], ceiling)
+    row |= {"floor_us": significant(seconds * 1e6), "floor_is": what}
+    for impl in row["impls"]:
+        if impl["status"] == "timed":
+            impl["share_of_floor"] = significant(seconds * 1e6 / impl["us"]["median"], 3)

@@ -1,0 +1,71 @@
+// What skinny_linear does to a sum: roundings, SwiGLU and the gated residual, as the operators of
+// those names do.
+#pragma once
+
+#include "../skinny_linear.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace mllama {
+
+// One element of out. The residual is requested where the element is located, long before the sum
+// is known.
+template <typename T>
+struct SkinnyOutput {
+  int64_t index = -1;  // negative: none
+  float residual = 0.0f;
+  bool visible = true;
+
+  SkinnyOutput() = default;
+  __device__ __forceinline__ SkinnyOutput(const SkinnyLinearParams& p, int row, int64_t column)
+      : index(row * p.n + column) {
+    if (p.residual == nullptr) return;
+    residual = to_f32(static_cast<const T*>(p.residual)[row * p.residual_row_stride + column]);
+    visible = p.row_mask == nullptr || p.row_mask[row];
+  }
+
+  // `gate` is tanh of the gate, 1 without. `up` matters with swiglu alone.
+  __device__ __forceinline__ void store(const SkinnyLinearParams& p, float gate, float sum,
+                                        float up) const {
+    float y = round_to<T>(sum);
+    if (p.swiglu) y = round_to<T>(round_to<T>(y / (1.0f + expf(-y))) * round_to<T>(up));
+    if (p.residual != nullptr) {
+      const float product = round_to<T>(__fmul_rn(gate, visible ? y : 0.0f));
+      y = __fadd_rn(residual, product);
+    }
+    static_cast<T*>(p.out)[index] = from_f32<T>(y);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ float skinny_gate(const SkinnyLinearParams& p) {
+  return p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate);
+}
+
+// Of a row of k elements with this sum of squares; as rms_norm.
+template <typename S>
+__device__ __forceinline__ float reciprocal_rms(const SkinnyLinearParams& p, S sum) {
+  return static_cast<float>(S{1} / sqrt(sum / static_cast<S>(p.k) + static_cast<S>(p.eps)));
+}
+
+template <typename T>
+__device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v, Statistic<T> sum) {
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    const Statistic<T> value = to_f32(v.data[i]);
+    sum = fma(value, value, sum);
+  }
+  return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ Vec<T> normalize(Vec<T> v, const Vec<T>& weight, float rstd) {
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    const float normalized = round_to<T>(__fmul_rn(to_f32(v.data[i]), rstd));
+    v.data[i] = from_f32<T>(__fmul_rn(normalized, to_f32(weight.data[i])));
+  }
+  return v;
+}
+
+}  // namespace mllama

@@ -1,0 +1,148 @@
+// Two ways to keep slabs of the weight coming through a ring of buffers in shared memory:
+// asynchronous copies (sm_80) and tensor copies (sm_90a).
+#pragma once
+
+#include "hopper.cuh"
+#include "reduce.cuh"
+#include "skinny_linear_slabs.cuh"
+
+namespace mllama {
+
+// Each warp copies the elements it will use itself, so that no warp ever waits for another.
+class AsyncRing {
+ public:
+  static constexpr int kStages = 5;  // with the rest below the 99 KB of sm_86 and sm_89
+
+  __device__ __forceinline__ AsyncRing(const WeightShare& share, char* slabs)
+      : share_(share), slabs_(slabs) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) copy_next();
+  }
+
+  // The next slab, of which the warp may read its own elements until it calls wait() again.
+  __device__ __forceinline__ const char* wait() {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // landed for all lanes, and all are done with the slab before
+    copy_next();
+    const char* slab = slabs_ + used_ * kSlabBytes;
+    used_ = used_ + 1 == kStages ? 0 : used_ + 1;
+    return slab;
+  }
+  __device__ __forceinline__ void release() {}
+
+ private:
+  // One group per slab, empty behind the last, so that the waits count alike.
+  __device__ __forceinline__ void copy_next() {
+    if (!cursor_.done(share_)) {
+      constexpr int kRowChunks = kWarpDepth / 8;
+      const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+      const int chunk = lane % kRowChunks, k = cursor_.chunk * kSlabDepth + warp * kWarpDepth;
+      const bool inside = k + chunk * 8 < share_.depth();
+      const uint32_t target = shared_address(slabs_ + filled_ * kSlabBytes + warp * kWarpBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool present = inside && half < share_.halves(cursor_.tile);
+        const int64_t first_row = share_.row(cursor_.tile, half);
+        const int columns = share_.columns_from(cursor_.tile) - (share_.p.swiglu ? 0 : half * 8);
+#pragma unroll
+        for (int i = 0; i < kHalfRows; i += kWarpSize / kRowChunks) {
+          const int row = i + lane / kRowChunks;
+          const bool valid = present && row < columns;
+          const char* source = static_cast<const char*>(share_.p.weight);
+          if (valid) source += ((first_row + row) * share_.p.weight_row_stride + k + chunk * 8) * 2;
+          cp_async_16(target + half * kHalfBytes + chunk_offset(row, chunk), source, valid);
+        }
+      }
+      cursor_.advance(share_);
+      filled_ = filled_ + 1 == kStages ? 0 : filled_ + 1;
+    }
+    cp_async_commit();
+  }
+
+  const WeightShare& share_;
+  char* slabs_;
+  SlabCursor cursor_;
+  int filled_ = 0, used_ = 0;
+};
+
+struct TensorRingShared {
+  static constexpr int kStages = 6;
+  alignas(1024) char slabs[kStages][kSlabBytes];
+  uint64_t full[kStages], empty[kStages];
+};
+
+// One thread requests a half per instruction: weight (rows, k) seen as (k / 64, rows, 64), in boxes
+// of 8 x 8 x 64. It belongs to the first warp, which refills a buffer as soon as the slowest warp
+// has done with it: a warp of its own for that would leave the others 96 registers instead of 128
+// where two blocks are on a multiprocessor. Bulk copies of single rows need no tensor map, but 16
+// instructions per slab, about as long as the slab takes to arrive.
+class TensorRing {
+ public:
+  // All threads of the block. Reads the weight behind wait_for_previous_kernel() only, unless that
+  // is constant.
+  __device__ __forceinline__ TensorRing(const WeightShare& share, const CUtensorMap& weight,
+                                        TensorRingShared& shared)
+      : share_(share), weight_(weight), shared_(shared) {
+    if (threadIdx.x == 0) {
+      prefetch_tensor_map(&weight_);
+#pragma unroll
+      for (int i = 0; i < TensorRingShared::kStages; ++i) {
+        mbarrier_init(&shared_.full[i], 1);
+        mbarrier_init(&shared_.empty[i], kSlabWarps);
+      }
+      fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (!share_.p.weight_is_constant) wait_for_previous_kernel();
+    if (copies_) {
+#pragma unroll 1
+      for (int i = 0; i < TensorRingShared::kStages && !cursor_.done(share_); ++i) copy_next(i);
+    }
+    wait_for_previous_kernel();
+    start_next_kernel();
+  }
+
+  __device__ __forceinline__ const char* wait() {
+    mbarrier_wait(&shared_.full[position_.stage], position_.parity);
+    return shared_.slabs[position_.stage];
+  }
+  // The slab of the last wait() is no longer needed by this warp.
+  __device__ __forceinline__ void release() {
+    uint64_t* const empty = &shared_.empty[position_.stage];
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(empty);
+    if (copies_ && !cursor_.done(share_)) {
+      mbarrier_wait(empty, position_.parity);
+      copy_next(position_.stage);
+    }
+    position_.advance();
+  }
+
+ private:
+  __device__ __forceinline__ void copy_next(int stage) {
+    if (elect_one()) {
+      uint64_t* const full = &shared_.full[stage];
+      const int halves = share_.halves(cursor_.tile);
+      mbarrier_arrive_expect(full, halves * kHalfBytes);
+      const auto copy = [&](int half) {
+        tensor_copy_with_policy(shared_.slabs[stage] + half * kHalfBytes, &weight_, full, 0,
+                                share_.row(cursor_.tile, half),
+                                cursor_.chunk * (kSlabDepth / kWarpDepth), policy_);
+      };
+      copy(0);
+      if (halves == 2) copy(1);
+    }
+    __syncwarp();
+    cursor_.advance(share_);
+  }
+
+  const WeightShare& share_;
+  const CUtensorMap& weight_;
+  TensorRingShared& shared_;
+  const bool copies_ = warp_uniform(threadIdx.x / kWarpSize) == 0;
+  const uint64_t policy_ = l2_evict_first();
+  SlabCursor cursor_;
+  RingPosition<TensorRingShared::kStages> position_;
+};
+
+}  // namespace mllama

@@ -1,0 +1,264 @@
+"""The parts of the benchmark that need no clock: ratios, rotation, the gate, goals, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
+
+from benchmarks import cases, ceilings, goals, machine, measure, model, peers, report, run, timing  # noqa: E402
+from benchmarks.case import OURS, PLAIN, Case, Impl, Setting, absent  # noqa: E402
+from benchmarks.correctness import Gate  # noqa: E402
+from mllama_kernels import _library  # noqa: E402
+
+CEILING = {"copy_gbps": 100.0, "read_gbps": 200.0, "matmul_tflops_float32": 1.0}
+
+
+def wrong_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(-1) * 1.001
+
+
+def case_of(*impls: Impl) -> Case:
+    return Case(
+        op="sum",
+        shape={"rows": 8},
+        dtype=torch.float32,
+        make=lambda: (torch.randn(8, 64),),
+        truth=lambda x: x.sum(-1),
+        impls=impls,
+        bytes=8 * 64 * 4,
+        bound="read",
+    )
+
+
+def small_plan() -> measure.Plan:
+    return measure.Plan(torch.device("cpu"), rounds=3, seconds=1e-4, cold_bytes=10_000)
+
+
+def sample_run(kind: str = "cpu", **changes: object) -> dict:
+    """A document as run.py writes it, from a case that takes no time."""
+    plain = Impl(PLAIN, lambda x: x.sum(-1))
+    case = case_of(Impl(OURS, lambda x: x.sum(-1)), plain, absent("flashinfer", "not here"))
+    row = measure.measure(case, small_plan())
+    measure.add_floor(row, CEILING)
+    described = machine.describe(torch.device("cpu")) | {"kind": kind, "gpu": "GPU"}
+    document = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "parts": ["ops", "model"],
+        "machine": described,
+        "versions": machine.versions(),
+        "commit": "abc",
+        "dirty": False,
+        "ceilings": CEILING,
+        "skipped": {"sample": "no such op"},
+        "rows": [row],
+        "model": [],
+        "file": "sample.json",
+    }
+    return json.loads(json.dumps(document)) | changes
+
+
+def test_ratio_is_the_median_of_the_ratios_of_each_round():
+    ours, peer = [1.0, 2.0, 4.0], [3.0, 2.0, 40.0]
+    spread = timing.ratios(ours, peer)
+    assert (spread.median, spread.min, spread.max) == (3.0, 1.0, 10.0)
+    assert median(peer) / median(ours) != spread.median
+    with pytest.raises(ValueError):
+        timing.ratios(ours, peer[:2])
+
+
+@pytest.mark.parametrize("nbytes", [1, 4_000, 40_000, 100_000, 300_000])
+def test_copies_exceed_the_cache_or_are_labelled_warm(nbytes):
+    copies = timing.copies_for(nbytes, 100_000)
+    if copies.cold:
+        assert copies.count * nbytes >= 100_000 and copies.count <= timing.MOST_COPIES
+        assert copies.count > 1 or nbytes >= 200_000
+    else:
+        assert nbytes * timing.MOST_COPIES < 100_000
+
+
+@pytest.mark.parametrize("copies", [1, 2, 7, 256])
+@pytest.mark.parametrize("once", [1e-7, 1e-5, 1e-3, 1.0])
+def test_a_graph_uses_every_copy_equally_often(copies, once):
+    calls = timing.graph_calls(once, 5e-3, copies)
+    assert calls % copies == 0 and copies <= calls <= timing.MOST_GRAPH_CALLS
+
+
+def test_rotation_goes_on_where_it_stopped():
+    seen = []
+    rotation = timing.Rotation(seen.append, [(0,), (1,), (2,)])
+    rotation.run(4)
+    rotation.run(3)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    rotation.assert_even()
+    rotation.uses[1] += 2
+    with pytest.raises(AssertionError):
+        rotation.assert_even()
+
+
+def test_rounds_alternate():
+    order = []
+    rounds = [lambda name=name: order.append(name) or 0.0 for name in "ABC"]
+    assert timing.interleave(rounds, 2) == [[0.0, 0.0]] * 3
+    assert "".join(order) == "ABCCBA"
+
+
+def test_floor_is_the_longer_of_moving_and_computing():
+    assert ceilings.floor(10**9, 0, "copy", "float32", CEILING) == (0.01, "copy")
+    assert ceilings.floor(10**9, 0, "read", "float32", CEILING) == (0.005, "read")
+    assert ceilings.floor(10**9, 10**12, "read", "float32", CEILING) == (1.0, "matmul")
+
+
+def test_a_wrong_implementation_is_not_timed():
+    row = measure.measure(
+        case_of(
+            Impl(OURS, lambda x: x.sum(-1)),
+            Impl("wrong", wrong_sum),
+            Impl("NaN", lambda x: x.sum(-1) * float("nan")),
+            Impl("broken", lambda x: x.no_such_method()),
+            Impl("sdpa cudnn", lambda x: x.sum(-1)),
+        ),
+        small_plan(),
+    )
+    status = {impl["name"]: impl["status"] for impl in row["impls"]}
+    assert status == {
+        OURS: "timed",
+        "wrong": "wrong",
+        "NaN": "wrong",
+        "broken": "failed",
+        "sdpa cudnn": "unavailable",  # it never called that backend
+    }
+    assert all(("us" in impl) == (impl["status"] == "timed") for impl in row["impls"])
+
+
+@pytest.mark.parametrize(("forced", "used"), [("flash", "flash"), ("math", "math"), ("", "flash")])
+def test_the_backend_that_sdpa_took_is_seen(forced, used):
+    setting = Setting(torch.device("cpu"), torch.float32)
+    q, k, v = (setting.randn(1, 16, 2, 64) for _ in range(3))
+    (impl,) = peers.sdpa_backends(setting, peers.sdpa, suffix=", no mask", names=(forced,))
+    with torch.inference_mode():
+        ran = peers.backend_used(impl.name, lambda: impl.call(q, k, v), setting.device)
+    assert ran == {"sdpa": used}
+    assert peers.wrong_backend(impl.name, ran) is None
+    assert (peers.wrong_backend("sdpa flash", ran) is None) == (used == "flash")
+
+
+def test_ours_is_held_to_less_than_a_peer():
+    case = case_of()
+    gate = Gate(case, case.make())
+    size = max(gate.plain.relative, gate.rounding.relative)
+    off = gate.exact[0] * (1 + 4 * size)
+    assert gate.check(Impl(OURS, wrong_sum), off, ours=True)[1]
+    assert gate.check(Impl("peer", wrong_sum), off, ours=False)[1] is None
+
+
+def all_cases(op: str, device: str, quick: bool = False) -> list[Case]:
+    """Cases make no tensor until they are measured, so those of a GPU are there without one."""
+    if reason := cases.missing(op):
+        pytest.skip(reason)
+    return list(cases.cases(op, Setting(torch.device(device), torch.bfloat16, quick)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
+@pytest.mark.parametrize("op", cases.MODULES)
+def test_every_op_has_cases(op, device):
+    found = all_cases(op, device)
+    assert all(case.impls[0].name == OURS for case in found)
+    assert all(PLAIN in [impl.name for impl in case.impls] for case in found)
+    assert len({str(case) for case in found}) == len(found)
+    quick = {str(case) for case in all_cases(op, device, quick=True)}
+    assert quick and quick <= {str(case) for case in found}
+
+
+def test_the_benchmark_knows_every_op():
+    assert set(_library.OPS) <= set(cases.MODULES)
+
+
+def goal_on(**changes: object) -> goals.Goal:
+    values = {"what": "x", "op": "sum", "shape": {"rows": 8}, "measure": "us", "target": 1e9}
+    return goals.Goal(**(values | {"dtype": "float32"} | changes))
+
+
+def test_goals_are_looked_up():
+    document = sample_run("cuda")
+    (row,) = document["rows"]
+    mine, plain = row["impls"][:2]
+    assert goals.value_of(goal_on(), document) == mine["us"]["median"]
+    assert goals.value_of(goal_on(measure="share"), document) == mine["share_of_floor"]
+    ratio = goals.value_of(goal_on(measure="ratio", peers=("flash", "pytorch")), document)
+    assert ratio == plain["ours_is_faster"]["median"]
+    assert goals.value_of(goal_on(measure="time_of_other", other={"rows": 8}), document) == 1
+    for elsewhere in ({"shape": {"rows": 9}}, {"dtype": "bfloat16"}, {"device": "cpu"}):
+        assert goals.value_of(goal_on(**elsewhere), document) is None
+    assert goals.value_of(goal_on(measure="ratio", peers=("flashinfer",)), document) is None
+    assert goals.reached(goal_on(), 1e8) and not goals.reached(goal_on(), 1e10)
+    assert goals.reached(goal_on(measure="ratio", target=2), 2)
+
+
+@pytest.mark.parametrize("op", cases.MODULES)
+def test_every_goal_names_a_case_and_its_peers(op):
+    found = all_cases(op, "cuda")
+    for goal in [goal for goal in goals.GOALS if goal.op == op]:
+        for shape in (goal.shape, goal.other):
+            (case, *_) = [case for case in found if shape.items() <= case.shape.items()]
+            for peer in goal.peers if shape is goal.shape else ():
+                assert any(impl.name.startswith(peer) for impl in case.impls), (goal, peer)
+
+
+def test_every_goal_of_the_model_names_a_scenario():
+    for goal in [goal for goal in goals.GOALS if goal.op == "model"]:
+        layers = model.FULL if goal.device == "cuda" else model.REDUCED
+        shapes = [
+            vars(scenario) | {"text layers": layers.text}
+            for scenario in model.scenarios(torch.device(goal.device), quick=True)
+        ]
+        assert any(goal.shape.items() <= shape.items() for shape in shapes), goal
+
+
+def test_a_goal_without_a_run_is_blank():
+    text = report.goal_table([])
+    assert all(line.endswith("|  |  |") for line in text.splitlines()[2:])
+
+
+def test_tables_come_from_the_document_alone():
+    document = sample_run()
+    text = report.run_report(document)
+    assert "`sum` rows 8" in text and "flashinfer: unavailable: not here" in text
+    assert "sample: no such op" in text and document["machine"]["cpu"] in text
+    section = report.readme_section([document])
+    assert "no GPU run" in section and "`sum`" not in section  # float32 is in the run's own table
+    document["rows"][0]["dtype"] = "bfloat16"
+    assert "`sum` rows 8" in report.readme_section([document])
+
+
+def test_only_the_newest_complete_run_of_a_kind_counts():
+    runs = [
+        sample_run(started="2026-01-01", file="old.json"),
+        sample_run(started="2026-01-02", file="new.json"),
+        sample_run(started="2026-01-03", file="part.json", parts=["model"]),
+        sample_run("cuda", started="2026-01-04", file="gpu.json"),
+    ]
+    assert report.newest(runs, "cpu", "ops")["file"] == "new.json"
+    assert report.newest(runs, "cpu", "model")["file"] == "part.json"
+    assert report.newest(runs, "cuda", "ops")["file"] == "gpu.json"
+    assert report.newest(runs[:2], "cuda", "ops") is None
+    section = report.readme_section(runs)
+    assert all(name in section for name in ("new.md", "part.md", "gpu.md"))
+    assert "old.md" not in section
+
+
+def test_committed_tables_are_up_to_date(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_command_line_names_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["no_such_op"])
+    assert "no such op: no_such_op" in capsys.readouterr().err
