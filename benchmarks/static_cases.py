@@ -160,14 +160,18 @@ def cross_attention(arch: int) -> Iterator[Case]:
         again={"partial results written and read, from L2": partials(1, TILES * 4)},
         flops=4 * keys * HQ * D,
     )
+    # Few rows: on sm_90a the blocks of a cluster take one tile each of the same rows.
     rows, block = 128, 32
     q = randn(1, rows, HQ, D)
+    repeats = rows // block - 1
+    from_l2 = "keys and values by every block of rows, from L2"
+    shared_rows = {"queries by the blocks that share their tiles, from L2": (TILES - 1) * size(q)}
     yield Case(
         "cross_attention",
         f"{rows} rows*, {keys} keys",
         lambda: ours.cross_attention(q, k, v, q_norm_weight=weight),
         floor=size(k, v) + 2 * size(q),
-        again={"keys and values by every block of rows, from L2": (rows // block - 1) * size(k, v)},
+        again={from_l2: repeats * size(k, v)} | (shared_rows if arch == 90 else {}),
         flops=4 * rows * keys * HQ * D,
     )
     first_tile = torch.tensor([True, False, False, False]).expand(1, rows, TILES).contiguous()
@@ -176,11 +180,22 @@ def cross_attention(arch: int) -> Iterator[Case]:
         f"{rows} rows*, {keys} keys, one tile seen",
         lambda: ours.cross_attention(q, k, v, first_tile, q_norm_weight=weight),
         floor=size(k, v) // TILES + 2 * size(q),
-        again={
-            "keys and values by every block of rows, from L2": (rows // block - 1)
-            * (size(k, v) // TILES)
-        },
+        again={from_l2: repeats * (size(k, v) // TILES)} | (shared_rows if arch == 90 else {}),
         flops=4 * rows * TILE_TOKENS * HQ * D,
+    )
+    # Many rows: a block takes all tiles. Every other row sees but the first tile.
+    rows = 512
+    many = randn(1, rows, HQ, D)
+    small_k, small_v = (t[:, :, :256].contiguous() for t in (k, v))
+    mixed = torch.ones(1, rows, TILES, dtype=torch.bool)
+    mixed[:, ::2, 1:] = False
+    yield Case(
+        "cross_attention",
+        f"{rows} rows, {TILES} tiles* of 256, seen by some rows",
+        lambda: ours.cross_attention(many, small_k, small_v, mixed, q_norm_weight=weight),
+        floor=size(small_k, small_v) + 2 * size(many),
+        again={from_l2: (rows // block - 1) * size(small_k, small_v)},
+        flops=4 * (rows // 2) * (TILES + 1) * 256 * HQ * D,
     )
 
 

@@ -3,6 +3,7 @@
 
 #include "../csrc/cuda/attention_config.h"
 #include "../csrc/cuda/attention_sm90_config.h"
+#include "../csrc/cuda/cross_attention_sm90.h"
 #include "../csrc/cuda/split_kv.h"
 
 namespace py = pybind11;
@@ -21,10 +22,12 @@ PYBIND11_MODULE(host_module, m) {
   m.def("attention_sm90_tiles", [](int64_t head_dim) {
     const AttentionSm90Tile causal = kCausalSm90Tile, dense = dense_sm90_tile(head_dim);
     return py::make_tuple(py::make_tuple(causal.rows, causal.keys),
-                          py::make_tuple(dense.rows, dense.keys));
+                          py::make_tuple(dense.rows, dense.keys),
+                          py::make_tuple(kCrossSm90Tile.rows, kCrossSm90Tile.keys));
   });
   m.def("attention_sm90_panel_bytes", &attention_sm90_panel_bytes);
   m.def("page_box_rows", &page_box_rows);
+  m.def("cross_sm90_cluster", &cross_sm90_cluster);
   m.def("paged_splits", [](int64_t capacity) {
     const SplitGeometry geometry = paged_splits(capacity);
     return py::make_tuple(geometry.splits, geometry.split_size);

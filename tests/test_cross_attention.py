@@ -104,6 +104,98 @@ def test_nan_in_a_tile_hidden_from_one_row_only(device):
     assert out[0, [0, 1, 2, 3, 5]].isfinite().all()
 
 
+# Tokens per tile around the key blocks of 128 and 32.
+@pytest.mark.parametrize("tokens", grid([31, 128, 257], [1, 127, 129, 255, 256]))
+def test_tile_sizes_around_key_blocks(device, tokens):
+    """More blocks than any ring of them holds, each tile's last one but partly filled."""
+    q, k, v, mask = make((1, 9, 5, tokens, 4, 1, 64), torch.bfloat16, device)
+    mask[0, 4] = True
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim, tiles", grid([(128, 6)], [(128, 9), (64, 9), (80, 6)]))
+def test_visibility_patterns_within_a_block(device, dtype, dim, tiles):
+    """A tile for one row alone, for none, for all, for every other one, from some row on."""
+    rows = 40  # 160 rows of packed heads: two blocks, the second partly filled
+    q, k, v, mask = make((1, rows, tiles, 130, 4, 1, dim), dtype, device)
+    row = torch.arange(rows, device=device)[:, None]
+    columns = (row == 0, row < 0, row >= 0, row % 2 == 1, row >= 35, row == rows - 1)
+    mask[0, :, :6] = torch.cat(columns, dim=1)
+    mask[0, 7] = mask[0, 38] = False
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+    assert not out[0, [7, 38]].any()
+    # NaN that a row does not see leaves its bits alone.
+    for tile in (1, 3, 4):
+        spoiled_k, spoiled_v = k.clone(), v.clone()
+        spoiled_k[:, tile] = spoiled_v[:, tile] = float("nan")
+        spoiled = mllama_kernels.cross_attention(q, spoiled_k, spoiled_v, mask)
+        blind = ~mask[0, :, tile]
+        assert torch.equal(spoiled[0, blind], out[0, blind])
+        assert spoiled[0, ~blind].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", grid([torch.bfloat16], [torch.float16, torch.float32]))
+def test_packed_across_row_blocks(device, dtype):
+    """Lengths below, at and above the 32 tokens of a block of packed heads, over one pool."""
+    lengths = [31, 0, 32, 33, 65, 2]
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    total = int(bounds[-1])
+    q = randn(total, 4, 64, dtype=dtype, device=device)
+    k, v = (randn(4, 140, 1, 64, dtype=dtype, device=device) for _ in range(2))
+    table = torch.tensor(
+        [[3, -1, 0], [0, 1, 2], [-1, -1, 2], [-1, -1, -1], [1, 3, 1], [2, 0, -1]], device=device
+    ).int()
+    mask = torch.rand(total, 3, device=device) < 0.6
+    kwargs = {"tile_table": table, "cu_seqlens": bounds, "max_seqlen": max(lengths)}
+    weight = randn(64, dtype=dtype, device=device)
+    out = mllama_kernels.cross_attention(q, k, v, mask, q_norm_weight=weight, **kwargs)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask, q_norm_weight=weight, **kwargs)
+    assert not out[bounds[3] : bounds[4]].any()
+    for b, length in enumerate(lengths):
+        if length < 2:
+            continue
+        own = slice(bounds[b], bounds[b + 1])
+        only = {
+            "tile_table": table[b : b + 1].contiguous(),
+            "cu_seqlens": torch.tensor([0, length], device=device).int(),
+            "max_seqlen": length,
+        }
+        alone = mllama_kernels.cross_attention(
+            q[own], k, v, mask[own], q_norm_weight=weight, **only
+        )
+        assert torch.equal(alone, out[own])
+
+
+def test_many_sequences_equal_one(device):
+    """Enough blocks of rows to fill a device, where few might share theirs between blocks."""
+    q, k, v, mask = make((132, 2, 3, 40, 1, 1, 64), torch.bfloat16, device)
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    for b in (0, 77, 131):
+        alone = mllama_kernels.cross_attention(*(t[b : b + 1] for t in (q, k, v, mask)))
+        assert torch.equal(alone[0], out[b])
+
+
+@pytest.mark.parametrize("tiles", grid([130], [128, 129]))
+def test_many_tiles(device, tiles):
+    q, k, v, mask = make((1, 3, tiles, 2, 2, 1, 64), torch.bfloat16, device)
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+
+
+def test_strided_and_repeated_tiles(device):
+    """Views whose heads lie outside their tokens, and tiles that are all the same memory."""
+    q, _, _, mask = make((1, 5, 3, 20, 4, 2, 64), torch.bfloat16, device)
+    k, v = (randn(1, 3, 2, 20, 64, dtype=q.dtype, device=device).transpose(2, 3) for _ in range(2))
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+    k, v = (t[:, :1].expand(-1, 3, -1, -1, -1) for t in (k, v))
+    out = mllama_kernels.cross_attention(q, k, v, mask)
+    assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+
+
 @pytest.mark.parametrize("rows", [1, 9])
 def test_gqa_equals_repeated_heads(device, rows):
     q, k, v, mask = make((1, rows, 2, 33, 6, 2, 64), torch.float32, device)

@@ -56,6 +56,19 @@ def test_sm90_tiles_suit_the_instructions(host, head_dim):
         assert keys // 2 + keys // 4 + head_dim // 2 <= 216  # scores, weights, output
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 8, 9])
+def test_clusters_share_tiles_where_that_is_shorter(host, tiles):
+    """132 multiprocessors, a block each: rounds of one tile or of all, and one tile's time more."""
+    rounds = {1: lambda blocks: -(-blocks // 132) * tiles}
+    rounds[tiles] = lambda blocks: -(-blocks * tiles // 132) + 1
+    for blocks in range(1, 1200):
+        cluster = host.cross_sm90_cluster(blocks, tiles, 132)
+        assert cluster == 1 or (cluster == tiles <= 8 and tiles > 1)
+        assert rounds[cluster](blocks) <= rounds[1](blocks)
+    # 11B, 4 tiles: 32, 512 and 2048 rows are 8, 128 and 512 blocks.
+    assert [host.cross_sm90_cluster(blocks, 4, 132) for blocks in (8, 128, 512)] == [4, 1, 1]
+
+
 @pytest.mark.parametrize("page_size", range(16, 1025, 16))
 def test_copies_stay_in_their_page(host, page_size):
     keys = host.attention_sm90_tiles(128)[0][1]

@@ -15,33 +15,37 @@ struct QueryRows {
   T* out;
   int64_t q_token_stride, q_head_stride;
   int64_t out_token_stride, out_head_stride;
-  int group;
-  int first;  // row of the sequence that is row 0 of this block
-  int count;  // rows of the sequence: tokens * group
+  int64_t group;  // 64 bits: what follows ends without padding, which wide loads would read
+  int first;      // row of the sequence that is row 0 of this block
+  int count;      // rows of the sequence: tokens * group
 
   __device__ __forceinline__ bool valid(int row) const { return first + row < count; }
-  __device__ __forceinline__ int token(int row) const { return (first + row) / group; }
+  __device__ __forceinline__ int token(int row) const { return (first + row) / heads(); }
   // Token of the last of the block's `block_rows` rows that is in the sequence.
   __device__ __forceinline__ int last_token(int block_rows) const {
-    return (min(first + block_rows, count) - 1) / group;
+    return (min(first + block_rows, count) - 1) / heads();
   }
-  __device__ __forceinline__ int head(int row) const { return (first + row) % group; }
+  __device__ __forceinline__ int head(int row) const { return (first + row) % heads(); }
   __device__ __forceinline__ const T* q_row(int row) const {
     return q + token(row) * q_token_stride + head(row) * q_head_stride;
   }
   __device__ __forceinline__ T* out_row(int row) const {
     return out + token(row) * out_token_stride + head(row) * out_head_stride;
   }
+
+ private:
+  __device__ __forceinline__ int heads() const { return static_cast<int>(group); }
 };
 
 // A query policy has load<Config>(tile, rows): every warp fills its own Config::kRowsPerWarp rows
 // of the tile, eight lanes to a row, by ordinary stores or asynchronous copies. Rows behind the end
-// read as zero.
-template <typename Config, typename F>
+// read as zero. Calls f(row, lane of the eight) for the row and those 4, 8, ... behind it, kAhead
+// in all, whose loads f may then issue together.
+template <typename Config, int kAhead = 1, typename F>
 __device__ __forceinline__ void for_own_rows(const F& f) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll 1  // once per thread block: registers matter more
-  for (int i = 0; i < Config::kRowsPerWarp; i += 4)
+  for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead)
     f(warp * Config::kRowsPerWarp + i + lane / 8, lane % 8);
 }
 
@@ -72,38 +76,57 @@ struct NormedQuery {
   template <typename Config>
   __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
     using Layout = typename Config::QueryLayout;
-    constexpr int kVecs = (Layout::kChunks + 7) / 8;
-    for_own_rows<Config>([&](int row, int lane) {
-      const bool valid = rows.valid(row);
-      const T* source = valid ? rows.q_row(row) : rows.q;
-      Vec<T> v[kVecs];
-      Statistic<T> sum = 0;
+    constexpr int kVecs = (Layout::kChunks + 7) / 8, kAhead = Config::kQueryRowsAhead;
+    for_own_rows<Config, kAhead>([&](int first_row, int lane) {
+      Vec<T> v[kAhead][kVecs], w[kVecs];
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const int chunk = i * 8 + lane;
-        v[i] = valid && chunk < Layout::kChunks ? load_vec(source + chunk * Vec<T>::kSize)
-                                                : zero_vec<T>();
+      for (int c = 0; c < kVecs; ++c) {
+        const int chunk = c * 8 + lane;
+        w[c] = load_vec_if(chunk < Layout::kChunks, weight + chunk * Vec<T>::kSize);
+      }
 #pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e) {
-          const Statistic<T> value = to_f32(v[i].data[e]);
-          sum = fma(value, value, sum);
+      for (int j = 0; j < kAhead; ++j) {
+        const int row = first_row + 4 * j;
+        const bool valid = rows.valid(row);
+        const T* const source = valid ? rows.q_row(row) : rows.q;
+#pragma unroll
+        for (int c = 0; c < kVecs; ++c) {
+          const int chunk = c * 8 + lane;
+          v[j][c] = load_vec_if(valid && chunk < Layout::kChunks, source + chunk * Vec<T>::kSize);
         }
       }
-      const Statistic<T> mean = warp_sum<8>(sum) / Config::kHeadDim;
-      const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
 #pragma unroll
-      for (int i = 0; i < kVecs; ++i) {
-        const int chunk = i * 8 + lane;
-        if (chunk >= Layout::kChunks) continue;
-        const Vec<T> w = load_vec(weight + chunk * Vec<T>::kSize);
-#pragma unroll
-        for (int e = 0; e < Vec<T>::kSize; ++e) {
-          const float normalized = round_to<T>(__fmul_rn(to_f32(v[i].data[e]), rstd));
-          v[i].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w.data[e])));
-        }
-        store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[i]);
-      }
+      for (int j = 0; j < kAhead; ++j) normalize<Layout>(tile, first_row + 4 * j, lane, w, v[j]);
     });
+  }
+
+ private:
+  // Eight lanes hold a row.
+  template <typename Layout, int kVecs>
+  __device__ __forceinline__ void normalize(char* tile, int row, int lane, const Vec<T> (&w)[kVecs],
+                                            Vec<T> (&v)[kVecs]) const {
+    Statistic<T> sum = 0;
+#pragma unroll
+    for (int c = 0; c < kVecs; ++c) {
+#pragma unroll
+      for (int e = 0; e < Vec<T>::kSize; ++e) {
+        const Statistic<T> value = to_f32(v[c].data[e]);
+        sum = fma(value, value, sum);
+      }
+    }
+    const Statistic<T> mean = warp_sum<8>(sum) / (Layout::kChunks * Vec<T>::kSize);
+    const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
+#pragma unroll
+    for (int c = 0; c < kVecs; ++c) {
+      const int chunk = c * 8 + lane;
+      if (chunk >= Layout::kChunks) continue;
+#pragma unroll
+      for (int e = 0; e < Vec<T>::kSize; ++e) {
+        const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
+        v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w[c].data[e])));
+      }
+      store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[c]);
+    }
   }
 };
 

@@ -15,69 +15,21 @@
 // Precision  Scores, softmax and output in float32; weights are rounded before the product with V.
 //            One rounding at the store. The maximum is lazy (softmax.cuh): most blocks leave the
 //            output unscaled.
+// Parts      Keys whose parts are seen by some rows only: attention_sm90_parts.cuh.
 // Geometry   As attention.cuh: the order of summation over keys depends on the sequence alone.
 #pragma once
 
 #include <type_traits>
 
 #include "attention_queries.cuh"
-#include "attention_sm90_config.h"
+#include "attention_sm90_parts.cuh"
+#include "attention_sm90_tile.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
 namespace mllama {
-
-// Where 16-byte chunk `chunk` of row `row` lies in a tile of kRows rows: in panels of kPanelBytes a
-// row, swizzled like the tensor copies and products. Rows of ordinary accesses hit distinct bank
-// groups.
-template <typename T, int kHeadDim, int kRows>
-struct PanelLayout {
-  static constexpr int kChunkElements = 16 / sizeof(T);
-  static constexpr int kChunks = kHeadDim / kChunkElements;
-  static constexpr int kPanelBytes = attention_sm90_panel_bytes(kHeadDim);
-  static constexpr int kPanelChunks = kPanelBytes / 16;
-  static constexpr int kPanels = kChunks / kPanelChunks;
-  static constexpr int kPanelPitch = kRows * kPanelBytes;
-  static constexpr int kBytes = kPanels * kPanelPitch;
-  static_assert(kPanelPitch % (8 * kPanelBytes) == 0, "panels must start where a pattern starts");
-
-  __device__ static __forceinline__ int offset(int row, int chunk) {
-    const int pattern = row * kPanelBytes / 128 % kPanelChunks;
-    return chunk / kPanelChunks * kPanelPitch + row * kPanelBytes +
-           ((chunk % kPanelChunks) ^ pattern) * 16;
-  }
-};
-
-// Compile-time side of attention_sm90_config.h. The 8 computing warps come first: rows and slots
-// are as in AttentionConfig, and so are the names that queries and masks use.
-template <typename Element, int kHeadDimension, int kRows, int kKeys>
-struct AttentionSm90Config {
-  using T = Element;
-  using QueryLayout = PanelLayout<T, kHeadDimension, kRows>;
-  using KeyLayout = PanelLayout<T, kHeadDimension, kKeys>;
-  static constexpr int kHeadDim = kHeadDimension;
-  static constexpr int kBlockM = kRows;
-  static constexpr int kBlockN = kKeys;
-  static constexpr int kWarpgroups = 2;  // that compute
-  static constexpr int kWarps = 4 * kWarpgroups;
-  static constexpr int kThreads = (kWarps + 4) * kWarpSize;
-  static constexpr int kRowsPerWarp = 16;
-  static constexpr int kSlots = 2;               // query rows per thread
-  static constexpr int kQueryRowsAhead = 4;      // all that a thread loads
-  static constexpr int kKeyTiles = kBlockN / 8;  // n8 tiles of the scores
-  static constexpr int kDimTiles = kHeadDim / 8;
-  // 65536 registers for 128 threads that copy and 256 that compute.
-  static constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
-  static_assert(kBlockM == kWarps * kRowsPerWarp && kBlockN % 16 == 0 && sizeof(T) == 2);
-
-  __device__ static __forceinline__ int row_of_slot(int slot) {
-    return static_cast<int>(threadIdx.x) / kWarpSize * kRowsPerWarp + slot * 8 +
-           static_cast<int>(threadIdx.x) % kWarpSize / 4;
-  }
-  __device__ static __forceinline__ int first_column() { return threadIdx.x % 4 * 2; }
-};
 
 // Dynamic shared memory of one thread block, 1024-byte aligned: 161 KB at head dim 128 with 128
 // keys, 131 KB at 80 with 176, of 227 KB.
@@ -156,15 +108,17 @@ class AttentionSm90Compute {
   using Scores = float[1][Config::kKeyTiles][4];
   static constexpr int kSpan = QueryLayout::kPanelBytes;
   static constexpr int kWarpgroupThreads = 4 * kWarpSize;
+  static constexpr bool kParted = PartedMask<Mask>;
   // Named barriers of the two warpgroups: each its turn to issue products, and for itself alone.
   static constexpr int kTurn = 1, kAlone = kTurn + Config::kWarpgroups;
 
  public:
   __device__ __forceinline__ AttentionSm90Compute(AttentionSm90Shared<Config>& shared, Mask& mask,
-                                                  float scale_log2)
+                                                  float scale_log2, const PartsPlan& parts)
       : shared_(shared),
         mask_(mask),
         scale_log2_(scale_log2),
+        totals_(parts),
         warpgroup_(warp_uniform(threadIdx.x / kWarpgroupThreads)) {}
 
   // The warpgroup's threads meet.
@@ -187,11 +141,14 @@ class AttentionSm90Compute {
     // A product with V is waited for at the top of the loop, not where its results are needed: the
     // compiler moves a wait up to the start of its basic block, ahead of the softmax that is to run
     // meanwhile.
-    bool first = true;
+    bool first = true, part_ended = false;
     block = warp_uniform(mask_.next());
     while (true) {
       wgmma_wait<0>(out_);
       if (!first) release(shared_.v_empty, v_);
+      if constexpr (kParted) {
+        if (part_ended) totals_.store(out_);
+      }
       rescale(factor);
       pack(scores);
       if (block == kNoBlock) break;
@@ -206,6 +163,10 @@ class AttentionSm90Compute {
       if (next != kNoBlock || warpgroup_ != Config::kWarpgroups - 1) pass_turn();
       wgmma_wait<1>(scores[0]);
       release(shared_.k_empty, k_);
+      if constexpr (kParted) {
+        part_ended = warp_uniform(mask_.begins_part(block));
+        if (part_ended) end_part();
+      }
       weigh(block, scores, factor);
       first = false;
       block = next;
@@ -214,6 +175,10 @@ class AttentionSm90Compute {
     wgmma_fence(out_);
     issue_output();
     wgmma_wait<0>(out_);
+    if constexpr (kParted) {
+      end_part();
+      totals_.finish(out_);
+    }
   }
 
   // The results, through the warp's own rows of the query tile, so that global stores are whole
@@ -221,9 +186,18 @@ class AttentionSm90Compute {
   __device__ __forceinline__ void store() {
     const QueryRows<T>& rows = shared_.rows;
     sync();  // no warp's products read the tile any more
+    if constexpr (kParted) {
+      // Rows of the tile that only this warpgroup's products read.
+      char* const statistics = shared_.q + warpgroup_ * kRowsPerWarpgroup * kSpan;
+      static_assert(kRowsPerWarpgroup * kSpan >= kWarpgroupThreads * sizeof(float4));
+      if (!totals_.gather(
+              out_, reinterpret_cast<float4*>(statistics) + threadIdx.x % kWarpgroupThreads)) {
+        return;
+      }
+    }
 #pragma unroll
     for (int slot = 0; slot < Config::kSlots; ++slot) {
-      const float total = softmax_.total(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float total = weights(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
 #pragma unroll
       for (int n = 0; n < Config::kDimTiles; ++n) {
         char* const target = shared_.q + QueryLayout::offset(Config::row_of_slot(slot), n) +
@@ -250,6 +224,15 @@ class AttentionSm90Compute {
 
  private:
   using Ring = RingPosition<kAttentionSm90Stages>;
+
+  // The row's divisor.
+  __device__ __forceinline__ float weights(int slot) const {
+    if constexpr (kParted) {
+      return quad_sum(totals_.weights(slot));
+    } else {
+      return softmax_.total(slot);
+    }
+  }
 
   // Ring tiles are read by all warps of both warpgroups.
   __device__ __forceinline__ void release(uint64_t* empty, Ring& ring) {
@@ -310,6 +293,11 @@ class AttentionSm90Compute {
     softmax_.update(scores, scale_log2_, factor);
   }
 
+  // Before the mask enters a block of the next part.
+  __device__ __forceinline__ void end_part() {
+    totals_.end(softmax_, [&](int slot) { return mask_.sees(slot); });
+  }
+
   __device__ __forceinline__ void rescale(const float (&factor)[Config::kSlots]) {
     if (!__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) return;
 #pragma unroll
@@ -339,6 +327,7 @@ class AttentionSm90Compute {
   const int warpgroup_;
   Ring k_, v_;
   OnlineSoftmax<T, Config::kSlots, true> softmax_;
+  std::conditional_t<kParted, PartTotals<Config>, NoTotals> totals_;
   float out_[Config::kDimTiles][4] = {};
   uint32_t weights_[Config::kBlockN / 16][4];
 };
@@ -358,11 +347,17 @@ concept CopiedQuery =
 //               block's keys into the tile; KeyLayout::kBytes in all land on the barrier.
 //             int count(int block): value rows from there on are zeroed once they have landed.
 //               kBlockN where the copies themselves bring zeros behind the last key.
-//   Mask    As in attention.cuh; every thread, of the copying warp too, has its own.
+//   Mask    As in attention.cuh; every thread, of the copying warp too, has its own. A mask that
+//           hides rows gives their blocks in parts (PartedMask) and answers visible() as if they
+//           saw the part:
+//             bool begins_part(int block): whether the block is the first of its part.
+//             bool sees(int slot): whether the row sees the part of the entered block.
+//           `parts` says where totals are kept and who attends to which.
 template <typename Config, typename Query, typename Keys, typename Mask>
 __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared, const Query& query,
-                                            const Keys& keys, Mask& mask, float scale_log2) {
-  static_assert(!Mask::kHidesRows, "products with V take part in every row");
+                                            const Keys& keys, Mask& mask, float scale_log2,
+                                            const PartsPlan& parts = {}) {
+  static_assert(Mask::kHidesRows == PartedMask<Mask>, "products with V take part in every row");
   const int warp = warp_uniform(threadIdx.x / kWarpSize);
   if (warp >= Config::kWarps) {
     registers_release<Config::kCopyRegisters>();
@@ -378,7 +373,7 @@ __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared,
     return;
   }
   registers_acquire<Config::kComputeRegisters>();
-  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2);
+  AttentionSm90Compute<Config, Mask> compute(shared, mask, scale_log2, parts);
   if constexpr (CopiedQuery<Query>) {
     mbarrier_wait(&shared.q_full, 0);
   } else {

@@ -1,0 +1,196 @@
+// What the cross-attention kernels share: the rows of a thread block, how their queries are read,
+// and which tiles they visit.
+#pragma once
+
+#include "../cross_attention.h"
+#include "attention_queries.cuh"
+#include "ragged.cuh"
+
+namespace mllama {
+
+// The rows of this thread block. Neighbouring blocks have the same kv head: they share K and V in
+// L2.
+struct CrossBlock {
+  SequenceRows sequence;
+  int64_t b, kv_head;
+  int first, group;
+
+  // Block `index` of cross_blocks().
+  __device__ __forceinline__ CrossBlock(const CrossAttentionParams& p, int block_rows,
+                                        unsigned index)
+      : group(static_cast<int>(p.num_q_heads / p.num_kv_heads)) {
+    const unsigned row_blocks =
+        (static_cast<unsigned>(p.max_seqlen) * group + block_rows - 1) / block_rows;
+    const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    first = static_cast<int>(index % row_blocks) * block_rows;
+    kv_head = index / row_blocks % kv_heads;
+    b = index / row_blocks / kv_heads;
+    sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
+  }
+
+  __device__ __forceinline__ bool empty() const { return first >= sequence.count * group; }
+
+  template <typename T>
+  __device__ __forceinline__ void fill(QueryRows<T>& rows, const CrossAttentionParams& p,
+                                       int head_dim) const {
+    const int64_t head = kv_head * group;
+    const int64_t q =
+        p.cu_seqlens == nullptr ? b * p.q_batch_stride : sequence.begin * p.q_token_stride;
+    rows.q = static_cast<const T*>(p.q) + q + head * p.q_head_stride;
+    rows.out = static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + head) * head_dim;
+    rows.q_token_stride = p.q_token_stride;
+    rows.q_head_stride = p.q_head_stride;
+    rows.out_token_stride = p.num_q_heads * head_dim;
+    rows.out_head_stride = head_dim;
+    rows.group = group;
+    rows.first = first;
+    rows.count = static_cast<int>(sequence.count) * group;
+  }
+};
+
+constexpr int64_t cross_blocks(const CrossAttentionParams& p, int64_t block_rows) {
+  return ceil_div(p.max_seqlen * (p.num_q_heads / p.num_kv_heads), block_rows) * p.num_kv_heads *
+         p.batch;
+}
+
+// q as it is, or normalised.
+template <typename T>
+struct CrossQuery {
+  NormedQuery<T> normed;
+
+  template <typename Config>
+  __device__ __forceinline__ void load(char* tile, const QueryRows<T>& rows) const {
+    if (normed.weight == nullptr) {
+      PlainQuery{}.load<Config>(tile, rows);
+    } else {
+      normed.template load<Config>(tile, rows);
+    }
+  }
+};
+
+// A tile that some row of the block sees; the blocks are numbered visit << kSubBits | block of the
+// tile.
+struct TileVisit {
+  int tile;
+  int slot;  // of the pool
+  int all_see;
+};
+constexpr int kSubBits = 16;
+constexpr int64_t kMaxTiles = int64_t{1} << (31 - kSubBits);
+constexpr int64_t kMaxTileTokens = int64_t{16} << kSubBits;  // at the smallest key block
+
+// The mask policy of attention.cuh, or of attend_sm90 with a tile as a part.
+template <typename Config, bool kParts>
+class TileMask {
+ public:
+  static constexpr bool kHidesRows = true;
+  using T = typename Config::T;
+
+  // Called by all threads of the block. `visits` has room for all tiles; `first_token` counts over
+  // all sequences, `rows` are those of the block.
+  __device__ __forceinline__ TileMask(const CrossAttentionParams& p, const QueryRows<T>& rows,
+                                      int64_t b, int64_t first_token, TileVisit* visits)
+      : p_(p), rows_(rows), first_token_(first_token), visits_(visits) {
+    const int tiles = static_cast<int>(p.tiles);
+    blocks_per_tile_ = (static_cast<int>(p.tile_tokens) + Config::kBlockN - 1) / Config::kBlockN;
+    sub_ = blocks_per_tile_ - 1;
+    // First what the block's rows see of every tile, at its own place; then the unseen are squeezed
+    // out.
+    constexpr int kWarps = Config::kThreads / kWarpSize;
+    for (int tile = warp_uniform(threadIdx.x / kWarpSize); tile < tiles; tile += kWarps) {
+      const TileVisit visit = look_at(tile, b);
+      if (threadIdx.x % kWarpSize == 0) visits[tile] = visit;
+    }
+    __syncthreads();
+    for (int first = 0; first < tiles; first += kWarpSize) {
+      const int lane = threadIdx.x % kWarpSize;
+      TileVisit visit{0, -1, 0};
+      if (first + lane < tiles) visit = visits[first + lane];
+      __syncthreads();  // all have read these before one of them is overwritten
+      const unsigned seen = __ballot_sync(0xffffffffu, visit.slot >= 0);
+      if (threadIdx.x < kWarpSize && visit.slot >= 0) {
+        visits[count_ + __popc(seen & ((1u << lane) - 1))] = visit;
+      }
+      count_ += __popc(seen);
+    }
+    __syncthreads();
+  }
+
+  // Leaves only the visit of this number, if there are so many.
+  __device__ __forceinline__ void keep_visit(int visit) {
+    visit_ = visit - 1;
+    count_ = min(count_, visit + 1);
+  }
+
+  __device__ __forceinline__ int next() {
+    const bool last = sub_ + 1 == blocks_per_tile_;
+    visit_ += last;
+    sub_ = last ? 0 : sub_ + 1;
+    return visit_ < count_ ? visit_ << kSubBits | sub_ : kNoBlock;
+  }
+
+  __device__ __forceinline__ bool enter(int block) {
+    const int visit = block >> kSubBits, sub = block & ((1 << kSubBits) - 1);
+    if (sub == 0) sees_ = visits_[visit].all_see ? ~0u : rows_that_see(visits_[visit].tile);
+    const int keys = static_cast<int>(p_.tile_tokens) - sub * Config::kBlockN;
+    keys_ = keys - Config::first_column();
+    return (!kParts && !visits_[visit].all_see) || keys < Config::kBlockN;
+  }
+
+  __device__ __forceinline__ bool visible(int slot, int offset) const {
+    return (kParts || sees(slot)) && offset < keys_;
+  }
+  __device__ __forceinline__ bool sees(int slot) const { return sees_ >> slot & 1; }
+  __device__ __forceinline__ bool begins_part(int block) const
+    requires kParts
+  {
+    return (block & ((1 << kSubBits) - 1)) == 0;
+  }
+
+ private:
+  __device__ __forceinline__ bool flag(int64_t token, int tile) const {
+    return p_.tile_mask == nullptr ||
+           p_.tile_mask[(first_token_ + token) * p_.tile_mask_row_stride + tile];
+  }
+
+  // Whether any and all tokens of the block see the tile; slot -1 if none does. Uniform in the
+  // warp.
+  __device__ __forceinline__ TileVisit look_at(int tile, int64_t b) const {
+    const int64_t slot =
+        p_.tile_table == nullptr ? b * p_.tiles + tile : p_.tile_table[b * p_.tiles + tile];
+    bool any = false, all = true;
+    const int last = rows_.last_token(Config::kBlockM);
+    for (int first = rows_.token(0); first <= last; first += kWarpSize) {
+      const int token = first + threadIdx.x % kWarpSize;
+      const bool sees = flag(min(token, last), tile);
+      any |= sees;
+      all &= sees;
+    }
+    any = __any_sync(0xffffffffu, any);
+    all = __all_sync(0xffffffffu, all);
+    const bool present = slot >= 0 && slot < p_.num_slots;  // the table is unchecked
+    return {tile, any && present ? static_cast<int>(slot) : -1, all};
+  }
+
+  // Bit s: the query row of slot s sees the tile.
+  __device__ __forceinline__ unsigned rows_that_see(int tile) const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int slot = 0; slot < Config::kSlots; ++slot) {
+      const int row = Config::row_of_slot(slot);
+      if (rows_.valid(row) && flag(rows_.token(row), tile)) bits |= 1u << slot;
+    }
+    return bits;
+  }
+
+  const CrossAttentionParams& p_;
+  const QueryRows<T>& rows_;
+  int64_t first_token_;
+  TileVisit* visits_;
+  int count_ = 0;  // visits
+  int visit_ = -1, sub_, blocks_per_tile_;
+  unsigned sees_ = 0;  // of the entered tile, a bit per slot
+  int keys_ = 0;       // keys of the entered block from the thread's first column on
+};
+
+}  // namespace mllama
