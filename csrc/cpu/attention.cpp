@@ -1,20 +1,20 @@
-// Blocked attention with online softmax.     Milakov, Gimelshein 2018 (arXiv 1805.02867),
-// FlashAttention-2
-//                                            order of loops inside a task (arXiv 2307.08691)
-// Tiling     a task of up to kTaskRows rows walks its keys in blocks of kBlockKeys, packed once per
-// task for
-//            the matrix products; rows go through in sub-blocks of kSubRows, whose scores stay in
-//            cache.
-// Mask       one visible prefix per (row, block); padding keys one by one, for padding queries
-// alone.
-//            A block that no row of a sub-block sees is skipped; if no row at all sees it, it is
-//            not read.
-// Empty      a row that sees nothing keeps sum 0 and stores 0; exp2(-inf - -inf) is never formed.
-// Precision  scores, softmax and sums in float32 (float64 for float64).
+// Blocked attention with online softmax (Milakov, Gimelshein 2018, arXiv 1805.02867), with the
+// order of loops of FlashAttention-2 (Dao 2023, arXiv 2307.08691) inside a task.
+//
+// Tiling     A task of up to kTaskRows rows walks its keys in blocks of kBlockKeys, packed once per
+//            task for the matrix products; rows go through in sub-blocks of kSubRows, whose scores
+//            stay in cache.
+// Mask       One visible prefix per (row, block); padding keys one by one, for padding queries
+//            alone. A block that no row of a sub-block sees is skipped; if no row at all sees it,
+//            it is not read.
+// Empty      A row that sees nothing keeps sum 0 and stores 0; exp2(-inf - -inf) is never formed.
+// Precision  Scores, softmax and sums in float32 (float64 for float64). Where the processor
+//            multiplies bfloat16, weights are rounded to it before the product with v.
 #include "attention.h"
 
 #include "../common.h"
 #include "gemm_amx.h"
+#include "gemm_dot.h"
 #include "gemm_fma.h"
 #include "kernels.h"
 
@@ -203,9 +203,10 @@ class TaskRunner {
 template <typename T>
 void attend(const AttentionTask& task, Scratch& scratch) {
   const Scratch::Mark mark(scratch);
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
   if constexpr (__is_same(T, BF16)) {
     if (amx_available()) return TaskRunner<T, AmxGemm>(task, scratch).run();
+    return TaskRunner<T, DotGemm>(task, scratch).run();
   }
 #endif
   TaskRunner<T, FmaGemm<Scalar<T>>>(task, scratch).run();

@@ -1,12 +1,14 @@
 // patch_embed: the convolution as a matrix product of implicit im2col rows with the packed weight,
-// then embeddings and LayerNorm on each row while it is in cache. Threads    blocks of
-// kBlockPatches patches of one tile; the weight is packed once, by all threads. Precision  float32
-// products and statistics; rounded where the plain PyTorch modules round. Traffic    pixels, weight
-// and output once; position embeddings once per tile.
+// then embeddings and LayerNorm on each row while it is in cache.
+//
+// Threads    Blocks of kBlockPatches patches of one tile; all threads pack the weight, once.
+// Precision  Float32 products and statistics; rounded where the plain PyTorch modules round.
+// Traffic    Pixels, weight and output once; position embeddings once per tile.
 #include "../patch_embed.h"
 
 #include "dtypes.h"
 #include "gemm_amx.h"
+#include "gemm_dot.h"
 #include "gemm_fma.h"
 #include "kernels.h"
 #include "rows.h"
@@ -165,9 +167,10 @@ void run_with(const PatchEmbedParams& p) {
 
 template <typename T>
 void run(const PatchEmbedParams& p) {
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
   if constexpr (__is_same(T, BF16)) {
     if (amx_available()) return run_with<T, AmxGemm>(p);
+    return run_with<T, DotGemm>(p);
   }
 #endif
   run_with<T, FmaGemm<Scalar<T>>>(p);
