@@ -54,9 +54,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def time_of(us: float) -> str:
-    if us >= 1e4:
-        return f"{us / 1e3:.3g} ms"
-    return f"{us:.3g} us" if us < 1e3 else f"{us / 1e3:.2f} ms"
+    for unit, size in (("us", 1.0), ("ms", 1e3)):
+        if us < 999.5 * size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us / 1e6:.3g} s"
 
 
 def times(ratio: dict[str, float]) -> str:
@@ -147,7 +148,7 @@ def model_table(run: dict[str, Any]) -> str:
                 [
                     f"{impl['name']}, {sizes(row['shape'])}",
                     row["dtype"],
-                    f"{impl['first_token_ms']['median']:.4g} ms",
+                    time_of(1e3 * impl["first_token_ms"]["median"]),
                     ratio[0],
                     f"{impl['tokens_per_s']:.3g}",
                     f"{impl['share_of_floor']:.0%}",
