@@ -118,10 +118,10 @@ def self_attention(arch: int) -> Iterator[Case]:
         flops=2 * length * length * HQ * D,
     )
     for batch, context in ((1, 1024), (1, 8192), (8, 2048)):
-        yield decode_case(batch, context)
+        yield decode_case(arch, batch, context)
 
 
-def decode_case(batch: int, context: int) -> Case:
+def decode_case(arch: int, batch: int, context: int) -> Case:
     page = 64
     pages = context // page
     q, k, v = randn(batch, HQ, D), randn(batch, HKV, D), randn(batch, HKV, D)
@@ -138,14 +138,21 @@ def decode_case(batch: int, context: int) -> Case:
             q, k, v, cos, sin, k_cache, v_cache, table, bounds, lens, max_seqlen=1
         ),
         floor=size(k_cache, v_cache, k, v) + 2 * size(q),
-        again={"partial results written and read, from L2": partials(batch, context // split)},
-        conflicts=("rotating the query, once per block", 0.01),
+        again=partials(arch, batch, context // split),
+        conflicts=("rotating the query, once per block", 0.01) if arch == 80 else (PUSHED, 0.22),
         flops=4 * batch * context * HQ * D,
     )
 
 
-def partials(batch: int, splits: int) -> int:
-    return 2 * batch * HQ * splits * (D + 2) * 4
+# The blocks of a cluster store results into each other's shared memory.
+PUSHED = "once per block, results stored into several other blocks, counted as if into one"
+
+
+def partials(arch: int, batch: int, splits: int) -> dict[str, int]:
+    """What split decoding writes and reads again; on sm_90a it is one kernel, which keeps it."""
+    if arch == 90:
+        return {}
+    return {"partial results written and read, from L2": 2 * batch * HQ * splits * (D + 2) * 4}
 
 
 def cross_attention(arch: int) -> Iterator[Case]:
@@ -157,7 +164,8 @@ def cross_attention(arch: int) -> Iterator[Case]:
         f"decode, {keys} keys",
         lambda: ours.cross_attention(one, k, v, q_norm_weight=weight),
         floor=size(k, v) + 2 * size(one),
-        again={"partial results written and read, from L2": partials(1, TILES * 4)},
+        again=partials(arch, 1, TILES * 4),
+        conflicts=("", 0.0) if arch == 80 else (PUSHED, 0.06),
         flops=4 * keys * HQ * D,
     )
     # Few rows: on sm_90a the blocks of a cluster take one tile each of the same rows.
