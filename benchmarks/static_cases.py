@@ -44,14 +44,16 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape).to(BF16)
+def rand(*shape: int) -> Tensor:
+    """From -2 to 2, in steps of 1/64: the same numbers on every machine, for how often a softmax's
+    maximum moves depends on them."""
+    return (torch.randint(-128, 129, shape) / 64).to(BF16)
 
 
 def elementwise(arch: int) -> Iterator[Case]:
-    weight, gate = randn(E), randn(1)
+    weight, gate = rand(E), rand(1)
     rows = 4096
-    x, residual = randn(rows, E), randn(rows, E)
+    x, residual = rand(rows, E), rand(rows, E)
     per_row = {"weight, per row, from L1": (rows - 1) * size(weight)}
     shape = f"{rows} x {E}"
     yield Case(
@@ -74,7 +76,7 @@ def elementwise(arch: int) -> Iterator[Case]:
         lambda: ours.gated_residual(x, residual, gate),
         floor=3 * size(x) + size(gate),
     )
-    heads, head_weight = randn(2048, HQ, D), randn(D)
+    heads, head_weight = rand(2048, HQ, D), rand(D)
     yield Case(
         "rms_norm",
         f"2048 x {HQ} x {D}",
@@ -82,7 +84,7 @@ def elementwise(arch: int) -> Iterator[Case]:
         floor=2 * size(heads) + size(head_weight),
         again={"weight, per two rows, from L1": (2048 * HQ // 2 - 1) * size(head_weight)},
     )
-    gate_up = randn(1024, 2 * INTERMEDIATE)
+    gate_up = rand(1024, 2 * INTERMEDIATE)
     yield Case(
         "swiglu",
         f"1024 x {INTERMEDIATE}",
@@ -98,8 +100,8 @@ def angles(length: int) -> tuple[Tensor, Tensor]:
 
 def self_attention(arch: int) -> Iterator[Case]:
     length, block = 1024, 32  # tokens in 128 rows of packed query heads
-    q = randn(1, length, HQ, D)
-    k, v = randn(1, length, HKV, D), randn(1, length, HKV, D)
+    q = rand(1, length, HQ, D)
+    k, v = rand(1, length, HKV, D), rand(1, length, HKV, D)
     cos, sin = angles(length)
     blocks = length // block
     keys = block * blocks * (blocks + 1) // 2  # that the blocks of one head see
@@ -124,8 +126,8 @@ def self_attention(arch: int) -> Iterator[Case]:
 def decode_case(arch: int, batch: int, context: int) -> Case:
     page = 64
     pages = context // page
-    q, k, v = randn(batch, HQ, D), randn(batch, HKV, D), randn(batch, HKV, D)
-    k_cache, v_cache = (randn(batch * pages, HKV, page, D) for _ in range(2))
+    q, k, v = rand(batch, HQ, D), rand(batch, HKV, D), rand(batch, HKV, D)
+    k_cache, v_cache = (rand(batch * pages, HKV, page, D) for _ in range(2))
     table = torch.randperm(batch * pages).int().view(batch, pages)
     bounds = torch.arange(batch + 1).int()
     lens = torch.full((batch,), context - 1).int()
@@ -156,9 +158,9 @@ def partials(arch: int, batch: int, splits: int) -> dict[str, int]:
 
 
 def cross_attention(arch: int) -> Iterator[Case]:
-    k, v = (randn(1, TILES, TILE_TOKENS, HKV, D) for _ in range(2))
-    keys, weight = TILES * TILE_TOKENS, randn(D)
-    one = randn(1, 1, HQ, D)
+    k, v = (rand(1, TILES, TILE_TOKENS, HKV, D) for _ in range(2))
+    keys, weight = TILES * TILE_TOKENS, rand(D)
+    one = rand(1, 1, HQ, D)
     yield Case(
         "cross_attention",
         f"decode, {keys} keys",
@@ -170,7 +172,7 @@ def cross_attention(arch: int) -> Iterator[Case]:
     )
     # Few rows: on sm_90a the blocks of a cluster take one tile each of the same rows.
     rows, block = 128, 32
-    q = randn(1, rows, HQ, D)
+    q = rand(1, rows, HQ, D)
     repeats = rows // block - 1
     from_l2 = "keys and values by every block of rows, from L2"
     shared_rows = {"queries by the blocks that share their tiles, from L2": (TILES - 1) * size(q)}
@@ -193,7 +195,7 @@ def cross_attention(arch: int) -> Iterator[Case]:
     )
     # Many rows: a block takes all tiles. Every other row sees but the first tile.
     rows = 512
-    many = randn(1, rows, HQ, D)
+    many = rand(1, rows, HQ, D)
     small_k, small_v = (t[:, :, :256].contiguous() for t in (k, v))
     mixed = torch.ones(1, rows, TILES, dtype=torch.bool)
     mixed[:, ::2, 1:] = False
@@ -209,7 +211,7 @@ def cross_attention(arch: int) -> Iterator[Case]:
 
 def vision(arch: int) -> Iterator[Case]:
     tokens, block = 1608, 128
-    q, k, v = (randn(1, tokens, VISION_HEADS, VISION_DIM) for _ in range(3))
+    q, k, v = (rand(1, tokens, VISION_HEADS, VISION_DIM) for _ in range(3))
     padding = torch.arange(tokens)[None] >= TILE_TOKENS
     yield Case(
         "vision_attention",
@@ -219,16 +221,16 @@ def vision(arch: int) -> Iterator[Case]:
         again={"keys and values by every block of rows, from L2": tokens // block * size(k, v)},
         flops=4 * tokens * tokens * VISION_HEADS * VISION_DIM,
     )
-    pixels = randn(1, 1, 3, TILE, TILE)
+    pixels = rand(1, 1, 3, TILE, TILE)
     grid = TILE // PATCH
     patches, depth = grid * grid, 3 * PATCH * PATCH
-    weight = randn(VISION_WIDTH, 3, PATCH, PATCH)
+    weight = rand(VISION_WIDTH, 3, PATCH, PATCH)
     positions, tile_positions = (
-        randn(patches + 1, VISION_WIDTH),
-        randn(9, (patches + 1) * VISION_WIDTH),
+        rand(patches + 1, VISION_WIDTH),
+        rand(9, (patches + 1) * VISION_WIDTH),
     )
-    row, gate = randn(VISION_WIDTH), randn(1)
-    pre_tile = randn(9, VISION_WIDTH)
+    row, gate = rand(VISION_WIDTH), rand(1)
+    pre_tile = rand(9, VISION_WIDTH)
     out_bytes = (patches + 8) * VISION_WIDTH * 2
     row_blocks = -(-patches // 128)
     per_patch = {"pre-tile embedding per patch, from L1": patches * size(row)}
@@ -276,10 +278,10 @@ def vision(arch: int) -> Iterator[Case]:
 
 def decoding(arch: int) -> Iterator[Case]:
     """The products of a decoder layer, and the choice of the token."""
-    square, gate_up = randn(E, E), randn(2 * INTERMEDIATE // 4, E)
-    norm_weight = randn(E)
+    square, gate_up = rand(E, E), rand(2 * INTERMEDIATE // 4, E)
+    norm_weight = rand(E)
     for rows in (1, 8):
-        x = randn(rows, E)
+        x = rand(rows, E)
         yield Case(
             "skinny_linear",
             f"o, {rows} x {E}",
@@ -300,7 +302,7 @@ def decoding(arch: int) -> Iterator[Case]:
             },
             flops=2 * rows * E * 2 * (INTERMEDIATE // 4),
         )
-    logits = 3 * randn(1, VOCABULARY)
+    logits = 3 * rand(1, VOCABULARY)
     seeds, step = torch.tensor([1]), torch.tensor(0)
     yield Case(
         "sample",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mllama_kernels.skinny_linear import MAX_ROWS
 from torch import Tensor, nn
 
 from mllama.backend import Ops
+from mllama_kernels.skinny_linear import MAX_ROWS
 
 
 class FusedLinear(nn.Module):

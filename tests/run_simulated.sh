@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the op tests on the CUDA kernels without a GPU: builds with MLLAMA_KERNELS_SIMULATE=1 (PTX, CUDA code
-# behind CPU tensors) and puts a libcudart that executes PTX on the host in front of the real one.
+# behind CPU tensors) and puts a libcudart that executes PTX on the host in front of the real one. Without pytest
+# arguments it compares the static figures of benchmarks/ too.
 #   bash tests/run_simulated.sh <folder of the simulator's sources> [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,3 +29,9 @@ for arch in 80 90; do
   CUDASIM_ARCH=$arch "$python" -m pytest -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider "$@" \
     "$tests"/test_{rms_norm,gated_residual,swiglu,skinny_linear,sample,rotary_attention,cross_attention,vision_attention,patch_embed}.py
 done
+
+if [ $# -eq 0 ]; then
+  echo "static figures"
+  cd "$tests/.."
+  "$python" -m benchmarks.static "$work/site" "$work/simulator" --check
+fi
