@@ -14,6 +14,7 @@ from model_helpers import Prompt, Shape, assert_close, batch_of, hf_model, our_m
 import mllama
 import mllama_kernels.reference as reference
 from mllama.backend import Ops
+from mllama_kernels.skinny_linear import MAX_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
 SHAPE = Shape(layers=3, cross=(1,), local_layers=2, taps=(0, 1), global_layers=1)
@@ -118,9 +119,9 @@ def test_backend_is_one_switch_for_the_whole_model(model: Any, monkeypatch: Any)
 
     monkeypatch.setattr(reference, "swiglu", counted)
     model.backend = "reference"
-    assert model.model.language_model.layers[0].mlp.ops is model.ops
+    assert model.model.language_model.layers[0].self_attn.ops is model.ops
     with torch.no_grad():
-        model(**batch_of(SHAPE, [Prompt(4)]))
+        model(**batch_of(SHAPE, [Prompt(MAX_ROWS + 1)]))
     assert len(calls) == 2
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         model.backend = "cuda"
