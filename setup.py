@@ -169,9 +169,11 @@ def ninja_file(build: Path, output: Path) -> str:
         runtime = "-lcudart" if simulate else "-lcudart_static -ldl -lrt -lpthread"
         lib = next((p for p in (home / "lib64", home / "lib") if p.exists()), home / "lib64")
         link += f" -L{shlex.quote(str(lib))} {runtime}"
-        nvcc = (
-            f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 -lineinfo {flags} {defines}"
-        )
+        nvcc = f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 {flags} {defines}"
+        if simulate:
+            nvcc += (
+                " -lineinfo"  # the simulator's reports; in a binary it is two thirds of the size
+            )
         nvcc += f" --threads {os.environ.get('NVCC_THREADS', '1')} -ccbin {shlex.quote(cxx)}"
         nvcc += " -Xcompiler -fPIC,-fvisibility=hidden -cudart " + (
             "shared" if simulate else "static"
