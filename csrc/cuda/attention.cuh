@@ -16,6 +16,7 @@
 
 #include "attention_products.cuh"
 #include "attention_queries.cuh"
+#include "dispatch.cuh"
 #include "softmax.cuh"
 
 namespace mllama {
@@ -163,16 +164,9 @@ cudaError_t launch_attention(void (*kernel)(Params), int64_t blocks, int threads
 // Calls f(AttentionConfig<T, D, kHidesRows>{}) for the head dims Mllama needs.
 template <typename T, bool kHidesRows = false, typename F>
 cudaError_t dispatch_config(int64_t head_dim, const F& f) {
-  switch (head_dim) {
-    case 64:
-      return f(AttentionConfig<T, 64, kHidesRows>{});
-    case 80:
-      return f(AttentionConfig<T, 80, kHidesRows>{});
-    case 128:
-      return f(AttentionConfig<T, 128, kHidesRows>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return dispatch_head_dim(head_dim, [&](auto dim) {
+    return f(AttentionConfig<T, decltype(dim)::value, kHidesRows>{});
+  });
 }
 
 }  // namespace mllama

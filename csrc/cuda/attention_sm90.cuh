@@ -24,6 +24,7 @@
 #include "attention_queries.cuh"
 #include "attention_sm90_parts.cuh"
 #include "attention_sm90_tile.cuh"
+#include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "softmax.cuh"
@@ -387,24 +388,12 @@ __device__ __forceinline__ void attend_sm90(AttentionSm90Shared<Config>& shared,
   compute.store();
 }
 
-// Calls f(T{}, std::integral_constant<int, head_dim>{}) for 16-bit elements and the head dims
-// Mllama needs.
+// Calls f(T{}, std::integral_constant<int, head_dim>{}).
 template <typename F>
 cudaError_t dispatch_sm90(DType dtype, int64_t head_dim, const F& f) {
-  const auto with_dim = [&](auto element) {
-    switch (head_dim) {
-      case 64:
-        return f(element, std::integral_constant<int, 64>{});
-      case 80:
-        return f(element, std::integral_constant<int, 80>{});
-      case 128:
-        return f(element, std::integral_constant<int, 128>{});
-      default:
-        return cudaErrorInvalidValue;
-    }
-  };
-  if (dtype == DType::kBFloat16) return with_dim(__nv_bfloat16{});
-  return dtype == DType::kFloat16 ? with_dim(__half{}) : cudaErrorInvalidValue;
+  return dispatch_half(dtype, [&](auto element) {
+    return dispatch_head_dim(head_dim, [&](auto dim) { return f(element, dim); });
+  });
 }
 
 }  // namespace mllama

@@ -4,6 +4,7 @@
 // Aliasing   Reads q, k and v, writes out and workspace; none of these may overlap.
 
 #include "decode_queries.cuh"
+#include "dispatch.cuh"
 #include "split_kv.cuh"
 
 namespace mllama {

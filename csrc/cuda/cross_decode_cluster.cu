@@ -6,6 +6,7 @@
 // Aliasing   Reads q, k and v, writes out; none of these may overlap.
 
 #include "decode_queries.cuh"
+#include "dispatch.cuh"
 #include "split_kv_cluster.cuh"
 
 namespace mllama {

@@ -10,6 +10,7 @@
 // Aliasing   out may be x or residual. Input rows may be strided and of any alignment.
 
 #include "../gated_residual.h"
+#include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "row_tiles.cuh"

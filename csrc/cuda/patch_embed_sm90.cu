@@ -34,6 +34,7 @@
 //            written again, 7 us, and 2 us from kernel to kernel.
 // Bad ids and aliasing: as patch_embed.cu.
 
+#include "dispatch.cuh"
 #include "hopper.h"
 #include "patch_product_sm90.cuh"
 #include "patch_tokens.cuh"
@@ -393,8 +394,8 @@ cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
 }  // namespace
 
 int patch_embed_sm90(const PatchEmbedParams& p, CUstream_st* stream) {
-  return p.dtype == DType::kBFloat16 ? launch_dtype<__nv_bfloat16>(p, stream)
-                                     : launch_dtype<__half>(p, stream);
+  return dispatch_half(p.dtype,
+                       [&](auto element) { return launch_dtype<decltype(element)>(p, stream); });
 }
 
 }  // namespace mllama

@@ -26,6 +26,7 @@
 //            element). Input rows may be strided. A row hidden by row_mask is not read from x.
 
 #include "../rms_norm.h"
+#include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "reduce.cuh"

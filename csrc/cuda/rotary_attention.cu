@@ -25,6 +25,7 @@
 #include "hopper.h"
 #include "ragged.cuh"
 #include "rope.cuh"
+#include "rotary_attention_block.cuh"
 #include "rotary_attention_sm90.h"
 #include "split_kv.h"
 
@@ -214,56 +215,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     rotary_attention_kernel(const __grid_constant__ RotaryAttentionParams p) {
   using T = typename Config::T;
   extern __shared__ __align__(16) char shared[];
-  const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
-  const unsigned pairs = static_cast<unsigned>(p.batch) * kv_heads;
-  const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-  const int64_t kv_head = blockIdx.x % kv_heads, b = blockIdx.x % pairs / kv_heads;
-  const SequenceRows sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
-
-  const int first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * Config::kBlockM;
-  const int count = static_cast<int>(sequence.count) * group;
-  if (first >= count) return;
-  const int64_t capacity = p.max_pages * p.page_size;
-  const int64_t past =  // unchecked, like the page table
-      p.page_table == nullptr ? 0 : min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity);
+  const RotaryBlock block(p, Config::kBlockM);
+  if (block.empty()) return;
 
   __shared__ QueryRows<T> rows;
   __shared__ KeySpan<T> span;
   __shared__ int last_keys[Config::kBlockM];
   if (threadIdx.x == 0) {
-    const int64_t first_head = kv_head * group;
-    rows.group = group;
-    rows.first = first;
-    rows.count = count;
-    rows.q =
-        first_row<T>(p.q, p.cu_seqlens, b, sequence.begin, p.q_batch_stride, p.q_token_stride) +
-        first_head * p.q_head_stride;
-    rows.out =
-        static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + first_head) * Config::kHeadDim;
-    rows.q_token_stride = p.q_token_stride;
-    rows.q_head_stride = p.q_head_stride;
-    rows.out_token_stride = p.num_q_heads * Config::kHeadDim;
-    rows.out_head_stride = Config::kHeadDim;
-    span = p.page_table == nullptr
-               ? dense_span<T>(p, b, kv_head, sequence)
-               : paged_span<T>(p, b, kv_head, min(past + sequence.count, capacity));
+    block.fill(rows, p, Config::kHeadDim);
+    span = p.page_table == nullptr ? dense_span<T>(p, block.b, block.kv_head, block.sequence)
+                                   : paged_span<T>(p, block.b, block.kv_head, block.length);
   }
   __syncthreads();
 
-  const int64_t angles = sequence.begin % p.cos_rows;
-  const RotaryQuery<T> query{static_cast<const T*>(p.cos) + angles * p.cos_row_stride,
-                             static_cast<const T*>(p.sin) + angles * p.sin_row_stride,
-                             p.cos_row_stride, p.sin_row_stride, p.interleaved};
-  CausalMask<Config> mask(first, count, group, static_cast<int>(past), last_keys);
+  const RotaryQuery<T> query = block.query<T>(p);
+  CausalMask<Config> mask(block.first, block.count, block.group, static_cast<int>(block.past),
+                          last_keys);
   SequenceKeys<T, Config::kBlockN> keys{&span};
   attend<Config>(rows, query, keys, mask, softmax_scale_log2(p.softmax_scale), shared);
 }
 
 template <typename Config>
 cudaError_t launch_attend(const RotaryAttentionParams& p, cudaStream_t stream) {
-  const int64_t group = p.num_q_heads / p.num_kv_heads;
-  const int64_t blocks =
-      ceil_div<int64_t>(p.max_seqlen * group, Config::kBlockM) * p.num_kv_heads * p.batch;
+  const int64_t blocks = rotary_blocks(p, Config::kBlockM);
   if (blocks == 0) return cudaSuccess;
   return launch_attention(rotary_attention_kernel<Config>, blocks, Config::kThreads,
                           Config::kSharedBytes, stream, p);

@@ -15,7 +15,7 @@
 //            K and V come from L2 but for the first time.
 
 #include "attention_sm90_rows.cuh"
-#include "ragged.cuh"
+#include "rotary_attention_block.cuh"
 #include "rotary_attention_sm90.h"
 
 namespace mllama {
@@ -112,55 +112,27 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   using T = typename Config::T;
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<AttentionSm90Shared<Config>*>(memory);
-  const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
-  const unsigned pairs = static_cast<unsigned>(p.batch) * kv_heads;
-  const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-  const int64_t kv_head = blockIdx.x % kv_heads, b = blockIdx.x % pairs / kv_heads;
-  const SequenceRows sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
-
-  const int first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * Config::kBlockM;
-  const int count = static_cast<int>(sequence.count) * group;
-  if (first >= count) return;
-  const bool paged = p.page_table != nullptr, packed = p.cu_seqlens != nullptr;
-  const int64_t capacity = p.max_pages * p.page_size;
-  const int64_t past =  // unchecked, like the page table
-      paged ? min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity) : 0;
-
+  const RotaryBlock block(p, Config::kBlockM);
+  if (block.empty()) return;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&maps.k);
     prefetch_tensor_map(&maps.v);
     shared.init_barriers();
-    QueryRows<T>& rows = shared.rows;
-    const int64_t first_head = kv_head * group;
-    rows.group = group;
-    rows.first = first;
-    rows.count = count;
-    rows.q = static_cast<const T*>(p.q) +
-             (packed ? sequence.begin * p.q_token_stride : b * p.q_batch_stride) +
-             first_head * p.q_head_stride;
-    rows.out =
-        static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + first_head) * Config::kHeadDim;
-    rows.q_token_stride = p.q_token_stride;
-    rows.q_head_stride = p.q_head_stride;
-    rows.out_token_stride = p.num_q_heads * Config::kHeadDim;
-    rows.out_head_stride = Config::kHeadDim;
+    block.fill(shared.rows, p, Config::kHeadDim);
   }
   __syncthreads();
 
-  const int64_t angles = sequence.begin % p.cos_rows;
-  const RotaryQuery<T> query{static_cast<const T*>(p.cos) + angles * p.cos_row_stride,
-                             static_cast<const T*>(p.sin) + angles * p.sin_row_stride,
-                             p.cos_row_stride, p.sin_row_stride, p.interleaved};
-  const RotaryKeys<Config> keys{
-      maps,
-      paged ? p.page_table + b * p.max_pages : nullptr,
-      packed ? static_cast<int>(sequence.begin) : 0,
-      packed ? 0 : static_cast<int>(b),
-      static_cast<int>(kv_head),
-      static_cast<int>(paged ? min(past + sequence.count, capacity) : sequence.count),
-      static_cast<int>(p.page_size),
-      !paged && !packed};
-  CausalMask<Config> mask(first, count, group, static_cast<int>(past));
+  const bool paged = p.page_table != nullptr, packed = p.cu_seqlens != nullptr;
+  const RotaryQuery<T> query = block.query<T>(p);
+  const RotaryKeys<Config> keys{maps,
+                                paged ? p.page_table + block.b * p.max_pages : nullptr,
+                                packed ? static_cast<int>(block.sequence.begin) : 0,
+                                packed ? 0 : static_cast<int>(block.b),
+                                static_cast<int>(block.kv_head),
+                                static_cast<int>(block.length),
+                                static_cast<int>(p.page_size),
+                                !paged && !packed};
+  CausalMask<Config> mask(block.first, block.count, block.group, static_cast<int>(block.past));
   attend_sm90<Config>(shared, query, keys, mask, softmax_scale_log2(p.softmax_scale));
 #endif
 }
@@ -189,9 +161,7 @@ cudaError_t make_maps(KeyMaps& maps, const RotaryAttentionParams& p) {
 
 template <typename Config>
 cudaError_t launch_config(const RotaryAttentionParams& p, cudaStream_t stream) {
-  const int64_t group = p.num_q_heads / p.num_kv_heads;
-  const int64_t blocks =
-      ceil_div<int64_t>(p.max_seqlen * group, Config::kBlockM) * p.num_kv_heads * p.batch;
+  const int64_t blocks = rotary_blocks(p, Config::kBlockM);
   if (blocks == 0) return cudaSuccess;
   KeyMaps maps;
   const cudaError_t status = make_maps<Config>(maps, p);

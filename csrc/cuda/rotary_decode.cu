@@ -5,6 +5,7 @@
 // Aliasing   Reads q and the cache, writes out and workspace; none of these may overlap.
 
 #include "decode_queries.cuh"
+#include "dispatch.cuh"
 #include "split_kv.cuh"
 
 namespace mllama {

@@ -9,6 +9,7 @@
 // Aliasing   Reads q, k and v, reads and writes the caches, writes out; none of these may overlap.
 
 #include "decode_queries.cuh"
+#include "dispatch.cuh"
 #include "split_kv_cluster.cuh"
 
 namespace mllama {

@@ -6,6 +6,7 @@
 // Traffic    rows * vocab elements from memory, and that again from L2 for each of 3 to 11 passes:
 //            the largest, up to 4 per cut, 2 for the draw (the second only up to the token's warp).
 
+#include "dispatch.cuh"
 #include "sample.cuh"
 #include "sample_cluster.h"
 

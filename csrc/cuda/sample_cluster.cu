@@ -12,6 +12,7 @@
 
 #include <atomic>
 
+#include "dispatch.cuh"
 #include "hopper.h"
 #include "sample.cuh"
 #include "sample_cluster.h"

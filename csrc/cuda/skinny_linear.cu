@@ -37,6 +37,7 @@
 //            else.
 
 #include "../skinny_linear.h"
+#include "dispatch.cuh"
 #include "hopper.h"
 #include "skinny_linear_mma.cuh"
 #include "skinny_linear_rings.cuh"
@@ -124,13 +125,10 @@ int skinny_linear_cuda(const SkinnyLinearParams& p, CUstream_st* stream) {
   if (p.dtype == DType::kFloat32 || !aligned || p.k == 0) {
     return skinny_linear_simt(p, aligned, multiprocessors, stream);
   }
-  return dispatch_dtype(p.dtype, [&](auto element) {
+  return dispatch_half(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      return p.rows <= 8 ? launch_mma<T, 1>(p, multiprocessors, stream)
-                         : launch_mma<T, 2>(p, multiprocessors, stream);
-    }
-    return cudaErrorInvalidValue;
+    return p.rows <= 8 ? launch_mma<T, 1>(p, multiprocessors, stream)
+                       : launch_mma<T, 2>(p, multiprocessors, stream);
   });
 }
 

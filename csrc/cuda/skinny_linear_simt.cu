@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "dispatch.cuh"
 #include "hopper.h"
 #include "skinny_linear_output.cuh"
 #include "skinny_linear_simt.h"

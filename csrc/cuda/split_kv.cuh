@@ -277,19 +277,4 @@ SplitKvParams split_kv_params(const Params& p, int64_t splits) {
   return s;
 }
 
-// f(integral_constant) for the head dims that are compiled.
-template <typename F>
-cudaError_t dispatch_head_dim(int64_t head_dim, const F& f) {
-  switch (head_dim) {
-    case 64:
-      return f(std::integral_constant<int, 64>{});
-    case 80:
-      return f(std::integral_constant<int, 80>{});
-    case 128:
-      return f(std::integral_constant<int, 128>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace mllama

@@ -329,17 +329,4 @@ cudaError_t launch_split_kv_cluster(const Source& source, const Params& params,
                 shared_bytes, stream, options, source, p);
 }
 
-// dispatch_dtype for the 16-bit types.
-template <typename F>
-cudaError_t dispatch_half(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace mllama

@@ -8,6 +8,7 @@
 // Aliasing   out may not overlap gate_up. Rows of gate_up may be strided and of any alignment.
 
 #include "../swiglu.h"
+#include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
 #include "row_tiles.cuh"

@@ -128,19 +128,4 @@ inline bool is_aligned16(const void* address, int64_t stride, DType dtype) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && stride * element_size(dtype) % 16 == 0;
 }
 
-// f(T{}) for the element type of `dtype`; CUDA kernels take no float64.
-template <typename F>
-cudaError_t dispatch_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat16:
-      return f(__half{});
-    case DType::kBFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 }  // namespace mllama

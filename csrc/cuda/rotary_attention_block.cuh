@@ -1,0 +1,68 @@
+// What the prefill kernels of rotary_attention share: the rows of a thread block, and how their
+// queries are read.
+#pragma once
+
+#include "../rotary_attention.h"
+#include "attention_queries.cuh"
+#include "ragged.cuh"
+
+namespace mllama {
+
+// The rows of this thread block. The longest blocks come first, for all sequences and heads.
+struct RotaryBlock {
+  SequenceRows sequence;
+  int64_t b, kv_head;
+  int64_t past;    // tokens in the cache before the sequence's own
+  int64_t length;  // with its own
+  int first, count, group;
+
+  __device__ __forceinline__ RotaryBlock(const RotaryAttentionParams& p, int block_rows)
+      : group(static_cast<int>(p.num_q_heads / p.num_kv_heads)) {
+    const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
+    const unsigned pairs = static_cast<unsigned>(p.batch) * kv_heads;
+    kv_head = blockIdx.x % kv_heads;
+    b = blockIdx.x % pairs / kv_heads;
+    sequence = sequence_rows(p.cu_seqlens, b, p.max_seqlen, p.tokens);
+    first = static_cast<int>(gridDim.x / pairs - 1 - blockIdx.x / pairs) * block_rows;
+    count = static_cast<int>(sequence.count) * group;
+    const bool paged = p.page_table != nullptr;
+    const int64_t capacity = p.max_pages * p.page_size;
+    // Lengths are unchecked, like the page table.
+    past = paged ? min(max(int64_t{p.cache_lens[b]}, int64_t{0}), capacity) : 0;
+    length = paged ? min(past + sequence.count, capacity) : sequence.count;
+  }
+
+  __device__ __forceinline__ bool empty() const { return first >= count; }
+
+  template <typename T>
+  __device__ __forceinline__ void fill(QueryRows<T>& rows, const RotaryAttentionParams& p,
+                                       int head_dim) const {
+    const int64_t head = kv_head * group;
+    const int64_t q =
+        p.cu_seqlens == nullptr ? b * p.q_batch_stride : sequence.begin * p.q_token_stride;
+    rows.q = static_cast<const T*>(p.q) + q + head * p.q_head_stride;
+    rows.out = static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + head) * head_dim;
+    rows.q_token_stride = p.q_token_stride;
+    rows.q_head_stride = p.q_head_stride;
+    rows.out_token_stride = p.num_q_heads * head_dim;
+    rows.out_head_stride = head_dim;
+    rows.group = group;
+    rows.first = first;
+    rows.count = count;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ RotaryQuery<T> query(const RotaryAttentionParams& p) const {
+    const int64_t angles = sequence.begin % p.cos_rows;
+    return {static_cast<const T*>(p.cos) + angles * p.cos_row_stride,
+            static_cast<const T*>(p.sin) + angles * p.sin_row_stride, p.cos_row_stride,
+            p.sin_row_stride, p.interleaved};
+  }
+};
+
+constexpr int64_t rotary_blocks(const RotaryAttentionParams& p, int64_t block_rows) {
+  return ceil_div(p.max_seqlen * (p.num_q_heads / p.num_kv_heads), block_rows) * p.num_kv_heads *
+         p.batch;
+}
+
+}  // namespace mllama
