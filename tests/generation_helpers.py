@@ -18,8 +18,14 @@ IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 def endless_model() -> mllama.MllamaForConditionalGeneration:
-    """A small model with "meta" semantics, on the reference ops; it has no stop token."""
+    """A small model with "meta" semantics, on the reference ops; it has no stop token.
+
+    It does not say the padding token either: in a next turn without an `attention_mask` that token
+    counts as padding, here and in transformers.
+    """
     model = our_model(SHAPE, hf_model(SHAPE), semantics="meta")
+    with torch.no_grad():
+        model.lm_head.weight[PAD_TOKEN] = 0  # a logit of 0 is never the largest of a vocabulary
     model.generation_config = {"pad_token_id": PAD_TOKEN}
     return model
 
