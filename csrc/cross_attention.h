@@ -9,13 +9,18 @@ namespace mllama {
 // max_seqlen rows, the first at q + b * q_batch_stride. Its tile t is slot tile_table[b * tiles +
 // t] of k and v, or slot b * tiles + t with tile_table null; a slot below 0 is absent. Row r
 // (counted over all tokens) sees the tile if tile_mask[r * tile_mask_row_stride + t]; tile_mask
-// null shows every present tile.
+// null shows every present tile. A row that sees no key, and a row of no sequence, gives zeros.
 struct CrossAttentionParams {
   const void* q;  // (tokens, num_q_heads, head_dim), last dimension contiguous
   const void* k;  // (num_slots, tile_tokens, num_kv_heads, head_dim), last dim contiguous
   const void* v;  // like k
   const void* q_norm_weight;  // (head_dim,), or null: q is used as it is
   void* out;                  // (tokens, num_q_heads, head_dim), contiguous
+  // log sum exp(softmax_scale * score) over the keys that a query sees, +infinity where it sees
+  // none and for rows of no sequence; (batch, num_q_heads, max_seqlen) or, with cu_seqlens,
+  // (num_q_heads, tokens); contiguous, float32 (float64 for float64). Null: not wanted. Every
+  // implementation writes it, decoding included.
+  void* lse;
   const bool* tile_mask;      // (tokens, tiles), or null
   const int32_t* tile_table;  // (batch, tiles) contiguous, or null
   const int32_t* cu_seqlens;  // (batch + 1,), or null: max_seqlen rows each
@@ -35,5 +40,22 @@ void cross_attention_cpu(const CrossAttentionParams& p);
 int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream);
 // Bytes of device scratch the CUDA launch needs: a function of shapes alone, never of lengths.
 int64_t cross_attention_workspace(const CrossAttentionParams& p);
+
+// The call whose gradients are wanted: out and lse are what it gave and are read, workspace has
+// cross_attention_backward_workspace() bytes. A slot named several times sums its parts in the
+// order of tile_table. Every element of the gradients is written: zeros for slots and tiles that no
+// row sees and for rows that see nothing, whatever these hold.
+struct CrossAttentionBackwardParams : CrossAttentionParams {
+  const void* grad_out;      // (tokens, num_q_heads, head_dim), last dimension contiguous
+  void* grad_q;              // (tokens, num_q_heads, head_dim), contiguous; before the norm
+  void* grad_k;              // (num_slots, tile_tokens, num_kv_heads, head_dim), contiguous
+  void* grad_v;              // like grad_k
+  void* grad_q_norm_weight;  // (head_dim,); null without q_norm_weight
+  int64_t grad_out_batch_stride, grad_out_token_stride, grad_out_head_stride;
+};
+
+void cross_attention_backward_cpu(const CrossAttentionBackwardParams& p);
+int cross_attention_backward_cuda(const CrossAttentionBackwardParams& p, CUstream_st* stream);
+int64_t cross_attention_backward_workspace(const CrossAttentionBackwardParams& p);
 
 }  // namespace mllama

@@ -9,7 +9,7 @@ namespace mllama {
 // Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own
 // max_seqlen rows. The first row of sequence b in q is q + cu_seqlens[b] * q_token_stride or, with
 // cu_seqlens null, q + b * q_batch_stride; likewise for k and v. Row i of sequence b attends to
-// positions 0 .. cache_lens[b] + i, with cache_lens null meaning 0.
+// positions 0 .. cache_lens[b] + i, with cache_lens null meaning 0. Rows of no sequence give zeros.
 struct RotaryAttentionParams {
   const void* q;    // (tokens, num_q_heads, head_dim), last dimension contiguous
   const void* k;    // (tokens, num_kv_heads, head_dim), last dimension contiguous; not yet rotated
@@ -17,6 +17,11 @@ struct RotaryAttentionParams {
   const void* cos;  // (cos_rows, head_dim / 2); token t uses row t % cos_rows
   const void* sin;  // like cos
   void* out;        // (tokens, num_q_heads, head_dim), contiguous
+  // log sum exp(softmax_scale * score) over the keys that a query sees, +infinity for rows of no
+  // sequence; (batch, num_q_heads, max_seqlen) or, with cu_seqlens, (num_q_heads, tokens);
+  // contiguous, float32 (float64 for float64). Null: not wanted, as always when paged. Every
+  // implementation writes it.
+  void* lse;
   // Paged: the caches, (num_pages, num_kv_heads, page_size, head_dim) contiguous, appended to
   // first. Not paged: k_cache is scratch for the rotated keys, (tokens, num_kv_heads, head_dim)
   // contiguous, and v_cache is null: values are read from v.
@@ -42,5 +47,21 @@ void rotary_attention_cpu(const RotaryAttentionParams& p);
 int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream);
 // Bytes of device scratch the CUDA launch needs: a function of shapes alone, never of lengths.
 int64_t rotary_attention_workspace(const RotaryAttentionParams& p);
+
+// The call whose gradients are wanted, not paged: out and lse are what it gave and are read,
+// k_cache is scratch for the rotated keys again, workspace has
+// rotary_attention_backward_workspace() bytes. Rows of no sequence get zero gradients; every
+// element of the gradients is written.
+struct RotaryAttentionBackwardParams : RotaryAttentionParams {
+  const void* grad_out;  // (tokens, num_q_heads, head_dim), last dimension contiguous
+  void* grad_q;          // (tokens, num_q_heads, head_dim), contiguous
+  void* grad_k;          // (tokens, num_kv_heads, head_dim), contiguous; of the keys as given
+  void* grad_v;          // (tokens, num_kv_heads, head_dim), contiguous
+  int64_t grad_out_batch_stride, grad_out_token_stride, grad_out_head_stride;
+};
+
+void rotary_attention_backward_cpu(const RotaryAttentionBackwardParams& p);
+int rotary_attention_backward_cuda(const RotaryAttentionBackwardParams& p, CUstream_st* stream);
+int64_t rotary_attention_backward_workspace(const RotaryAttentionBackwardParams& p);
 
 }  // namespace mllama
