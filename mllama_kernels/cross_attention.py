@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mllama_kernels import _dispatch
+from mllama_kernels import _attention, _dispatch
 
 
 @_dispatch.public
@@ -42,6 +44,10 @@ def cross_attention(
         max_seqlen: bound on the rows of one sequence; default N.
     Returns:
         Shape and dtype of q, contiguous. A row that sees no tile gives zeros.
+    Backward:
+        gradients of q, k, v and q_norm_weight; saves them, the output and the log-sum-exp of each query's
+        scores (float32, one per row and query head). Scores and normalised rows are recomputed, hidden
+        tiles skipped: a tile that no row sees has gradient zero, whatever it holds.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
@@ -50,9 +56,10 @@ def cross_attention(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     longest = q.shape[0] if max_seqlen is None else max_seqlen
+    with_lse = _attention.wants_lse(q, k, v, q_norm_weight)
     return torch.ops.mllama_kernels.cross_attention(
-        q, k, v, tile_mask, q_norm_weight, eps, scale, tile_table, cu_seqlens, longest
-    )
+        q, k, v, tile_mask, q_norm_weight, eps, scale, tile_table, cu_seqlens, longest, with_lse
+    )[0]
 
 
 def _fake(
@@ -66,8 +73,44 @@ def _fake(
     tile_table: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-) -> Tensor:
-    return q.new_empty(q.shape)
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _attention.fake(q, cu_seqlens is not None, with_lse)
 
 
-_dispatch.register("cross_attention", _fake)
+def _backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile_mask: Tensor | None,
+    q_norm_weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight = q.new_empty(0 if q_norm_weight is None else q.shape[-1])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), weight
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tile_mask, q_norm_weight, eps, softmax_scale, *packed, max_seqlen, with_lse = inputs
+    out, lse = output
+    tensors = (q, k, v, tile_mask, q_norm_weight, *packed, out)
+    _attention.save(ctx, "cross_attention", lse, with_lse, *tensors)
+    ctx.options = eps, softmax_scale, max_seqlen
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, tile_mask, q_norm_weight, tile_table, cu_seqlens, out, lse = ctx.saved_tensors
+    eps, softmax_scale, max_seqlen = ctx.options
+    grad_q, grad_k, grad_v, grad_weight = torch.ops.mllama_kernels.cross_attention_backward(
+        *(grad_out, q, k, v, out, lse, tile_mask, q_norm_weight),
+        *(eps, softmax_scale, tile_table, cu_seqlens, max_seqlen),
+    )
+    of_weight = None if q_norm_weight is None else grad_weight
+    return grad_q, grad_k, grad_v, None, of_weight, *[None] * 6
+
+
+_dispatch.register("cross_attention", _fake, setup_context=_setup_context, backward=_backward)
+_dispatch.register_backward("cross_attention", _backward_fake)

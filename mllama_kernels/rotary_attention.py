@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllama_kernels import _dispatch
+from mllama_kernels import _attention, _dispatch
 
 
 @_dispatch.public
@@ -40,6 +40,9 @@ def rotary_attention(
         max_seqlen: bound on the rows of one packed sequence; default N.
     Returns:
         Shape and dtype of q, contiguous.
+    Backward:
+        gradients of q, k and v; saves them, cos, sin, the output and the log-sum-exp of each query's scores
+        (float32, one per row and query head). Scores and rotated rows are recomputed.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
@@ -48,9 +51,10 @@ def rotary_attention(
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     longest = q.shape[0] if max_seqlen is None else max_seqlen
+    with_lse = _attention.wants_lse(q, k, v, cos, sin)
     return torch.ops.mllama_kernels.rotary_attention(
-        q, k, v, cos, sin, scale, interleaved, cu_seqlens, longest
-    )
+        q, k, v, cos, sin, scale, interleaved, cu_seqlens, longest, with_lse
+    )[0]
 
 
 @_dispatch.public
@@ -123,8 +127,32 @@ def _fake(
     interleaved: bool,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-) -> Tensor:
-    return q.new_empty(q.shape)
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _attention.fake(q, cu_seqlens is not None, with_lse)
+
+
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, softmax_scale, interleaved, cu_seqlens, max_seqlen, with_lse = inputs
+    out, lse = output
+    _attention.no_gradient(ctx, "rotary_attention", cos=3, sin=4)
+    _attention.save(ctx, "rotary_attention", lse, with_lse, q, k, v, cos, sin, cu_seqlens, out)
+    ctx.options = softmax_scale, interleaved, max_seqlen
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, cos, sin, cu_seqlens, out, lse = ctx.saved_tensors
+    softmax_scale, interleaved, max_seqlen = ctx.options
+    grads = torch.ops.mllama_kernels.rotary_attention_backward(
+        grad_out, q, k, v, cos, sin, out, lse, softmax_scale, interleaved, cu_seqlens, max_seqlen
+    )
+    return (*grads, *[None] * 7)
 
 
 def _cached_fake(
@@ -145,5 +173,6 @@ def _cached_fake(
     return q.new_empty(q.shape)
 
 
-_dispatch.register("rotary_attention", _fake)
+_dispatch.register("rotary_attention", _fake, setup_context=_setup_context, backward=_backward)
+_dispatch.register_backward("rotary_attention", _backward_fake)
 _dispatch.register("rotary_attention_cached", _cached_fake, differentiable=False)

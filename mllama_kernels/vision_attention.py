@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mllama_kernels import _dispatch
+from mllama_kernels import _attention, _dispatch
 
 
 @_dispatch.public
@@ -30,17 +32,49 @@ def vision_attention(
         softmax_scale: factor on q.k before the softmax; default 1/sqrt(D).
     Returns:
         (B, S, H, D) in q's dtype, contiguous. A padding query that sees no key gives zeros.
+    Backward:
+        gradients of q, k and v; saves them, the output and the log-sum-exp of each query's scores (float32,
+        one per row and head). Scores are recomputed.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
         Llama Team 2024 (arXiv 2407.21783) sec. 7; Dao 2023 (arXiv 2307.08691) for the tiling.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return torch.ops.mllama_kernels.vision_attention(q, k, v, padding, scale)
+    with_lse = _attention.wants_lse(q, k, v)
+    return torch.ops.mllama_kernels.vision_attention(q, k, v, padding, scale, with_lse)[0]
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, softmax_scale: float) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    softmax_scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    return _attention.fake(q, False, with_lse)
 
 
-_dispatch.register("vision_attention", _fake)
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, padding, ctx.softmax_scale, with_lse = inputs
+    out, lse = output
+    _attention.save(ctx, "vision_attention", lse, with_lse, q, k, v, padding, out)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, padding, out, lse = ctx.saved_tensors
+    grads = torch.ops.mllama_kernels.vision_attention_backward(
+        grad_out, q, k, v, out, lse, padding, ctx.softmax_scale
+    )
+    return (*grads, None, None, None)
+
+
+_dispatch.register("vision_attention", _fake, setup_context=_setup_context, backward=_backward)
+_dispatch.register_backward("vision_attention", _backward_fake)

@@ -1,0 +1,94 @@
+// The gradients of the attentions.
+#include "attention_call.h"
+
+namespace mllama {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> rotary_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+    const Tensor& sin, const Tensor& out, const Tensor& lse, double softmax_scale, bool interleaved,
+    const OptionalTensor& cu_seqlens, int64_t max_seqlen) {
+  const Checker c{"rotary_attention_backward", q, "q"};
+  const RotaryCall call =
+      rotary_call(c, q, k, v, cos, sin, softmax_scale, interleaved, cu_seqlens, max_seqlen);
+  RotaryAttentionBackwardParams p{call.params};
+  const Results given = results(c, q, grad_out, out, lse, call.lse_sizes, p);
+  Tensor grad_q = empty_like_contiguous(q), grad_k = empty_like_contiguous(k),
+         grad_v = empty_like_contiguous(v);
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr();
+  if (p.tokens == 0) return {grad_q, grad_k, grad_v};
+  Tensor scratch = workspace(c, p, MLLAMA_CUDA(rotary_attention_backward_workspace));
+  launch(c, p, rotary_attention_backward_cpu, MLLAMA_CUDA(rotary_attention_backward_cuda));
+  return {grad_q, grad_k, grad_v};
+}
+
+// The last gradient is empty without q_norm_weight.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& tile_mask, const OptionalTensor& q_norm_weight,
+    double eps, double softmax_scale, const OptionalTensor& tile_table,
+    const OptionalTensor& cu_seqlens, int64_t max_seqlen) {
+  const Checker c{"cross_attention_backward", q, "q"};
+  const CrossCall call = cross_call(c, q, k, v, tile_mask, q_norm_weight, eps, softmax_scale,
+                                    tile_table, cu_seqlens, max_seqlen);
+  CrossAttentionBackwardParams p{call.params};
+  const Results given = results(c, q, grad_out, out, lse, call.lse_sizes, p);
+  Tensor grad_q = empty_like_contiguous(q), grad_k = empty_like_contiguous(k),
+         grad_v = empty_like_contiguous(v);
+  Tensor grad_weight = torch::stable::new_empty(q, {q_norm_weight ? p.head_dim : 0});
+  if (q.numel() == 0 || k.numel() == 0) {  // nothing sees anything
+    for (Tensor* grad : {&grad_q, &grad_k, &grad_v, &grad_weight}) torch::stable::zero_(*grad);
+    return {grad_q, grad_k, grad_v, grad_weight};
+  }
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr();
+  p.grad_q_norm_weight = q_norm_weight ? grad_weight.mutable_data_ptr() : nullptr;
+  Tensor scratch = workspace(c, p, MLLAMA_CUDA(cross_attention_backward_workspace));
+  launch(c, p, cross_attention_backward_cpu, MLLAMA_CUDA(cross_attention_backward_cuda));
+  return {grad_q, grad_k, grad_v, grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> vision_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& padding, double softmax_scale) {
+  const Checker c{"vision_attention_backward", q, "q"};
+  const VisionCall call = vision_call(c, q, k, v, padding, softmax_scale);
+  VisionAttentionBackwardParams p{call.params};
+  const Results given = results(c, q, grad_out, out, lse, call.lse_sizes, p);
+  Tensor grad_q = empty_like_contiguous(q), grad_k = empty_like_contiguous(k),
+         grad_v = empty_like_contiguous(v);
+  p.grad_q = grad_q.mutable_data_ptr();
+  p.grad_k = grad_k.mutable_data_ptr();
+  p.grad_v = grad_v.mutable_data_ptr();
+  if (q.numel() == 0) return {grad_q, grad_k, grad_v};
+  Tensor scratch = workspace(c, p, MLLAMA_CUDA(vision_attention_backward_workspace));
+  launch(c, p, vision_attention_backward_cpu, MLLAMA_CUDA(vision_attention_backward_cuda));
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+}  // namespace mllama
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
+  m.def(
+      "rotary_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cos, "
+      "Tensor sin, Tensor out, Tensor lse, float softmax_scale, bool interleaved, "
+      "Tensor? cu_seqlens, int max_seqlen) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor? tile_mask, Tensor? q_norm_weight, float eps, float softmax_scale, "
+      "Tensor? tile_table, Tensor? cu_seqlens, int max_seqlen) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "vision_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor? padding, float softmax_scale) -> (Tensor, Tensor, Tensor)");
+}
+
+MLLAMA_IMPLEMENT(m) {
+  m.impl("rotary_attention_backward", TORCH_BOX(&mllama::rotary_attention_backward));
+  m.impl("cross_attention_backward", TORCH_BOX(&mllama::cross_attention_backward));
+  m.impl("vision_attention_backward", TORCH_BOX(&mllama::vision_attention_backward));
+}
