@@ -135,6 +135,19 @@ def takes_float64() -> bool:
     return not _library.simulated
 
 
+def assert_same_bits_on_any_threads(function: Callable[[], tuple[Tensor, ...]]) -> None:
+    """One thread and more than there is work for: the kernels may share it out differently."""
+    count = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            results.append(function())
+    finally:
+        torch.set_num_threads(count)
+    assert all(a.equal(b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 def assert_trains_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """torch.compile(fullgraph=True), activation checkpointing and deterministic mode give eager's bits."""
     torch.compiler.reset()
