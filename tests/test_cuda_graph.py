@@ -93,6 +93,8 @@ class RecordedGraph(TorchDispatchMode):
 
 
 class FakeStream:
+    cuda_stream = 0
+
     def __init__(self, *_: Any) -> None:
         pass
 
@@ -108,7 +110,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     monkeypatch.setattr(generation, "_captures", lambda model, tokens: model.cuda_graph)
     return RecordedGraph
 
@@ -178,21 +180,23 @@ def test_a_failed_capture_warns_and_goes_on(model: Any, recorded: type[RecordedG
     assert actual.equal(expected)
 
 
-def test_the_stand_in_notices_a_value_from_the_host(recorded: type[RecordedGraph]) -> None:
+def test_the_stand_in_notices_a_value_from_the_host(
+    model: Any, recorded: type[RecordedGraph]
+) -> None:
     """Otherwise the tests above would prove nothing."""
 
     class Step(DecodeStep):
         def __init__(self) -> None:
             self.tokens, self.count = torch.zeros(1), 0
 
-        def __call__(self) -> None:
+        def __call__(self, model: Any, cache: Any) -> None:
             self.count += 1
             self.tokens.copy_(torch.full((1,), float(self.count)))
 
     step = Step()
     run, seen = CapturedStep(step), []
     for _ in range(5):
-        run()
+        run(model, model.new_cache())
         seen.append(step.tokens.item())
     assert seen == [1, 2, 3, 3, 3], "a graph repeats the third step"
 
