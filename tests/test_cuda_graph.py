@@ -395,8 +395,7 @@ def _hook(model: Any) -> None:
 
 
 def _pre_hook(model: Any) -> None:
-    layer = model.model.language_model.layers[2]
-    layer.mlp.register_forward_pre_hook(lambda module, inputs: module.down_proj.double().float())
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
 
 
 def _forward(model: Any) -> None:
@@ -470,7 +469,7 @@ def test_functions_that_come_and_go_capture_anew(model: Any, recorded: type[Reco
 
 
 def test_global_changes_capture_anew(model: Any, recorded: type[RecordedGraph]) -> None:
-    batch = batch_of(SHAPE, SMALL)
+    batch = batch_of(SHAPE, [Prompt(6)])
     check(model, batch)
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, inputs, output: -output if module is model.lm_head else None
