@@ -219,5 +219,6 @@ def _moved(made: Tensor | None, place: Tensor | None) -> Tensor | None:
     if made is None or made is place:
         return made
     if place is None or place.shape != made.shape:
-        return made.clone()
+        with torch.inference_mode(False):  # to be written in any mode
+            return made.clone()
     return place.copy_(made)

@@ -87,6 +87,7 @@ class RecordedGraph(TorchDispatchMode):
         self._calls.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.inference_mode()  # a graph writes tensors of any mode
     def replay(self) -> None:
         self.replays += 1
         if self.replays == 1:
@@ -555,6 +556,17 @@ def test_a_returned_cache_belongs_to_the_caller(model: Any, recorded: type[Recor
     answer = model.generate(**turn, **NEW, past_key_values=cache)
     assert len(recorded.made) == 2, "the returned cache has its graph"
     assert answer.equal(uncaptured(model).generate(**turn, **NEW, past_key_values=before))
+
+
+def test_inference_mode_may_come_and_go(model: Any, recorded: type[RecordedGraph]) -> None:
+    cache, batch = model.new_cache(max_tokens=128), batch_of(SHAPE, SMALL)
+    with torch.inference_mode():
+        answer = model.generate(**batch, **NEW, past_key_values=cache)
+    plain, before = uncaptured(model), deepcopy(cache)
+    turn = second_turn(batch, answer, torch.randint(3, SHAPE.vocab, (1, 4)))
+    answer = model.generate(**turn, **NEW, past_key_values=cache)
+    assert answer.equal(plain.generate(**turn, **NEW, past_key_values=before))
+    assert len(recorded.made) == 1
 
 
 def test_one_cache_and_two_models(model: Any, recorded: type[RecordedGraph]) -> None:

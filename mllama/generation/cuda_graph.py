@@ -140,6 +140,7 @@ def captured_step(
     if captured is not None and captured.step.sampler.made_for == (sampling, vocab_size, ops):
         captured.restart(input_ids, seeds)
         return captured
-    sampler = Sampler(sampling, input_ids, vocab_size, seeds, ops)
-    cache.captured = CapturedStep(DecodeStep(sampler, len(input_ids), input_ids.device))
+    with torch.inference_mode(False):  # the buffers will be written in any mode
+        sampler = Sampler(sampling, input_ids, vocab_size, seeds, ops)
+        cache.captured = CapturedStep(DecodeStep(sampler, len(input_ids), input_ids.device))
     return cache.captured

@@ -35,7 +35,11 @@ class Bucket(NamedTuple):
 
 
 def rounded_capacity(tokens: int) -> int:
-    """Room for ``tokens``: pages rounded up to a power of two."""
+    """Room for ``tokens``: pages rounded up to a power of two.
+
+    No result depends on the rounding: the splits of decode attention change at powers of two alone
+    (csrc/cuda/split_kv.h).
+    """
     pages = -(-tokens // PAGE_SIZE)
     return PAGE_SIZE * 2 ** (pages - 1).bit_length()
 

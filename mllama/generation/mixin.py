@@ -257,7 +257,11 @@ class _Run:
             return
         idle: IdleCaches = self._model._idle_caches
         bucket = self._bucket()
-        with idle.lend(bucket, lambda: self._model.new_cache(*bucket[:2])) as self.cache:
+
+        def make() -> MllamaCache:
+            return self._model.new_cache(bucket.batch_size, bucket.capacity)
+
+        with idle.lend(bucket, make) as self.cache:
             yield from self._steps()
 
     def _steps(self) -> Iterator[tuple[list[int], list[str]]]:
