@@ -108,9 +108,9 @@ class MllamaCache:
 
     def mark_images(self) -> tuple[int, Tensor, TileMemory]:
         """What restore_images() needs to forget the images that are added from here on."""
-        memory = copy(self.memory)  # of its own, since settle() writes over what is there
-        memory.view = memory.view.clone()
-        return self.num_tiles_stored, self.tile_table.clone(), memory
+        memory = copy(self.memory)
+        memory.view = memory.view.clone()  # settle() may write the next view over this one
+        return self.num_tiles_stored, self.tile_table, memory
 
     def restore_images(self, mark: tuple[int, Tensor, TileMemory]) -> None:
         self.num_tiles_stored, self.tile_table, self.memory = mark
