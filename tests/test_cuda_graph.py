@@ -569,6 +569,21 @@ def test_inference_mode_may_come_and_go(model: Any, recorded: type[RecordedGraph
     assert len(recorded.made) == 1
 
 
+def test_one_cache_and_other_options(model: Any, recorded: type[RecordedGraph]) -> None:
+    """A cache has the latest step captured on it."""
+    plain, cache, batch = uncaptured(model), model.new_cache(max_tokens=64), batch_of(SHAPE, SMALL)
+    options: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.4},
+        {"do_sample": True, "seed": 2},
+    ]
+    for count, option in enumerate([*options, options[-1]], 1):
+        cache.reset()
+        answer = model.generate(**batch, **NEW, **option, past_key_values=cache)
+        assert answer.equal(plain.generate(**batch, **NEW, **option))
+        assert len(recorded.made) == min(count, 3)
+
+
 def test_one_cache_and_two_models(model: Any, recorded: type[RecordedGraph]) -> None:
     other, batch = deepcopy(model), batch_of(SHAPE, SMALL)
     with torch.no_grad():
