@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from mllama.cache import MllamaCache
-from mllama.vision import MllamaVisionModel
 
 # Compared as they are, and kept alive by the fingerprint: the identity of a number or function that
 # has gone may come back with another one.
@@ -46,8 +45,6 @@ def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
     modules = [model]
     while modules:
         module = modules.pop()
-        if isinstance(module, MllamaVisionModel):
-            continue
         marks += (type(module), id(module))
         for value in vars(module).values():
             if not isinstance(value, dict):
@@ -55,7 +52,7 @@ def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
             elif value:  # parameters, children, hooks, most of them empty
                 marks += value
                 marks += map(_mark, value.values())
-        modules += (child for child in module.children())
+        modules += (child for name, child in module.named_children() if name != "vision_model")
     return marks
 
 
