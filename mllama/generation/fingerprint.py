@@ -36,7 +36,7 @@ def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
 
     A hook or another piece of Python runs when a step is captured, not when it is replayed.
 
-    Takes a millisecond or two for the 11B model: one pass over the modules without the vision tower,
+    Takes a few milliseconds for the 11B model: one pass over the modules without the vision tower,
     which no step runs.
     """
     marks = [_mark(tensor) for tensor in cache.step_tensors()]
