@@ -215,7 +215,7 @@ def test_bits_depend_on_neither_batch_nor_threads(device, dtype, shared):
 
 def test_repeated_tiles(device):
     """Tiles that are the same memory get gradients of their own, which autograd sums."""
-    q, k, v, mask = make((1, 5, 3, 20, 4, 2, 64), torch.float32, device)
+    q, k, v, mask = make((1, 5, 3, 20, 4, 2, 64), torch.bfloat16, device)
 
     def repeated(ops):
         return lambda q, k, v: ops.cross_attention(
