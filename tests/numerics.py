@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from mllama_kernels import _library
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# For the gradients of attention: what is subtracted from grad_out V^T is summed apart from it, so where one
+# key has all the weight its error does not cancel. Of 1920 draws in float32 eight had a largest error above
+# twice plain PyTorch's, the worst 2.4 times; their 2-norm is about plain PyTorch's.
+ATTENTION_K = 2.5
 # Under a sanitizer a kernel takes some hundred times as long.
 REDUCED = os.environ.get("MLLAMA_TEST_REDUCED") == "1"
 

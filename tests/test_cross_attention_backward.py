@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
+    ATTENTION_K,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -52,7 +53,9 @@ def make_fused(case, dtype, device):
 def test_gradients_match_float64(device, dtype, case, masked):
     q, kv, mask = make_fused(case, dtype, device)
     mask = mask if masked else None
-    assert_gradients_no_worse(fused(mllama_kernels, mask), fused(reference, mask), q, kv)
+    assert_gradients_no_worse(
+        fused(mllama_kernels, mask), fused(reference, mask), q, kv, k=ATTENTION_K
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -62,7 +65,7 @@ def test_gradients_through_the_norm_match_float64(device, dtype, case):
     weight = randn(case[-1], dtype=dtype, device=device)
     kwargs = {"softmax_scale": 0.1, "eps": 1e-2}
     ours, plain = (fused(ops, mask, **kwargs) for ops in (mllama_kernels, reference))
-    assert_gradients_no_worse(ours, plain, q, kv, weight)
+    assert_gradients_no_worse(ours, plain, q, kv, weight, k=ATTENTION_K)
 
 
 @pytest.mark.full
@@ -70,7 +73,9 @@ def test_gradients_through_the_norm_match_float64(device, dtype, case):
 def test_checkpoint_shape(device, dtype):
     q, kv, mask = make_fused((1, 256, 4, 1601, 8, 2, 128), dtype, device)
     weight = randn(128, dtype=dtype, device=device)
-    assert_gradients_no_worse(fused(mllama_kernels, mask), fused(reference, mask), q, kv, weight)
+    assert_gradients_no_worse(
+        fused(mllama_kernels, mask), fused(reference, mask), q, kv, weight, k=ATTENTION_K
+    )
 
 
 def pool(dtype, device, longest, dim=64):
@@ -97,7 +102,7 @@ def test_packed(device, dtype, longest):
     weight = randn(64, dtype=dtype, device=device)
     for visible in (mask, None):
         ours, plain = (fused(ops, visible, **kwargs) for ops in (mllama_kernels, reference))
-        grad_q, grad_kv, _ = assert_gradients_no_worse(ours, plain, q, kv, weight)
+        grad_q, grad_kv, _ = assert_gradients_no_worse(ours, plain, q, kv, weight, k=ATTENTION_K)
         assert not grad_kv[[2, 3, 5]].any()  # tiles of a sequence without rows, and of none
         blind = slice(int(kwargs["cu_seqlens"][3]), int(kwargs["cu_seqlens"][4]))
         assert not grad_q[blind].any()
@@ -222,7 +227,7 @@ def test_repeated_tiles(device):
             q, *(t[:, :1].expand(-1, 3, -1, -1, -1) for t in (k, v)), mask
         )
 
-    assert_gradients_no_worse(repeated(mllama_kernels), repeated(reference), q, k, v)
+    assert_gradients_no_worse(repeated(mllama_kernels), repeated(reference), q, k, v, k=ATTENTION_K)
 
 
 def test_trains(device):

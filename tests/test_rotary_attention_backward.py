@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
+    ATTENTION_K,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -57,7 +58,10 @@ def test_gradients_match_float64(device, dtype, case, interleaved):
     args = (heads, kv_heads, *angles(torch.arange(length, device=device)[None], dim, dtype))
     kwargs = {"interleaved": interleaved, "softmax_scale": 0.11}
     assert_gradients_no_worse(
-        fused(mllama_kernels, *args, **kwargs), fused(reference, *args, **kwargs), qkv
+        fused(mllama_kernels, *args, **kwargs),
+        fused(reference, *args, **kwargs),
+        qkv,
+        k=ATTENTION_K,
     )
 
 
@@ -84,7 +88,9 @@ def test_one_token(device, dtype):
 def test_checkpoint_shape(device, dtype):
     qkv = randn(1, 1024, 48, 128, dtype=dtype, device=device)
     args = (32, 8, *angles(torch.arange(1024, device=device)[None], 128, dtype))
-    assert_gradients_no_worse(fused(mllama_kernels, *args), fused(reference, *args), qkv)
+    assert_gradients_no_worse(
+        fused(mllama_kernels, *args), fused(reference, *args), qkv, k=ATTENTION_K
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -92,7 +98,7 @@ def test_packed_equals_each_sequence_alone(device, dtype):
     lengths = [5, 0, grid([40], [230])[-1], 1, 33]
     qkv, args, kwargs = packed(lengths, 64, dtype, device)
     ours, plain = fused(mllama_kernels, *args, **kwargs), fused(reference, *args, **kwargs)
-    assert_gradients_no_worse(ours, plain, qkv)
+    assert_gradients_no_worse(ours, plain, qkv, k=ATTENTION_K)
     grad = randn(len(qkv), 4, 64, dtype=dtype, device=device)
     (together,) = gradients(ours, (qkv,), [grad])
     heads, kv_heads, cos, sin = args

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
+    ATTENTION_K,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -44,7 +45,9 @@ def test_gradients_match_float64(device, dtype, case, padded):
         "tiles": tile_padding(batch, seqlen, device),
         "random": torch.rand(batch, seqlen, device=device) < 0.5,
     }[padded]
-    assert_gradients_no_worse(fused(mllama_kernels, padding), fused(reference, padding), qkv)
+    assert_gradients_no_worse(
+        fused(mllama_kernels, padding), fused(reference, padding), qkv, k=ATTENTION_K
+    )
 
 
 @pytest.mark.full
@@ -53,7 +56,9 @@ def test_gradients_match_float64(device, dtype, case, padded):
 def test_checkpoint_shape(device, dtype, valid_tiles):
     qkv = randn(1, 6432, 3, 1, 80, dtype=dtype, device=device)
     padding = tile_padding(1, 6432, device, valid_tiles=valid_tiles, pad=7)
-    assert_gradients_no_worse(fused(mllama_kernels, padding), fused(reference, padding), qkv)
+    assert_gradients_no_worse(
+        fused(mllama_kernels, padding), fused(reference, padding), qkv, k=ATTENTION_K
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
