@@ -252,6 +252,7 @@ def test_trains(device):
     op = torch.ops.mllama_kernels.cross_attention
     out, lse = op(q, k, v, mask, weight, *options, True)
     opcheck("cross_attention_backward", (out, q, k, v, out, lse, mask, weight, *options))
+    out, lse = op(q, k, v, None, None, *options, True)
     opcheck("cross_attention_backward", (out, q, k, v, out, lse, None, None, *options))
     wanted = (t.clone().requires_grad_() for t in (q, k, v))
     opcheck("cross_attention", (*wanted, mask, weight, *options, True))
