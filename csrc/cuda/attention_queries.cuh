@@ -15,6 +15,8 @@ struct QueryRows {
   T* out;
   int64_t q_token_stride, q_head_stride;
   int64_t out_token_stride, out_head_stride;
+  float* lse;  // like out, one per row, or null: not wanted
+  int64_t lse_head_stride;
   int64_t group;  // 64 bits: what follows ends without padding, which wide loads would read
   int first;      // row of the sequence that is row 0 of this block
   int count;      // rows of the sequence: tokens * group
@@ -31,6 +33,9 @@ struct QueryRows {
   }
   __device__ __forceinline__ T* out_row(int row) const {
     return out + token(row) * out_token_stride + head(row) * out_head_stride;
+  }
+  __device__ __forceinline__ void store_lse(int row, float value) const {
+    lse[head(row) * lse_head_stride + token(row)] = value;
   }
 
  private:

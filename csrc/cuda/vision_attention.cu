@@ -163,6 +163,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     rows.q_token_stride = p.q_token_stride;
     rows.out_token_stride = p.num_heads * Config::kHeadDim;
     rows.q_head_stride = rows.out_head_stride = 0;
+    rows.lse = p.lse == nullptr
+                   ? nullptr
+                   : static_cast<float*>(p.lse) + (batch * num_heads + head) * p.seqlen;
+    rows.lse_head_stride = 0;
     rows.group = 1;
     rows.first = row_block * Config::kBlockM;
     rows.count = seqlen;
