@@ -22,6 +22,23 @@ struct KeyTile {
   int count;
 };
 
+// The query rows of one sequence, in blocks (add_up_keys below).
+template <typename Config>
+struct SequenceQueries {
+  using T = typename Config::T;
+  const BackwardRows<T>& rows;
+
+  __device__ __forceinline__ bool find(int block, int offset, const T*& q, const T*& grad_out,
+                                       const float2*& statistics) const {
+    const int row = block * Config::kBlockN + offset;
+    if (!rows.valid(row)) return false;
+    q = rows.q_row(row);
+    grad_out = rows.grad_row(row);
+    statistics = rows.statistics + row;
+    return true;
+  }
+};
+
 // Adds up the gradients of a tile of keys; all threads of the block call it. Sums of keys behind
 // `count` are meaningless. The policies:
 //

@@ -117,23 +117,6 @@ __device__ __forceinline__ void rotate_back(typename Config::Sums& sums, int slo
   }
 }
 
-// Query rows of a sequence, for its keys.
-template <typename Config>
-struct SequenceQueries {
-  using T = typename Config::T;
-  const BackwardRows<T>& rows;
-
-  __device__ __forceinline__ bool find(int block, int offset, const T*& q, const T*& grad_out,
-                                       const float2*& statistics) const {
-    const int row = block * Config::kBlockN + offset;
-    if (!rows.valid(row)) return false;
-    q = rows.q_row(row);
-    grad_out = rows.grad_row(row);
-    statistics = rows.statistics + row;
-    return true;
-  }
-};
-
 // Keys as rows: query row r (`group` per token) sees keys 0 .. r / group.
 template <typename Config>
 class CausalQueries {
