@@ -23,8 +23,9 @@ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
 
-// Runs body(begin, end, context) over [begin, end) on torch's intra-op threads (defined in
-// bindings/).
+// Torch's intra-op threads (defined in bindings/): how many there are, and body(begin, end,
+// context) over [begin, end) on them.
+int64_t num_threads();
 void parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                   void (*body)(int64_t begin, int64_t end, void* context), void* context);
 

@@ -18,7 +18,11 @@ std::tuple<Tensor, Tensor, Tensor> rotary_attention_backward(
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();
-  if (p.tokens == 0) return {grad_q, grad_k, grad_v};
+  if (q.numel() == 0) {
+    torch::stable::zero_(grad_k);
+    torch::stable::zero_(grad_v);
+    return {grad_q, grad_k, grad_v};
+  }
   Tensor scratch = workspace(c, p, MLLAMA_CUDA(rotary_attention_backward_workspace));
   launch(c, p, rotary_attention_backward_cpu, MLLAMA_CUDA(rotary_attention_backward_cuda));
   return {grad_q, grad_k, grad_v};

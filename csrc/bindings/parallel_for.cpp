@@ -3,6 +3,8 @@
 
 #include "../common.h"
 
+int64_t mllama::num_threads() { return torch::stable::get_num_threads(); }
+
 void mllama::parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                           void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(begin, end, grain_size,

@@ -184,6 +184,10 @@ class TaskRunner {
       for_vectors(task_.head_dim, [&](int64_t d, auto part) {
         store(out + d, load(row + d, part) * inverse, part);
       });
+      if (task_.lse) {
+        const double scale = task_.softmax_scale < 0 ? -task_.softmax_scale : task_.softmax_scale;
+        store_lse<S>(task_, r, maximum_[r] * scale, sum_[r]);
+      }
     }
   }
 

@@ -35,6 +35,9 @@ struct AttentionTask {
   const void* q;  // (tokens * group, head_dim) contiguous, ready for the product with keys
   void* out;      // row r at out + r / group * out_token_stride + r % group * head_dim, in elements
   int64_t out_token_stride;
+  void*
+      lse;  // in the compute type, row r at lse + r % group * lse_head_stride + r / group; or null
+  int64_t lse_head_stride;
   int64_t tokens, group, head_dim;
   const Segment* segments;
   int64_t num_segments;
@@ -52,6 +55,20 @@ constexpr int64_t kTaskRows = 512;
 
 // Query tokens of one task.
 MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskRows / group); }
+
+// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take
+// equal runs of causal chunks get equal work.
+MLLAMA_INLINE int64_t interleaved_chunk(int64_t i, int64_t count) {
+  return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
+}
+
+// The log-sum-exp of row r whose scaled scores have this maximum and sum exp(score - maximum) to
+// sum.
+template <typename S>
+MLLAMA_INLINE void store_lse(const AttentionTask& task, int64_t r, double maximum, S sum) {
+  static_cast<S*>(task.lse)[r % task.group * task.lse_head_stride + r / task.group] =
+      sum == 0 ? (S)__builtin_inf() : (S)(maximum + __builtin_log((double)sum));
+}
 
 // All keys of a task, packed block by block for matrix products.
 template <typename T>

@@ -8,12 +8,6 @@
 
 namespace mllama::MLLAMA_ISA {
 
-// Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take
-// equal runs of causal chunks get equal work.
-MLLAMA_INLINE int64_t interleaved_chunk(int64_t i, int64_t count) {
-  return i % 2 == 0 ? i / 2 : count - 1 - i / 2;
-}
-
 // Output rows past the last packed sequence are zero.
 template <typename T, typename Params>
 void clear_tail(const Params& p) {

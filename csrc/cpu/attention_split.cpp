@@ -215,6 +215,7 @@ void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t s
       }
       store(out + d, sum == 0 ? Vec<T>{} : total / sum, part);
     });
+    if (task.lse) store_lse<S>(task, r, maximum, sum);
   }
 }
 

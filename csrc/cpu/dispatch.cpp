@@ -82,14 +82,17 @@ bool amx_available() {
 #endif
 
 MLLAMA_DISPATCH(cross_attention, CrossAttentionParams)
+MLLAMA_DISPATCH(cross_attention_backward, CrossAttentionBackwardParams)
 MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
 MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
 MLLAMA_DISPATCH(rms_norm, RmsNormParams)
 MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
+MLLAMA_DISPATCH(rotary_attention_backward, RotaryAttentionBackwardParams)
 MLLAMA_DISPATCH(sample, SampleParams)
 MLLAMA_DISPATCH(skinny_linear, SkinnyLinearParams)
 MLLAMA_DISPATCH(swiglu, SwigluParams)
 MLLAMA_DISPATCH(swiglu_backward, SwigluBackwardParams)
 MLLAMA_DISPATCH(vision_attention, VisionAttentionParams)
+MLLAMA_DISPATCH(vision_attention_backward, VisionAttentionBackwardParams)
 
 }  // namespace mllama

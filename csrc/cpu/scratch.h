@@ -48,7 +48,7 @@ class Scratch {
   };
 
  private:
-  static constexpr int kMaxArrays = 16;
+  static constexpr int kMaxArrays = 32;
   struct Array {
     void* data;
     size_t bytes;

@@ -40,6 +40,8 @@ void run(const VisionAttentionParams& p) {
       task.out_token_stride = p.num_heads * p.head_dim;
       task.out =
           static_cast<T*>(p.out) + (b * p.seqlen + first) * task.out_token_stride + h * p.head_dim;
+      if (p.lse)
+        task.lse = static_cast<Scalar<T>*>(p.lse) + (b * p.num_heads + h) * p.seqlen + first;
       task.tokens = tokens;
       task.group = 1;
       task.head_dim = p.head_dim;
