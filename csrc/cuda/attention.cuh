@@ -111,6 +111,9 @@ __device__ __forceinline__ void attend(const QueryRows<typename Config::T>& rows
       return sizeof(T) == 2 ? x * inverse : total == 0.0f ? 0.0f : x / total;
     };
     const int row = Config::row_of_slot(slot);
+    if (rows.lse != nullptr && Config::first_column() == 0 && rows.valid(row)) {
+      rows.store_lse(row, log_sum_exp<T>(softmax.maximum[slot], total, softmax_scale_log2));
+    }
 #pragma unroll
     for (int n = 0; n < Config::kDimTiles; ++n) {
       const float (&o)[4] = out[slot / 2][n];

@@ -15,6 +15,8 @@ struct QueryRows {
   T* out;
   int64_t q_token_stride, q_head_stride;
   int64_t out_token_stride, out_head_stride;
+  float* lse;  // like out, one per row, or null: not wanted
+  int64_t lse_head_stride;
   int64_t group;  // 64 bits: what follows ends without padding, which wide loads would read
   int first;      // row of the sequence that is row 0 of this block
   int count;      // rows of the sequence: tokens * group
@@ -31,6 +33,9 @@ struct QueryRows {
   }
   __device__ __forceinline__ T* out_row(int row) const {
     return out + token(row) * out_token_stride + head(row) * out_head_stride;
+  }
+  __device__ __forceinline__ void store_lse(int row, float value) const {
+    lse[head(row) * lse_head_stride + token(row)] = value;
   }
 
  private:
@@ -66,8 +71,38 @@ struct PlainQuery {
   }
 };
 
-// round(q * rsqrt(mean(q^2) + eps)) * weight per head: statistics and the two roundings of
-// rms_norm.
+template <typename T>
+__device__ __forceinline__ float inverse_rms(Statistic<T> sum_of_squares, int count, double eps) {
+  const Statistic<T> mean = sum_of_squares / count;
+  return static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
+}
+
+// round(q * rsqrt(mean(q^2) + eps)) * weight: statistics and the two roundings of rms_norm. Eight
+// lanes hold a row, zeros behind its end; all lanes of the warp call it.
+template <int kHeadDim, typename T, int kVecs>
+__device__ __forceinline__ void normalize_row(Vec<T> (&v)[kVecs], const Vec<T> (&weight)[kVecs],
+                                              double eps) {
+  Statistic<T> sum = 0;
+#pragma unroll
+  for (int c = 0; c < kVecs; ++c) {
+#pragma unroll
+    for (int e = 0; e < Vec<T>::kSize; ++e) {
+      const Statistic<T> value = to_f32(v[c].data[e]);
+      sum = fma(value, value, sum);
+    }
+  }
+  const float rstd = inverse_rms<T>(warp_sum<8>(sum), kHeadDim, eps);
+#pragma unroll
+  for (int c = 0; c < kVecs; ++c) {
+#pragma unroll
+    for (int e = 0; e < Vec<T>::kSize; ++e) {
+      const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
+      v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(weight[c].data[e])));
+    }
+  }
+}
+
+// Normalised per head.
 template <typename T>
 struct NormedQuery {
   const T* weight;  // (head_dim,)
@@ -96,37 +131,16 @@ struct NormedQuery {
         }
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) normalize<Layout>(tile, first_row + 4 * j, lane, w, v[j]);
+      for (int j = 0; j < kAhead; ++j) {
+        normalize_row<Config::kHeadDim>(v[j], w, eps);
+#pragma unroll
+        for (int c = 0; c < kVecs; ++c) {
+          const int chunk = c * 8 + lane;
+          if (chunk >= Layout::kChunks) continue;
+          store_vec(reinterpret_cast<T*>(tile + Layout::offset(first_row + 4 * j, chunk)), v[j][c]);
+        }
+      }
     });
-  }
-
- private:
-  // Eight lanes hold a row.
-  template <typename Layout, int kVecs>
-  __device__ __forceinline__ void normalize(char* tile, int row, int lane, const Vec<T> (&w)[kVecs],
-                                            Vec<T> (&v)[kVecs]) const {
-    Statistic<T> sum = 0;
-#pragma unroll
-    for (int c = 0; c < kVecs; ++c) {
-#pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; ++e) {
-        const Statistic<T> value = to_f32(v[c].data[e]);
-        sum = fma(value, value, sum);
-      }
-    }
-    const Statistic<T> mean = warp_sum<8>(sum) / (Layout::kChunks * Vec<T>::kSize);
-    const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
-#pragma unroll
-    for (int c = 0; c < kVecs; ++c) {
-      const int chunk = c * 8 + lane;
-      if (chunk >= Layout::kChunks) continue;
-#pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; ++e) {
-        const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
-        v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(w[c].data[e])));
-      }
-      store_vec(reinterpret_cast<T*>(tile + Layout::offset(row, chunk)), v[c]);
-    }
   }
 };
 

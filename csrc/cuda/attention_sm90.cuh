@@ -199,10 +199,14 @@ class AttentionSm90Compute {
 #pragma unroll
     for (int slot = 0; slot < Config::kSlots; ++slot) {
       const float total = weights(slot), inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const int row = Config::row_of_slot(slot);
+      if (rows.lse != nullptr && Config::first_column() == 0 && rows.valid(row)) {
+        rows.store_lse(row, log_sum_exp<T>(maximum(slot), total, scale_log2_));
+      }
 #pragma unroll
       for (int n = 0; n < Config::kDimTiles; ++n) {
-        char* const target = shared_.q + QueryLayout::offset(Config::row_of_slot(slot), n) +
-                             Config::first_column() * sizeof(T);
+        char* const target =
+            shared_.q + QueryLayout::offset(row, n) + Config::first_column() * sizeof(T);
         *reinterpret_cast<uint32_t*>(target) =
             pack_pair<T>(out_[n][slot * 2] * inverse, out_[n][slot * 2 + 1] * inverse);
       }
@@ -232,6 +236,15 @@ class AttentionSm90Compute {
       return quad_sum(totals_.weights(slot));
     } else {
       return softmax_.total(slot);
+    }
+  }
+
+  // The largest of the row's scores, or close to it; times the scale.
+  __device__ __forceinline__ float maximum(int slot) const {
+    if constexpr (kParted) {
+      return totals_.maximum(slot);
+    } else {
+      return softmax_.maximum[slot];
     }
   }
 

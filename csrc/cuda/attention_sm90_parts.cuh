@@ -102,6 +102,7 @@ class PartTotals {
 
   // This lane's part of the row's divisor.
   __device__ __forceinline__ float weights(int slot) const { return sum_[slot]; }
+  __device__ __forceinline__ float maximum(int slot) const { return maximum_[slot]; }
 
  private:
   __device__ __forceinline__ void clear() {

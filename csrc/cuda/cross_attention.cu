@@ -98,6 +98,24 @@ cudaError_t launch(const CrossAttentionParams& p, cudaStream_t stream) {
                           stream, p);
 }
 
+constexpr int kFillThreads = 256;
+__global__ void __launch_bounds__(kFillThreads) fill_kernel(float* target, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x;
+  if (i < count) target[i] = INFINITY;
+}
+
+// What rows of no sequence get, for all rows.
+cudaError_t fill_for_no_sequence(const CrossAttentionParams& p, cudaStream_t stream) {
+  const int64_t rows = p.tokens * p.num_q_heads;
+  if (p.lse != nullptr) {
+    const int64_t blocks = ceil_div<int64_t>(rows, kFillThreads);
+    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+    fill_kernel<<<static_cast<unsigned>(blocks), kFillThreads, 0, stream>>>(
+        static_cast<float*>(p.lse), rows);
+  }
+  return cudaMemsetAsync(p.out, 0, rows * p.head_dim * element_size(p.dtype), stream);
+}
+
 bool decodes_by_cluster(const CrossAttentionParams& p) { return uses_cluster(p) && runs_sm90a(); }
 
 }  // namespace
@@ -122,9 +140,8 @@ int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream) {
   }
   if (decodes_by_cluster(p)) return cross_decode_cluster_cuda(p, stream);
   if (uses_split_kv(p)) return cross_decode_cuda(p, stream);
-  if (p.cu_seqlens != nullptr) {  // rows of no sequence
-    const cudaError_t status = cudaMemsetAsync(
-        p.out, 0, p.tokens * p.num_q_heads * p.head_dim * element_size(p.dtype), stream);
+  if (p.cu_seqlens != nullptr) {
+    const cudaError_t status = fill_for_no_sequence(p, stream);
     if (status != cudaSuccess) return status;
   }
   if (uses_cross_sm90(p) && runs_sm90a()) return cross_attention_sm90(p, stream);

@@ -43,7 +43,7 @@ __device__ __forceinline__ const T* first_row(const void* base, const int32_t* c
 }
 
 // One thread per (token, key/value head, chunk of pairs). Rows of q that belong to no sequence get
-// a result here: zeros.
+// a result here: zeros and a log-sum-exp of +infinity.
 template <typename T>
 __global__ void __launch_bounds__(kAppendThreads)
     append_kernel(const __grid_constant__ RotaryAttentionParams p) {
@@ -63,6 +63,9 @@ __global__ void __launch_bounds__(kAppendThreads)
     for (int64_t g = 0; g < group; ++g, out += head_dim) {
       store_vec(out + chunk.first, zero_vec<T>());
       store_vec(out + chunk.second, zero_vec<T>());
+      if (p.lse != nullptr && chunk_index == 0) {
+        static_cast<float*>(p.lse)[(kv_head * group + g) * p.tokens + token] = INFINITY;
+      }
     }
     return;
   }

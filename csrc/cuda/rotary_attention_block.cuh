@@ -46,6 +46,11 @@ struct RotaryBlock {
     rows.q_head_stride = p.q_head_stride;
     rows.out_token_stride = p.num_q_heads * head_dim;
     rows.out_head_stride = head_dim;
+    rows.lse_head_stride = p.cu_seqlens == nullptr ? p.max_seqlen : p.tokens;
+    rows.lse = p.lse == nullptr ? nullptr
+                                : static_cast<float*>(p.lse) + head * rows.lse_head_stride +
+                                      (p.cu_seqlens == nullptr ? b * p.num_q_heads * p.max_seqlen
+                                                               : sequence.begin);
     rows.group = group;
     rows.first = first;
     rows.count = count;

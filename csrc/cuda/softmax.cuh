@@ -34,6 +34,20 @@ __device__ __forceinline__ float softmax_exp2(float x) {
 __device__ __forceinline__ float quad_max(float x) { return warp_max<4>(x); }
 __device__ __forceinline__ float quad_sum(float x) { return warp_sum<4>(x); }
 
+// The natural log of the sum of exp(scale * score), given a row's `maximum` and the total of its
+// weights; +infinity for a row that saw nothing, whose weights are then recomputed as 0.
+template <typename T>
+__device__ __forceinline__ float log_sum_exp(float maximum, float total, float scale_log2) {
+  if (total == 0.0f) return INFINITY;
+  if constexpr (std::is_same_v<T, float>) {  // one rounding
+    constexpr double kLn2 = 0.6931471805599453;
+    return static_cast<float>(kLn2 * (static_cast<double>(maximum) * scale_log2) +
+                              log(static_cast<double>(total)));
+  } else {
+    return (maximum + log2f(total)) * 0.693147181f;
+  }
+}
+
 // kLazy: the maximum follows the largest score only when it lags by more than 2^8. Weights are then
 // at most 2^8 instead of 1, and most blocks leave what was summed so far unscaled: factor 1.
 template <typename T, int kSlots, bool kLazy = false>

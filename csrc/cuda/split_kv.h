@@ -102,7 +102,8 @@ constexpr bool uses_split_kv(const RotaryAttentionParams& p) {
          p.num_q_heads / p.num_kv_heads <= kSplitKvMaxGroup;
 }
 constexpr bool uses_split_kv(const CrossAttentionParams& p) {
-  return p.max_seqlen == 1 && p.num_q_heads / p.num_kv_heads <= kSplitKvMaxGroup;
+  return p.max_seqlen == 1 && p.num_q_heads / p.num_kv_heads <= kSplitKvMaxGroup &&
+         p.lse == nullptr;  // which decoding never wants
 }
 
 // Whether the launches by clusters take such a call, on a device that runs sm_90a code.

@@ -21,129 +21,11 @@
 #include "attention.cuh"
 #include "attention_keys.cuh"
 #include "hopper.h"
+#include "padding_mask.cuh"
 #include "vision_attention_sm90.h"
 
 namespace mllama {
 namespace {
-
-// Per key block, in shared memory: 8 bytes of padding flags and its place in the list of visited
-// blocks.
-constexpr int64_t padding_mask_bytes(const VisionAttentionParams& p, int64_t block_keys) {
-  return p.padding == nullptr
-             ? 0
-             : ceil_div(p.seqlen, block_keys) * int64_t{sizeof(uint64_t) + sizeof(int32_t)};
-}
-
-template <typename Config>
-class PaddingMask {
- public:
-  static constexpr bool kHidesRows = false;
-
-  // Called by all threads of the block. `padding`: the sequence's flags, or null; `shared`:
-  // padding_mask_bytes() bytes.
-  __device__ __forceinline__ PaddingMask(const bool* padding, int first_row, int seqlen,
-                                         char* shared)
-      : shared_(shared),
-        seqlen_(seqlen),
-        visits_((seqlen + Config::kBlockN - 1) / Config::kBlockN) {
-    if (padding == nullptr) return;
-    const int row = first_row + threadIdx.x;
-    const bool valid = threadIdx.x < Config::kBlockM && row < seqlen;
-    const bool padded = valid && padding[row];
-    if (!__syncthreads_or(padded)) return;
-    flags_ = kSomePadded | (__syncthreads_and(padded || !valid) ? kAllPadded : 0);
-#pragma unroll
-    for (int slot = 0; slot < Config::kSlots; ++slot) {
-      const int slot_row = first_row + Config::row_of_slot(slot);
-      if (slot_row < seqlen && padding[slot_row]) flags_ |= 1u << slot;
-    }
-    const int blocks = visits_;
-    for (int block = warp_uniform(threadIdx.x / kWarpSize); block < blocks;
-         block += Config::kWarps) {
-      const uint64_t bits = padding_bits(padding, block);
-      if (threadIdx.x % kWarpSize == 0) block_padding()[block] = bits;
-    }
-    __syncthreads();
-    if (flags_ & kAllPadded) visits_ = list_visited(blocks);
-  }
-
-  __device__ __forceinline__ int next() {
-    const int visit = visit_++;
-    if (visit >= visits_) return kNoBlock;
-    return flags_ & kAllPadded ? visited_blocks()[visit] : visit;
-  }
-
-  __device__ __forceinline__ bool enter(int block) {
-    tail_ = tail_bits(block);
-    hidden_ = flags_ & kSomePadded ? block_padding()[block] : 0;
-    const bool masked = (tail_ | hidden_) != 0;
-    tail_ >>= Config::first_column();
-    hidden_ >>= Config::first_column();
-    return masked;
-  }
-
-  __device__ __forceinline__ bool visible(int slot, int offset) const {
-    const uint64_t hidden = tail_ | ((flags_ >> slot & 1) ? hidden_ : 0);
-    return (hidden >> offset & 1) == 0;
-  }
-
-  __device__ __forceinline__ bool sees(int) const { return true; }
-
- private:
-  static_assert(Config::kBlockN <= 64, "a block's keys are bits of one word");
-  // Among the query rows of the block: blocks of padding keys are skipped if all are padding.
-  static constexpr unsigned kSomePadded = 1u << 30, kAllPadded = 1u << 31;
-  static constexpr uint64_t kAllKeys = ~uint64_t{0} >> (64 - Config::kBlockN);
-
-  // Keys of the block behind the sequence's end.
-  __device__ __forceinline__ uint64_t tail_bits(int block) const {
-    const int keys = seqlen_ - block * Config::kBlockN;
-    return keys >= Config::kBlockN ? 0 : kAllKeys & (kAllKeys << keys);
-  }
-
-  // Padding keys of the block; the same in all lanes.
-  __device__ __forceinline__ uint64_t padding_bits(const bool* padding, int block) const {
-    uint64_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < Config::kBlockN; i += kWarpSize) {
-      const int offset = i + threadIdx.x % kWarpSize, key = block * Config::kBlockN + offset;
-      const bool padded = offset < Config::kBlockN && key < seqlen_ && padding[key];
-      bits |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, padded)) << i;
-    }
-    return bits;
-  }
-
-  // Lists the blocks that hold any key for a padding query; every warp writes the same.
-  __device__ __forceinline__ int list_visited(int blocks) const {
-    const int lane = threadIdx.x % kWarpSize;
-    int count = 0;
-    for (int first = 0; first < blocks; first += kWarpSize) {
-      const int block = first + lane;
-      const bool visited =
-          block < blocks && (block_padding()[block] | tail_bits(block)) != kAllKeys;
-      const unsigned ballot = __ballot_sync(0xffffffffu, visited);
-      if (threadIdx.x < kWarpSize && visited)
-        visited_blocks()[count + __popc(ballot & ((1u << lane) - 1))] = block;
-      count += __popc(ballot);
-    }
-    __syncthreads();
-    return count;
-  }
-
-  __device__ __forceinline__ uint64_t* block_padding() const {
-    return reinterpret_cast<uint64_t*>(shared_);
-  }
-  __device__ __forceinline__ int32_t* visited_blocks() const {
-    return reinterpret_cast<int32_t*>(block_padding() +
-                                      (seqlen_ + Config::kBlockN - 1) / Config::kBlockN);
-  }
-
-  char* shared_;
-  int seqlen_;
-  int visits_, visit_ = 0;
-  unsigned flags_ = 0;              // bit s: query row of slot s is padding; and those above
-  uint64_t tail_ = 0, hidden_ = 0;  // of the entered block, from this thread's first column
-};
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
@@ -163,6 +45,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     rows.q_token_stride = p.q_token_stride;
     rows.out_token_stride = p.num_heads * Config::kHeadDim;
     rows.q_head_stride = rows.out_head_stride = 0;
+    rows.lse = p.lse == nullptr
+                   ? nullptr
+                   : static_cast<float*>(p.lse) + (batch * num_heads + head) * p.seqlen;
+    rows.lse_head_stride = 0;
     rows.group = 1;
     rows.first = row_block * Config::kBlockM;
     rows.count = seqlen;

@@ -186,6 +186,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     rows.out = static_cast<T*>(p.out) + (batch * p.seqlen * num_heads + head) * Config::kHeadDim;
     rows.out_token_stride = p.num_heads * Config::kHeadDim;
     rows.out_head_stride = 0;
+    rows.lse = p.lse == nullptr
+                   ? nullptr
+                   : static_cast<float*>(p.lse) + (batch * num_heads + head) * p.seqlen;
+    rows.lse_head_stride = 0;
     rows.group = 1;
     rows.first = first;
     rows.count = seqlen;

@@ -1,0 +1,139 @@
+// Gradients of a tile of keys and values: attention_backward.cuh, kernel 2. A warp has 16 keys; the
+// query rows that see them arrive in blocks by cp.async, one block while the other is in use, with
+// one barrier per block. The query heads of a group are rows of one sequence
+// (attention_queries.cuh), so a key's sums over heads are part of its sums over rows.
+//
+// Shared memory  ldmatrix brings 5 fragments of 16 x 16 for 8 products of m16n8k16 at head dim 128:
+//                at 128 bytes a clock that takes as long as the products of an A100 at 80 % of
+//                their peak.
+#pragma once
+
+#include "attention_backward.cuh"
+#include "attention_keys.cuh"
+
+namespace mllama {
+
+// The block's keys: row i at base + i * stride for i < count.
+template <typename T>
+struct KeyTile {
+  const T* k;
+  const T* v;
+  int64_t k_stride, v_stride;
+  int count;
+};
+
+// The query rows of one sequence, in blocks (add_up_keys below).
+template <typename Config>
+struct SequenceQueries {
+  using T = typename Config::T;
+  const BackwardRows<T>& rows;
+
+  __device__ __forceinline__ bool find(int block, int offset, const T*& q, const T*& grad_out,
+                                       const float2*& statistics) const {
+    const int row = block * Config::kBlockN + offset;
+    if (!rows.valid(row)) return false;
+    q = rows.q_row(row);
+    grad_out = rows.grad_row(row);
+    statistics = rows.statistics + row;
+    return true;
+  }
+};
+
+// Adds up the gradients of a tile of keys; all threads of the block call it. Sums of keys behind
+// `count` are meaningless. The policies:
+//
+//   Rows    bool find(int block, int row, const T*& q, const T*& grad_out, const float2*& stats):
+//           where row `row` of the block that next() gave last lies; false: nowhere, and what the
+//           pointers then say is not read. The lanes of a warp ask for different rows.
+//   Mask    as in attention.cuh, with keys as rows and query rows as columns: next(), enter(),
+//           visible(). A row that find() did not find counts for nothing, masked or not.
+template <typename Config, typename Rows, typename Mask>
+__device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& keys,
+                                            const Rows& rows, Mask& mask, float scale_log2,
+                                            const BackwardTiles<Config>& tiles,
+                                            typename Config::Sums& grad_k,
+                                            typename Config::Sums& grad_v) {
+  using T = typename Config::T;
+  using Layout = typename Config::QueryLayout;
+  using Products = AttentionProducts<Config>;
+  const auto copy = [&](int block, int stage) {
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const uint32_t q_tile = shared_address(tiles.first(stage));
+    const uint32_t grad_tile = shared_address(tiles.second(stage));
+    const uint32_t statistics = shared_address(tiles.row_statistics(stage));
+#pragma unroll
+    for (int i = 0; i < Config::kKeyRun; i += 4) {
+      const int row = warp * Config::kKeyRun + i + lane / 8;
+      const T *q = keys.k, *grad = keys.k;
+      const float2* from = reinterpret_cast<const float2*>(keys.k);
+      const bool found = rows.find(block, row, q, grad, from);
+#pragma unroll
+      for (int chunk = lane % 8; chunk < Layout::kChunks; chunk += 8) {
+        cp_async_16(q_tile + Layout::offset(row, chunk), q + chunk * Layout::kChunkElements, found);
+        cp_async_16(grad_tile + Layout::offset(row, chunk), grad + chunk * Layout::kChunkElements,
+                    found);
+      }
+      if (lane % 8 == 0) cp_async_small<8>(statistics + row * sizeof(float2), from, found);
+    }
+  };
+
+  int block = warp_uniform(mask.next());
+  if (block != kNoBlock) copy(block, 0);
+  copy_own_rows<Config>(tiles.own[0], keys.k, [&](int row) {
+    return row < keys.count ? keys.k + row * keys.k_stride : nullptr;
+  });
+  copy_own_rows<Config>(tiles.own[1], keys.v, [&](int row) {
+    return row < keys.count ? keys.v + row * keys.v_stride : nullptr;
+  });
+  cp_async_commit();
+
+  const float kept[Config::kSlots] = {1.0f, 1.0f};
+  const bool takes_part[Config::kSlots] = {true, true};
+  int stage = 0;
+  while (block != kNoBlock) {
+    const int next = warp_uniform(mask.next());
+    cp_async_wait<0>();
+    __syncthreads();  // the block has landed for all; all are done with the other stage
+    if (next != kNoBlock) copy(next, stage ^ 1);
+    cp_async_commit();
+
+    typename Config::Scores weights, grad_scores;
+    Products::scores(weights, tiles.own[0], tiles.first(stage));
+    const bool masked = warp_uniform(mask.enter(block));
+    const float2* const statistics = tiles.row_statistics(stage) + Config::first_column();
+#pragma unroll
+    for (int n = 0; n < Config::kKeyTiles; ++n) {
+      const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[0][n][i] =
+            recomputed_weight<T>(weights[0][n][i], scale_log2, i % 2 == 0 ? s.x : s.z);
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int n = 0; n < Config::kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // a select: what is hidden may be infinite
+          weights[0][n][i] = mask.visible(i / 2, n * 8 + i % 2) ? weights[0][n][i] : 0.0f;
+        }
+      }
+    }
+    Products::output(grad_v, weights, kept, takes_part, tiles.second(stage), tiles.weights);
+    Products::scores(grad_scores, tiles.own[1], tiles.second(stage));
+#pragma unroll
+    for (int n = 0; n < Config::kKeyTiles; ++n) {
+      const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        grad_scores[0][n][i] = weights[0][n][i] * (grad_scores[0][n][i] - (i % 2 == 0 ? s.y : s.w));
+      }
+    }
+    Products::output(grad_k, grad_scores, kept, takes_part, tiles.first(stage), tiles.weights);
+    block = next;
+    stage ^= 1;
+  }
+  cp_async_wait<0>();  // the keys of a tile that nothing sees
+}
+
+}  // namespace mllama
