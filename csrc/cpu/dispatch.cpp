@@ -84,6 +84,7 @@ bool amx_available() {
 MLLAMA_DISPATCH(cross_attention, CrossAttentionParams)
 MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
 MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
+MLLAMA_DISPATCH(patch_embed_backward, PatchEmbedBackwardParams)
 MLLAMA_DISPATCH(rms_norm, RmsNormParams)
 MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
 MLLAMA_DISPATCH(sample, SampleParams)
