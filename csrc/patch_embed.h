@@ -57,7 +57,7 @@ struct PatchEmbedBackwardParams {
 };
 
 // Of the CUDA kernels: a block keeps sums of whole rows in registers.
-constexpr int64_t kPatchBackwardMaxDim = 3072;
+constexpr int64_t kPatchBackwardMaxDim = 2560;
 
 void patch_embed_cpu(const PatchEmbedParams& p);
 int patch_embed_cuda(const PatchEmbedParams& p, CUstream_st* stream);

@@ -58,7 +58,7 @@ def patch_embed(
         saves the tokens before LayerNorm, M T P E elements, and of the inputs those it reads. Of what
         LayerNorm needs that is all: mean and deviation are recomputed. It computes the gradients that
         are asked for and no others; those of pixel_values and patch_weight are torch's matrix products
-        with the gradient of the patches. On CUDA E is at most 3072 for gradients.
+        with the gradient of the patches. On CUDA E is at most 2560 for gradients.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
@@ -150,7 +150,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     pixel_values, patch_weight, tokens, *operands = ctx.saved_tensors
     if tokens.dim() == 1:
         raise RuntimeError(

@@ -8,9 +8,9 @@ from numerics import (
     FLOATS,
     assert_compiles,
     assert_gradcheck,
-    assert_gradients_no_worse,
     assert_no_worse,
     assert_trains_compiled,
+    compare,
     gradients,
     grid,
     opcheck,
@@ -110,7 +110,6 @@ def test_empty_and_torch_machinery(device):
     args = make(1, 2, 28, 40, 14, torch.float32, device)
     none = (args[0][:0], args[1][:0], *args[2:])
     assert mllama_kernels.patch_embed(*none).shape == (0, 2, 8, 40)
-    opcheck("patch_embed", (*args, 1e-5, 8, False))
     opcheck("patch_embed", (*args, 1e-5, 8, True))
     assert_compiles(mllama_kernels.patch_embed, *args)
 
@@ -150,7 +149,7 @@ GRADIENT_CASES = grid(
         (1, 4, 56, 1280, 14, [8]),
         (5, 3, 42, 136, 14, [1, 4, 1, 1, 4]),
         (3, 2, 30, 33, 8, [0, 5, 0]),
-        (1, 1, 14, 8, 14, [0]),
+        (1, 1, 14, 72, 14, [0]),
         (2, 1, 70, 644, 14, [7, 6]),
     ],
 )
@@ -162,18 +161,45 @@ def make_gradient_case(images, tiles, size, width, patch, ids, dtype, device):
     return args
 
 
+def assert_patch_gradients_no_worse(args, draws):
+    """Gates have one element, a sum in which most cancels: its error is compared over several draws."""
+    with torch.no_grad():
+        out = reference.patch_embed(*args)
+    grads = [torch.randn_like(out) for _ in range(draws)]
+
+    def backward(function, convert, wanted, grads):
+        """For each of `grads` the gradients of the arguments `wanted`."""
+        leaves = [convert(a) if i != 1 else a for i, a in enumerate(args)]
+        leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(leaves)]
+        out = function(*leaves)
+        for grad in grads:
+            yield torch.autograd.grad(
+                out, [leaves[i] for i in wanted], grad.to(out.dtype), retain_graph=True
+            )
+
+    def run(function, convert):
+        gates = zip(*backward(function, convert, [5, 8], grads), strict=True)
+        (others,) = backward(function, convert, [0, 2, 3, 4, 6, 7, 9, 10], grads[:1])
+        return [torch.cat(draws) for draws in gates] + list(others)
+
+    actual = run(mllama_kernels.patch_embed, torch.clone)
+    plain = run(reference.patch_embed, torch.clone)
+    exact = run(reference.patch_embed, torch.Tensor.double)
+    for a, e, p in zip(actual, exact, plain, strict=True):
+        compare(a, e, p)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_match_float64(device, dtype, case):
     args = make_gradient_case(*case, dtype, device)
-    assert_gradients_no_worse(mllama_kernels.patch_embed, reference.patch_embed, *args)
+    assert_patch_gradients_no_worse(args, draws=16)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gradients_at_checkpoint_shape(device, dtype):
-    args = make(2, 4, 448, 1280, 14, dtype, device)
-    assert_gradients_no_worse(mllama_kernels.patch_embed, reference.patch_embed, *args)
+    assert_patch_gradients_no_worse(make(2, 4, 448, 1280, 14, dtype, device), draws=3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -233,9 +259,10 @@ def test_frozen_parameters(device):
 
 
 def test_trains(device):
+    tiny = list(make(2, 2, 5, 6, 2, torch.float32, device, ratios=2))
+    tiny[1] = torch.tensor([1, 1], device=device)
+    assert_gradcheck(mllama_kernels.patch_embed, *tiny)
     args = make_gradient_case(2, 2, 30, 9, 14, [1, 1], torch.float32, device)
-    args[4:9] = [t * 0.5 for t in args[4:9]]
-    assert_gradcheck(mllama_kernels.patch_embed, *args)
     assert_trains_compiled(mllama_kernels.patch_embed, *args)
     out, tokens = torch.ops.mllama_kernels.patch_embed(*args, 1e-5, 8, True)
     operands = (torch.randn_like(out), tokens, args[1], *args[4:10], 1e-5)

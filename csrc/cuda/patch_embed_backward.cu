@@ -12,13 +12,14 @@
 // Precision  float32, statistics of float32 tokens in float64, gates in float64. Embeddings sum
 //            unrounded gradients, pre_tile_embedding those that grad_patches stores. The order of
 //            all sums is fixed by the shape; no atomics.
-// Traffic    grad_out, tokens and the chosen rows of the tables read, grad_patches and gradients of
-//            whole tables written. One image of 4 tiles of 560 x 560, 9 aspect ratios, dim 1280,
-//            bf16: 3 * 16.4 + 4.1 read or written for the tokens, 151.6 MB of tables written (half
-//            a row in nine is zeros: four of 36 are chosen), 16.4 for the next products: 221 MB, 51
-//            us at 4.3 TB/s. Beyond it 8 MB of partial sums, and grad_patches a second time for
-//            pre_tile_embedding, from L2 where it fits (50 MB). Without the tables and the patches,
-//            which are skipped when not wanted, 33 MB, 8 us.
+// Traffic    Read: grad_out, tokens, the chosen rows of the tables. Written: grad_patches, and
+// whole
+//            tables, mostly zeros. One image of 4 tiles of 560 x 560, 9 aspect ratios, dim 1280,
+//            bf16: 3 * 16.4 MB for the tokens, 8.2 for position_embedding, 16.4 + 147.5 for
+//            tile_position_embedding, together 221 MB, 51 us at 4.3 TB/s. Beyond that, 8 MB of
+//            partial sums, and grad_patches once more for pre_tile_embedding, from L2 where that
+//            holds it (50 MB on Hopper). What is not wanted is not computed: with frozen tables
+//            and patches 33 MB, 8 us, and the partial sums.
 // Bad ids    An image with an aspect_ratio_id outside [0, ratios) has NaN gradients, writes to no
 //            row of the tables and reads none.
 // Launch     On Hopper before the previous kernel has ended (hopper.cuh: the rule).
@@ -46,7 +47,7 @@ struct SortedImage {
   int index, ratio;  // a bad id counts as one more ratio
 };
 
-// By aspect ratio, then by index.
+// By aspect ratio, then by index. Ends with a barrier.
 __device__ __forceinline__ void sort_images(const PatchEmbedBackwardParams& p,
                                             SortedImage* sorted) {
   const int images = static_cast<int>(p.images);
@@ -70,6 +71,8 @@ template <typename T>
 struct TokenShared {
   Statistic<T> means[kWarpSize][1], products[kWarpSize][3];
   double gates[kWarpSize][2];
+  float position[Vec<T>::kSize][kMaxThreads<T>];  // sums of a position, of each thread its own
+  float open_gate;                                // tanh(position_gate)
 };
 
 // A thread's columns of the tokens of a block.
@@ -85,17 +88,18 @@ class TokenColumns {
         shared_(shared),
         images_(images),
         column_(static_cast<int>(threadIdx.x) * kSize),
-        position_(static_cast<int64_t>(blockIdx.x) * p.kBlockPositions),
-        last_position_(min(p.positions, position_ + p.kBlockPositions)),
+        dim_(static_cast<int>(p.dim)),
+        position_(static_cast<int>(blockIdx.x * p.kBlockPositions)),
+        last_position_(static_cast<int>(min(p.positions, position_ + p.kBlockPositions))),
         weight_(load(p.norm_weight, 0)) {}
 
   __device__ __forceinline__ void run() {
-    const int64_t tiles = p_.images > 0 ? p_.tiles : 0;
-    const float open = open_gate<T>(p_.position_gate);
-    load_token(tiles > 0, 0, 0, position_);
+    const float open = shared_.open_gate;
+    load_token(p_.images * p_.tiles > 0, 0, 0, position_);
     for (; position_ < last_position_; ++position_) {
-      Columns<T> position_sum = {};
-      for (int64_t tile = 0; tile < p_.tiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) shared_.position[i][threadIdx.x] = 0;
+      for (int tile = 0; tile < p_.tiles; ++tile) {
         int image = 0;
         for (int ratio = 0; ratio <= p_.ratios; ++ratio) {
           Columns<T> sum = {};
@@ -112,10 +116,13 @@ class TokenColumns {
           if (chosen) {
             add_gates(row, bad, sum);
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) position_sum[i] += sum[i];
+            for (int i = 0; i < kSize; ++i) shared_.position[i][threadIdx.x] += sum[i];
           }
         }
       }
+      Columns<T> position_sum;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) position_sum[i] = shared_.position[i][threadIdx.x];
       if (p_.grad_class_embedding != nullptr && position_ == 0) {
         store_scaled(p_.grad_class_embedding, 0, position_sum, 1.0f);
       }
@@ -128,11 +135,11 @@ class TokenColumns {
 
  private:
   __device__ __forceinline__ Vec<T> load(const void* rows, int64_t row, bool wanted = true) const {
-    return load_tile<kVectorized>(static_cast<const T*>(rows) + row * p_.dim, column_,
-                                  wanted ? p_.dim : 0);
+    return load_tile<kVectorized>(static_cast<const T*>(rows) + row * dim_, column_,
+                                  wanted ? dim_ : 0);
   }
   __device__ __forceinline__ void store(void* rows, int64_t row, const Vec<T>& v) const {
-    store_tile<kVectorized>(static_cast<T*>(rows) + row * p_.dim, column_, p_.dim, v);
+    store_tile<kVectorized>(static_cast<T*>(rows) + row * dim_, column_, dim_, v);
   }
   __device__ __forceinline__ void store_scaled(void* rows, int64_t row, const Columns<T>& sum,
                                                float scale) const {
@@ -142,45 +149,41 @@ class TokenColumns {
     store(rows, row, v);
   }
 
-  __device__ __forceinline__ void load_token(bool wanted, int image, int64_t tile,
-                                             int64_t position) {
+  __device__ __forceinline__ void load_token(bool wanted, int image, int tile, int position) {
     const int64_t image_tile = wanted ? images_[image].index * p_.tiles + tile : 0;
     token_ = load(p_.tokens, image_tile * p_.positions + position, wanted);
     grad_ = load(p_.grad_out, image_tile * p_.out_tokens + position, wanted);
   }
 
   // The one behind token `image` of `tile`, in the order of run().
-  __device__ __forceinline__ void load_next(int image, int64_t tile) {
-    if (image + 1 < p_.images) {
-      load_token(true, image + 1, tile, position_);
-    } else if (tile + 1 < p_.tiles) {
-      load_token(true, 0, tile + 1, position_);
-    } else {
-      load_token(position_ + 1 < last_position_, 0, 0, position_ + 1);
-    }
+  __device__ __forceinline__ void load_next(int image, int tile) {
+    int position = position_;
+    if (++image == p_.images) image = 0, ++tile;
+    if (tile == p_.tiles) tile = 0, ++position;
+    load_token(position < last_position_, image, tile, position);
   }
 
   // The token that is loaded: adds its gradient to `sum`, and to the norm's.
-  __device__ __forceinline__ void add_token(int image, int64_t tile, Columns<T>& sum) {
+  __device__ __forceinline__ void add_token(int image, int tile, Columns<T>& sum) {
     const Vec<T> token = token_, grad = grad_;
     load_next(image, tile);
     S total[1] = {};
 #pragma unroll
     for (int i = 0; i < kSize; ++i) total[0] += to_f32(token.data[i]);
     block_sums(total, &shared_.means);
-    const S mean = total[0] / static_cast<S>(p_.dim);
+    const S mean = total[0] / static_cast<S>(dim_);
 
     S sums[3] = {};  // of squares, g * w, g * w * (x - mean)
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const S centred = column_ + i < p_.dim ? to_f32(token.data[i]) - mean : 0;
+      const S centred = column_ + i < dim_ ? to_f32(token.data[i]) - mean : 0;
       const S scaled = to_f32(grad.data[i]) * to_f32(weight_.data[i]);
       sums[0] += centred * centred;
       sums[1] += scaled;
       sums[2] += scaled * centred;
     }
     block_sums(sums, &shared_.products);
-    const S dim = static_cast<S>(p_.dim), nan = static_cast<S>(NAN);
+    const S dim = static_cast<S>(dim_), nan = static_cast<S>(NAN);
     const bool bad = images_[image].ratio == p_.ratios;
     const S rstd = bad ? nan : 1 / sqrt(sums[0] / dim + static_cast<S>(p_.eps));
     const S offset = sums[1] / dim, slope = sums[2] / dim * rstd;
@@ -245,8 +248,9 @@ class TokenColumns {
   TokenShared<T>& shared_;
   const SortedImage* const images_;
   const int column_;
-  int64_t position_;
-  const int64_t last_position_;
+  const int dim_;
+  int position_;
+  const int last_position_;
   const Vec<T> weight_;
   Vec<T> token_, grad_;  // loaded ahead
   Columns<T> norm_weight_ = {}, norm_bias_ = {};
@@ -254,13 +258,14 @@ class TokenColumns {
 };
 
 template <typename T, bool kVectorized>
-__global__ void __launch_bounds__(kMaxThreads<T>, 768 / kMaxThreads<T>)
+__global__ void __launch_bounds__(kMaxThreads<T>, kVectorized ? 640 / kMaxThreads<T> : 1)
     patch_backward_kernel(const __grid_constant__ PatchEmbedBackwardParams p) {
   extern __shared__ __align__(8) char memory[];
   __shared__ TokenShared<T> shared;
   wait_for_previous_kernel();
   start_next_kernel();
   const auto images = reinterpret_cast<SortedImage*>(memory);
+  if (threadIdx.x == 0) shared.open_gate = open_gate<T>(p.position_gate);
   sort_images(p, images);
   TokenColumns<T, kVectorized>(p, shared, images).run();
 }

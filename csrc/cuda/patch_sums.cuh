@@ -27,10 +27,9 @@ __device__ __forceinline__ void block_sums(S (&values)[kCount], S (*buffer)[kWar
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] += (*buffer)[warp][i];
+  for (int i = 0; i < kCount; ++i) {
+    const unsigned lane = threadIdx.x % kWarpSize;
+    values[i] = warp_sum(lane < blockDim.x / kWarpSize ? (*buffer)[lane][i] : 0);
   }
 }
 
