@@ -5,12 +5,12 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import mllama_kernels._library as library
 import pytest
 import torch
 from model_helpers import Prompt, Shape, assert_close, batch_of, hf_model, our_model
 
 import mllama_kernels
+import mllama_kernels._library as library
 from mllama_kernels import reference
 
 SHAPE = Shape(tile_side=56, local_layers=2, global_layers=1, taps=(0, 1))
