@@ -32,6 +32,7 @@
 #include "hopper.h"
 #include "patch_sums.cuh"
 #include "row_tiles.cuh"
+#include "vec_math.cuh"
 
 namespace mllama {
 namespace {
@@ -110,8 +111,8 @@ class TokenColumns {
           const bool chosen = image > first, bad = ratio == p_.ratios;
           const int64_t row = ratio * p_.tiles + tile;
           if (p_.grad_tile_position_embedding != nullptr && !bad) {
-            store_scaled(p_.grad_tile_position_embedding, row * p_.positions + position_, sum,
-                         open);
+            store(p_.grad_tile_position_embedding, row * p_.positions + position_,
+                  chosen ? rounded(sum, open) : zero_vec<T>());
           }
           if (chosen) {
             add_gates(row, bad, sum);
@@ -124,10 +125,10 @@ class TokenColumns {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) position_sum[i] = shared_.position[i][threadIdx.x];
       if (p_.grad_class_embedding != nullptr && position_ == 0) {
-        store_scaled(p_.grad_class_embedding, 0, position_sum, 1.0f);
+        store(p_.grad_class_embedding, 0, rounded(position_sum, 1.0f));
       }
       if (p_.grad_position_embedding != nullptr) {
-        store_scaled(p_.grad_position_embedding, position_, position_sum, 1.0f - open);
+        store(p_.grad_position_embedding, position_, rounded(position_sum, 1.0f - open));
       }
     }
     store_sums();
@@ -141,12 +142,18 @@ class TokenColumns {
   __device__ __forceinline__ void store(void* rows, int64_t row, const Vec<T>& v) const {
     store_tile<kVectorized>(static_cast<T*>(rows) + row * dim_, column_, dim_, v);
   }
-  __device__ __forceinline__ void store_scaled(void* rows, int64_t row, const Columns<T>& sum,
-                                               float scale) const {
+  __device__ __forceinline__ static Vec<T> rounded(const Columns<T>& sum, float scale) {
     Vec<T> v;
+    if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) v.data[i] = from_f32<T>(sum[i] * scale);
-    store(rows, row, v);
+      for (int i = 0; i < kSize; ++i) v.data[i] = sum[i] * scale;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize / 2; ++i) {
+        pair_word(v, i) = pack_pair<T>(sum[2 * i] * scale, sum[2 * i + 1] * scale);
+      }
+    }
+    return v;
   }
 
   __device__ __forceinline__ void load_token(bool wanted, int image, int tile, int position) {
@@ -188,21 +195,21 @@ class TokenColumns {
     const S rstd = bad ? nan : 1 / sqrt(sums[0] / dim + static_cast<S>(p_.eps));
     const S offset = sums[1] / dim, slope = sums[2] / dim * rstd;
 
-    Vec<T> stored;
+    Columns<T> gradient;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const float g = to_f32(grad.data[i]);
       const S normalized = (to_f32(token.data[i]) - mean) * rstd;
-      const float gradient =
+      gradient[i] =
           static_cast<float>((g * to_f32(weight_.data[i]) - offset - normalized * slope) * rstd);
-      sum[i] += gradient;
+      sum[i] += gradient[i];
       norm_weight_[i] += g * static_cast<float>(normalized);
       norm_bias_[i] += g;
-      stored.data[i] = from_f32<T>(gradient);
     }
     if (p_.grad_patches != nullptr && position_ > 0) {
       const int64_t image_tile = images_[image].index * p_.tiles + tile;
-      store(p_.grad_patches, image_tile * (p_.positions - 1) + position_ - 1, stored);
+      store(p_.grad_patches, image_tile * (p_.positions - 1) + position_ - 1,
+            rounded(gradient, 1.0f));
     }
   }
 
