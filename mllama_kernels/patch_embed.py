@@ -168,7 +168,8 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
         grad_pixels = _fold(grad_patches @ patch_weight.flatten(1), patch_weight, ctx.size)
     if for_weight:
         rows = _unfold(pixel_values, patch_weight.shape[-1])
-        grad_weight = (grad_patches.flatten(0, 2).t() @ rows).view_as(patch_weight)
+        # This way round, with a copy of the small result, CPU libraries are faster.
+        grad_weight = (rows.t() @ grad_patches.flatten(0, 2)).t().reshape(patch_weight.shape)
     grads = (g if w else None for g, w in zip(rest, others))
     return grad_pixels, None, grad_weight, *grads, None, None, None
 

@@ -132,17 +132,20 @@ class Backward {
     const int64_t* next = order_;
     for (int64_t ratio = 0; ratio < p_.ratios; ++ratio) {
       const int64_t choice = ratio * p_.tiles + tile, row = choice * p_.positions + position;
-      const int64_t* const begin = next;
+      T* const out = p_.grad_tile_position_embedding == nullptr
+                         ? nullptr
+                         : row_of(p_.grad_tile_position_embedding, row);
+      const auto is_next = [&] {
+        return next < order_ + p_.images && p_.aspect_ratio_ids[*next] == ratio;
+      };
+      if (!is_next()) {
+        if (out != nullptr) memset(out, 0, p_.dim * sizeof(T));
+        continue;
+      }
       clear(sums.tile);
-      for (; next < order_ + p_.images && p_.aspect_ratio_ids[*next] == ratio; ++next) {
-        add_token(*next * p_.tiles + tile, position, sums);
-      }
-      if (p_.grad_tile_position_embedding != nullptr) {
-        T* out = row_of(p_.grad_tile_position_embedding, row);
-        if (next == begin) memset(out, 0, p_.dim * sizeof(T));
-        if (next != begin) store_scaled(out, sums.tile, position_gate_.open);
-      }
-      if (next != begin) finish_tile(position, row, choice, sums);
+      for (; is_next(); ++next) add_token(*next * p_.tiles + tile, position, sums);
+      if (out != nullptr) store_scaled(out, sums.tile, position_gate_.open);
+      finish_tile(position, row, choice, sums);
     }
   }
 
@@ -183,18 +186,26 @@ class Backward {
 
   // Takes the sum of a tile, which some image has, to those of the position and of the gates.
   void finish_tile(int64_t position, int64_t row, int64_t choice, Sums& sums) const {
-    const T* near = row_of(p_.position_embedding, position);
-    const T* far = row_of(p_.tile_position_embedding, row);
-    const T* pre_tile = row_of(p_.pre_tile_embedding, choice);
-    Vec<T> gates[2] = {};
     for_vectors(p_.dim, [&](int64_t i, auto part) {
-      const Vec<T> sum = load(sums.tile + i, part);
-      gates[0] += sum * (load(far + i, part) - load(near + i, part));
-      gates[1] += sum * load(pre_tile + i, part);
-      store(sums.position + i, load(sums.position + i, part) + sum, part);
+      store(sums.position + i, load(sums.position + i, part) + load(sums.tile + i, part), part);
     });
-    sums.gates[0] += (double)sum_lanes(gates[0]);
-    if (position > 0) sums.gates[1] += (double)sum_lanes(gates[1]);
+    if (p_.grad_position_gate != nullptr) {
+      const T* near = row_of(p_.position_embedding, position);
+      const T* far = row_of(p_.tile_position_embedding, row);
+      Vec<T> product = {};
+      for_vectors(p_.dim, [&](int64_t i, auto part) {
+        product += load(sums.tile + i, part) * (load(far + i, part) - load(near + i, part));
+      });
+      sums.gates[0] += (double)sum_lanes(product);
+    }
+    if (p_.grad_pre_tile_gate != nullptr && position > 0) {
+      const T* pre_tile = row_of(p_.pre_tile_embedding, choice);
+      Vec<T> product = {};
+      for_vectors(p_.dim, [&](int64_t i, auto part) {
+        product += load(sums.tile + i, part) * load(pre_tile + i, part);
+      });
+      sums.gates[1] += (double)sum_lanes(product);
+    }
   }
 
   // f(first column, columns) of a row of dim elements, for `rows` rows.
