@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
     if for_weight:
         rows = _unfold(pixel_values, patch_weight.shape[-1])
         # This way round, with a copy of the small result, CPU libraries are faster.
-        grad_weight = (rows.t() @ grad_patches.flatten(0, 2)).t().reshape(patch_weight.shape)
+        grad_weight = (rows.t() @ grad_patches.flatten(0, 2)).t().contiguous().view_as(patch_weight)
     grads = (g if w else None for g, w in zip(rest, others))
     return grad_pixels, None, grad_weight, *grads, None, None, None
 
