@@ -18,6 +18,7 @@
   void cross_attention_backward(const CrossAttentionBackwardParams& p);   \
   void gated_residual(const GatedResidualParams& p);                      \
   void patch_embed(const PatchEmbedParams& p);                            \
+  void patch_embed_backward(const PatchEmbedBackwardParams& p);           \
   void rms_norm(const RmsNormParams& p);                                  \
   void rotary_attention(const RotaryAttentionParams& p);                  \
   void rotary_attention_backward(const RotaryAttentionBackwardParams& p); \

@@ -3,7 +3,8 @@
 //
 // Threads    Blocks of kBlockPatches patches of one tile; all threads pack the weight, once.
 // Precision  Float32 products and statistics; rounded where the plain PyTorch modules round.
-// Traffic    Pixels, weight and output once; position embeddings once per tile.
+// Traffic    Pixels, weight and output once; position embeddings once per tile. For a backward the
+//            tokens once more, as LayerNorm is given them.
 #include "../patch_embed.h"
 
 #include "dtypes.h"
@@ -129,10 +130,14 @@ class Embedder {
       store(x + i, value, part);
       sums += value;
     });
+    if (p_.tokens != nullptr) {
+      memcpy(static_cast<T*>(p_.tokens) + (tile * (patches_ + 1) + token) * dim, x,
+             dim * sizeof(T));
+    }
     const S mean = sum_lanes(sums) / (S)dim;
     Vec<T> squares = {};
     for_vectors(dim, [&](int64_t i, auto part) {
-      const Vec<T> centred = load(x + i, part) - load_splat(mean, part);
+      const Vec<T> centred = load(x + i, part) - splat_part(mean, part);
       squares += centred * centred;
     });
     const S scale = (S)(1 / __builtin_sqrt((double)sum_lanes(squares) / (double)dim + p_.eps));
@@ -141,14 +146,6 @@ class Embedder {
             (load(x + i, part) - mean) * scale * load(weight + i, part) + load(bias + i, part),
             part);
     });
-  }
-
-  // mean in the elements that the part covers, zero elsewhere.
-  static Vec<T> load_splat(S mean, Whole) { return splat(mean); }
-  static Vec<T> load_splat(S mean, First first) {
-    Vec<T> v = {};
-    for (int64_t i = 0; i < first.n; ++i) v[i] = mean;
-    return v;
   }
 
   const PatchEmbedParams& p_;

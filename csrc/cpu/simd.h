@@ -201,6 +201,18 @@ MLLAMA_INLINE void store(T* p, Vec<T> v, First first) {
   for (int64_t i = 0; i < first.n; ++i) p[i] = tail[i];
 }
 
+// x in the elements that the part covers, zero elsewhere.
+template <typename S>
+MLLAMA_INLINE auto splat_part(S x, Whole) {
+  return splat(x);
+}
+template <typename S>
+MLLAMA_INLINE auto splat_part(S x, First first) {
+  decltype(splat(x)) v = {};
+  for (int64_t i = 0; i < first.n; ++i) v[i] = x;
+  return v;
+}
+
 // f(offset, Whole or First) for each vector of dim elements.
 template <typename F>
 MLLAMA_INLINE void for_vectors(int64_t dim, const F& f) {

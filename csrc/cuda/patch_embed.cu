@@ -3,8 +3,9 @@
 //
 // Kernels    1. Patches: implicit im2col product (patch_gemm.cuh); the three embeddings are added
 //            on the way out, every operation rounded as a chain of PyTorch operators rounds it. 2.
-//            Tokens: a warp per token makes the class token, normalises every token in place and
-//            writes the zero tokens. The row is read three times, twice from L1.
+//            Tokens: a warp per token makes the class token, normalises every token (in place,
+//            unless a backward will want what it normalises) and writes the zero tokens. The row is
+//            read three times, twice from L1.
 // Precision  Products summed in float32; LayerNorm's statistics as two sums (mean, then squares of
 //            differences), float64 for float32 input; one rounding at its store.
 // Traffic    Pixels and weights once from HBM (L2 after), out written, read and written again. 4
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(Gemm::kThreads, 2)
                         (column - first_column));
     embedding.add(x, embedding.pre_tile, embedding.pre_tile_gate, column, count);
     embedding.add_positions(x, column, count);
-    T* const out = static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim + column;
+    T* const out = unnormalized_token<T>(p, image_tile, token) + column;
     if (vectorized) {
       store_vec(out, x);
     } else {

@@ -13,7 +13,8 @@ bool tokens_vectorized(const PatchEmbedParams& p) {
   bool vectorized = p.dim % Vec<T>::kSize == 0;
   for (const void* pointer :
        {p.class_embedding, p.position_embedding, p.tile_position_embedding, p.pre_tile_embedding,
-        p.norm_weight, p.norm_bias, static_cast<const void*>(p.out)}) {
+        p.norm_weight, p.norm_bias, static_cast<const void*>(p.out),
+        static_cast<const void*>(p.tokens)}) {
     vectorized = vectorized && is_aligned16(pointer, 0, p.dtype);
   }
   return vectorized;
@@ -22,6 +23,16 @@ bool tokens_vectorized(const PatchEmbedParams& p) {
 template <typename T>
 __device__ __forceinline__ Vec<T> load_part(const T* address, int count, bool vectorized) {
   return vectorized ? load_vec(address) : load_elements(address, count);
+}
+
+// Where a token that is a patch lies before LayerNorm.
+template <typename T>
+__device__ __forceinline__ T* unnormalized_token(const PatchEmbedParams& p, int64_t image_tile,
+                                                 int64_t token) {
+  if (p.tokens == nullptr) {
+    return static_cast<T*>(p.out) + (image_tile * p.out_tokens + token) * p.dim;
+  }
+  return static_cast<T*>(p.tokens) + (image_tile * (p.grid * p.grid + 1) + token) * p.dim;
 }
 
 // The embeddings of one token of one tile.
@@ -64,9 +75,9 @@ struct TokenEmbedding {
   }
 };
 
-// Finishes token `row` of out, by a warp. Of a patch, whose sum of embeddings is there, it is the
-// LayerNorm in place; a class token is made here and normalised; what follows the last patch is
-// zero. Tokens of an image with a bad id are NaN.
+// Finishes token `row` of out, by a warp. Of a patch, whose sum of embeddings is there already, it
+// is the LayerNorm; a class token is made here and normalised; what follows the last patch is zero.
+// Tokens of an image with a bad id are NaN.
 template <typename T>
 __device__ __forceinline__ void finish_token(const PatchEmbedParams& p, int64_t row,
                                              bool vectorized) {
@@ -75,13 +86,14 @@ __device__ __forceinline__ void finish_token(const PatchEmbedParams& p, int64_t 
   const int64_t image_tile = row / p.out_tokens, token = row - image_tile * p.out_tokens;
   const int64_t image = image_tile / p.tiles;
   T* const out = static_cast<T*>(p.out) + row * p.dim;
-  const auto store = [&](int column, const Vec<T>& v) {
+  const auto store_to = [&](T* to, int column, const Vec<T>& v) {
     if (vectorized) {
-      store_vec(out + column, v);
+      store_vec(to + column, v);
     } else {
-      store_elements(out + column, v, dim - column);
+      store_elements(to + column, v, dim - column);
     }
   };
+  const auto store = [&](int column, const Vec<T>& v) { store_to(out, column, v); };
 
   const int64_t ratio = p.aspect_ratio_ids[image];
   const bool valid = ratio >= 0 && ratio < p.ratios;
@@ -94,13 +106,19 @@ __device__ __forceinline__ void finish_token(const PatchEmbedParams& p, int64_t 
   }
 
   const TokenEmbedding<T> embedding(p, ratio, image_tile - image * p.tiles, token, vectorized);
+  T* const unnormalized = unnormalized_token<T>(p, image_tile, token);
   const auto load = [&](int column) {
-    if (token > 0) return load_part(out + column, dim - column, vectorized);
+    if (token > 0) return load_part(unnormalized + column, dim - column, vectorized);
     Vec<T> x =
         load_part(static_cast<const T*>(p.class_embedding) + column, dim - column, vectorized);
     embedding.add_positions(x, column, dim - column);
     return x;
   };
+  if (token == 0 && p.tokens != nullptr) {
+    for (int column = lane * kSize; column < dim; column += kWarpSize * kSize) {
+      store_to(unnormalized, column, load(column));
+    }
+  }
   // f(value, column) of all elements of this lane.
   const auto for_elements = [&](const auto& f) {
     for (int column = lane * kSize; column < dim; column += kWarpSize * kSize) {
