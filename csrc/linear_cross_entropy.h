@@ -13,13 +13,14 @@ struct CrossEntropyTerms {
   double label_smoothing, z_loss;
 };
 
-// Chunks of rows. Ignored rows: loss, lse and gradient 0. On CUDA a label that is no class makes
-// all three NaN; on CPU the caller has checked.
+// Chunks of rows. Ignored rows: everything is 0. On CUDA a label that is no class makes loss, sum
+// and gradient NaN; on CPU the caller has checked.
 struct LinearCrossEntropyParams {
   void* logits;           // (rows, vocab); with_grad: the gradient of each row's loss replaces them
   const int64_t* labels;  // (rows,)
   void* loss;             // (rows,) float32, float64 for float64
-  void* lse;              // (rows,), like loss
+  void* maximum;  // (rows,), like loss: the largest logit, and the sum of exp(logit - maximum).
+  void* sum;      // Together they are exact where lse would lose the digits of large logits.
   int64_t rows, logits_row_stride;
   CrossEntropyTerms terms;
   bool with_grad;
@@ -30,8 +31,9 @@ struct LinearCrossEntropyParams {
 struct LinearCrossEntropyBackwardParams {
   void* logits;           // (rows, classes) from first_class on; the gradient replaces them
   const int64_t* labels;  // (rows,)
-  const void* lse;        // (rows,), of the forward
-  const void* grad_loss;  // (rows,), like lse
+  const void* maximum;    // (rows,), of the forward
+  const void* sum;
+  const void* grad_loss;  // (rows,), like maximum
   int64_t rows, classes, first_class, logits_row_stride;
   CrossEntropyTerms terms;
   DType dtype;

@@ -52,7 +52,7 @@ def linear_cross_entropy(
         of nothing is NaN with gradients 0, as in PyTorch.
     Backward:
         saves the gradient by x before its scaling; for a weight that needs a gradient also x, weight,
-        labels and lse. Needs gradients of neither: nothing.
+        labels, and of each row the largest logit and the sum of exponentials.
     Raises:
         RuntimeError: naming what was given and what is expected; for a label that is no class on CPU.
             On CUDA, where looking would mean to wait, such a row's loss and gradient are NaN.
@@ -105,8 +105,8 @@ def _fake(
     chunk_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
-    loss, lse = (x.new_empty(rows, dtype=_statistics_dtype(x)) for _ in range(2))
-    return loss, lse, x.new_empty(rows if with_grad_x else 0, width)
+    loss, sums = (x.new_empty(*s, rows, dtype=_statistics_dtype(x)) for s in ((), (2,)))
+    return loss, sums, x.new_empty(rows if with_grad_x else 0, width)
 
 
 def _backward_fake(
@@ -117,17 +117,17 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, labels, *options, with_grad_x, chunk_bytes = inputs
-    _, lse, grad_x = output
+    _, sums, grad_x = output
     ctx.options = (*options, chunk_bytes)
     ctx.set_materialize_grads(False)
-    for_weight = (x, weight, labels, lse) if ctx.needs_input_grad[1] else (None,) * 4
+    for_weight = (x, weight, labels, sums) if ctx.needs_input_grad[1] else (None,) * 4
     ctx.save_for_backward(grad_x if with_grad_x else None, *for_weight)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, grad_grad_x: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, grad_sums: Tensor | None, grad_grad_x: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if grad_lse is not None or grad_grad_x is not None:
+    if grad_sums is not None or grad_grad_x is not None:
         _dispatch.no_double_backward("linear_cross_entropy")
     unscaled, *for_weight = ctx.saved_tensors
     grad_x = grad_weight = None

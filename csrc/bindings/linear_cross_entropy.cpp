@@ -91,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const T
   const int64_t rows = x.size(0), vocab = p.terms.vocab;
   const ScalarType statistics = statistics_type(x);
   const Tensor loss = torch::stable::new_empty(x, {rows}, statistics);
-  const Tensor lse = torch::stable::new_empty(x, {rows}, statistics);
+  const Tensor sums = torch::stable::new_empty(x, {2, rows}, statistics);
   const Tensor grad_x = torch::stable::new_empty(x, {with_grad_x ? rows : 0, x.size(1)});
-  if (rows == 0) return {loss, lse, grad_x};
+  if (rows == 0) return {loss, sums, grad_x};
   const int64_t line = round_up(vocab, kVectorElements);
   const int64_t chunk = chunk_of(rows, line, element_size(p.dtype), chunk_bytes);
   const Tensor buffer = columns_of(torch::stable::new_empty(x, {chunk, line}), vocab);
@@ -106,16 +106,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const T
     p.logits_row_stride = line;
     p.labels = offset<const int64_t>(labels, begin);
     p.loss = offset<void>(loss, begin);
-    p.lse = offset<void>(lse, begin);
+    p.maximum = offset<void>(sums, begin);
+    p.sum = offset<void>(sums, rows + begin);
     launch(c, p, linear_cross_entropy_cpu, MLLAMA_CUDA(linear_cross_entropy_cuda));
     if (with_grad_x) multiply(logits, weight, rows_of(grad_x, begin, p.rows));
   }
-  return {loss, lse, grad_x};
+  return {loss, sums, grad_x};
 }
 
 Tensor linear_cross_entropy_backward(const Tensor& grad_loss_in, const Tensor& x,
                                      const Tensor& weight, const Tensor& labels_in,
-                                     const Tensor& lse_in, int64_t ignore_index,
+                                     const Tensor& sums_in, int64_t ignore_index,
                                      int64_t masked_token, double label_smoothing, double z_loss,
                                      int64_t chunk_bytes) {
   const Checker c{"linear_cross_entropy_backward", x, "x"};
@@ -123,20 +124,20 @@ Tensor linear_cross_entropy_backward(const Tensor& grad_loss_in, const Tensor& x
   p.terms = checked_terms(c, x, weight, labels_in, ignore_index, masked_token, label_smoothing,
                           z_loss, chunk_bytes);
   p.dtype = c.dtype();
-  for (const auto& [t, what] :
-       {std::pair<const Tensor&, const char*>{grad_loss_in, "grad_loss"}, {lse_in, "lse"}}) {
-    c.typed(t, what, statistics_type(x));
-    c.sizes(t, what, {x.size(0)});
-  }
-  const Tensor labels = torch::stable::contiguous(labels_in),
-               lse = torch::stable::contiguous(lse_in);
+  c.typed(grad_loss_in, "grad_loss", statistics_type(x));
+  c.sizes(grad_loss_in, "grad_loss", {x.size(0)});
+  c.typed(sums_in, "sums", statistics_type(x));
+  c.sizes(sums_in, "sums", {2, x.size(0)});
+  const Tensor labels = torch::stable::contiguous(labels_in);
+  const Tensor sums = torch::stable::contiguous(sums_in);
   const Tensor grad_loss = torch::stable::contiguous(grad_loss_in);
   check_labels(c, labels, p.terms);
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   p.rows = x.size(0);
   if (p.rows == 0) return torch::stable::zero_(grad_weight);
   p.labels = labels.const_data_ptr<int64_t>();
-  p.lse = lse.const_data_ptr();
+  p.maximum = sums.const_data_ptr();
+  p.sum = offset<const void>(sums, p.rows);
   p.grad_loss = grad_loss.const_data_ptr();
   const int64_t vocab = p.terms.vocab;
   const int64_t chunk = chunk_of(vocab, p.rows, element_size(p.dtype), chunk_bytes);
@@ -166,7 +167,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, "
-      "Tensor lse, int ignore_index, int masked_token, float label_smoothing, float z_loss, "
+      "Tensor sums, int ignore_index, int masked_token, float label_smoothing, float z_loss, "
       "int chunk_bytes) -> Tensor");
 }
 

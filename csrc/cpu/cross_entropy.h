@@ -18,10 +18,10 @@ struct LogitGradient {
   using S = Scalar<T>;
   S shift, scale, smoothing, target;
 
-  // exp(x - lse) is exp(x - shift) * weight.
-  LogitGradient(const CrossEntropyTerms& terms, S shift, double weight, double lse, double factor)
-      : shift(shift),
-        scale((S)(weight * (1 + 2 * terms.z_loss * lse) * factor)),
+  // sum of exp(x - maximum) over the row
+  LogitGradient(const CrossEntropyTerms& terms, S maximum, double sum, double factor)
+      : shift(maximum),
+        scale((S)((1 + 2 * terms.z_loss * ((double)maximum + __builtin_log(sum))) / sum * factor)),
         smoothing((S)(terms.label_smoothing / (double)terms.vocab * factor)),
         target((S)((1 - terms.label_smoothing) * factor)) {}
 

@@ -54,14 +54,16 @@ void run_row(const LinearCrossEntropyParams& p, int64_t row) {
   const CrossEntropyTerms& terms = p.terms;
   const int64_t label = p.labels[row], vocab = terms.vocab;
   T* logits = static_cast<T*>(p.logits) + row * p.logits_row_stride;
-  S &loss = static_cast<S*>(p.loss)[row], &lse_out = static_cast<S*>(p.lse)[row];
+  S& loss = static_cast<S*>(p.loss)[row];
+  S &maximum = static_cast<S*>(p.maximum)[row], &sum_out = static_cast<S*>(p.sum)[row];
   if (ignores(terms, label)) {
-    loss = lse_out = 0;
+    loss = maximum = sum_out = 0;
     if (p.with_grad) memset(logits, 0, vocab * sizeof(T));
     return;
   }
-  const S maximum = largest(logits, vocab);
-  const double sum = sum_of<T>(logits, vocab, [=](Vec<T> x) { return exp(x - maximum); });
+  maximum = largest(logits, vocab);
+  const S shift = maximum;
+  const double sum = sum_of<T>(logits, vocab, [=](Vec<T> x) { return exp(x - shift); });
   const double lse = (double)maximum + __builtin_log(sum);
   double mean = 0;
   if (terms.label_smoothing != 0) {
@@ -69,9 +71,9 @@ void run_row(const LinearCrossEntropyParams& p, int64_t row) {
   }
   loss = (S)(lse - (1 - terms.label_smoothing) * (double)to_scalar(logits[label]) -
              terms.label_smoothing * mean + terms.z_loss * lse * lse);
-  lse_out = (S)lse;
+  sum_out = (S)sum;
   if (p.with_grad) {
-    const LogitGradient<T> gradient(terms, maximum, 1 / sum, lse, 1);
+    const LogitGradient<T> gradient(terms, shift, sum, 1);
     gradient.replace(logits, vocab, label);
   }
 }

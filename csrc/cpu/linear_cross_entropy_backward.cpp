@@ -16,9 +16,9 @@ void run_row(const LinearCrossEntropyBackwardParams& p, int64_t row) {
     memset(logits, 0, p.classes * sizeof(T));
     return;
   }
-  const S lse = static_cast<const S*>(p.lse)[row];
-  const double factor = (double)static_cast<const S*>(p.grad_loss)[row];
-  const LogitGradient<T> gradient(p.terms, lse, 1, (double)lse, factor);
+  const S maximum = static_cast<const S*>(p.maximum)[row], sum = static_cast<const S*>(p.sum)[row];
+  const S factor = static_cast<const S*>(p.grad_loss)[row];
+  const LogitGradient<T> gradient(p.terms, maximum, (double)sum, (double)factor);
   gradient.replace(logits, p.classes, label - p.first_class);
 }
 

@@ -36,11 +36,11 @@ struct LogitGradient {
   ShiftedExp<T> exponential;
   float scale, smoothing, target;
 
-  // exp(x - lse) is exp(x - shift) * weight.
-  __device__ __forceinline__ LogitGradient(const CrossEntropyTerms& terms, float shift,
-                                           float weight, float lse, float factor)
-      : exponential(shift),
-        scale(weight * fmaf(2 * static_cast<float>(terms.z_loss), lse, 1.0f) * factor),
+  // sum of exp(x - maximum) over the row
+  __device__ __forceinline__ LogitGradient(const CrossEntropyTerms& terms, float maximum, float sum,
+                                           float factor)
+      : exponential(maximum),
+        scale(fmaf(2 * static_cast<float>(terms.z_loss), maximum + logf(sum), 1.0f) / sum * factor),
         smoothing(static_cast<float>(terms.label_smoothing) / static_cast<float>(terms.vocab) *
                   factor),
         target(static_cast<float>(1 - terms.label_smoothing) * factor) {}

@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(RowTiles::kThreads)
   const int64_t label = p.labels[row];
   const bool has_loss = !ignores(p.terms, label);
   // NaN where the label is no class.
-  const float lse = static_cast<const float*>(p.lse)[row];
-  const float grad_loss = static_cast<const float*>(p.grad_loss)[row];
-  const LogitGradient<T> gradient(p.terms, lse, 1.0f, lse, grad_loss);
+  const LogitGradient<T> gradient(p.terms, static_cast<const float*>(p.maximum)[row],
+                                  static_cast<const float*>(p.sum)[row],
+                                  static_cast<const float*>(p.grad_loss)[row]);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int64_t element = tile_element<T>(i);
