@@ -13,9 +13,9 @@ from numerics import (
     FLOATS,
     assert_compiles,
     assert_gradcheck,
-    assert_gradients_no_worse,
     assert_no_worse,
     assert_trains_compiled,
+    compare,
     gradients,
     grid,
     opcheck,
@@ -60,30 +60,55 @@ def without_ignored(labels: Tensor, options: dict[str, Any]) -> Tensor:
     return labels.masked_fill(labels == -100, options.get("ignore_index", -100))
 
 
+def assert_all_no_worse(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
+    """Every row's loss, and the gradients of their sum, which are rounded once."""
+    plain = reference.linear_cross_entropy
+    each = {"reduction": "none", **options}
+    losses = OP(x, weight, labels, **each)
+    assert losses.dtype == torch.float32
+    assert_no_worse(losses, plain, x, weight, labels, **each)
+
+    def grads(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        args = (x.to(dtype), weight.to(dtype), labels)
+        return gradients(function, args, [losses.new_ones(())], reduction="sum", **options)
+
+    exact = grads(plain, torch.float64)
+    for a, e, p in zip(grads(OP, x.dtype), exact, grads(plain, x.dtype), strict=True):
+        compare(a, e, p)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    "rows, width, vocab", grid([(40, 24, 301)], [(136, 40, 64), (24, 32, 4097)])
+    "rows, width, vocab", grid([(256, 64, 301)], [(512, 40, 64), (128, 64, 1029)])
 )
-@pytest.mark.parametrize("chunk_rows", [16, 1000])
+@pytest.mark.parametrize("chunk_rows", [64, 1000])
 def test_matches_float64(device, monkeypatch, chunk_rows, dtype, rows, width, vocab, options):
-    # Not fewer rows: the library's products of two or three rows sum up less precisely.
+    # Not a few rows: the library's products of two or three sum up less precisely.
     set_chunk_bytes(monkeypatch, chunk_rows * round_up(vocab) * dtype.itemsize)
     x, weight, labels = make(rows, width, vocab, dtype, device)
-    labels = without_ignored(labels, options)
-    kwargs = {"reduction": "none", **options}
-    losses = OP(x, weight, labels, **kwargs)
-    assert losses.dtype == torch.float32
-    assert_no_worse(losses, reference.linear_cross_entropy, x, weight, labels, **kwargs)
-    assert_gradients_no_worse(OP, reference.linear_cross_entropy, x, weight, labels, **kwargs)
-    # No second sample of rounding errors: one number, and plain PyTorch's may be luckier.
-    is_target = (labels != options.get("ignore_index", -100)) & (
-        labels != options.get("masked_token", -100)
-    )
-    total = OP(x, weight, labels, reduction="sum", **options)
-    torch.testing.assert_close(total, losses.sum())
-    torch.testing.assert_close(OP(x, weight, labels, **options), total / is_target.sum())
-    assert_gradients_no_worse(OP, reference.linear_cross_entropy, x, weight, labels, **options)
+    assert_all_no_worse(x, weight, without_ignored(labels, options), **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reductions(device, dtype):
+    """Of the same losses; the gradient by x is that of their sum, scaled and rounded once more."""
+    x, weight, labels = make(60, 32, 90, dtype, device)
+    labels[3], options = 17, {"masked_token": 17, "label_smoothing": 0.1, "z_loss": 0.01}
+
+    def run(reduction: str, grad: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        out = OP(leaf, weight, labels, reduction=reduction, **options)
+        return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
+
+    one, scales = torch.ones((), device=device), torch.randn(60, device=device)
+    total, grad = run("sum", one)
+    losses, scaled = run("none", scales)
+    mean, averaged = run("mean", one)
+    targets = ((labels != -100) & (labels != 17)).sum()
+    assert total.equal(losses.sum()) and mean.equal(total / targets)
+    assert scaled.equal((grad * scales.unsqueeze(-1)).to(dtype))
+    assert averaged.equal((grad.float() * (1 / targets)).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -91,7 +116,7 @@ def test_checkpoint_vocabulary(device, monkeypatch, dtype):
     """Rows longer than shared memory, in chunks of rows and of classes that do not divide."""
     set_chunk_bytes(monkeypatch, 10 * 128256 * dtype.itemsize)
     x, weight, labels = make(18, 16, 128256, dtype, device)
-    assert_gradients_no_worse(OP, reference.linear_cross_entropy, x, weight, labels, z_loss=1e-4)
+    assert_all_no_worse(x, weight, labels, z_loss=1e-4)
 
 
 def test_chunks_do_not_show(device, monkeypatch):
