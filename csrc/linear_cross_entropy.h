@@ -13,14 +13,15 @@ struct CrossEntropyTerms {
   double label_smoothing, z_loss;
 };
 
-// Chunks of rows. Ignored rows: everything is 0. On CUDA a label that is no class makes loss, sum
-// and gradient NaN; on CPU the caller has checked.
+// Chunks of rows. Maximum and sum are kept apart for the backward: lse, rounded, would lack the
+// digits that large logits take from it. Ignored rows: everything is 0. On CUDA a label that is no
+// class makes loss, sum and gradient NaN; on CPU the caller has checked.
 struct LinearCrossEntropyParams {
   void* logits;           // (rows, vocab); with_grad: the gradient of each row's loss replaces them
   const int64_t* labels;  // (rows,)
   void* loss;             // (rows,) float32, float64 for float64
-  void* maximum;  // (rows,), like loss: the largest logit, and the sum of exp(logit - maximum).
-  void* sum;      // Together they are exact where lse would lose the digits of large logits.
+  void* maximum;          // (rows,), like loss; the largest logit
+  void* sum;              // (rows,), like loss; of exp(logit - maximum)
   int64_t rows, logits_row_stride;
   CrossEntropyTerms terms;
   bool with_grad;

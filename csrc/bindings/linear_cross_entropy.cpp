@@ -41,10 +41,9 @@ ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-template <typename T>
-T* offset(const Tensor& t, int64_t elements) {
-  char* base = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-  return reinterpret_cast<T*>(base + elements * static_cast<int64_t>(t.element_size()));
+void* offset(const Tensor& t, int64_t elements) {
+  return static_cast<char*>(t.mutable_data_ptr()) +
+         elements * static_cast<int64_t>(t.element_size());
 }
 
 CrossEntropyTerms checked_terms(const Checker& c, const Tensor& x, const Tensor& weight,
@@ -104,10 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const T
     multiply(rows_of(x, begin, p.rows), to_logits, logits);
     p.logits = logits.mutable_data_ptr();
     p.logits_row_stride = line;
-    p.labels = offset<const int64_t>(labels, begin);
-    p.loss = offset<void>(loss, begin);
-    p.maximum = offset<void>(sums, begin);
-    p.sum = offset<void>(sums, rows + begin);
+    p.labels = labels.const_data_ptr<int64_t>() + begin;
+    p.loss = offset(loss, begin);
+    p.maximum = offset(sums, begin);
+    p.sum = offset(sums, rows + begin);
     launch(c, p, linear_cross_entropy_cpu, MLLAMA_CUDA(linear_cross_entropy_cuda));
     if (with_grad_x) multiply(logits, weight, rows_of(grad_x, begin, p.rows));
   }
@@ -137,7 +136,7 @@ Tensor linear_cross_entropy_backward(const Tensor& grad_loss_in, const Tensor& x
   if (p.rows == 0) return torch::stable::zero_(grad_weight);
   p.labels = labels.const_data_ptr<int64_t>();
   p.maximum = sums.const_data_ptr();
-  p.sum = offset<const void>(sums, p.rows);
+  p.sum = rows_of(sums, 1, 1).const_data_ptr();
   p.grad_loss = grad_loss.const_data_ptr();
   const int64_t vocab = p.terms.vocab;
   const int64_t chunk = chunk_of(vocab, p.rows, element_size(p.dtype), chunk_bytes);

@@ -1,7 +1,6 @@
 // linear_cross_entropy: a chunk of logits, once the library has made them, to losses and gradient.
-// Threads    rows. Largest logit, sum of exponentials, gradient: three passes over a row that stays
-// in
-//            the L2 cache (vocabulary 128256 in 16 bits: 257 KB).
+// Threads    rows. Largest logit, sum of exponentials, gradient: three passes over a row that
+//            stays in the L2 cache (vocabulary 128256 in 16 bits: 257 KB).
 // Precision  runs of 64 vectors are summed in the compute type, runs in double.
 // Traffic    logits read once and written once.
 #include "../linear_cross_entropy.h"
