@@ -83,8 +83,10 @@ bool amx_available() {
 
 MLLAMA_DISPATCH(cross_attention, CrossAttentionParams)
 MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
+MLLAMA_DISPATCH(gated_residual_backward, GatedResidualBackwardParams)
 MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
 MLLAMA_DISPATCH(rms_norm, RmsNormParams)
+MLLAMA_DISPATCH(rms_norm_backward, RmsNormBackwardParams)
 MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
 MLLAMA_DISPATCH(sample, SampleParams)
 MLLAMA_DISPATCH(skinny_linear, SkinnyLinearParams)

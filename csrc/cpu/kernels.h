@@ -12,18 +12,20 @@
 #include "../swiglu.h"
 #include "../vision_attention.h"
 
-#define MLLAMA_DECLARE_KERNELS(isa)                      \
-  namespace mllama::isa {                                \
-  void cross_attention(const CrossAttentionParams& p);   \
-  void gated_residual(const GatedResidualParams& p);     \
-  void patch_embed(const PatchEmbedParams& p);           \
-  void rms_norm(const RmsNormParams& p);                 \
-  void rotary_attention(const RotaryAttentionParams& p); \
-  void sample(const SampleParams& p);                    \
-  void skinny_linear(const SkinnyLinearParams& p);       \
-  void swiglu(const SwigluParams& p);                    \
-  void swiglu_backward(const SwigluBackwardParams& p);   \
-  void vision_attention(const VisionAttentionParams& p); \
+#define MLLAMA_DECLARE_KERNELS(isa)                                   \
+  namespace mllama::isa {                                             \
+  void cross_attention(const CrossAttentionParams& p);                \
+  void gated_residual(const GatedResidualParams& p);                  \
+  void gated_residual_backward(const GatedResidualBackwardParams& p); \
+  void patch_embed(const PatchEmbedParams& p);                        \
+  void rms_norm(const RmsNormParams& p);                              \
+  void rms_norm_backward(const RmsNormBackwardParams& p);             \
+  void rotary_attention(const RotaryAttentionParams& p);              \
+  void sample(const SampleParams& p);                                 \
+  void skinny_linear(const SkinnyLinearParams& p);                    \
+  void swiglu(const SwigluParams& p);                                 \
+  void swiglu_backward(const SwigluBackwardParams& p);                \
+  void vision_attention(const VisionAttentionParams& p);              \
   }
 
 MLLAMA_DECLARE_KERNELS(generic)

@@ -461,7 +461,6 @@ cudaError_t launch_rows(const RmsNormBackwardParams& p, int64_t blocks, cudaStre
 }  // namespace
 
 int rms_norm_backward_cuda(const RmsNormBackwardParams& p, CUstream_st* stream) {
-  if (p.dim == 0) return cudaSuccess;
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     const LaunchOptions options{.overlap = runs_sm90a()};
@@ -474,7 +473,7 @@ int rms_norm_backward_cuda(const RmsNormBackwardParams& p, CUstream_st* stream) 
       if (status != cudaSuccess) return status;
     }
     // Without rows the gradients are zero, and have to be written all the same.
-    const int64_t chunks = 2 * ceil_div<int64_t>(p.dim, Vec<T>::kSize);
+    const int64_t chunks = std::max<int64_t>(1, 2 * ceil_div<int64_t>(p.dim, Vec<T>::kSize));
     return launch(norm_weight_gradient_kernel<T>, ceil_div<int64_t>(chunks, kColumnChunks),
                   kColumnThreads, 0, stream, options, p, static_cast<int>(blocks));
   });
