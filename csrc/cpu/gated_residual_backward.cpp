@@ -2,7 +2,7 @@
 //   grad_gate = (1 - tanh(gate)^2) * sum over visible rows of grad_out * x.
 // That of the residual is grad_out.
 // Threads    blocks of rows, as many for any number of threads, each with a partial sum of its own.
-// Precision  grad_x rounded once; the sum in float64.
+// Precision  grad_x rounded once; the sum in float64, for 16-bit types from row to row.
 // Traffic    grad_out, x, grad_x: each once; hidden rows of the inputs are not read.
 #include "../gated_residual.h"
 #include "dtypes.h"
@@ -26,14 +26,18 @@ void run(const GatedResidualBackwardParams& p) {
         const T* grad = static_cast<const T*>(p.grad_out) + row * p.grad_out_row_stride;
         const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
         T* grad_x = static_cast<T*>(p.grad_x) + row * p.dim;
+        if (!visible) {
+          memset(grad_x, 0, p.dim * sizeof(T));
+          continue;
+        }
+        Vec<Partial<T>> row_sum = {};
         for_vectors(p.dim, [&](int64_t i, auto part) {
-          const Vec<T> g = visible ? load(grad + i, part) : Vec<T>{};
-          store(grad_x + i, visible ? g * gate : g, part);
-          if (visible) {
-            sum +=
-                __builtin_convertvector(g, DVec) * __builtin_convertvector(load(x + i, part), DVec);
-          }
+          const Vec<T> g = load(grad + i, part);
+          store(grad_x + i, g * gate, part);
+          row_sum += __builtin_convertvector(g, Vec<Partial<T>>) *
+                     __builtin_convertvector(load(x + i, part), Vec<Partial<T>>);
         });
+        add(sum, row_sum);
       }
       p.gate_partials[block] = sum_lanes(sum);
     }

@@ -3,15 +3,13 @@
 //   grad_residual = r * (g - n * mean(g * n)) + grad_total,   grad_weight += grad_y * n',
 // and behind a gate grad_x = tanh(gate) * row_mask * grad_residual and
 //   grad_gate = (1 - tanh(gate)^2) * sum over visible rows of grad_residual * x.
-// Threads    blocks of rows (rms_norm.h: norm_row_blocks), each with a partial sum of grad_weight
-// of
-//            its own; then columns of these, in the order of the blocks.
+// Threads    blocks of rows (rms_norm.h: norm_row_blocks), each with its own partial sum of
+//            grad_weight; then columns of these, in the order of the blocks.
 // Rows       kRows at a time: their means first, then column by column what all of them add to
 //            grad_weight, so that the partial sum is read and written once for kRows rows; their
 //            second pass hits the L2 cache.
-// Precision  float32 (float64 for float64); partial sums of float32, and the gate's of all types,
-// in
-//            float64. Each result is rounded once.
+// Precision  float32 (float64 for float64); partial sums of float32, and for all types the gate's
+//            from one group of rows to the next, in float64. Each result is rounded once.
 // Traffic    total, grad_y, grad_total, x read, grad_residual, grad_x written, each once.
 #include "../rms_norm.h"
 #include "dtypes.h"
@@ -23,26 +21,6 @@ namespace {
 
 constexpr int kRows = 4;
 constexpr int64_t kColumns = 256;  // of one task of the last sum
-
-// What sums over the rows of T are kept in.
-template <typename T>
-struct PartialOf {
-  using Type = double;
-};
-template <>
-struct PartialOf<BF16> {
-  using Type = float;
-};
-template <>
-struct PartialOf<F16> {
-  using Type = float;
-};
-template <typename T>
-using Partial = typename PartialOf<T>::Type;
-
-MLLAMA_INLINE void add(FVec& sum, FVec v) { sum += v; }
-MLLAMA_INLINE void add(DVec& sum, FVec v) { sum += __builtin_convertvector(v, DVec); }
-MLLAMA_INLINE void add(DVec& sum, DVec v) { sum += v; }
 
 template <typename T>
 struct Row {
@@ -98,6 +76,7 @@ MLLAMA_INLINE void find_factors(Row<T>& row, const T* weight, int64_t dim, doubl
 template <typename T>
 MLLAMA_INLINE void finish_rows(const Row<T>* rows, int count, const T* weight, Scalar<T> gate,
                                int64_t dim, Partial<T>* weight_sums, DVec& gate_sum) {
+  Vec<Partial<T>> gate_sums = {};
   for_vectors(dim, [&](int64_t i, auto part) {
     const Vec<T> w = load(weight + i, part);
     Vec<T> share = {};
@@ -111,12 +90,13 @@ MLLAMA_INLINE void finish_rows(const Row<T>* rows, int count, const T* weight, S
       share += grad_y * round_to<T>(n);
       if (!row.grad_x) continue;
       store(row.grad_x + i, row.visible ? gradient * gate : Vec<T>{}, part);
-      if (row.x && row.visible) add(gate_sum, gradient * load(row.x + i, part));
+      if (row.x && row.visible) add(gate_sums, gradient * load(row.x + i, part));
     }
     Vec<Partial<T>> sum = load(weight_sums + i, part);
     add(sum, share);
     store(weight_sums + i, sum, part);
   });
+  add(gate_sum, gate_sums);
 }
 
 template <typename T>

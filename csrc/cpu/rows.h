@@ -76,6 +76,26 @@ MLLAMA_INLINE Scalar<T> tanh_gate(const void* gate) {
       (Scalar<T>)__builtin_tanh((double)to_scalar(*static_cast<const T*>(gate))));
 }
 
+// What sums over the rows of T are kept in.
+template <typename T>
+struct PartialOf {
+  using Type = double;
+};
+template <>
+struct PartialOf<BF16> {
+  using Type = float;
+};
+template <>
+struct PartialOf<F16> {
+  using Type = float;
+};
+template <typename T>
+using Partial = typename PartialOf<T>::Type;
+
+MLLAMA_INLINE void add(FVec& sum, FVec v) { sum += v; }
+MLLAMA_INLINE void add(DVec& sum, FVec v) { sum += __builtin_convertvector(v, DVec); }
+MLLAMA_INLINE void add(DVec& sum, DVec v) { sum += v; }
+
 // (1 - tanh(gate)^2) times the sum of the partial sums, in their order, rounded.
 template <typename T>
 MLLAMA_INLINE void store_gate_gradient(const double* partials, int64_t count, const void* gate,

@@ -19,19 +19,20 @@
 // Two stages One partial row per block of rows (rms_norm.h: norm_row_blocks), then a kernel that
 //            adds them up by columns. The order of all sums follows from rows and dim: no atomics.
 // Precision  float32 for 16-bit types; the sums of float32 rows and columns in double. Each result
-//            is rounded once. The gate's sum is kept in double but for a thread's products in one
-//            row.
+//            is rounded once. The gate's sum is in double but for a thread's products in one row.
 // Traffic    rms_norm 3 * rows * dim elements, add_rms_norm 4, with a gate 6; the partial rows are
 //            written and read again in L2: 128 rows of float32, 4 % of the floor at 4096 x 4096
-//            bf16 (101 MB, 23.4 us at 4.3 TB/s), 2 % at 16384 rows. The weight stays in registers.
-// In flight  dim 4096, 16 bits: two teams, of which each has one row of 16 KB (24 KB, 32 KB) under
-//            way while it works and two while it waits: 32 to 64 KB per multiprocessor from one
-//            block, where the reads of 4.3 TB/s need 17 KB. One barrier per row and team.
+//            bf16 (101 MB, 23.4 us at 4.3 TB/s), 2 % at 16384 rows. The weight is read once per
+//            block.
+// In flight  dim 4096, 16 bits: two teams, of which each has a row of 16 KB (24 KB, 32 KB) under
+// way
+//            while it works and two while it waits: 32 to 64 KB per multiprocessor from one block,
+//            where the reads of 4.3 TB/s need 17 KB. A second block fits without a gate: 64
+//            registers and 80 KB (112 KB) of shared memory each. One barrier per row and team.
 // Launch     On Hopper before the previous kernel has ended (hopper.cuh: the rule); everything is
 //            read behind the wait.
-// Aliasing   Results overlap no input. Input rows may be strided, and of any alignment. A row
-// hidden
-//            by row_mask is not read from x.
+// Aliasing   Results overlap no input. Input rows may be strided, and of any alignment. A row that
+//            row_mask hides is not read from x.
 
 #include "../rms_norm.h"
 #include "dispatch.cuh"
@@ -281,18 +282,19 @@ __global__ void __launch_bounds__(kThreads, kGated ? 1 : 2)
     for (int i = 0; i < kVecs; ++i) sums.add(staged(total, i), staged(total + 1, i), staged(0, i));
     RowFactors<T> factors(p, team_sums<T, kShort>(sums, team, lanes, stage), gate, visible);
     const unsigned row = first + team;
+    if (row < end) {  // a row of none would add 0 * infinity to the weight's gradient at eps 0
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const int index = lane + i * lanes;
-      const bool inside = row < end && index < vecs;
-      const int64_t element = row * p.dim + index * kSize;
-      const Gradients<T> gradients = row_gradients<T, kGated>(
-          factors, staged(total, i), staged(total + 1, i), staged(0, i),
-          has_grad_total ? staged(total + 2, i) : zero_vec<T>(),
-          has_x ? staged(total + teams.tensors - 1, i) : zero_vec<T>(), weight_sums[i]);
-      if (!inside) continue;
-      store_vec(static_cast<T*>(p.grad_residual) + element, gradients.sum);
-      if constexpr (kGated) store_vec(static_cast<T*>(p.grad_x) + element, gradients.x);
+      for (int i = 0; i < kVecs; ++i) {
+        const int index = lane + i * lanes;
+        const Gradients<T> gradients = row_gradients<T, kGated>(
+            factors, staged(total, i), staged(total + 1, i), staged(0, i),
+            has_grad_total ? staged(total + 2, i) : zero_vec<T>(),
+            has_x ? staged(total + teams.tensors - 1, i) : zero_vec<T>(), weight_sums[i]);
+        if (index >= vecs) continue;
+        const int64_t element = row * p.dim + index * kSize;
+        store_vec(static_cast<T*>(p.grad_residual) + element, gradients.sum);
+        if constexpr (kGated) store_vec(static_cast<T*>(p.grad_x) + element, gradients.x);
+      }
     }
     gate_sum += factors.gate_sum;
     visible = next_visible;
