@@ -6,16 +6,15 @@
 // Nothing but inputs of the forward and its sum is needed: r comes out of the reduction that the
 // mean takes anyway. Roundings count as the identity.
 //
-// Tiling     A team of threads owns a row, two 16-byte vectors per thread, and goes on to other
-// rows
-//            of its block, so that its share of grad_weight stays in registers: 16 lanes with one
-//            vector up to 16 vectors (head dims: millions of short rows), else whole warps, up to
-//            512 threads for 1024 vectors (8192 elements of 16 bits, 4096 of float32). 512 threads
-//            are one or more teams. While a row is worked on, the next one is on its way into
-//            shared memory, where each thread reads back but what it has asked for itself. At the
-//            end the teams' shares are added up in shared memory and written as one partial row.
-//            Other rows take a whole block and two passes, the second out of L1 and L2, with the
-//            shares in shared memory or, where that is too small, in the partial row itself.
+// Tiling     A team of threads owns a row, two 16-byte vectors per thread, and goes on
+//            to other rows of its block, so that its share of grad_weight stays in registers: 16
+//            lanes with one vector up to 16 vectors (head dims: millions of short rows), else whole
+//            warps, up to 512 threads for 1024 vectors (8192 elements of 16 bits, 4096 of float32).
+//            512 threads are one or more teams. While a row is worked on, the next one is on its
+//            way into shared memory, where each thread reads back but what it has asked for itself.
+//            At the end the teams' shares are added up in shared memory and written as one partial
+//            row. Other rows take a whole block and two passes, the second out of L1 and L2, with
+//            the shares in shared memory or, where that is too small, in the partial row itself.
 // Two stages One partial row per block of rows (rms_norm.h: norm_row_blocks), then a kernel that
 //            adds them up by columns. The order of all sums follows from rows and dim: no atomics.
 // Precision  float32 for 16-bit types; the sums of float32 rows and columns in double. Each result
@@ -24,10 +23,9 @@
 //            written and read again in L2: 128 rows of float32, 4 % of the floor at 4096 x 4096
 //            bf16 (101 MB, 23.4 us at 4.3 TB/s), 2 % at 16384 rows. The weight is read once per
 //            block.
-// In flight  dim 4096, 16 bits: two teams, of which each has a row of 16 KB (24 KB, 32 KB) under
-// way
-//            while it works and two while it waits: 32 to 64 KB per multiprocessor from one block,
-//            where the reads of 4.3 TB/s need 17 KB. A second block fits without a gate: 64
+// In flight  dim 4096, 16 bits: two teams, of which each has a row of 16 KB (24 KB, 32 KB) on its
+//            way while it works and two while it waits: 32 to 64 KB per multiprocessor from one
+//            block, where the reads of 4.3 TB/s need 17 KB. A second block fits without a gate: 64
 //            registers and 80 KB (112 KB) of shared memory each. One barrier per row and team.
 // Launch     On Hopper before the previous kernel has ended (hopper.cuh: the rule); everything is
 //            read behind the wait.
@@ -68,6 +66,15 @@ struct WeightSums {
     return half[i / Chunk<T>::kSize].data[i % Chunk<T>::kSize];
   }
 };
+
+struct RowIndex {
+  unsigned outer, inner;
+};
+
+__device__ __forceinline__ RowIndex split_row(const RmsNormBackwardParams& p, unsigned row) {
+  const unsigned inner = static_cast<unsigned>(p.inner);
+  return {row / inner, row % inner};
+}
 
 template <typename T>
 __device__ __forceinline__ const T* row_of(const RowsView& rows, const RowIndex& at) {
@@ -257,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kGated ? 1 : 2)
   };
   const auto fetch = [&](unsigned row, int first_tensor) {
     const bool active = row < end;
-    const RowIndex at = split_row(active ? row : begin, p.outer, p.inner);
+    const RowIndex at = split_row(p, active ? row : begin);
     copy(first_tensor, row_of<T>(p.total, at), active);
     copy(first_tensor + 1, row_of<T>(p.grad_y, at), active);
     if (has_grad_total) copy(first_tensor + 2, row_of<T>(p.grad_total, at), active);
@@ -348,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float gate = kGated ? gate_factor<T>(p) : 1.0f;
   double gate_sum = 0;
   for (unsigned row = block_begin(rows, blockIdx.x); row < end; ++row) {
-    const RowIndex at = split_row(row, p.outer, p.inner);
+    const RowIndex at = split_row(p, row);
     const bool visible = kGated && is_visible(p, row);
     const auto load = [&](const T* row_begin, int64_t i) {
       return load_any<T>(row_begin, 0, i, p.dim, vectorized);

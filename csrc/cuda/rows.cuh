@@ -1,21 +1,10 @@
-// Rows of (outer, inner, dim) tensors with two strides, of any length and alignment.
+// Rows of any length and alignment, and whether vectors suit those of an (outer, inner, dim)
+// tensor.
 #pragma once
 
 #include "vec.cuh"
 
 namespace mllama {
-
-struct RowIndex {
-  int64_t outer, inner;
-};
-
-__device__ __forceinline__ RowIndex split_row(int64_t row, int64_t outer, int64_t inner) {
-  if (outer * inner <= UINT32_MAX) {  // a 32-bit division is several times cheaper
-    return {static_cast<uint32_t>(row) / static_cast<uint32_t>(inner),
-            static_cast<uint32_t>(row) % static_cast<uint32_t>(inner)};
-  }
-  return {row / inner, row % inner};
-}
 
 // Whether every row starts on a 16-byte boundary.
 inline bool rows_aligned16(const void* address, int64_t outer_stride, int64_t inner_stride,
