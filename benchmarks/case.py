@@ -32,12 +32,14 @@ class Impl:
         call: takes what ``prepare`` returns.
         prepare: from the case's arguments to this implementation's own layout (a dense mask, a contiguous
             cache). It is not timed, so it can only favour the peer.
+        result: from what ``call`` returns to the layout of the case's outputs. Not timed either.
         unavailable: why it cannot run here; then ``call`` is never called.
     """
 
     name: str
     call: Callable[..., Any]
     prepare: Callable[..., Arguments] = unchanged
+    result: Callable[[Any], Any] = whole
     unavailable: str | None = None
 
 
@@ -62,6 +64,7 @@ class Case:
             "read" where reading dominates.
         select: the part of an output that ``truth`` gives.
         exact_match: outputs are integers and must be those of ``truth`` in the same dtype.
+        backward: autograd runs, so that the tensors cannot be those of inference mode.
     """
 
     op: str
@@ -75,6 +78,7 @@ class Case:
     bound: Literal["copy", "read"] = "copy"
     select: Callable[[Any], tuple[Tensor, ...]] = whole
     exact_match: bool = False
+    backward: bool = False
 
     @property
     def dtype_name(self) -> str:

@@ -61,7 +61,7 @@ class Gate:
 
     def check(self, impl: Impl, output: Any, ours: bool) -> tuple[Error, str | None]:
         """The error, and why the implementation is refused, if it is."""
-        error = distance(self.case.select(output), self.exact)
+        error = distance(self.case.select(impl.result(output)), self.exact)
         factor = OURS_AT_MOST if ours else PEER_AT_MOST
         for name in ("max_abs", "relative"):
             allowed = max(factor * getattr(self.plain, name), getattr(self.rounding, name))

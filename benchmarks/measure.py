@@ -87,9 +87,13 @@ class _Contestant:
             self.refuse("failed", in_words(error))
 
 
-@torch.inference_mode()
 def measure(case: Case, plan: Plan) -> dict[str, Any]:
     """The row of a case, ready for JSON. Only implementations that passed the gate have times."""
+    with torch.inference_mode(not case.backward):
+        return _measure(case, plan)
+
+
+def _measure(case: Case, plan: Plan) -> dict[str, Any]:
     torch.compiler.reset()
     first = case.make()
     gate = Gate(case, first)

@@ -129,7 +129,7 @@ def backend_used(name: str, call: Callable[[], Any], device: torch.device) -> di
     used = {}
     if name.startswith("sdpa"):
         # In inference mode SDPA would reach the collector whole, before it has chosen.
-        with torch.inference_mode(False), torch.no_grad(), _AtenNames() as seen:
+        with torch.inference_mode(False), _AtenNames() as seen:
             call()
         used["sdpa"] = next((_FUSED[op] for op in sorted(seen.names) if op in _FUSED), "math")
     if device.type == "cuda" and (kernel := longest_kernel(call)):

@@ -35,8 +35,12 @@ def entries() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("case", "impl"), list(entries()))
-@torch.inference_mode()
 def test_op(case: Case, impl: Impl, benchmark: Any) -> None:
+    with torch.inference_mode(not case.backward):
+        measure(case, impl, benchmark)
+
+
+def measure(case: Case, impl: Impl, benchmark: Any) -> None:
     torch.manual_seed(0)
     first = case.make()
     gate = Gate(case, first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def gated_residual(
         row_mask: x.shape[:-1] bool; a row marked False adds nothing, whatever it holds. None: all add.
     Returns:
         (..., E) in x's dtype, contiguous.
+    Backward:
+        saves x, gate and row_mask. The gate's gradient is a sum over all elements in a fixed order.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
@@ -35,4 +39,24 @@ def _fake(x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None) ->
     return x.new_empty(x.shape)
 
 
-_dispatch.register("gated_residual", _fake, lowers=False)
+def _backward_fake(
+    grad_out: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), gate.new_empty(gate.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, gate, row_mask = inputs
+    ctx.save_for_backward(x, gate, row_mask)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    op = torch.ops.mllama_kernels.gated_residual_backward
+    grad_x, grad_gate = op(grad_out, *ctx.saved_tensors)
+    return grad_x, grad_out, grad_gate, None
+
+
+_dispatch.register(
+    "gated_residual", _fake, setup_context=_setup_context, backward=_backward, lowers=False
+)
+_dispatch.register_backward("gated_residual", _backward_fake)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         eps: added to the mean square.
     Returns:
         (..., E) in x's dtype, contiguous.
+    Backward:
+        saves x and weight; the inverse rms comes out of the reduction that the gradient takes anyway.
+        The weight's gradient is a sum over the rows in a fixed order.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:
@@ -53,6 +58,9 @@ def add_rms_norm(
         row_mask: x.shape[:-1] bool; a row marked False adds nothing. None: every row adds.
     Returns:
         (y, t), each (..., E) in x's dtype, contiguous.
+    Backward:
+        saves t and weight, with a gate also x, gate and row_mask. Takes the gradients of both results;
+        that of a result that nothing used costs nothing.
     Raises:
         RuntimeError: naming what was given and what is expected.
     """
@@ -74,5 +82,87 @@ def _add_rms_norm_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_dispatch.register("rms_norm", _rms_norm_fake, lowers=False)
-_dispatch.register("add_rms_norm", _add_rms_norm_fake, lowers=False)
+def _rms_norm_backward_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _add_rms_norm_backward_fake(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    eps: float,
+    x: Tensor | None,
+    gate: Tensor | None,
+    row_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_x = gate is not None or row_mask is not None
+    return (
+        total.new_empty(total.shape),
+        total.new_empty(total.shape if has_x else (0,)),
+        weight.new_empty(weight.shape),
+        total.new_empty((0,) if gate is None else gate.shape),
+    )
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    op = torch.ops.mllama_kernels.rms_norm_backward
+    return *op(grad_y, *ctx.saved_tensors, ctx.eps), None
+
+
+def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight, ctx.eps, gate, row_mask = inputs
+    ctx.save_for_backward(output[1], weight, None if gate is None else x, gate, row_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _add_rms_norm_backward(
+    ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return *_of_the_sum_alone(ctx, grad_total), None
+    total, weight, x, gate, row_mask = ctx.saved_tensors
+    op = torch.ops.mllama_kernels.add_rms_norm_backward
+    grad_residual, grad_x, grad_weight, grad_gate = op(
+        grad_y, grad_total, total, weight, ctx.eps, x, gate, row_mask
+    )
+    if gate is None and row_mask is None:
+        grad_x = grad_residual
+    return grad_x, grad_residual, grad_weight, None, None if gate is None else grad_gate, None
+
+
+def _of_the_sum_alone(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the first five arguments where the norm's result was not used."""
+    _, _, x, gate, row_mask = ctx.saved_tensors
+    grad_x, grad_gate = grad_total, None
+    if grad_total is not None and gate is not None:
+        op = torch.ops.mllama_kernels.gated_residual_backward
+        grad_x, grad_gate = op(grad_total, x, gate, row_mask)
+    elif grad_total is not None and row_mask is not None:
+        grad_x = grad_total.masked_fill(~row_mask.unsqueeze(-1), 0)
+    return grad_x, grad_total, None, None, grad_gate
+
+
+_dispatch.register(
+    "rms_norm",
+    _rms_norm_fake,
+    setup_context=_rms_norm_setup,
+    backward=_rms_norm_backward,
+    lowers=False,
+)
+_dispatch.register(
+    "add_rms_norm",
+    _add_rms_norm_fake,
+    setup_context=_add_rms_norm_setup,
+    backward=_add_rms_norm_backward,
+    lowers=False,
+)
+_dispatch.register_backward("rms_norm", _rms_norm_backward_fake)
+_dispatch.register_backward("add_rms_norm", _add_rms_norm_backward_fake)

@@ -104,13 +104,14 @@ def assert_gradients_no_worse(
     reference: Callable[..., Any],
     *args: Any,
     k: float = 2.0,
+    grads: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    """The gradients of every floating argument, for a random gradient of every result."""
-    with torch.no_grad():
-        out = reference(*args, **kwargs)
-    outs = [out] if torch.is_tensor(out) else list(out)
-    grads = [torch.randn_like(o) for o in outs]
+    """The gradients of every floating argument, for `grads` or a random gradient of every result."""
+    if grads is None:
+        with torch.no_grad():
+            out = reference(*args, **kwargs)
+        grads = [torch.randn_like(o) for o in ([out] if torch.is_tensor(out) else out)]
     actual = gradients(function, args, grads, **kwargs)
     plain = gradients(reference, args, grads, **kwargs)
     doubles = {n: to_double(v) for n, v in kwargs.items()}

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn, strided
+from numerics import (
+    FLOATS,
+    assert_compiles,
+    assert_gradcheck,
+    assert_gradients_no_worse,
+    assert_no_worse,
+    assert_trains_compiled,
+    grid,
+    opcheck,
+    randn,
+    strided,
+)
 
 import mllama_kernels
 from mllama_kernels import reference
@@ -126,9 +137,145 @@ def test_errors(device):
         mllama_kernels.rms_norm(x.int(), weight.int())
 
 
-def test_backward_says_that_there_is_none(device):
-    x, weight = torch.randn(3, 16, device=device, requires_grad=True), torch.ones(16, device=device)
-    out = mllama_kernels.rms_norm(x, weight)
-    assert out.requires_grad
-    with pytest.raises(NotImplementedError, match="rms_norm has no backward kernel"):
-        out.sum().backward()
+# One lane to several warps per row, rows of any alignment, and sums over the rows in registers, in
+# shared memory and outside of it.
+GRADIENT_SHAPES = grid(
+    [(3, 7), (2, 129), (45, 64), (5, 264)],
+    [(257, 1), (9, 1280), (33, 4096), (2, 8192), (3, 16384), (2, 40000), (1030, 24)],
+)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES)
+def test_gradient_matches_float64(device, dtype, shape):
+    x = randn(*shape, dtype=dtype, device=device, scale=3)
+    weight = randn(shape[-1], dtype=dtype, device=device)
+    assert_gradients_no_worse(mllama_kernels.rms_norm, reference.rms_norm, x, weight)
+    residual = randn(*shape, dtype=dtype, device=device)
+    assert_gradients_no_worse(
+        mllama_kernels.add_rms_norm, reference.add_rms_norm, x, residual, weight
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", grid([24], [264, 37, 8200]))
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "mask"])
+def test_gradient_of_gate_and_row_mask(device, dtype, dim, gated):
+    x, residual = (randn(2, 19, dim, dtype=dtype, device=device) for _ in range(2))
+    weight, gate = randn(dim, dtype=dtype, device=device), randn(1, dtype=dtype, device=device)
+    # Near x, so that the terms of the gate's gradient do not cancel: what is left would be chance.
+    grads = [x + randn(2, 19, dim, dtype=dtype, device=device), 3 * x]
+    mask = torch.rand(2, 19, device=device) < 0.5
+    x[~mask] = float("nan")  # a hidden row adds nothing, whatever it holds
+    kwargs = {"gate": gate if gated else None, "row_mask": mask}
+    arguments = (mllama_kernels.add_rms_norm, reference.add_rms_norm, x, residual, weight)
+    grad_x, *_ = assert_gradients_no_worse(*arguments, grads=grads, **kwargs)
+    assert not grad_x[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", grid([24], [520]))
+def test_weight_gradient_of_many_rows(device, dtype, dim):
+    x, weight = randn(8195, dim, dtype=dtype, device=device), randn(dim, dtype=dtype, device=device)
+    assert_gradients_no_worse(mllama_kernels.rms_norm, reference.rms_norm, x, weight)
+
+
+def test_gradient_of_one_result_alone(device):
+    """The other counts as zero, and an argument that it alone depends on gets none."""
+    x, residual, weight = (
+        randn(*s, dtype=torch.float32, device=device) for s in [(5, 64)] * 2 + [(64,)]
+    )
+    gate, mask = (
+        torch.ones(1, device=device),
+        torch.tensor([True, False] * 2 + [True], device=device),
+    )
+    for kwargs in ({}, {"row_mask": mask}, {"gate": gate}, {"gate": gate, "row_mask": mask}):
+        for used in (0, 1):
+            both = [torch.zeros_like(x), torch.zeros_like(x)]
+            both[used] = torch.randn_like(x)
+            leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
+            outs = mllama_kernels.add_rms_norm(*leaves, **kwargs)
+            alone = torch.autograd.grad(outs[used], leaves, both[used], allow_unused=True)
+            leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
+            together = torch.autograd.grad(
+                mllama_kernels.add_rms_norm(*leaves, **kwargs), leaves, both
+            )
+            assert (alone[2] is None) == (used == 1)
+            for a, t in zip(alone[: 3 - used], together):
+                torch.testing.assert_close(a, t, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradient_of_strided_rows(device, dtype):
+    x, grad = (randn(3, 5, 40, dtype=dtype, device=device) for _ in range(2))
+    weight = randn(40, dtype=dtype, device=device)
+    backward = torch.ops.mllama_kernels.rms_norm_backward
+    expected = backward(grad, x, weight, 1e-5)
+    swapped = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    for views in ((strided(grad), strided(x)), (strided(grad, 3), x), (swapped, strided(x))):
+        assert all(map(torch.equal, backward(*views, weight, 1e-5), expected))
+
+
+def test_gradient_properties(device):
+    """Moving along x changes nothing at eps 0; a row's gradient depends on no other row, and NaN stays."""
+    x, grad = (randn(9, 256, dtype=torch.float32, device=device) for _ in range(2))
+    weight = torch.randn(256, device=device)
+    backward = torch.ops.mllama_kernels.rms_norm_backward
+    grad_x, grad_weight = backward(grad, x, weight, 0.0)
+    assert (grad_x * x).sum(-1).abs().max() < 1e-5 * (grad_x.abs() * x.abs()).sum(-1).max()
+    assert torch.equal(backward(grad[3:4], x[3:4], weight, 0.0)[0], grad_x[3:4])
+    assert torch.equal(backward(grad, x, weight, 0.0)[1], grad_weight)
+    one_hot = torch.zeros_like(grad)
+    one_hot[:, 17] = 1.0  # a row left out or counted twice would show
+    normalized = mllama_kernels.rms_norm(x, torch.ones_like(weight), 0.0)
+    assert backward(one_hot, x, weight, 0.0)[1].count_nonzero() == 1
+    torch.testing.assert_close(
+        backward(one_hot, x, weight, 0.0)[1][17], normalized[:, 17].sum(), rtol=1e-6, atol=1e-6
+    )
+    x[0, 3] = float("nan")
+    assert backward(grad, x, weight, 0.0)[0][1:].equal(grad_x[1:])
+
+
+def test_trains(device):
+    x, residual = torch.randn(2, 3, 16, device=device), torch.randn(2, 3, 16, device=device)
+    weight, gate = torch.randn(16, device=device), torch.randn(1, device=device)
+    mask = torch.tensor([[True, False, True], [True, True, False]], device=device)
+    assert_gradcheck(mllama_kernels.rms_norm, x, weight)
+    assert_gradcheck(mllama_kernels.add_rms_norm, x, residual, weight)
+    double = gate.double()
+    assert_gradcheck(mllama_kernels.add_rms_norm, x, residual, weight, gate=double, row_mask=mask)
+    assert_gradcheck(
+        lambda g: mllama_kernels.add_rms_norm(*(t.double() for t in (x, residual, weight)), gate=g),
+        gate,
+    )
+    assert_trains_compiled(mllama_kernels.rms_norm, x, weight)
+    assert_trains_compiled(mllama_kernels.add_rms_norm, x, residual, weight)
+    assert_trains_compiled(
+        mllama_kernels.add_rms_norm, x, residual, weight, gate=gate, row_mask=mask
+    )
+    opcheck("rms_norm_backward", (x, residual, weight, 1e-5))
+    opcheck("add_rms_norm_backward", (x, None, residual, weight, 1e-5, None, None, None))
+    opcheck("add_rms_norm_backward", (x, x, residual, weight, 1e-5, x, gate, mask))
+
+
+def test_gradient_of_no_rows(device):
+    x = torch.empty(0, 8, device=device, requires_grad=True)
+    weight, gate = (torch.ones(n, device=device, requires_grad=True) for n in (8, 1))
+    mllama_kernels.add_rms_norm(x, x.detach(), weight, gate=gate)[0].sum().backward()
+    assert x.grad.shape == (0, 8)
+    assert torch.equal(weight.grad, torch.zeros(8, device=device)) and gate.grad.item() == 0
+
+
+def test_backward_errors(device):
+    x, weight = torch.randn(3, 16, device=device), torch.randn(16, device=device)
+    backward = torch.ops.mllama_kernels.rms_norm_backward
+    with pytest.raises(RuntimeError, match=r"grad_y must have shape \(3, 16\), got \(3, 8\)"):
+        backward(x[:, :8], x, weight, 1e-5)
+    with pytest.raises(RuntimeError, match="grad_y must have the dtype of x, float32"):
+        backward(x.half(), x, weight, 1e-5)
+    backward = torch.ops.mllama_kernels.add_rms_norm_backward
+    with pytest.raises(RuntimeError, match="x and gate must be given together"):
+        backward(x, None, x, weight, 1e-5, None, weight[:1], None)
+    with pytest.raises(RuntimeError, match=r"leading shape of total, \(3, 16\), got \(4,\)"):
+        mask = torch.ones(4, dtype=torch.bool, device=device)
+        backward(x, None, x, weight, 1e-5, None, None, mask)

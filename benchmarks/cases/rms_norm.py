@@ -13,6 +13,7 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.peers import compiled, from_package
 from benchmarks.shapes import EPS, E
+from benchmarks.training import trained
 from mllama_kernels import reference
 
 
@@ -49,40 +50,63 @@ def make(setting: Setting, rows: int, tensors: int) -> Arguments:
     return *inputs, 1 + setting.randn(E, scale=0.1)
 
 
+def rms_norm(setting: Setting, rows: int) -> tuple[Case, tuple[Impl, ...]]:
+    """The forward, and the implementations that have a backward."""
+    impls = (
+        Impl(OURS, ours.rms_norm),
+        Impl(PLAIN, reference.rms_norm),
+        Impl("F.rms_norm", fused),
+        compiled(reference.rms_norm),
+        from_package(setting, "liger-kernel", "liger_kernel.ops.rms_norm", liger),
+    )
+    flashinfer = from_package(
+        setting, "flashinfer", "flashinfer", lambda m: partial(m.rmsnorm, eps=EPS)
+    )
+    case = Case(
+        op="rms_norm",
+        shape={"rows": rows, "dim": E},
+        dtype=setting.dtype,
+        make=partial(make, setting, rows, 1),
+        truth=reference.rms_norm,
+        impls=(*impls, flashinfer),
+        bytes=(2 * rows + 1) * E * setting.element,
+    )
+    return case, impls
+
+
+def add_rms_norm(setting: Setting, rows: int) -> tuple[Case, tuple[Impl, ...]]:
+    """The forward, and the implementations that have a backward."""
+    impls = (
+        Impl(OURS, ours.add_rms_norm),
+        Impl(PLAIN, reference.add_rms_norm),
+        Impl("add, F.rms_norm", add_then_fused),
+        compiled(reference.add_rms_norm),
+    )
+    flashinfer = from_package(setting, "flashinfer", "flashinfer", flashinfer_add, of_its_own)
+    case = Case(
+        op="add_rms_norm",
+        shape={"rows": rows, "dim": E},
+        dtype=setting.dtype,
+        make=partial(make, setting, rows, 2),
+        truth=reference.add_rms_norm,
+        impls=(*impls, flashinfer),
+        bytes=(4 * rows + 1) * E * setting.element,
+    )
+    return case, impls
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     sizes = setting.sizes([1, 512, 4096, 16384], [1, 2048], [1, 2048, 4096])
+    trained_sizes = [rows for rows in sizes if rows >= 2048]
     for rows in sizes:
-        yield Case(
-            op="rms_norm",
-            shape={"rows": rows, "dim": E},
-            dtype=setting.dtype,
-            make=partial(make, setting, rows, 1),
-            truth=reference.rms_norm,
-            impls=(
-                Impl(OURS, ours.rms_norm),
-                Impl(PLAIN, reference.rms_norm),
-                Impl("F.rms_norm", fused),
-                compiled(reference.rms_norm),
-                from_package(setting, "liger-kernel", "liger_kernel.ops.rms_norm", liger),
-                from_package(
-                    setting, "flashinfer", "flashinfer", lambda m: partial(m.rmsnorm, eps=EPS)
-                ),
-            ),
-            bytes=(2 * rows + 1) * E * setting.element,
-        )
+        yield rms_norm(setting, rows)[0]
+    for rows in trained_sizes:  # backward: x and grad_y read, grad_x written; both weights
+        case, impls = rms_norm(setting, rows)
+        row_bytes = E * setting.element
+        yield trained(case, impls=impls, bytes=case.bytes + (3 * rows + 2) * row_bytes)
     for rows in sizes:
-        yield Case(
-            op="add_rms_norm",
-            shape={"rows": rows, "dim": E},
-            dtype=setting.dtype,
-            make=partial(make, setting, rows, 2),
-            truth=reference.add_rms_norm,
-            impls=(
-                Impl(OURS, ours.add_rms_norm),
-                Impl(PLAIN, reference.add_rms_norm),
-                Impl("add, F.rms_norm", add_then_fused),
-                compiled(reference.add_rms_norm),
-                from_package(setting, "flashinfer", "flashinfer", flashinfer_add, of_its_own),
-            ),
-            bytes=(4 * rows + 1) * E * setting.element,
-        )
+        yield add_rms_norm(setting, rows)[0]
+    for rows in trained_sizes:  # backward: the sum and both gradients read, theirs written
+        case, impls = add_rms_norm(setting, rows)
+        row_bytes = E * setting.element
+        yield trained(case, impls=impls, outputs=2, bytes=case.bytes + (4 * rows + 2) * row_bytes)

@@ -180,13 +180,13 @@ struct Rows {
   std::vector<int64_t> outer_stride, inner_stride;
 };
 
-inline bool merge_rows(std::initializer_list<const Tensor*> tensors, int64_t levels, Rows& rows) {
+inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels, Rows& rows) {
   struct Level {
     int64_t size;
     std::vector<int64_t> strides;
   };
   std::vector<Level> found;  // innermost first
-  const Tensor& lead = **tensors.begin();
+  const Tensor& lead = *tensors.front();
   for (int64_t i = lead.dim() - 2; i >= 0; --i) {
     if (lead.size(i) == 1) continue;
     Level level{lead.size(i), {}};
@@ -241,12 +241,9 @@ inline Tensor empty_like_contiguous(const Tensor& t) {
   return torch::stable::new_empty(t, t.sizes());
 }
 
-inline void check_residual(const Checker& c, const Tensor& x, const Tensor& residual,
-                           const OptionalTensor& gate, const OptionalTensor& row_mask) {
-  c.floating(residual, "residual");
-  bool equal = residual.dim() == x.dim();
-  for (int64_t i = 0; equal && i < x.dim(); ++i) equal = residual.size(i) == x.size(i);
-  check(equal, c.op, "residual must have the shape of x, ", shape(x), ", got ", shape(residual));
+// Of what is added to a residual of x's shape.
+inline void check_gate(const Checker& c, const Tensor& x, const char* x_name,
+                       const OptionalTensor& gate, const OptionalTensor& row_mask) {
   if (gate) {
     c.floating(*gate, "gate");
     check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
@@ -257,9 +254,18 @@ inline void check_residual(const Checker& c, const Tensor& x, const Tensor& resi
     for (int64_t i = 0; rows_equal && i + 1 < x.dim(); ++i) {
       rows_equal = row_mask->size(i) == x.size(i);
     }
-    check(rows_equal, c.op, "row_mask must have the leading shape of x, ", shape(x), ", got ",
-          shape(*row_mask));
+    check(rows_equal, c.op, "row_mask must have the leading shape of ", x_name, ", ", shape(x),
+          ", got ", shape(*row_mask));
   }
+}
+
+inline void check_residual(const Checker& c, const Tensor& x, const Tensor& residual,
+                           const OptionalTensor& gate, const OptionalTensor& row_mask) {
+  c.floating(residual, "residual");
+  bool equal = residual.dim() == x.dim();
+  for (int64_t i = 0; equal && i < x.dim(); ++i) equal = residual.size(i) == x.size(i);
+  check(equal, c.op, "residual must have the shape of x, ", shape(x), ", got ", shape(residual));
+  check_gate(c, x, "x", gate, row_mask);
 }
 
 }  // namespace mllama

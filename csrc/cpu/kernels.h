@@ -18,11 +18,13 @@
   void cross_attention(const CrossAttentionParams& p);                           \
   void cross_attention_backward(const CrossAttentionBackwardParams& p);          \
   void gated_residual(const GatedResidualParams& p);                             \
+  void gated_residual_backward(const GatedResidualBackwardParams& p);            \
   void linear_cross_entropy(const LinearCrossEntropyParams& p);                  \
   void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p); \
   void patch_embed(const PatchEmbedParams& p);                                   \
   void patch_embed_backward(const PatchEmbedBackwardParams& p);                  \
   void rms_norm(const RmsNormParams& p);                                         \
+  void rms_norm_backward(const RmsNormBackwardParams& p);                        \
   void rotary_attention(const RotaryAttentionParams& p);                         \
   void rotary_attention_backward(const RotaryAttentionBackwardParams& p);        \
   void sample(const SampleParams& p);                                            \

@@ -76,4 +76,35 @@ MLLAMA_INLINE Scalar<T> tanh_gate(const void* gate) {
       (Scalar<T>)__builtin_tanh((double)to_scalar(*static_cast<const T*>(gate))));
 }
 
+// What sums over the rows of T are kept in.
+template <typename T>
+struct PartialOf {
+  using Type = double;
+};
+template <>
+struct PartialOf<BF16> {
+  using Type = float;
+};
+template <>
+struct PartialOf<F16> {
+  using Type = float;
+};
+template <typename T>
+using Partial = typename PartialOf<T>::Type;
+
+MLLAMA_INLINE void add(FVec& sum, FVec v) { sum += v; }
+MLLAMA_INLINE void add(DVec& sum, FVec v) { sum += __builtin_convertvector(v, DVec); }
+MLLAMA_INLINE void add(DVec& sum, DVec v) { sum += v; }
+
+// (1 - tanh(gate)^2) times the sum of the partial sums, in their order, rounded.
+template <typename T>
+MLLAMA_INLINE void store_gate_gradient(const double* partials, int64_t count, const void* gate,
+                                       void* grad_gate) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += partials[i];
+  // 1 / cosh^2: 1 - tanh^2 would lose its digits where tanh is near 1.
+  const double cosine = __builtin_cosh((double)to_scalar(*static_cast<const T*>(gate)));
+  *static_cast<T*>(grad_gate) = from_scalar<T>((Scalar<T>)(sum / cosine / cosine));
+}
+
 }  // namespace mllama::MLLAMA_ISA

@@ -30,6 +30,7 @@
 #include "hopper.cuh"
 #include "hopper.h"
 #include "reduce.cuh"
+#include "rows.cuh"
 #include "vec_math.cuh"
 
 namespace mllama {
@@ -153,27 +154,6 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads,
   }
 }
 
-// Vector `index` of a row of `dim` elements whose alignment and length need not suit vectors.
-template <typename T>
-__device__ __forceinline__ Vec<T> load_any(const void* base, int64_t offset, int64_t index,
-                                           int64_t dim, bool vectorized) {
-  const int64_t element = index * Vec<T>::kSize;
-  const T* address = static_cast<const T*>(base) + offset + element;
-  return vectorized ? load_vec(address) : load_elements(address, dim - element);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_any(void* base, int64_t offset, int64_t index, int64_t dim,
-                                          bool vectorized, const Vec<T>& v) {
-  const int64_t element = index * Vec<T>::kSize;
-  T* address = static_cast<T*>(base) + offset + element;
-  if (vectorized) {
-    store_vec(address, v);
-  } else {
-    store_elements(address, v, dim - element);
-  }
-}
-
 // Any row: x is read twice (or the sum, which this thread has just written).
 template <typename T, bool kResidual>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -204,8 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T, bool kResidual>
 cudaError_t launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   const auto aligned = [&](const void* address, int64_t outer_stride, int64_t inner_stride) {
-    return is_aligned16(address, p.outer > 1 ? outer_stride : 0, p.dtype) &&
-           is_aligned16(address, p.inner > 1 ? inner_stride : 0, p.dtype);
+    return rows_aligned16(address, outer_stride, inner_stride, p.outer, p.inner, p.dtype);
   };
   const bool vectorized =
       p.dim % Vec<T>::kSize == 0 && aligned(p.x, p.x_outer_stride, p.x_inner_stride) &&

@@ -72,6 +72,28 @@ __device__ __forceinline__ Vec<T> add(const Vec<T>& a, const Vec<T>& b) {
   return sum;
 }
 
+// The elements of a vector's i-th 32-bit word in float32, and back with rounding.
+template <typename T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+template <typename T>
+__device__ __forceinline__ void unpack_word(const Vec<T>& v, int i, float (&x)[kPerWord<T>]) {
+  if constexpr (std::is_same_v<T, float>) {
+    x[0] = v.data[i];
+  } else {
+    const float2 pair = unpack_pair<T>(pair_word(v, i));
+    x[0] = pair.x;
+    x[1] = pair.y;
+  }
+}
+template <typename T>
+__device__ __forceinline__ void pack_word(Vec<T>& v, int i, const float (&x)[kPerWord<T>]) {
+  if constexpr (std::is_same_v<T, float>) {
+    v.data[i] = x[0];
+  } else {
+    pair_word(v, i) = pack_pair<T>(x[0], x[1]);
+  }
+}
+
 // f(x), in float32 and then rounded, of every element.
 template <typename T, typename F>
 __device__ __forceinline__ Vec<T> map_f32(const Vec<T>& v, const F& f) {
