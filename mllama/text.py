@@ -49,8 +49,7 @@ class MllamaTextMLP(nn.Module):
     def __init__(self, config: MllamaTextConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
-        self.gate_up_proj.add_projections(self)
+        self.gate_up_proj = FusedLinear(self, width, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(
@@ -72,9 +71,8 @@ class MllamaTextSelfAttention(nn.Module):
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         self.qkv_proj = FusedLinear(
-            config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
+            self, config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
         )
-        self.qkv_proj.add_projections(self)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> None:
@@ -111,8 +109,7 @@ class MllamaTextCrossAttention(nn.Module):
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.kv_proj = FusedLinear(config.hidden_size, {"k_proj": kv, "v_proj": kv})
-        self.kv_proj.add_projections(self)
+        self.kv_proj = FusedLinear(self, config.hidden_size, {"k_proj": kv, "v_proj": kv})
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)

@@ -66,8 +66,9 @@ class MllamaVisionAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.ops, self.head_dim = ops, config.head_dim
-        self.qkv_proj = FusedLinear(width, {"q_proj": width, "k_proj": width, "v_proj": width})
-        self.qkv_proj.add_projections(self)
+        self.qkv_proj = FusedLinear(
+            self, width, {"q_proj": width, "k_proj": width, "v_proj": width}
+        )
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
