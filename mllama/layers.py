@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mllama.backend import Ops
 from mllama_kernels.skinny_linear import MAX_ROWS
@@ -211,6 +212,28 @@ class ResidualStream:
                 self._x = self._ops.gated_residual(self._delta, self._x, self._gate, self._row_mask)
             self._delta = self._gate = self._row_mask = None
         return self._x
+
+
+class Recomputing:
+    """For a stack of layers that may keep only their inputs for the backward pass and compute the rest again.
+
+    Attributes:
+        gradient_checkpointing: whether it does so in training mode.
+    """
+
+    gradient_checkpointing = False
+    training: bool
+
+    def run_layer(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``layer(*inputs)``."""
+        return (
+            checkpoint(layer, *inputs, use_reentrant=False) if self.recomputes else layer(*inputs)
+        )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the layers of a forward that runs now are computed again in its backward pass."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
 
 def init_normal(module: nn.Module, std: float) -> None:

@@ -184,19 +184,25 @@ class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
-    ) -> CausalLMOutput:
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss.
 
         Args:
             labels: (B, L) int64, -100 where there is no target; image tokens never are one. The shift
                 happens here.
             logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
+            output_attentions: only False or None: nothing here forms attention weights.
+            return_dict: False for a tuple.
             others: see :meth:`MllamaModel.forward`.
         Returns: ``loss`` (float32, None without labels), ``logits`` (B, kept, V) in the model's dtype,
             ``past_key_values``, ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
         _check_labels(labels, logits_to_keep)
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: no attention weights are formed")
         with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
@@ -217,7 +223,8 @@ class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
             loss = None
             if labels is not None:
                 loss = causal_lm_loss(logits, labels, self.config.image_token_index)
-        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output.to_tuple() if return_dict is False else output
 
 
 class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
@@ -257,13 +264,17 @@ class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
-    ) -> CausalLMOutput:
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token in float32, and the loss.
 
         Args: as in :meth:`MllamaForConditionalGeneration.forward`; ``cross_attention_mask`` is per
             tile, (B, L, M, tiles), here too.
         """
         _check_labels(labels, logits_to_keep)
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: no attention weights are formed")
         with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
@@ -279,7 +290,8 @@ class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
             kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
             logits = project(self.ops, self.lm_head, kept).float()
             loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output.to_tuple() if return_dict is False else output
 
 
 def _check_labels(labels: Any, logits_to_keep: int | Tensor) -> None:

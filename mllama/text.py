@@ -12,7 +12,7 @@ from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
 from mllama.checks import TextInputs, check_cross_attention_mask, check_states, check_text
 from mllama.config import MllamaTextConfig
-from mllama.layers import FusedLinear, ResidualStream, RMSNorm
+from mllama.layers import FusedLinear, Recomputing, ResidualStream, RMSNorm
 from mllama.outputs import BaseModelOutput
 from mllama.packing import Packing
 from mllama.rope import RotaryEmbedding
@@ -178,7 +178,7 @@ class MllamaCrossAttentionDecoderLayer(nn.Module):
         )
 
 
-class MllamaTextModel(MllamaPreTrainedModel):
+class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
     """The text tower without the output head.
 
     Args:
@@ -303,7 +303,11 @@ class MllamaTextModel(MllamaPreTrainedModel):
                 continue  # no image: the layer adds nothing
             if output_hidden_states:
                 hidden.append(packing.unpack(stream.value()))
-            layer(stream, inputs)
+            if self.recomputes:
+                x = self.run_layer(self._alone, layer, stream.value(), inputs)
+                stream = ResidualStream(self.ops, x)
+            else:
+                layer(stream, inputs)
         last = packing.unpack(stream.norm(self.norm))
         if cache is not None:
             text.advance(cache, packing, positions)
@@ -312,3 +316,9 @@ class MllamaTextModel(MllamaPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden, last) if output_hidden_states else None,
         )
+
+    def _alone(self, layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """The stream behind a layer from the stream x before it, with nothing pending."""
+        stream = ResidualStream(self.ops, x)
+        layer(stream, inputs)
+        return stream.value()

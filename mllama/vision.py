@@ -13,7 +13,7 @@ from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.checks import check_images
 from mllama.config import MllamaVisionConfig
-from mllama.layers import FusedLinear
+from mllama.layers import FusedLinear, Recomputing
 from mllama.outputs import VisionOutput
 from mllama.semantics import SemanticsLike
 
@@ -103,7 +103,7 @@ class MllamaVisionEncoderLayer(nn.Module):
         )
 
 
-class MllamaVisionEncoder(nn.Module):
+class MllamaVisionEncoder(Recomputing, nn.Module):
     def __init__(
         self, config: MllamaVisionConfig, ops: Ops, num_layers: int, is_gated: bool
     ) -> None:
@@ -124,7 +124,7 @@ class MllamaVisionEncoder(nn.Module):
         kept: list[Tensor] = [x] * sum(map(len, taps.values()))
         for depth in range(len(self.layers) + 1):
             if depth:
-                x = self.layers[depth - 1](x, padding)
+                x = self.run_layer(self.layers[depth - 1], x, padding)
             for place in taps.get(depth, ()):
                 kept[place] = x
         return x, kept

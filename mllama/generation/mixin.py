@@ -64,6 +64,10 @@ class GenerationMixin:
         """An empty cache to pass as ``past_key_values`` and to use again in the next turn."""
         return MllamaCache(_text_config(self), batch_size, dtype=self.dtype, device=self.device)
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
+        """The inputs of one forward; generate() prepares its own, wrappers such as PEFT's ask for this."""
+        return {"input_ids": input_ids, **inputs}
+
     @torch.no_grad()
     def generate(
         self,
