@@ -18,12 +18,12 @@ from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError, read_json
 from mllama.checkpoints.hub import resolve_folder
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.meta_files import MetaCheckpoint, find_meta_folder
-from mllama.checkpoints.progress import ByteProgress
 from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
 from mllama.checkpoints.saving import save_pretrained
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.generation.config import GenerationConfig
 from mllama.layers import FusedLinear
+from mllama.progress import ByteProgress
 from mllama.semantics import SemanticsLike, resolve_semantics, semantics_of_checkpoint
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
