@@ -19,7 +19,7 @@ import torch
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
 from mllama.commands.common import add_semantics_argument
-from mllama.training.adapters import add_adapters, require_peft
+from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.encoding import Example, read_examples
 from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.loop import Trainer
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     )
     trainer.run(folder)
     if training.lora_rank:
-        learner.save_pretrained(folder.path)
+        save_adapter(learner, folder.path)
     else:
         model.to(autocast or torch.float32).save_pretrained(folder.path)
         processor.save_pretrained(folder.path)

@@ -39,11 +39,16 @@ def add_adapters(model: nn.Module, options: TrainingOptions, base: str) -> Any:
         lora_alpha=options.alpha,
         lora_dropout=options.lora_dropout,
         target_modules=f"{_TEXT}|{_VISION}" if options.lora_vision else _TEXT,
-        base_model_name_or_path=base,
     )
     wrapped = peft.get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
+
+
+def save_adapter(wrapped: Any, folder: Path) -> None:
+    """Write the adapter as PEFT does, readable for whoever reads the rest of the folder."""
+    wrapped.save_pretrained(folder)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
