@@ -18,9 +18,12 @@ class _Rows(torch.autograd.Function):
     """The matrix that some weights are the rows of, without a copy; its gradient is split among them."""
 
     @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> Tensor:
-        ctx.sizes = [weight.shape[0] for weight in weights]
+    def forward(*weights: Tensor) -> Tensor:
         return _matrix(weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.sizes = [weight.shape[0] for weight in inputs]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:

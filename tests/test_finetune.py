@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
 from mllama.demo import checkpoint_path, sample_picture
 from mllama.loss import IGNORED
+from mllama.progress import StepProgress
 from mllama.training.batches import Order, batches, collate, grouped
 from mllama.training.conversations import DataError, read_conversations
 from mllama.training.encoding import encode, read_examples
@@ -308,6 +309,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys: Any, monkeypatch: Any, 
     assert "step 1 has loss nan" in capsys.readouterr().err
 
 
+def test_progress_on_a_terminal_and_in_a_file(capsys: Any, monkeypatch: Any) -> None:
+    with StepProgress("training", 4, done=1) as progress:
+        progress.note = "loss 1.5"
+        progress.advance(1)
+    assert re.fullmatch(
+        r"training \[#{10} {10}\]  50%  2/4 steps, \d+ s left, loss 1.5\n", capsys.readouterr().err
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with StepProgress("training", 2) as progress:
+        progress.advance(2)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[-1].startswith("training [" + 20 * "#" + "] 100%  2/2 steps") and lines[
+        -1
+    ].endswith("\n")
+
+
 # Runs
 
 
@@ -362,8 +379,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(monkeypatch: Any, data: Path
         assert not (killed / "adapter_model.safetensors").exists()
         with (killed / "log.jsonl").open("a") as log:
             log.write('{"step": 99, "lo')
+    (killed / "state.pt.1234.partial").write_bytes(b"half of it")
     assert finetune(data, killed, *options, "--resume") == 0
     assert_same_run(whole, killed)
+    assert {p.name for p in killed.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 def test_all_weights_are_trained_and_resumed(monkeypatch: Any, data: Path) -> None:

@@ -38,6 +38,8 @@ class RunFolder:
         self.log, self.state = path / "log.jsonl", path / "state.pt"
         record = path / "run.json"
         path.mkdir(parents=True, exist_ok=True)
+        for half_written in path.glob("*.partial"):  # what a kill has left
+            half_written.unlink()
         if record.exists():
             if not resume:
                 raise FileExistsError(
