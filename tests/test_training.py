@@ -197,3 +197,22 @@ def test_outputs_on_request(model: Any, batch: Batch) -> None:
     assert loss.dim() == 0 and logits.shape[:2] == batch["input_ids"].shape
     with pytest.raises(ValueError, match="output_attentions is not supported"):
         model(**batch, output_attentions=True)
+
+
+def test_the_loss_alone(model: Any, batch: Batch) -> None:
+    """The same loss and gradients when only the rows with a target reach the head."""
+    whole = model(**batch)
+    expected = gradients(model, batch)
+    rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    alone = model(**batch, return_logits=False)
+    hook.remove()
+    assert alone.logits is None and rows == [(batch["labels"][:, 1:] != -100).sum()]
+    torch.testing.assert_close(alone.loss, whole.loss)
+    model.zero_grad()
+    alone.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-4)
+    del batch["labels"]
+    with pytest.raises(ValueError, match="return_logits=False leaves nothing without labels"):
+        model(**batch, return_logits=False)

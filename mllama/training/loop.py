@@ -109,7 +109,7 @@ class Trainer:
         device = self._parameter.device
         with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-            return self._model(**inputs, use_cache=False).loss
+            return self._model(**inputs, use_cache=False, return_logits=False).loss
 
     @torch.no_grad()
     def _evaluated(self) -> float:
