@@ -98,8 +98,11 @@ class FusedLinear(nn.Module):
         return y.split(self.sizes, dim=-1)
 
     def _pack(self) -> None:
+        weights = [linear.weight for linear in self.linears]
+        if weights[0].is_meta:  # no memory to lie in, and torch.cat there is 80 MB of imports
+            return
         with torch.inference_mode(False), torch.no_grad():
-            self.lay_out(torch.cat([linear.weight for linear in self.linears]))
+            self.lay_out(torch.cat(weights))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
         """As for every module: here the linears have just been moved or cast, each on its own."""
