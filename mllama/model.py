@@ -139,7 +139,7 @@ class MllamaModel(MllamaPreTrainedModel):
             )
 
 
-class _LanguageHead(MllamaPreTrainedModel, GenerationMixin):
+class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
     """What the models that end in logits have in common."""
 
     lm_head: nn.Module
