@@ -19,7 +19,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(*weights: Tensor) -> Tensor:
-        return _matrix(weights)
+        return _matrix([weight.detach() for weight in weights])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -33,7 +33,7 @@ class _Rows(torch.autograd.Function):
 def _matrix(weights: Sequence[Tensor]) -> Tensor:
     """The weights (n, in) as one matrix, which their memory is already."""
     rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return weights[0].detach().as_strided((rows, width), (width, 1))
+    return weights[0].as_strided((rows, width), (width, 1))
 
 
 def _are_adjacent(weights: Sequence[Tensor]) -> bool:
@@ -101,7 +101,8 @@ class FusedLinear(nn.Module):
         weights = [linear.weight for linear in self.linears]
         if weights[0].is_meta:  # no memory to lie in, and torch.cat there is 80 MB of imports
             return
-        with torch.inference_mode(False), torch.no_grad():
+        # A tensor of inference mode cannot take over the memory of another kind, nor the reverse.
+        with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
             self.lay_out(torch.cat(weights))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:

@@ -98,6 +98,15 @@ def test_it_stays_or_becomes_one_matrix(owner: Owner, change: Any, grad: bool) -
         assert all(a is b for a, b in zip(owner.parameters(), parameters)), "an optimiser has them"
 
 
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        owner, x = Owner(), torch.randn(2, 4)
+        expected = owner.separate(x)
+        torch.testing.assert_close(owner.qkv_proj(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(owner.qkv_proj(x), expected)
+
+
 def test_loading_by_assignment(owner: Owner) -> None:
     weights = {f"{name}.weight": torch.randn(size, 4) for name, size in SIZES.items()}
     owner.load_state_dict(weights, assign=True)
