@@ -240,7 +240,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 def bytes_per_step(model: Any, scenario: Scenario) -> int:
     """What one decoding step must read: the weights it uses, and the keys and values of every row."""
     text = model.config.text_config
-    unused = ("embed_tokens", "cross_attn.kv_proj", "cross_attn.k_norm")
+    unused = ("embed_tokens", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")
     named = [*model.model.language_model.named_parameters(), *model.lm_head.named_parameters()]
     weights = sum(p.numel() for name, p in named if not any(part in name for part in unused))
     context = scenario.prompt + scenario.new // 2

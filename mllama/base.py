@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from mllama.backend import Ops
 from mllama.cache import MllamaCache
 from mllama.checkpoints import weights
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
-from mllama.layers import init_normal
+from mllama.layers import Recomputing, init_normal
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
 
 _Model = TypeVar("_Model", bound="MllamaPreTrainedModel")
@@ -32,6 +32,7 @@ class MllamaPreTrainedModel(nn.Module):
     """
 
     config: Any
+    supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -64,6 +65,49 @@ class MllamaPreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What turns tokens (in the vision tower: pixels) into vectors."""
+        for name in ("embed_tokens", "patch_embedding"):
+            if hasattr(self, name):
+                return getattr(self, name)
+        inner = self.model if hasattr(self, "model") else self.language_model
+        return inner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head that turns vectors into logits, in the models that have one."""
+        return getattr(self, "lm_head", None)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layers of the model are computed again in the backward pass."""
+        return any(stack.gradient_checkpointing for stack in self._recomputing())
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """In training mode keep each layer's input alone for the backward pass, and compute the layer again.
+
+        Args:
+            gradient_checkpointing_kwargs: as in `transformers`; ``use_reentrant`` can only be False, since
+                the layers read image tiles besides their input.
+        Raises: ValueError for anything else in it.
+        """
+        if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
+            raise ValueError(
+                "gradient_checkpointing_kwargs can be {'use_reentrant': False} or nothing, got "
+                f"{gradient_checkpointing_kwargs}"
+            )
+        for stack in self._recomputing():
+            stack.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep for the backward pass whatever it reads."""
+        for stack in self._recomputing():
+            stack.gradient_checkpointing = False
+
+    def _recomputing(self) -> Iterator[Recomputing]:
+        return (module for module in self.modules() if isinstance(module, Recomputing))
 
     @contextmanager
     def no_grad_if_caching(

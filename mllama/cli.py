@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "answer questions about a picture with the model that ships with the package",
     "generate": "picture and prompt to text, streamed",
     "chat": "talk with a model about pictures",
+    "finetune": "train adapters, or all weights, on conversations about pictures",
     "verify": "check the kernels on this machine, with your checkpoint",
     "info": "versions, kernels, and what a checkpoint is",
 }

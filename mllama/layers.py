@@ -2,96 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mllama.backend import Ops
 from mllama_kernels.skinny_linear import MAX_ROWS
 
 
-class FusedLinear(nn.Module):
-    """Several bias-free projections of one input as one matrix: (sum of the outputs, in).
+class _Rows(torch.autograd.Function):
+    """The matrix that some weights are the rows of, without a copy; its gradient is split among them."""
 
-    It has one parameter and no entry in the state dict; the :class:`Projection` children that its
-    owner makes with :meth:`add_projections` save and load its rows under the published names.
+    @staticmethod
+    def forward(*weights: Tensor) -> Tensor:
+        return _matrix([weight.detach() for weight in weights])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.sizes = [weight.shape[0] for weight in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.split(ctx.sizes)
+
+
+def _matrix(weights: Sequence[Tensor]) -> Tensor:
+    """The weights (n, in) as one matrix, which their memory is already."""
+    rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    return weights[0].as_strided((rows, width), (width, 1))
+
+
+def _are_adjacent(weights: Sequence[Tensor]) -> bool:
+    """Whether each weight begins where the one before it ends, in one allocation."""
+    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for weight in weights:
+        if (
+            weight.storage_offset() != end
+            or not weight.is_contiguous()
+            or weight.untyped_storage().data_ptr() != storage
+        ):
+            return False
+        end += weight.numel()
+    return True
+
+
+class FusedLinear(nn.Module):
+    """Bias-free linears of one input as one product, whose weights lie behind each other in memory.
+
+    It owns no parameter. Each linear is an ordinary child of ``owner`` under its published name, which
+    optimisers, state dicts and adapters know it by; where one is not plain (see :func:`is_plain`), all
+    are called by themselves.
     """
 
-    def __init__(self, in_features: int, out_features: Mapping[str, int]) -> None:
+    def __init__(self, owner: nn.Module, in_features: int, out_features: Mapping[str, int]) -> None:
         super().__init__()
-        self.sizes = tuple(out_features.values())
-        self.names = tuple(out_features)
-        self.weight = nn.Parameter(torch.empty(sum(self.sizes), in_features))
+        self._owner = (owner,)  # in a tuple, so that it does not become a child
+        self.names, self.sizes = tuple(out_features), tuple(out_features.values())
+        self.in_features = in_features
+        for name, size in out_features.items():
+            owner.add_module(name, nn.Linear(in_features, size, bias=False))
+        self._pack()
 
-    def add_projections(self, owner: nn.Module) -> None:
-        """Give ``owner`` one child per projection, named as in published checkpoints."""
-        begin = 0
-        for name, size in zip(self.names, self.sizes):
-            owner.add_module(name, Projection(self, begin, size))
-            begin += size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., sum of the outputs)."""
-        return F.linear(x, self.weight)
-
-    def split(self, y: Tensor) -> tuple[Tensor, ...]:
-        """The product (..., sum of the outputs) as one view per projection, in their order."""
-        return y.split(self.sizes, dim=-1)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """The projections save the rows."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """The projections load the rows."""
-
-
-class Projection(nn.Module):
-    """A named range of rows of a :class:`FusedLinear`; owns no parameter."""
-
-    def __init__(self, fused: FusedLinear, begin: int, size: int) -> None:
-        super().__init__()
-        self._fused = (fused,)  # in a tuple, so that it does not become a child
-        self.begin, self.size = begin, size
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The owner's children, or what has taken their places."""
+        return [getattr(self._owner[0], name) for name in self.names]
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), a view into the fused matrix."""
-        return self._fused[0].weight.narrow(0, self.begin, self.size)
+        """(sum of the outputs, in), the weights of plain linears in their order."""
+        weights = [linear.weight for linear in self.linears]
+        if torch.compiler.is_compiling():  # a graph knows its inputs, not where they lie
+            return torch.cat(weights)
+        if not _are_adjacent(weights):  # they were copied or assigned one by one
+            self._pack()
+        return _Rows.apply(*weights) if torch.is_grad_enabled() else _matrix(weights)
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+    def lay_out(self, whole: Tensor) -> None:
+        """Let the weights be the rows of ``whole`` (sum of the outputs, in), whatever is in it."""
+        for linear, rows in zip(self.linears, whole.split(self.sizes)):
+            linear.weight.data = rows
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        name, target = prefix + "weight", self.weight.detach()
-        if strict:
-            mine = (key for key in state_dict if key.startswith(prefix) and key != name)
-            unexpected_keys.extend(mine)
-        if name not in state_dict:
-            missing_keys.append(name)
-        elif state_dict[name].shape != target.shape:
-            error_msgs.append(
-                f"size mismatch for {name}: copying a param with shape {tuple(state_dict[name].shape)} "
-                f"from checkpoint, the shape in current model is {tuple(target.shape)}."
-            )
-        else:
-            target.copy_(state_dict[name])
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., sum of the outputs)."""
+        if all(map(is_plain, self.linears)):
+            return F.linear(x, self.weight)
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The product (..., sum of the outputs) as one view per linear, in their order."""
+        return y.split(self.sizes, dim=-1)
+
+    def _pack(self) -> None:
+        weights = [linear.weight for linear in self.linears]
+        if weights[0].is_meta:  # no memory to lie in, and torch.cat there is 80 MB of imports
+            return
+        # A tensor of inference mode cannot take over the memory of another kind, nor the reverse.
+        with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
+            self.lay_out(torch.cat(weights))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
+        """As for every module: here the linears have just been moved or cast, each on its own."""
+        super()._apply(fn, recurse)
+        linears = self.linears
+        if all(map(is_plain, linears)) and not _are_adjacent([linear.weight for linear in linears]):
+            self._pack()
+        return self
 
     def extra_repr(self) -> str:
-        return f"rows {self.begin}..{self.begin + self.size - 1}"
+        return f"{self.in_features}, " + ", ".join(
+            f"{name}={size}" for name, size in zip(self.names, self.sizes)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -109,13 +134,11 @@ class RMSNorm(nn.Module):
 def is_plain(linear: nn.Module) -> bool:
     """Whether calling ``linear`` is its weight's product and nothing else: no adapter, bias, hook or
     replaced forward, and no other kind of tensor (quantised, sharded) as the weight."""
-    return (
-        type(linear) in (nn.Linear, FusedLinear)
-        and type(linear.weight) is nn.Parameter
-        and getattr(linear, "bias", None) is None
-        and not (linear._forward_pre_hooks or linear._forward_hooks)
-        and "forward" not in vars(linear)
-    )
+    if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):
+        return False
+    if type(linear) is FusedLinear:
+        return all(map(is_plain, linear.linears))
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is None
 
 
 def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | None:
@@ -198,9 +221,31 @@ class ResidualStream:
         return self._x
 
 
+class Recomputing:
+    """For a stack of layers that may keep only their inputs for the backward pass and compute the rest again.
+
+    Attributes:
+        gradient_checkpointing: whether it does so in training mode.
+    """
+
+    gradient_checkpointing = False
+    training: bool
+
+    def run_layer(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``layer(*inputs)``."""
+        return (
+            checkpoint(layer, *inputs, use_reentrant=False) if self.recomputes else layer(*inputs)
+        )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the layers of a forward that runs now are computed again in its backward pass."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+
 def init_normal(module: nn.Module, std: float) -> None:
     """Initialise the parameters that ``module`` itself owns as `transformers` does."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, FusedLinear)):
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -8,26 +8,32 @@ from torch import Tensor
 IGNORED = -100
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, image_token_index: int | None = None) -> Tensor:
-    """Mean cross entropy of each token given those before it, in float32.
+def targets_of(labels: Tensor, classes: int, image_token_index: int | None = None) -> Tensor:
+    """What each token but the last is followed by, (B, L - 1); IGNORED where that is not learnt.
 
     Args:
-        logits: (B, L, V).
         labels: (B, L) int64, the tokens themselves (the shift happens here); -100 is ignored.
+        classes: V of the head.
         image_token_index: a label that is never a target, since the head has no such class.
     Raises: ValueError for a label that is no class.
     """
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"labels must be {tuple(logits.shape[:2])}, like the logits, got {tuple(labels.shape)}"
-        )
     if image_token_index is not None:
         labels = labels.masked_fill(labels == image_token_index, IGNORED)
-    labels, classes = labels[:, 1:], logits.shape[-1]
-    if bool(((labels != IGNORED) & ((labels < 0) | (labels >= classes))).any()):
+    targets = labels[:, 1:]
+    if bool(((targets != IGNORED) & ((targets < 0) | (targets >= classes))).any()):
         raise ValueError(
-            f"labels must be {IGNORED} or within 0..{classes - 1}, got {labels.min()} to {labels.max()}"
+            f"labels must be {IGNORED} or within 0..{classes - 1}, got {targets.min()} to {targets.max()}"
         )
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED
-    )
+    return targets
+
+
+def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of each token given those before it, in float32.
+
+    Args:
+        logits: (B, L, V), or (n, V) of the rows that have a target.
+        targets: (B, L - 1), or (n,).
+    """
+    if logits.dim() == 3:
+        logits = logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED)

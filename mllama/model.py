@@ -19,7 +19,7 @@ from mllama.checks import (
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
 from mllama.layers import project
-from mllama.loss import causal_lm_loss
+from mllama.loss import IGNORED, causal_lm_loss, targets_of
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
 from mllama.text import MllamaTextModel
@@ -139,6 +139,47 @@ class MllamaModel(MllamaPreTrainedModel):
             )
 
 
+class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
+    """What the models that end in logits have in common."""
+
+    lm_head: nn.Module
+
+    def _targets(
+        self,
+        given: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        return_logits: bool,
+    ) -> Tensor | None:
+        """The checked targets of ``labels``, which go with ``given``, ids or embeddings (B, L, ...)."""
+        if labels is None:
+            if not return_logits:
+                raise ValueError("return_logits=False leaves nothing without labels")
+            return None
+        if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")
+        if given is not None and labels.shape != given.shape[:2]:
+            expected, got = tuple(given.shape[:2]), tuple(labels.shape)
+            raise ValueError(f"labels must be {expected}, like the text, got {got}")
+        classes = getattr(self.config, "text_config", self.config).vocab_size
+        return targets_of(labels, classes, getattr(self.config, "image_token_index", None))
+
+    def _head(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None,
+        logits_to_keep: int | Tensor,
+        return_logits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss and logits of hidden (B, L, E), as far as they are wanted."""
+        if targets is not None and not return_logits:
+            is_target = targets != IGNORED
+            logits = self.lm_head(hidden[:, :-1][is_target])
+            return causal_lm_loss(logits, targets[is_target]), None
+        logits = project(self.ops, self.lm_head, _kept_columns(hidden, logits_to_keep))
+        return None if targets is None else causal_lm_loss(logits, targets), logits
+
+
 def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The columns of hidden (B, L, E) whose logits are wanted: the last so many (0: all), or by index."""
     if isinstance(logits_to_keep, int):
@@ -146,7 +187,7 @@ def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-class MllamaForConditionalGeneration(GenerationMixin, MllamaPreTrainedModel):
+class MllamaForConditionalGeneration(_LanguageHead):
     """Llama 3.2 Vision: text and images in, logits out.
 
     Args:
@@ -184,19 +225,28 @@ class MllamaForConditionalGeneration(GenerationMixin, MllamaPreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
-    ) -> CausalLMOutput:
+        return_logits: bool = True,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss.
 
         Args:
             labels: (B, L) int64, -100 where there is no target; image tokens never are one. The shift
                 happens here.
             logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
+            return_logits: False for the loss alone: only rows with a target reach the head.
+            output_attentions: only False or None: nothing here forms attention weights.
+            return_dict: False for a tuple.
             others: see :meth:`MllamaModel.forward`.
         Returns: ``loss`` (float32, None without labels), ``logits`` (B, kept, V) in the model's dtype,
             ``past_key_values``, ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
-        _check_labels(labels, logits_to_keep)
+        given = inputs_embeds if input_ids is None else input_ids
+        targets = self._targets(given, labels, logits_to_keep, return_logits)
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: no attention weights are formed")
         with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
@@ -212,15 +262,14 @@ class MllamaForConditionalGeneration(GenerationMixin, MllamaPreTrainedModel):
                 use_cache=caching,
                 output_hidden_states=output_hidden_states,
             )
-            kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
-            logits = project(self.ops, self.lm_head, kept)
-            loss = None
-            if labels is not None:
-                loss = causal_lm_loss(logits, labels, self.config.image_token_index)
-        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+            loss, logits = self._head(
+                outputs.last_hidden_state, targets, logits_to_keep, return_logits
+            )
+        output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output.to_tuple() if return_dict is False else output
 
 
-class MllamaForCausalLM(GenerationMixin, MllamaPreTrainedModel):
+class MllamaForCausalLM(_LanguageHead):
     """The text tower alone with its head; images only as precomputed states.
 
     Args:
@@ -257,13 +306,19 @@ class MllamaForCausalLM(GenerationMixin, MllamaPreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool = False,
-    ) -> CausalLMOutput:
+        return_logits: bool = True,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token in float32, and the loss.
 
         Args: as in :meth:`MllamaForConditionalGeneration.forward`; ``cross_attention_mask`` is per
             tile, (B, L, M, tiles), here too.
         """
-        _check_labels(labels, logits_to_keep)
+        given = inputs_embeds if input_ids is None else input_ids
+        targets = self._targets(given, labels, logits_to_keep, return_logits)
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: no attention weights are formed")
         with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
@@ -276,12 +331,9 @@ class MllamaForCausalLM(GenerationMixin, MllamaPreTrainedModel):
                 use_cache=caching,
                 output_hidden_states=output_hidden_states,
             )
-            kept = _kept_columns(outputs.last_hidden_state, logits_to_keep)
-            logits = project(self.ops, self.lm_head, kept).float()
-            loss = None if labels is None else causal_lm_loss(logits, labels)
-        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
-
-
-def _check_labels(labels: Any, logits_to_keep: int | Tensor) -> None:
-    if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-        raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")
+            loss, logits = self._head(
+                outputs.last_hidden_state, targets, logits_to_keep, return_logits
+            )
+            logits = None if logits is None else logits.float()
+        output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output.to_tuple() if return_dict is False else output

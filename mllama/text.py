@@ -12,7 +12,7 @@ from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
 from mllama.checks import TextInputs, check_cross_attention_mask, check_states, check_text
 from mllama.config import MllamaTextConfig
-from mllama.layers import FusedLinear, ResidualStream, RMSNorm
+from mllama.layers import FusedLinear, Recomputing, ResidualStream, RMSNorm
 from mllama.outputs import BaseModelOutput
 from mllama.packing import Packing
 from mllama.rope import RotaryEmbedding
@@ -49,8 +49,7 @@ class MllamaTextMLP(nn.Module):
     def __init__(self, config: MllamaTextConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = FusedLinear(width, {"gate_proj": inner, "up_proj": inner})
-        self.gate_up_proj.add_projections(self)
+        self.gate_up_proj = FusedLinear(self, width, {"gate_proj": inner, "up_proj": inner})
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(
@@ -72,9 +71,8 @@ class MllamaTextSelfAttention(nn.Module):
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         self.qkv_proj = FusedLinear(
-            config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
+            self, config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
         )
-        self.qkv_proj.add_projections(self)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> None:
@@ -111,8 +109,7 @@ class MllamaTextCrossAttention(nn.Module):
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.kv_proj = FusedLinear(config.hidden_size, {"k_proj": kv, "v_proj": kv})
-        self.kv_proj.add_projections(self)
+        self.kv_proj = FusedLinear(self, config.hidden_size, {"k_proj": kv, "v_proj": kv})
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -181,7 +178,7 @@ class MllamaCrossAttentionDecoderLayer(nn.Module):
         )
 
 
-class MllamaTextModel(MllamaPreTrainedModel):
+class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
     """The text tower without the output head.
 
     Args:
@@ -306,7 +303,11 @@ class MllamaTextModel(MllamaPreTrainedModel):
                 continue  # no image: the layer adds nothing
             if output_hidden_states:
                 hidden.append(packing.unpack(stream.value()))
-            layer(stream, inputs)
+            if self.recomputes:
+                x = self.run_layer(self._alone, layer, stream.value(), inputs)
+                stream = ResidualStream(self.ops, x)
+            else:
+                layer(stream, inputs)
         last = packing.unpack(stream.norm(self.norm))
         if cache is not None:
             text.advance(cache, packing, positions)
@@ -315,3 +316,9 @@ class MllamaTextModel(MllamaPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden, last) if output_hidden_states else None,
         )
+
+    def _alone(self, layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """The stream behind a layer from the stream x before it, with nothing pending."""
+        stream = ResidualStream(self.ops, x)
+        layer(stream, inputs)
+        return stream.value()

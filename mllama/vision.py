@@ -13,7 +13,7 @@ from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.checks import check_images
 from mllama.config import MllamaVisionConfig
-from mllama.layers import FusedLinear
+from mllama.layers import FusedLinear, Recomputing
 from mllama.outputs import VisionOutput
 from mllama.semantics import SemanticsLike
 
@@ -66,8 +66,9 @@ class MllamaVisionAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.ops, self.head_dim = ops, config.head_dim
-        self.qkv_proj = FusedLinear(width, {"q_proj": width, "k_proj": width, "v_proj": width})
-        self.qkv_proj.add_projections(self)
+        self.qkv_proj = FusedLinear(
+            self, width, {"q_proj": width, "k_proj": width, "v_proj": width}
+        )
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class MllamaVisionEncoderLayer(nn.Module):
         )
 
 
-class MllamaVisionEncoder(nn.Module):
+class MllamaVisionEncoder(Recomputing, nn.Module):
     def __init__(
         self, config: MllamaVisionConfig, ops: Ops, num_layers: int, is_gated: bool
     ) -> None:
@@ -123,7 +124,7 @@ class MllamaVisionEncoder(nn.Module):
         kept: list[Tensor] = [x] * sum(map(len, taps.values()))
         for depth in range(len(self.layers) + 1):
             if depth:
-                x = self.layers[depth - 1](x, padding)
+                x = self.run_layer(self.layers[depth - 1], x, padding)
             for place in taps.get(depth, ()):
                 kept[place] = x
         return x, kept

@@ -84,7 +84,7 @@ def test_mixed_batch(side):
     assert np.array_equal(got["cross_attention_mask"].numpy(), want)
     assert not got["cross_attention_mask"][1].any()
     assert got["attention_mask"].sum(1).tolist() == [
-        len(ours.tokenizer.encode(ours._with_bos(t))) for t in texts
+        len(ours.tokenizer.encode(ours.with_bos(t))) for t in texts
     ]
 
 

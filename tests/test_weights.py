@@ -21,7 +21,7 @@ import mllama
 from mllama.checkpoints import saving
 from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.key_layout import canonical_name
-from mllama.checkpoints.progress import ByteProgress
+from mllama.progress import ByteProgress
 
 TEXT = {
     "vocab_size": 96,

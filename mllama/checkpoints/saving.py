@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mllama.checkpoints.durable import flush
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 
@@ -94,13 +95,13 @@ class _Staging:
         mode = (self._folder / ("config.json" + self._suffix)).stat().st_mode & 0o777
         for name in self._names:
             (self._folder / (name + self._suffix)).chmod(mode)
-            _flush(self._folder / (name + self._suffix))
+            flush(self._folder / (name + self._suffix))
         for old in self._folder.iterdir():
             if old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name):
                 old.unlink()
         for name in sorted(self._names, key=lambda name: name == last):
             os.replace(self._folder / (name + self._suffix), self._folder / name)
-        _flush(self._folder)
+        flush(self._folder)
 
     def __enter__(self) -> _Staging:
         return self
@@ -108,17 +109,6 @@ class _Staging:
     def __exit__(self, *_: object) -> None:
         for name in self._names:
             (self._folder / (name + self._suffix)).unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Put a file's content (or a folder's renames) on the disk before anything relies on it."""
-    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parse_size(size: int | str) -> int:

@@ -18,11 +18,12 @@ from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError, read_json
 from mllama.checkpoints.hub import resolve_folder
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.meta_files import MetaCheckpoint, find_meta_folder
-from mllama.checkpoints.progress import ByteProgress
 from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
 from mllama.checkpoints.saving import save_pretrained
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.generation.config import GenerationConfig
+from mllama.layers import FusedLinear
+from mllama.progress import ByteProgress
 from mllama.semantics import SemanticsLike, resolve_semantics, semantics_of_checkpoint
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
@@ -268,10 +269,13 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=dtype, device=device)
             module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
+        if isinstance(module, FusedLinear):  # behind its linears in this order
+            shape = (sum(module.sizes), module.in_features)
+            module.lay_out(torch.empty(shape, dtype=dtype, device=device))
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
-    # state_dict() holds views, of rows for fused projections: filling them needs no second copy.
+    # state_dict() holds the parameters' own memory: filling it needs no second copy.
     state = model.state_dict()
     targets = {canonical: state[name] for name, canonical in sources.items()}
     total = sum(checkpoint.tensors[name].nbytes for name in targets)

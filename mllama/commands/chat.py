@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mllama.commands.common import (
+    add_adapter_argument,
     add_model_arguments,
     add_sampling_arguments,
     chat_inputs,
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
     )
+    add_adapter_argument(parser)
     parser.add_argument("--image", action="append", default=[], help="a picture for the first turn")
     parser.add_argument(
         "--system", default=None, help="system message (the template may refuse it)"
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
-    model, processor = load(options.model, options)
+    model, processor = load(options.model, options, options.adapter)
     if processor.chat_template is None:
         raise ValueError(f"{options.model} has no chat template; use `mllama generate --raw`")
     opening = [{"role": "system", "content": options.system}] if options.system else []

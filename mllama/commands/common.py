@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
+    add_semantics_argument(group)
+
+
+def add_semantics_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--semantics",
         choices=("auto", *PRESETS),
@@ -78,10 +83,19 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     return {**chosen, "max_new_tokens": options.max_new_tokens}
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        default=None,
+        help="folder of a LoRA adapter (PEFT) to add to the weights; needs the extra train",
+    )
+
+
 def load(
-    folder: str, options: argparse.Namespace
+    folder: str, options: argparse.Namespace, adapter: Path | None = None
 ) -> tuple[MllamaForConditionalGeneration, MllamaProcessor]:
-    """The model and the processor of a checkpoint, as the model arguments say."""
+    """The model and the processor of a checkpoint, as the model arguments say, with the adapter merged."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = MllamaForConditionalGeneration.from_pretrained(
         folder,
@@ -90,6 +104,10 @@ def load(
         backend=options.backend,
         semantics=options.semantics,
     )
+    if adapter is not None:
+        from mllama.training.adapters import merge_adapter
+
+        merge_adapter(model, adapter)
     return model, MllamaProcessor.from_pretrained(folder)
 
 

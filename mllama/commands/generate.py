@@ -7,6 +7,7 @@ import json
 import time
 
 from mllama.commands.common import (
+    add_adapter_argument,
     add_model_arguments,
     add_sampling_arguments,
     chat_inputs,
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
     )
+    add_adapter_argument(parser)
     parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
     parser.add_argument("--prompt", required=True, help="the question or instruction")
     parser.add_argument(
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
-    model, processor = load(options.model, options)
+    model, processor = load(options.model, options, options.adapter)
     if options.raw or processor.chat_template is None:
         batch = processor(images=options.image or None, text=options.prompt, return_tensors="pt")
         inputs = {name: value.to(model.device) for name, value in batch.items()}

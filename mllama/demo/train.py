@@ -23,6 +23,7 @@ from mllama.config import MllamaConfig
 from mllama.model import MllamaForConditionalGeneration
 from mllama.processing.processor import MllamaProcessor
 from mllama.tiles import ImageTiles
+from mllama.training.log import Log
 
 from .config import generation_config, save_configs
 from .data import IGNORED, Batch, Batches, Rows, Texts
@@ -207,9 +208,14 @@ def _optimizer(*modules: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=_PEAK_RATE, betas=(0.9, 0.98))
 
 
-def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
+def train(
+    out: Path, steps: int, seed: int, backend: str = "reference", log: Log | None = None
+) -> MllamaForConditionalGeneration:
     """Trains for so many steps, practises the harder questions, and writes the checkpoint folder ``out``.
 
+    Args:
+        backend: whose forward and backward are run, "reference" or "kernels".
+        log: gets the loss of every step, those of the practice numbered on.
     Returns: the model as it was saved, in bfloat16.
     """
     torch.manual_seed(seed)
@@ -219,11 +225,11 @@ def train(out: Path, steps: int, seed: int) -> MllamaForConditionalGeneration:
     save_configs(tokenizer, out)
     batches = Batches(MllamaProcessor.from_pretrained(out), tokenizer, seed)
     model = MllamaForConditionalGeneration(
-        MllamaConfig.from_pretrained(out), backend="reference", semantics="meta"
+        MllamaConfig.from_pretrained(out), backend=backend, semantics="meta"
     )
     initialise(model, seed)
-    learn(model, PatchHead(model.config), batches, _lessons(steps))
-    learn(model, None, batches, _practice(round(_PRACTICE_SHARE * steps)))
+    done = learn(model, PatchHead(model.config), batches, _lessons(steps), log)
+    learn(model, None, batches, _practice(round(_PRACTICE_SHARE * steps)), log, behind=done)
     model.eval().to(torch.bfloat16)
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)
@@ -235,8 +241,13 @@ def learn(
     head: PatchHead | None,
     batches: Batches,
     lessons: list[Lesson],
-) -> None:
-    """One optimiser step per lesson; with a head, the patches are part of the loss."""
+    log: Log | None = None,
+    behind: int = 0,
+) -> int:
+    """One optimiser step per lesson; with a head, the patches are part of the loss.
+
+    Returns: how many steps there have been, with those ``behind`` it.
+    """
     optimizer = _optimizer(model) if head is None else _optimizer(model, head)
     right: dict[str, list[float]] = defaultdict(list)
     begin, total, steps = time.monotonic(), 0.0, len(lessons)
@@ -250,6 +261,8 @@ def learn(
             group["lr"] = rate
         optimizer.step()
         total += loss.item()
+        if log is not None:
+            log.write(step=behind + step + 1, loss=loss.item())
         if (step + 1) % _REPORT_EVERY == 0 or step + 1 == steps:
             done = (step + 1) / steps
             spent = time.monotonic() - begin
@@ -262,6 +275,7 @@ def learn(
             )
             right.clear()
             total = 0.0
+    return behind + steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -273,13 +287,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
+    parser.add_argument(
+        "--backend",
+        choices=("reference", "kernels"),
+        default="reference",
+        help="whose forward and backward are run",
+    )
+    parser.add_argument("--log", type=Path, default=None, help="file for the losses (JSONL)")
     options = parser.parse_args(arguments)
     # bfloat16 products where the CPU has them: a third faster
     torch.set_float32_matmul_precision("medium")
-    train(options.out, options.steps, options.seed)
+    log = Log(options.log, 0) if options.log else None
+    train(options.out, options.steps, options.seed, options.backend, log)
     for dtype in (torch.float32, torch.bfloat16):
-        report = evaluate(options.out, range(_HELD_OUT_SEED, _HELD_OUT_SEED + 200), dtype=dtype)
+        seeds = range(_HELD_OUT_SEED, _HELD_OUT_SEED + 200)
+        report = evaluate(options.out, seeds, backend=options.backend, dtype=dtype)
         print(f"held-out accuracy, 200 pictures, {dtype}\n{report}")
+        if log is not None:
+            log.write(step="end", dtype=str(dtype), accuracy=report.accuracy())
     return 0
 
 

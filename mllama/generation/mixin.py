@@ -107,6 +107,10 @@ class GenerationMixin:
             max_tokens=max_tokens,
         )
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
+        """The inputs of one forward; generate() prepares its own, wrappers such as PEFT's ask for this."""
+        return {"input_ids": input_ids, **inputs}
+
     @torch.no_grad()
     def generate(
         self,

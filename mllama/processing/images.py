@@ -59,24 +59,24 @@ def open_image(
     Raises: ImageOpenError naming the picture: missing, empty, too large, not one of `FORMATS`,
         truncated or damaged; TypeError for a source of another kind.
     """
-    data, name = _read(source, max_bytes)
-    if not data:
-        raise ImageOpenError(f"{name} is empty (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_pixels(image, name, max_pixels)
-    except ImageOpenError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageOpenError(f"{name} is too large: {error}") from None
-    except Image.UnidentifiedImageError:
-        raise ImageOpenError(f"{name} {_describe(data)}") from None
-    except Exception as error:  # Pillow's parsers raise many kinds on damaged headers
-        raise ImageOpenError(f"{name} has a damaged header: {_reason(error)}") from error
+    image, name = _identified(source, max_pixels, max_bytes)
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # as above: zlib, struct, EOF, OSError, SyntaxError, ...
         raise ImageOpenError(f"{name} is truncated or damaged: {_reason(error)}") from error
+
+
+def check_image(
+    source: str | os.PathLike | bytes | BinaryIO,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """What `open_image` checks before it decodes: that the file is there and its header is right.
+
+    Raises: as `open_image`, but for what only decoding finds.
+    """
+    _identified(source, max_pixels, max_bytes)
 
 
 def load_image(
@@ -143,6 +143,27 @@ def nest_images(images: Any) -> list[list[ImageSource]]:
     if getattr(images[0], "ndim", 3) == 4:
         return [_split_batch(batch, f"images[{i}]") for i, batch in enumerate(images)]
     return [list(images)]
+
+
+def _identified(
+    source: str | os.PathLike | bytes | BinaryIO, max_pixels: int, max_bytes: int
+) -> tuple[Image.Image, str]:
+    """An image whose header has been read and checked, and what to call it."""
+    data, name = _read(source, max_bytes)
+    if not data:
+        raise ImageOpenError(f"{name} is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_pixels(image, name, max_pixels)
+        return image, name
+    except ImageOpenError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageOpenError(f"{name} is too large: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise ImageOpenError(f"{name} {_describe(data)}") from None
+    except Exception as error:  # Pillow's parsers raise many kinds on damaged headers
+        raise ImageOpenError(f"{name} has a damaged header: {_reason(error)}") from error
 
 
 def _is_picture(value: Any) -> bool:

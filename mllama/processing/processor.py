@@ -106,7 +106,7 @@ class MllamaProcessor:
             texts = _text_list(text)
             _check_counts(texts, samples, self.image_token)
             samples = samples if samples and any(samples) else None
-            texts = [self._with_bos(t) for t in texts]
+            texts = [self.with_bos(t) for t in texts]
             text_options.setdefault("add_special_tokens", self.bos_token is None)
             data.update(self.tokenizer(texts, **text_options))
             self._check_not_cut(texts, data["input_ids"])
@@ -189,6 +189,16 @@ class MllamaProcessor:
         batch = self(images if any(images) else None, prompts, **call_options)
         return batch if return_dict else batch["input_ids"]
 
+    def with_bos(self, text: str) -> str:
+        """The text as it is tokenized: behind leading image tokens begin-of-text, if it holds none."""
+        bos, image = self.bos_token, self.image_token
+        if bos is None or bos in text:
+            return text
+        rest = text
+        while rest.startswith(image):
+            rest = rest[len(image) :]
+        return text[: len(text) - len(rest)] + bos + rest
+
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """See `MllamaTokenizer.decode`."""
         return self.tokenizer.decode(*args, **kwargs)
@@ -253,15 +263,6 @@ class MllamaProcessor:
 
     def __repr__(self) -> str:
         return f"MllamaProcessor({self.image_processor!r}, {self.tokenizer!r})"
-
-    def _with_bos(self, text: str) -> str:
-        bos, image = self.bos_token, self.image_token
-        if bos is None or bos in text:
-            return text
-        rest = text
-        while rest.startswith(image):
-            rest = rest[len(image) :]
-        return text[: len(text) - len(rest)] + bos + rest
 
     def _check_not_cut(self, texts: list[str], input_ids: list[list[int]]) -> None:
         for i, (text, ids) in enumerate(zip(texts, input_ids)):

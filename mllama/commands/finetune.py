@@ -1,0 +1,157 @@
+"""Train adapters (LoRA), or all weights, of a model on conversations about pictures.
+
+The data is a JSON Lines file with one conversation per line, image paths relative to it:
+{"messages": [{"role": "user", "content": [{"type": "image", "path": "1.jpg"}, {"type": "text", "text":
+"What is this?"}]}, {"role": "assistant", "content": "A harbour."}]}. What the assistant says is learnt.
+A run that was killed goes on with --resume and ends as if it had not been."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllama import MllamaForConditionalGeneration, MllamaProcessor
+from mllama.backend import BACKENDS
+from mllama.commands.common import add_semantics_argument
+from mllama.training.adapters import add_adapters, require_peft, save_adapter
+from mllama.training.encoding import Example, read_examples
+from mllama.training.folder import RunFolder, fingerprint
+from mllama.training.loop import Trainer
+from mllama.training.options import TrainingOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HELP = {
+    "lora_rank": "rank of the adapters; 0 trains all weights",
+    "lora_alpha": "adapters are scaled by alpha / rank; 0: twice the rank",
+    "lora_dropout": "share of an adapter's inputs that is zeroed in training",
+    "lora_vision": "adapters in the vision tower too",
+    "epochs": "passes over the data",
+    "max_steps": "optimiser steps instead of epochs",
+    "batch_size": "conversations computed at once",
+    "accumulate": "batches per optimiser step",
+    "learning_rate": "its peak; 0: 2e-4 for adapters, 1e-5 for all weights",
+    "warmup": "share of the steps in which the rate rises; then it falls along a cosine",
+    "weight_decay": "of matrices",
+    "max_grad_norm": "longer gradients are scaled down to it; 0: never",
+    "max_length": "refuse conversations of more tokens; 0: what the model takes",
+    "gradient_checkpointing": "compute layers twice to save memory",
+    "save_every": "steps between checkpoints of the run",
+    "seed": "of adapters, dropout and the order of the data",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="conversations to learn (JSONL)")
+    parser.add_argument(
+        "--eval-data", type=Path, default=None, help="others whose loss is measured at checkpoints"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the adapter, log and checkpoints"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    group = parser.add_argument_group("training")
+    for field in dataclasses.fields(TrainingOptions):
+        kind: dict[str, Any] = (
+            {"action": "store_true"}
+            if field.default is False
+            else {"type": type(field.default), "default": field.default}
+        )
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, help=_HELP[field.name], **kind)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1; none: cuda if there is one"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="computed in; auto: the checkpoint's. What is trained is kept in float32",
+    )
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
+    add_semantics_argument(group)
+
+
+def run(options: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(TrainingOptions)]
+    training = TrainingOptions(**{name: getattr(options, name) for name in names})
+    if training.lora_rank:
+        require_peft()
+    processor = MllamaProcessor.from_pretrained(options.model)
+    limit = training.max_length or sys.maxsize
+    examples = read_examples(options.data, processor, limit)
+    held_out = read_examples(options.eval_data, processor, limit) if options.eval_data else []
+    folder = RunFolder(options.output, _asked(options, training), options.resume)
+    if folder.is_finished:
+        print(f"the run in {options.output} is finished", file=sys.stderr)
+        return 0
+    torch.manual_seed(training.seed)
+    model, autocast = _load(options, training)
+    _check_lengths(model, options.data, examples)
+    _check_lengths(model, options.eval_data, held_out)
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    learner = add_adapters(model, training, options.model) if training.lora_rank else model
+    count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    trainer = Trainer(learner.train(), processor, examples, held_out, training, autocast)
+    print(
+        f"{len(examples)} conversations, {trainer.steps} steps, {count:,} trained parameters, backend "
+        f"{model.backend} on {model.device}",
+        file=sys.stderr,
+    )
+    trainer.run(folder)
+    if training.lora_rank:
+        save_adapter(learner, folder.path)
+    else:
+        model.to(autocast or torch.float32).save_pretrained(folder.path)
+        processor.save_pretrained(folder.path)
+    folder.state.unlink()  # only now: until the result is whole, a resumed run writes it again
+    print(f"written to {folder.path}", file=sys.stderr)
+    return 0
+
+
+def _check_lengths(model: Any, path: Path, examples: Sequence[Example]) -> None:
+    fits = model.config.text_config.max_position_embeddings
+    longest = max(examples, key=lambda example: len(example.input_ids), default=None)
+    if longest is not None and len(longest.input_ids) > fits:
+        count = len(longest.input_ids)
+        raise ValueError(f"{path}, line {longest.line}: {count} tokens, the model takes {fits}")
+
+
+def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, Any]:
+    """What decides the result of a run, besides the pictures' content and the versions installed."""
+    named = ("model", "device", "dtype", "backend", "semantics")
+    asked = {name: getattr(options, name) for name in named} | dataclasses.asdict(training)
+    asked["data"] = fingerprint(options.data)
+    asked["eval_data"] = fingerprint(options.eval_data) if options.eval_data else None
+    return asked
+
+
+def _load(
+    options: argparse.Namespace, training: TrainingOptions
+) -> tuple[MllamaForConditionalGeneration, torch.dtype | None]:
+    """The model in its dtype, or where all weights are trained in float32 with the dtype to compute in."""
+    whole = training.lora_rank == 0
+    chosen = None if options.dtype == "auto" else DTYPES[options.dtype]
+    model = MllamaForConditionalGeneration.from_pretrained(
+        options.model,
+        dtype=chosen,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        backend=options.backend,
+        semantics=options.semantics,
+    )
+    if model.dtype not in DTYPES.values():
+        raise ValueError(f"the checkpoint is {model.dtype}: choose a --dtype to train in")
+    if not whole or model.dtype == torch.float32:
+        return model, None
+    dtype = model.dtype
+    return model.float(), dtype

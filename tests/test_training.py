@@ -1,0 +1,218 @@
+"""Training the models: every parameter has a gradient, the one `transformers` gives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import Prompt, Shape, assert_close, batch_of, hf_model, our_model
+from torch import Tensor, nn
+
+import mllama
+from mllama.layers import ResidualStream
+
+SHAPE = Shape(layers=3, cross=(1,), local_layers=2, global_layers=1, taps=(0, 1), tile_side=28)
+Batch = dict[str, Tensor]
+
+
+@pytest.fixture
+def hf() -> nn.Module:
+    return hf_model(SHAPE).train()
+
+
+@pytest.fixture
+def model(hf: nn.Module) -> Any:
+    return our_model(SHAPE, hf).train()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Two rows, one with two images, padded on the left."""
+    batch = batch_of(SHAPE, [Prompt(12, (0, 3), (6, 2)), Prompt(9, (0,), (1,))])
+    hidden = (batch["attention_mask"] == 0) | (batch["input_ids"] == SHAPE.vocab)
+    return batch | {"labels": batch["input_ids"].masked_fill(hidden, -100)}
+
+
+def gradients(
+    model: nn.Module, batch: Batch, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(**batch).loss
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_every_parameter_has_the_gradient_of_transformers(
+    hf: nn.Module, model: Any, batch: Batch
+) -> None:
+    expected, found = gradients(hf, batch), gradients(model, batch)
+    assert found.keys() == expected.keys()
+    gates = [name for name in found if "gate" in name.rpartition(".")[2]]
+    assert len(gates) == 3 + 2 * SHAPE.global_layers + 2 * len(SHAPE.cross)
+    for name, gradient in found.items():
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
+        assert_close(gradient, expected[name], rtol=1e-3)
+
+
+def test_a_closed_gate_learns(model: Any, batch: Batch) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):
+                parameter.zero_()
+    found = gradients(model, batch)
+    assert found["model.language_model.layers.1.cross_attn_attn_gate"].abs().max() > 0
+    assert found["model.language_model.layers.1.cross_attn_mlp_gate"].abs().max() > 0
+
+
+def test_only_what_is_trained_has_gradients(model: Any, batch: Batch) -> None:
+    """As when the vision tower is frozen: nothing of it is kept for a backward pass."""
+    model.model.vision_model.requires_grad_(False)
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("vision_model" in name), name
+
+
+def test_images_given_as_states_have_gradients(model: Any, batch: Batch) -> None:
+    pictures = {n: batch[n] for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    states = model.model.encode_images(**pictures).states.detach().requires_grad_()
+    rest = {name: value for name, value in batch.items() if name not in pictures}
+    model(**rest, cross_attention_states=states).loss.backward()
+    assert states.grad.abs().max() > 0
+
+
+class Counting:
+    """The ops of a module, counted by name."""
+
+    def __init__(self, ops: Any, counts: Counter[str]) -> None:
+        self._ops, self._counts = ops, counts
+
+    def __getattr__(self, name: str) -> Any:
+        self._counts[name] += 1
+        return getattr(self._ops, name)
+
+
+def test_checkpointing_computes_again_and_changes_nothing(model: Any, batch: Batch) -> None:
+    assert model.supports_gradient_checkpointing and not model.is_gradient_checkpointing
+    plain, once = counted_gradients(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    again, twice = counted_gradients(model, batch)
+    for op in ("vision_attention", "cross_attention", "rotary_attention", "swiglu"):
+        assert twice[op] == 2 * once[op] > 0, op
+    assert all(again[name].equal(gradient) for name, gradient in plain.items())
+    model.gradient_checkpointing_disable()
+    assert counted_gradients(model, batch)[1] == once
+
+
+def counted_gradients(model: Any, batch: Batch) -> tuple[dict[str, Tensor], Counter[str]]:
+    counts: Counter[str] = Counter()
+    with model.ops.replaced(lambda ops: Counting(ops, counts)):
+        return gradients(model, batch), counts
+
+
+def test_checkpointing_keeps_one_tensor_per_text_layer(model: Any, batch: Batch) -> None:
+    saved: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x.numel() if not isinstance(x, nn.Parameter) else 0)
+        return x
+
+    kept = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(**batch)
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 3
+
+
+def test_checkpointing_is_for_training_alone(model: Any, batch: Batch) -> None:
+    model.gradient_checkpointing_enable()
+    model.eval()
+    with torch.no_grad():
+        assert model(**batch, use_cache=True).past_key_values.columns == 12
+    counts = counted_gradients(model, batch)[1]
+    assert counts["swiglu"] == SHAPE.layers
+    with pytest.raises(ValueError, match=r"use_reentrant': False} or nothing, got .*True"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_the_stream_settles_to_what_the_norm_reads(model: Any) -> None:
+    """Between checkpointed layers nothing is pending; the values are those of the fused way."""
+    layer = model.model.language_model.layers[0]
+    x, delta = torch.randn(20, SHAPE.heads * SHAPE.head_dim), torch.randn(20, SHAPE.intermediate)
+    read = []
+    for settle in (False, True):
+        stream = ResidualStream(model.ops, x)
+        stream.add(layer.mlp.down_proj, delta)
+        if settle:
+            stream = ResidualStream(model.ops, stream.value())
+        read.append(stream.norm(layer.input_layernorm))
+    assert read[0].equal(read[1])
+
+
+def test_autocast_is_no_worse_than_that_of_transformers(
+    hf: nn.Module, model: Any, batch: Batch
+) -> None:
+    exact = gradients(hf, batch)
+    errors = [
+        [
+            (torch.linalg.vector_norm(g - exact[n]) / torch.linalg.vector_norm(exact[n])).item()
+            for n, g in gradients(m, batch, torch.bfloat16).items()
+        ]
+        for m in (hf, model)
+    ]
+    theirs, ours = (torch.tensor(e) for e in errors)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert ours.max() <= 2 * theirs.max() and ours.mean() <= 1.5 * theirs.mean()
+
+
+def test_text_alone_trains() -> None:
+    text = mllama.MllamaConfig(**SHAPE.configs()).text_config
+    model = mllama.MllamaForCausalLM(text, backend="reference").train()
+    ids = torch.randint(3, 90, (2, 7))
+    first = model(ids, labels=ids).loss
+    first.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model(ids, labels=ids).loss < first
+
+
+def test_embeddings_are_found(model: Any) -> None:
+    text = model.model.language_model
+    for part in (model, model.model, text):
+        assert part.get_input_embeddings() is text.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    assert text.get_output_embeddings() is None
+    vision = model.model.vision_model
+    assert vision.get_input_embeddings() is vision.patch_embedding
+
+
+def test_outputs_on_request(model: Any, batch: Batch) -> None:
+    loss, logits = model(**batch, return_dict=False)
+    assert loss.dim() == 0 and logits.shape[:2] == batch["input_ids"].shape
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(**batch, output_attentions=True)
+
+
+def test_the_loss_alone(model: Any, batch: Batch) -> None:
+    """The same loss and gradients when only the rows with a target reach the head."""
+    whole = model(**batch)
+    expected = gradients(model, batch)
+    rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    alone = model(**batch, return_logits=False)
+    hook.remove()
+    assert alone.logits is None and rows == [(batch["labels"][:, 1:] != -100).sum()]
+    torch.testing.assert_close(alone.loss, whole.loss)
+    model.zero_grad()
+    alone.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-4)
+    del batch["labels"]
+    with pytest.raises(ValueError, match="return_logits=False leaves nothing without labels"):
+        model(**batch, return_logits=False)
