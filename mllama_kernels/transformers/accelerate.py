@@ -1,0 +1,123 @@
+"""One call that puts a model of `transformers` on the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+
+from mllama_kernels.transformers.llama import of_class, plan_llama
+from mllama_kernels.transformers.patch import installed
+from mllama_kernels.transformers.plan import Plan
+from mllama_kernels.transformers.report import Report
+
+OLDEST, NEWEST = (4, 57), (5, 17)  # the releases of transformers that the tests run
+SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
+_warned_of: set[str] = set()
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    rotary_attention: bool = True,
+    cross_attention: bool = True,
+    vision_attention: bool = True,
+    patch_embed: bool = True,
+    swiglu: bool = True,
+    semantics: str | None = None,
+    strict: bool = False,
+) -> Report:
+    """Run a model of `transformers` on the kernels, in place.
+
+    Modules of this one model get another `forward`; classes, other models, and the names, shapes and
+    values of its parameters stay as they are. What a kernel cannot express in some call, the module's
+    own forward computes as before. A second call replaces what the first one did.
+
+    Args:
+        model: a Mllama, Llama or Llava model, or one inside a PEFT, DDP or compiled wrapper.
+        rms_norm, rotary_attention, cross_attention, vision_attention, patch_embed, swiglu: which parts
+            to replace.
+        semantics: "transformers" (None) computes what the installed `transformers` computes; "meta"
+            what Meta's code does: vision taps before their layers, and nothing from the cross-attention
+            for a token that sees no image.
+        strict: refuse a release of `transformers` that is not tested, instead of warning once.
+    Returns: what was replaced and what was left; its `revert` undoes it.
+    Raises:
+        ValueError: for other models, naming those supported, and for unknown semantics.
+        RuntimeError: with `strict`, for an untested release.
+    """
+    switches = {
+        "rms_norm": rms_norm,
+        "rotary_attention": rotary_attention,
+        "cross_attention": cross_attention,
+        "vision_attention": vision_attention,
+        "patch_embed": patch_embed,
+        "swiglu": swiglu,
+    }
+    if semantics not in (None, "transformers", "meta"):
+        raise ValueError(f'semantics must be "transformers" or "meta", got {semantics!r}')
+    target = _unwrapped(model)
+    _check_version(strict)
+    for patch in list(installed(target)):
+        patch.remove()
+    on = frozenset(op for op, wanted in switches.items() if wanted)
+    plan = Plan(target, on, semantics or "transformers")
+    for tower in of_class(target, LlamaModel):
+        plan_llama(plan, tower)
+    for patch in plan.patches:
+        patch.install()
+    return Report(
+        model=type(target).__name__,
+        semantics=plan.semantics,
+        replaced=plan.replaced(),
+        left=plan.left,
+        patches=plan.patches,
+    )
+
+
+@contextlib.contextmanager
+def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
+    """:func:`accelerate` for the length of a `with` block."""
+    report = accelerate(model, **options)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers, if it is one of those supported."""
+    inner = model
+    while not isinstance(inner, transformers.PreTrainedModel):
+        if hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):  # torch.compile
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):  # DDP
+            inner = inner.module
+        else:
+            break
+    if not isinstance(inner, LlamaPreTrainedModel):
+        raise ValueError(f"cannot accelerate a {type(inner).__name__}; supported are {SUPPORTED}")
+    return inner
+
+
+def _check_version(strict: bool) -> None:
+    version = transformers.__version__
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        return
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
+    message = f"mllama_kernels.transformers is tested with transformers {oldest} to {newest}, this is {version}"
+    if strict:
+        raise RuntimeError(message)
+    if version not in _warned_of:
+        _warned_of.add(version)
+        warnings.warn(message, stacklevel=3)
