@@ -11,8 +11,16 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.models.mllama.modeling_mllama import (
+    MllamaModel,
+    MllamaPreTrainedModel,
+    MllamaTextModel,
+    MllamaVisionModel,
+)
 
 from mllama_kernels.transformers.llama import of_class, plan_llama
+from mllama_kernels.transformers.mllama_text import plan_mllama_text
+from mllama_kernels.transformers.mllama_vision import plan_mllama_vision
 from mllama_kernels.transformers.patch import installed
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.report import Report
@@ -69,8 +77,7 @@ def accelerate(
         patch.remove()
     on = frozenset(op for op, wanted in switches.items() if wanted)
     plan = Plan(target, on, semantics or "transformers")
-    for tower in of_class(target, LlamaModel):
-        plan_llama(plan, tower)
+    _plan(plan, target)
     for patch in plan.patches:
         patch.install()
     return Report(
@@ -80,6 +87,16 @@ def accelerate(
         left=plan.left,
         patches=plan.patches,
     )
+
+
+def _plan(plan: Plan, model: nn.Module) -> None:
+    for tower in of_class(model, LlamaModel):
+        plan_llama(plan, tower)
+    for tower in of_class(model, MllamaVisionModel):
+        plan_mllama_vision(plan, tower)
+    owners = {owner.language_model: owner for owner in of_class(model, MllamaModel)}
+    for tower in of_class(model, MllamaTextModel):
+        plan_mllama_text(plan, tower, owners.get(tower))
 
 
 @contextlib.contextmanager
@@ -104,7 +121,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             inner = inner.module
         else:
             break
-    if not isinstance(inner, LlamaPreTrainedModel):
+    if not isinstance(inner, (LlamaPreTrainedModel, MllamaPreTrainedModel)):
         raise ValueError(f"cannot accelerate a {type(inner).__name__}; supported are {SUPPORTED}")
     return inner
 

@@ -19,12 +19,12 @@ class Patch:
     Args:
         module: the instance; its class is not touched.
         function: module-level function, called as ``function(patch, *args, **kwargs)``.
-        op: the switch of :func:`accelerate` that asked for it.
+        ops: the switches of :func:`accelerate` that asked for it.
         options: what else the function wants to know.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], op: str, **options: Any):
-        self.module, self.function, self.op, self.options = module, function, op, options
+    def __init__(self, module: nn.Module, function: Callable[..., Any], *ops: str, **options: Any):
+        self.module, self.function, self.ops, self.options = module, function, ops, options
         self.active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,9 +60,11 @@ def _slot(module: nn.Module) -> str:
 
 
 def replaced_by_others(module: nn.Module) -> bool:
-    """Whether the module runs something else than the forward of its class."""
+    """Whether the module runs something else than the forward of its class, or ours."""
     present = vars(module).get(_slot(module))
-    return present is not None and getattr(present, "__func__", None) is not type(module).forward
+    if present is None or isinstance(present, Patch):
+        return False
+    return getattr(present, "__func__", None) is not type(module).forward
 
 
 def installed(module: nn.Module) -> Iterator[Patch]:
@@ -77,9 +79,8 @@ def installed(module: nn.Module) -> Iterator[Patch]:
 def is_plain(module: nn.Module) -> bool:
     """Whether an op may read the module's parameters instead of calling it: nothing hooks the call, and
     nothing but a patch of ours replaces it. With offloaded weights a hook is what brings them."""
-    forward = vars(module).get("forward")
     return (
-        (forward is None or isinstance(forward, Patch))
+        not replaced_by_others(module)
         and "_hf_hook" not in vars(module)
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)

@@ -62,5 +62,6 @@ class Plan:
     def replaced(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for patch in self.patches:
-            names.setdefault(patch.op, []).append(self.name(patch.module))
+            for op in patch.ops:
+                names.setdefault(op, []).append(self.name(patch.module))
         return names

@@ -42,7 +42,8 @@ class Report:
         lines = [f"{self.model}, transformers {self.version}, {meant[self.semantics]}", "replaced"]
         classes: dict[str, Counter[str]] = {}
         for patch in self.patches:
-            classes.setdefault(patch.op, Counter())[type(patch.module).__name__] += 1
+            for op in patch.ops:
+                classes.setdefault(op, Counter())[type(patch.module).__name__] += 1
         for op, names in self.replaced.items():
             counts = classes.get(op, Counter({"module": len(names)}))
             lines.append(f"  {op:18}" + ", ".join(f"{n} {name}" for name, n in counts.items()))

@@ -79,13 +79,10 @@ class TextCall:
         self.implementation = config._attn_implementation
         self.batch, self.length = tokens.shape[:2] if tokens is not None else (0, 0)
         self.mask, self.position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-        asks_weights = inputs.get("output_attentions")
-        if asks_weights is None:
-            asks_weights = getattr(config, "output_attentions", False)
         self.known = (
             tokens is not None
             and self.implementation in KNOWN_IMPLEMENTATIONS
-            and not asks_weights
+            and not asks_weights(config, inputs)
             and getattr(config, "is_causal", True)
             and inputs.get("is_causal") in (None, True)
             and (inputs.get("cu_seq_lens_q") is None or self.implementation in ("eager", "sdpa"))
@@ -150,6 +147,12 @@ class TextCall:
         return sequences_of_padding(self.mask[:, : self.past + self.length])
 
 
+def asks_weights(config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether the caller wants the attention weights, which no kernel has."""
+    asked = inputs.get("output_attentions")
+    return bool(getattr(config, "output_attentions", False) if asked is None else asked)
+
+
 def grows(cache: Any, layer: int) -> bool:
     """Whether a cache keeps all tokens of a layer, and nothing else."""
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
@@ -192,7 +195,7 @@ def self_attention_forward(
     keys = values = None
     if cache is not None:
         state = (rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2), layer)
-        keys, values = cache.update(*state, *_cache_position(inputs))
+        keys, values = cache.update(*state, *cache_position(inputs))
     if decodes:
         out = full_attention(rotate(q, cos, sin), keys, values, attention.scaling)
     else:
@@ -200,7 +203,7 @@ def self_attention_forward(
     return attention.o_proj(out.flatten(2)), None
 
 
-def _cache_position(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def cache_position(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The further argument of `Cache.update` in transformers 4: where a static cache has to write."""
     position = inputs.get("cache_position")
     return () if position is None else ({"cache_position": position},)
