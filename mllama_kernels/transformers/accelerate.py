@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.models.mllama.modeling_mllama import (
     MllamaModel,
     MllamaPreTrainedModel,
@@ -18,6 +19,7 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionModel,
 )
 
+from mllama_kernels.transformers import clip
 from mllama_kernels.transformers.llama import of_class, plan_llama
 from mllama_kernels.transformers.mllama_text import plan_mllama_text
 from mllama_kernels.transformers.mllama_vision import plan_mllama_vision
@@ -27,6 +29,7 @@ from mllama_kernels.transformers.report import Report
 
 OLDEST, NEWEST = (4, 57), (5, 17)  # the releases of transformers that the tests run
 SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
+_FAMILIES = (MllamaPreTrainedModel, LlamaPreTrainedModel, LlavaPreTrainedModel)
 _warned_of: set[str] = set()
 
 
@@ -92,6 +95,8 @@ def accelerate(
 def _plan(plan: Plan, model: nn.Module) -> None:
     for tower in of_class(model, LlamaModel):
         plan_llama(plan, tower)
+    for tower in of_class(model, clip.TOWER):
+        clip.plan_clip(plan, tower)
     for tower in of_class(model, MllamaVisionModel):
         plan_mllama_vision(plan, tower)
     owners = {owner.language_model: owner for owner in of_class(model, MllamaModel)}
@@ -121,7 +126,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             inner = inner.module
         else:
             break
-    if not isinstance(inner, (LlamaPreTrainedModel, MllamaPreTrainedModel)):
+    if not isinstance(inner, _FAMILIES):
         raise ValueError(f"cannot accelerate a {type(inner).__name__}; supported are {SUPPORTED}")
     return inner
 
