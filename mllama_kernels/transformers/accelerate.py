@@ -11,10 +11,11 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
-from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.models.mllama.modeling_mllama import (
     MllamaModel,
     MllamaPreTrainedModel,
+    MllamaTextCrossAttention,
     MllamaTextModel,
     MllamaVisionModel,
 )
@@ -29,6 +30,15 @@ from mllama_kernels.transformers.report import Report
 
 OLDEST, NEWEST = (4, 57), (5, 17)  # the releases of transformers that the tests run
 SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
+# The calls that a replaced module answers with its own forward.
+FALLBACKS = {
+    "rms_norm": "inputs of another dtype than the weight",
+    "rotary_attention": "4-D masks, padding between tokens, several new tokens over a cache, one over a "
+    "static cache, output_attentions, dropout; padding under torch.compile",
+    "cross_attention": "dense masks handed to the text tower, no mask with sdpa, output_attentions, dropout",
+    "vision_attention": "output_attentions, output_hidden_states of Mllama's tower",
+    "patch_embed": "other image sizes, autocast, interpolated positions, hooked or adapted modules",
+}
 _FAMILIES = (MllamaPreTrainedModel, LlamaPreTrainedModel, LlavaPreTrainedModel)
 _warned_of: set[str] = set()
 
@@ -81,18 +91,36 @@ def accelerate(
     on = frozenset(op for op, wanted in switches.items() if wanted)
     plan = Plan(target, on, semantics or "transformers")
     _plan(plan, target)
+    if plan.semantics == "meta":
+        _check_meta(plan, target)
     for patch in plan.patches:
         patch.install()
+    replaced = plan.replaced()
     return Report(
         model=type(target).__name__,
         semantics=plan.semantics,
-        replaced=plan.replaced(),
+        replaced=replaced,
         left=plan.left,
+        fallbacks={op: calls for op, calls in FALLBACKS.items() if op in replaced},
         patches=plan.patches,
     )
 
 
+def _check_meta(plan: Plan, model: nn.Module) -> None:
+    """Meta's semantics are all or nothing."""
+    if not isinstance(model, MllamaPreTrainedModel):
+        raise ValueError(f'semantics="meta" is about Mllama, not about {type(model).__name__}')
+    replaced = plan.replaced()
+    needs = {"cross_attention": MllamaTextCrossAttention, "semantics": MllamaVisionModel}
+    for op, cls in needs.items():
+        if of_class(model, cls) and op not in replaced:
+            why = plan.left.get(op, f"{op}=False")
+            raise ValueError(f'semantics="meta" cannot be had here: {why}')
+
+
 def _plan(plan: Plan, model: nn.Module) -> None:
+    if isinstance(model, LlavaPreTrainedModel):
+        _name_other_towers(plan, model)
     for tower in of_class(model, LlamaModel):
         plan_llama(plan, tower)
     for tower in of_class(model, clip.TOWER):
@@ -102,6 +130,15 @@ def _plan(plan: Plan, model: nn.Module) -> None:
     owners = {owner.language_model: owner for owner in of_class(model, MllamaModel)}
     for tower in of_class(model, MllamaTextModel):
         plan_mllama_text(plan, tower, owners.get(tower))
+
+
+def _name_other_towers(plan: Plan, model: nn.Module) -> None:
+    """A Llava model can have other parts than a Llama decoder and a CLIP tower."""
+    llava = next(module for module in model.modules() if isinstance(module, LlavaModel))
+    for part, supported in (("language_model", LlamaModel), ("vision_tower", clip.TOWER)):
+        tower = getattr(llava, part)
+        if not of_class(tower, supported):
+            plan.left[part] = f"a {type(tower).__name__}; supported is {supported.__name__}"
 
 
 @contextlib.contextmanager
@@ -137,7 +174,7 @@ def _check_version(strict: bool) -> None:
     if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
         return
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
-    message = f"mllama_kernels.transformers is tested with transformers {oldest} to {newest}, this is {version}"
+    message = f"tested are transformers {oldest} to {newest}, and this is {version}"
     if strict:
         raise RuntimeError(message)
     if version not in _warned_of:

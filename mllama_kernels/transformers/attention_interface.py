@@ -12,7 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 import mllama_kernels as ops
-from mllama_kernels.transformers.rows import Sequences, sequences_of_padding
+from mllama_kernels.transformers.rows import (
+    Sequences,
+    sequences_of_padding,
+    sequences_of_positions,
+)
 from mllama_kernels.transformers.support import (
     NAME,
     causal_attention,
@@ -37,20 +41,21 @@ def attention_mask(
 ) -> Tensor | Sequences | None:
     """The mask of a call, for :func:`attention_forward`.
 
-    Returns: None for plain causal attention, :class:`Sequences` where padding lies before and after the
-        tokens of a call without cache, and otherwise what sdpa gets: a (B, 1, Lq, Lk) bool mask.
+    Returns: None for plain causal attention, :class:`Sequences` for packed sequences and for padding
+        before and after the tokens of a first call, and otherwise what sdpa gets: a (B, 1, Lq, Lk) bool
+        mask.
     """
     # Release 4 gives the positions of the queries, release 5 their number.
     positions = options.get("cache_position")
     queries = options["q_length"] if positions is None else positions.shape[0]
-    if (
-        mask_function is causal_mask_function
-        and allow_is_causal_skip
-        and attention_mask is not None
-        and attention_mask.shape[1] == queries == options["kv_length"]
-        and not torch.compiler.is_compiling()
-    ):
-        sequences = sequences_of_padding(attention_mask)
+    if queries == options["kv_length"] and not torch.compiler.is_compiling():
+        packing = _packing(mask_function)
+        sequences = None
+        if packing is not None and attention_mask is None:
+            sequences = sequences_of_positions(packing, step=0)
+        elif mask_function is causal_mask_function and attention_mask is not None:
+            if allow_is_causal_skip and attention_mask.shape[1] == queries:
+                sequences = sequences_of_padding(attention_mask)
         if sequences is not None:
             return None if sequences.cu_seqlens is None else sequences
     return sdpa_mask(
@@ -59,6 +64,20 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **options,
     )
+
+
+def _packing(mask_function: Callable[..., Any]) -> Tensor | None:
+    """The number of the sequence of each token, (B, L), if that and causality are all that a mask
+    function asks for. `transformers` keeps it in closures; any other function gives None."""
+    parts = _closure(mask_function).get("mask_functions", ())
+    if len(parts) != 2 or parts[0] is not causal_mask_function:
+        return None
+    return _closure(parts[1]).get("packed_sequence_mask")
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    cells = getattr(function, "__closure__", None) or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells)}
 
 
 def attention_forward(
@@ -96,9 +115,11 @@ def attention_forward(
         crosses = "CrossAttention" in type(module).__name__
         causal = getattr(module, "is_causal", not crosses)
     sequences = _packed(query, key, kwargs) if causal else None
-    if isinstance(attention_mask, Sequences):
-        sequences = sequences or attention_mask
-    elif attention_mask is None and sequences is None and causal and 1 < queries <= keys:
+    if torch.is_tensor(attention_mask):
+        sequences = None
+    elif attention_mask is not None:
+        sequences = attention_mask
+    elif sequences is None and causal and 1 < queries <= keys:
         # What lies behind the last query in a static cache is not written yet.
         sequences = Sequences(None, queries)
     plain = (

@@ -21,7 +21,7 @@ import mllama_kernels as ops
 from mllama_kernels.transformers.llama import of_class, plan_text
 from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.plan import Plan
-from mllama_kernels.transformers.support import NAME, drops_out, takes, takes_heads
+from mllama_kernels.transformers.support import NAME, drops_out, project, takes, takes_heads
 from mllama_kernels.transformers.text import TextCall, asks_weights, cache_position, grows
 
 
@@ -60,16 +60,18 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         for module in layers:
             plan.add("cross_attention", module, cross_layer_forward)
         for module in attentions:
-            plan.add(
-                "cross_attention", module, cross_attention_forward, semantics=plan.semantics
-            )
+            plan.add("cross_attention", module, cross_attention_forward, semantics=plan.semantics)
 
 
 def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     """Turns the mask per tile into a :class:`TileView` where `transformers` would expand it."""
     inputs = by_name(patch, args, kwargs)
     mask = inputs.get("cross_attention_mask")
-    if mask is None or mask.dim() != 4 or asks_weights(patch.module.config.get_text_config(), inputs):
+    if (
+        mask is None
+        or mask.dim() != 4
+        or asks_weights(patch.module.config.get_text_config(), inputs)
+    ):
         return patch.original(**inputs)
     tiles = mask.flatten(2) == 1
     columns = _columns(inputs)
@@ -80,9 +82,7 @@ def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         # Its mask for a row that sees nothing is zero everywhere: the row attends to every tile.
         tiles = tiles | ~rows.unsqueeze(-1)
     view = TileView(tiles, rows, patch.module.vision_model.num_patches)
-    return patch.original(
-        **{**inputs, "cross_attention_mask": None}, mllama_kernels_view=view
-    )
+    return patch.original(**{**inputs, "cross_attention_mask": None}, mllama_kernels_view=view)
 
 
 def _columns(inputs: dict[str, Any]) -> Tensor | None:
@@ -153,7 +153,7 @@ def cross_attention_forward(
     cache, layer = inputs.get("past_key_values"), attention.layer_idx
     q = None
     if _is_plain_call(patch, inputs, view):
-        q = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))
+        q = project(attention.q_proj, x).unflatten(-1, (-1, attention.head_dim))
     if q is None or not takes(q):
         return _with_dense_mask(patch, inputs, view)
     # q_norm runs inside the op, unless something has to happen when the module is called.
@@ -162,8 +162,8 @@ def cross_attention_forward(
     q = q if fused else norm(q)
     if states is not None:
         k, v = (
-            project(states).view(q.shape[0], -1, attention.num_key_value_heads, attention.head_dim)
-            for project in (attention.k_proj, attention.v_proj)
+            linear(states).view(q.shape[0], -1, attention.num_key_value_heads, attention.head_dim)
+            for linear in (attention.k_proj, attention.v_proj)
         )
         k = attention.k_norm(k)
         if cache is not None:
@@ -183,7 +183,7 @@ def cross_attention_forward(
         eps=norm.variance_epsilon,
         softmax_scale=attention.scaling,
     )
-    return attention.o_proj(out.flatten(2)), None
+    return project(attention.o_proj, out.flatten(2)), None
 
 
 def _is_plain_call(patch: Patch, inputs: dict[str, Any], view: TileView | None) -> bool:

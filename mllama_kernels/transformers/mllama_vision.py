@@ -44,8 +44,7 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     tower = patch.module
     inputs = by_name(patch, args, kwargs)
     pixels, ids, mask = (
-        inputs.pop(name, None)
-        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        inputs.pop(name, None) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     )
     config = tower.config
     asks_more = inputs or config.output_attentions or config.output_hidden_states

@@ -55,11 +55,11 @@ def sequences_of_padding(mask: Tensor) -> Sequences | None:
     return Sequences(_with_end(bounds, batch * length), length)
 
 
-def sequences_of_positions(position_ids: Tensor) -> Sequences:
-    """(B, L) positions: a sequence begins where they do not count on. Waits for the device once."""
+def sequences_of_positions(position_ids: Tensor, step: int = 1) -> Sequences:
+    """(B, L) numbers: a sequence begins where they do not go on by `step`. Waits for the device once."""
     batch, length = position_ids.shape
     begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    begins[:, 1:] = position_ids.diff(dim=1) != step
     bounds = begins.flatten().nonzero().flatten()
     if bounds.numel() == batch:
         return Sequences(None, length)

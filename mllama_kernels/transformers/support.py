@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import mllama_kernels as ops
+from mllama_kernels.skinny_linear import MAX_ROWS
+from mllama_kernels.transformers.patch import is_plain
 from mllama_kernels.transformers.rows import Sequences
 
 NAME = "mllama_kernels"  # as an attn_implementation
@@ -32,6 +34,26 @@ def drops_out(module: nn.Module) -> bool:
     """Whether an attention module drops weights in this call."""
     rate = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
     return module.training and rate > 0
+
+
+def has_many_rows(x: Tensor) -> bool:
+    return x.dim() < 2 or x.shape[:-1].numel() > MAX_ROWS
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)`` of x (..., E); for the few rows of decoding, by the op that is made for them."""
+    if (
+        has_many_rows(x)
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or type(linear) is not nn.Linear
+        or linear.bias is not None
+        or not (is_plain(linear) and takes(x, linear.weight))
+    ):
+        return linear(x)
+    # No kernel of a forward writes weights, so their reading may begin before the one before it ends.
+    y = ops.skinny_linear(x.flatten(0, -2), linear.weight, weight_is_constant=True)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from mllama_kernels.transformers.support import (
     causal_attention,
     drops_out,
     full_attention,
+    has_many_rows,
+    project,
     rotate,
     takes,
     takes_heads,
@@ -37,17 +39,18 @@ def norm_forward(patch: Patch, hidden_states: Tensor) -> Tensor:
 
 def mlp_forward(patch: Patch, x: Tensor) -> Tensor:
     mlp = patch.module
-    return mlp.down_proj(ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
+    return project(mlp.down_proj, ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
 
 
 def _gate_and_up(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
     """Both products of x (..., E), side by side in the last dimension."""
     if (
-        torch.is_grad_enabled()
+        not has_many_rows(x)
+        or torch.is_grad_enabled()
         or torch.is_autocast_enabled(x.device.type)
         or not all(type(m) is nn.Linear and is_plain(m) and takes(x, m.weight) for m in (gate, up))
     ):
-        return torch.cat([gate(x), up(x)], dim=-1)
+        return torch.cat([project(gate, x), project(up, x)], dim=-1)
     # Each product goes where the other expects it: nothing is copied.
     rows = x.flatten(0, -2)
     both = x.new_empty(rows.shape[0], gate.out_features + up.out_features)
@@ -185,8 +188,8 @@ def self_attention_forward(
         return patch.original(**inputs)
 
     q, k, v = (
-        project(x).unflatten(-1, (-1, attention.head_dim))
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        project(linear, x).unflatten(-1, (-1, attention.head_dim))
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     if not takes(q, k, v):
         return patch.original(**inputs)
@@ -200,7 +203,7 @@ def self_attention_forward(
         out = full_attention(rotate(q, cos, sin), keys, values, attention.scaling)
     else:
         out = causal_attention(q, k, v, cos, sin, sequences, attention.scaling)
-    return attention.o_proj(out.flatten(2)), None
+    return project(attention.o_proj, out.flatten(2)), None
 
 
 def cache_position(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
