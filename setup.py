@@ -202,7 +202,8 @@ def ninja_file(build: Path, output: Path) -> str:
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         for isa, flags in ISA_FLAGS.items() if source.name != "dispatch.cpp" else [("", "")]:
             add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
-    add("cxx", csrc / "bindings.cpp", f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
+    for source in sorted((csrc / "bindings").glob("*.cpp")):
+        add("cxx", source, f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
     add("cxx", csrc / "build_info.cpp")
     lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

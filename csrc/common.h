@@ -24,7 +24,7 @@ constexpr T round_up(T a, T b) {
 }
 
 // Runs body(begin, end, context) over [begin, end) on torch's intra-op threads (defined in
-// bindings.cpp).
+// bindings/).
 void parallel_for(int64_t begin, int64_t end, int64_t grain_size,
                   void (*body)(int64_t begin, int64_t end, void* context), void* context);
 

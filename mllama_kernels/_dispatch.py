@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
 from mllama_kernels import _library, reference
 
@@ -27,6 +28,8 @@ if not DISABLED <= set(_library.OPS):
     raise ValueError(
         f"MLLAMA_KERNELS_DISABLE names {unknown}; the ops are {', '.join(_library.OPS)}"
     )
+
+_LIBRARY = torch.library.Library("mllama_kernels", "FRAGMENT")
 
 
 def public(kernel: Function) -> Function:
@@ -57,21 +60,68 @@ def public(kernel: Function) -> Function:
     return by_device  # type: ignore[return-value]
 
 
-def register(name: str, fake: Callable[..., Any], *, differentiable: bool = True) -> None:
-    """Gives a compiled op its fake and, until it has a backward kernel, a backward that says so.
+def register(
+    name: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    differentiable: bool = True,
+    lowers: bool = True,
+) -> None:
+    """Gives a compiled op its fake and its place in autograd and autocast.
 
-    An op that writes to its arguments takes no autograd formula (`differentiable=False`).
+    Args:
+        name: of the op.
+        fake: shapes and dtypes of the results.
+        setup_context, backward: as torch.library.register_autograd takes them. Without them asking
+            for a gradient raises an error that says what to do instead.
+        differentiable: False for an op that writes to its arguments and takes no formula.
+        lowers: in an autocast region run in its dtype, as torch.matmul does; False: in the widest
+            dtype among the arguments, as a sum does.
     """
     if _library.missing is not None:
         return
     qualified = f"mllama_kernels::{name}"
     torch.library.register_fake(qualified)(fake)
     if differentiable:
-        torch.library.register_autograd(qualified, functools.partial(no_backward, name))
+        backward = backward or functools.partial(no_backward, name)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(
+            name, functools.partial(_autocast, name, device, lowers), f"Autocast{device.upper()}"
+        )
+
+
+def _autocast(name: str, device: str, lowers: bool, *args: Any) -> Any:
+    """The op on arguments of one floating dtype; like torch's own, it leaves float64 as it is."""
+    floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in floating))
+    if lowers and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    is_cast = {id(a) for a in floating}
+    with torch.autocast(device, enabled=False):
+        op = getattr(torch.ops.mllama_kernels, name)
+        return op(*(a.to(dtype) if id(a) in is_cast else a for a in args))
+
+
+def register_backward(name: str, fake: Callable[..., Any]) -> None:
+    """Gives the backward kernel of op `name` its fake; it has no gradient of its own."""
+    if _library.missing is not None:
+        return
+    qualified = f"mllama_kernels::{name}_backward"
+    torch.library.register_fake(qualified)(fake)
+    torch.library.register_autograd(qualified, functools.partial(_no_double_backward, name))
 
 
 def no_backward(name: str, *_: Any) -> NoReturn:
     raise NotImplementedError(
         f"mllama_kernels.{name} has no backward kernel; train with mllama_kernels.reference.{name}, "
         'a model loaded with backend="reference", or MLLAMA_KERNELS_BACKEND=reference'
+    )
+
+
+def _no_double_backward(name: str, *_: Any) -> NoReturn:
+    raise NotImplementedError(
+        f"mllama_kernels.{name} has no second derivative; mllama_kernels.reference.{name} has"
     )

@@ -35,4 +35,4 @@ def _fake(x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None) ->
     return x.new_empty(x.shape)
 
 
-_dispatch.register("gated_residual", _fake)
+_dispatch.register("gated_residual", _fake, lowers=False)

@@ -74,5 +74,5 @@ def _add_rms_norm_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_dispatch.register("rms_norm", _rms_norm_fake)
-_dispatch.register("add_rms_norm", _add_rms_norm_fake)
+_dispatch.register("rms_norm", _rms_norm_fake, lowers=False)
+_dispatch.register("add_rms_norm", _add_rms_norm_fake, lowers=False)

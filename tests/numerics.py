@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mllama_kernels import _library
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Under a sanitizer a kernel takes some hundred times as long.
@@ -70,6 +75,82 @@ def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> Non
         floor = ulps * torch.linalg.vector_norm(e, order).item()
         allowed = max(k * torch.linalg.vector_norm(p - e, order).item(), floor)
         assert error <= allowed, f"{order}-norm of the error is {error:.2e}, allowed {allowed:.2e}"
+
+
+def gradients(
+    function: Callable[..., Any], args: tuple[Any, ...], grads: list[Tensor], **kwargs: Any
+) -> Any:
+    """Of the results' products with `grads`, for every floating argument, in order."""
+    leaves = [a.detach().clone().requires_grad_() if _is_float(a) else a for a in args]
+    named = {
+        n: a.detach().clone().requires_grad_() if _is_float(a) else a for n, a in kwargs.items()
+    }
+    out = function(*leaves, **named)
+    outs = [out] if torch.is_tensor(out) else list(out)
+    torch.autograd.backward(outs, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)])
+    return tuple(a.grad for a in (*leaves, *named.values()) if _is_float(a))
+
+
+def _is_float(value: Any) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def assert_gradients_no_worse(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    *args: Any,
+    k: float = 2.0,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """The gradients of every floating argument, for a random gradient of every result."""
+    with torch.no_grad():
+        out = reference(*args, **kwargs)
+    outs = [out] if torch.is_tensor(out) else list(out)
+    grads = [torch.randn_like(o) for o in outs]
+    actual = gradients(function, args, grads, **kwargs)
+    plain = gradients(reference, args, grads, **kwargs)
+    doubles = {n: to_double(v) for n, v in kwargs.items()}
+    exact = gradients(reference, tuple(map(to_double, args)), grads, **doubles)
+    assert len(actual) == len(exact) > 0
+    for a, e, p in zip(actual, exact, plain):
+        compare(a, e, p, k)
+    return actual
+
+
+def assert_gradcheck(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Numerical derivatives in float64, which only the CPU kernels take; then, no second derivative."""
+    if not takes_float64():
+        return
+    doubles = tuple(to_double(a).requires_grad_() if _is_float(a) else a for a in args)
+    torch.autograd.gradcheck(lambda *a: function(*a, **kwargs), doubles)
+    out = function(*doubles, **kwargs)
+    out = out if torch.is_tensor(out) else out[0]
+    leaf = next(a for a in doubles if _is_float(a))
+    (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        grad.sum().backward()
+
+
+def takes_float64() -> bool:
+    return not _library.simulated
+
+
+def assert_trains_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """torch.compile(fullgraph=True), activation checkpointing and deterministic mode give eager's bits."""
+    torch.compiler.reset()
+    with torch.no_grad():
+        out = function(*args, **kwargs)
+    grads = [torch.randn_like(o) for o in ([out] if torch.is_tensor(out) else out)]
+    eager = gradients(function, args, grads, **kwargs)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    checkpointed = functools.partial(checkpoint, function, use_reentrant=False)
+    for variant in (compiled, checkpointed, function):
+        torch.use_deterministic_algorithms(variant is function)
+        try:
+            actual = gradients(variant, args, grads, **kwargs)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(a.equal(e) for a, e in zip(actual, eager, strict=True))
 
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:

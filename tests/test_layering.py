@@ -43,7 +43,7 @@ def test_only_core_dependencies_are_imported_at_the_top():
 
 def test_only_the_bindings_include_torch():
     for path in (ROOT / "csrc").rglob("*"):
-        if path.is_file() and path.name != "bindings.cpp":
+        if path.is_file() and path.parent.name != "bindings":
             assert not re.search(r"#include <(torch|ATen|c10|Python)", path.read_text()), path
 
 
@@ -81,5 +81,5 @@ def test_reference_has_the_same_signature(name):
 def test_files_stay_small():
     for folder in ("mllama", "mllama_kernels", "csrc"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cu", ".cuh", ".h", ".cpp"} and path.name != "bindings.cpp":
+            if path.suffix in {".py", ".cu", ".cuh", ".h", ".cpp"}:
                 assert len(path.read_text().splitlines()) <= 450, path

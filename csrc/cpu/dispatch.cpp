@@ -89,6 +89,7 @@ MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)
 MLLAMA_DISPATCH(sample, SampleParams)
 MLLAMA_DISPATCH(skinny_linear, SkinnyLinearParams)
 MLLAMA_DISPATCH(swiglu, SwigluParams)
+MLLAMA_DISPATCH(swiglu_backward, SwigluBackwardParams)
 MLLAMA_DISPATCH(vision_attention, VisionAttentionParams)
 
 }  // namespace mllama

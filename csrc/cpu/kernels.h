@@ -22,6 +22,7 @@
   void sample(const SampleParams& p);                    \
   void skinny_linear(const SkinnyLinearParams& p);       \
   void swiglu(const SwigluParams& p);                    \
+  void swiglu_backward(const SwigluBackwardParams& p);   \
   void vision_attention(const VisionAttentionParams& p); \
   }
 

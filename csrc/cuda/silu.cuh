@@ -1,4 +1,4 @@
-// silu(x) = x / (1 + exp(-x)) in float32, for a result that is then rounded to T.
+// silu(x) = x / (1 + exp(-x)) and its sigmoid in float32, for a result that is then rounded to T.
 #pragma once
 
 #include <type_traits>
@@ -16,6 +16,16 @@ __device__ __forceinline__ float silu(float x) {
   if constexpr (std::is_same_v<T, float>) return x / (1.0f + expf(-x));
   constexpr float kLog2E = 1.4426950408889634f;
   return x * reciprocal_approx(1.0f + exp2_approx(-kLog2E * x));
+}
+
+// (sigmoid(x), 1 - sigmoid(x)), both to full relative precision: the exponential cannot overflow.
+template <typename T>
+__device__ __forceinline__ float2 sigmoid_pair(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr bool kExact = std::is_same_v<T, float>;
+  const float e = kExact ? expf(-fabsf(x)) : exp2_approx(-kLog2E * fabsf(x));
+  const float larger = kExact ? 1.0f / (1.0f + e) : reciprocal_approx(1.0f + e);
+  return x < 0 ? make_float2(e * larger, larger) : make_float2(larger, e * larger);
 }
 
 }  // namespace mllama

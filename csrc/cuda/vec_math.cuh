@@ -89,6 +89,29 @@ __device__ __forceinline__ Vec<T> map_f32(const Vec<T>& v, const F& f) {
   return result;
 }
 
+// (x, y) = f(a, b, c), in float32 and then rounded, of every element.
+template <typename T, typename F>
+__device__ __forceinline__ void map_f32(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c,
+                                        Vec<T>& x, Vec<T>& y, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 result = f(a.data[i], b.data[i], c.data[i]);
+      x.data[i] = result.x;
+      y.data[i] = result.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 as = unpack_pair<T>(pair_word(a, i)), bs = unpack_pair<T>(pair_word(b, i)),
+                   cs = unpack_pair<T>(pair_word(c, i));
+      const float2 first = f(as.x, bs.x, cs.x), second = f(as.y, bs.y, cs.y);
+      pair_word(x, i) = pack_pair<T>(first.x, second.x);
+      pair_word(y, i) = pack_pair<T>(first.y, second.y);
+    }
+  }
+}
+
 // `value` is one of T's.
 template <typename T>
 __device__ __forceinline__ Vec<T> filled_vec(float value) {

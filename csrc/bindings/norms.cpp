@@ -1,0 +1,180 @@
+// Norms, residual adds and SwiGLU.
+#include "../gated_residual.h"
+#include "../rms_norm.h"
+#include "../swiglu.h"
+#include "checks.h"
+
+namespace mllama {
+namespace {
+
+void run_rms_norm(const Checker& c, Tensor x, OptionalTensor residual, const OptionalTensor& gate,
+                  const OptionalTensor& row_mask, const Tensor& weight, double eps, Tensor& y,
+                  Tensor* residual_out) {
+  check(x.dim() >= 1, c.op, "x must have at least one dimension");
+  const int64_t dim = x.size(x.dim() - 1);
+  c.floating(weight, "weight");
+  c.sizes(weight, "weight", {dim});
+  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  const DType dtype = c.dtype();
+  const Tensor w = torch::stable::contiguous(weight);
+  Rows rows;
+  const auto strided = [&] {
+    return x.stride(x.dim() - 1) == 1 &&
+           (!residual || residual->stride(residual->dim() - 1) == 1) &&
+           (residual ? merge_rows({&x, &*residual}, 2, rows) : merge_rows({&x}, 2, rows));
+  };
+  if (!strided()) {
+    x = torch::stable::contiguous(x);
+    if (residual) residual = torch::stable::contiguous(*residual);
+    strided();
+  }
+  OptionalTensor g, mask;
+  if (gate) g = torch::stable::contiguous(*gate);
+  if (row_mask) mask = torch::stable::contiguous(*row_mask);
+  RmsNormParams p{};
+  p.x = x.const_data_ptr();
+  p.residual = data(residual);
+  p.gate = data(g);
+  p.row_mask = static_cast<const bool*>(data(mask));
+  p.weight = w.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.residual_out = residual_out ? residual_out->mutable_data_ptr() : nullptr;
+  p.outer = x.numel() == 0 ? 0 : rows.outer;
+  p.inner = rows.inner;
+  p.dim = dim;
+  p.x_outer_stride = rows.outer_stride[0];
+  p.x_inner_stride = rows.inner_stride[0];
+  p.residual_outer_stride = residual ? rows.outer_stride[1] : 0;
+  p.residual_inner_stride = residual ? rows.inner_stride[1] : 0;
+  p.eps = eps;
+  p.dtype = dtype;
+  launch(c, p, rms_norm_cpu, MLLAMA_CUDA(rms_norm_cuda));
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Checker c{"rms_norm", x, "x"};
+  Tensor y = empty_like_contiguous(x);
+  run_rms_norm(c, x, std::nullopt, std::nullopt, std::nullopt, weight, eps, y, nullptr);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps,
+                                        const OptionalTensor& gate,
+                                        const OptionalTensor& row_mask) {
+  const Checker c{"add_rms_norm", x, "x"};
+  check(x.dim() >= 1, c.op, "x must have at least one dimension");
+  check_residual(c, x, residual, gate, row_mask);
+  Tensor y = empty_like_contiguous(x), residual_out = empty_like_contiguous(x);
+  run_rms_norm(c, x, residual, gate, row_mask, weight, eps, y, &residual_out);
+  return {y, residual_out};
+}
+
+// ---------------------------------------------------------------- gated_residual, swiglu
+
+Tensor gated_residual(const Tensor& x_in, const Tensor& residual_in, const Tensor& gate,
+                      const OptionalTensor& row_mask) {
+  Tensor x = x_in, residual = residual_in;
+  const Checker c{"gated_residual", x_in, "x"};
+  check(x.dim() >= 1, c.op, "x must have at least one dimension");
+  check_residual(c, x, residual, gate, row_mask);
+  Rows rows;
+  if (x.stride(x.dim() - 1) != 1 || residual.stride(x.dim() - 1) != 1 ||
+      !merge_rows({&x, &residual}, 1, rows)) {
+    x = torch::stable::contiguous(x);
+    residual = torch::stable::contiguous(residual);
+    merge_rows({&x, &residual}, 1, rows);
+  }
+  Tensor out = empty_like_contiguous(x);
+  OptionalTensor mask;
+  if (row_mask) mask = torch::stable::contiguous(*row_mask);
+  GatedResidualParams p{};
+  p.x = x.const_data_ptr();
+  p.residual = residual.const_data_ptr();
+  p.gate = gate.const_data_ptr();
+  p.row_mask = static_cast<const bool*>(data(mask));
+  p.out = out.mutable_data_ptr();
+  p.rows = x.numel() == 0 ? 0 : rows.inner;
+  p.dim = x.size(x.dim() - 1);
+  p.x_row_stride = rows.inner_stride[0];
+  p.residual_row_stride = rows.inner_stride[1];
+  p.dtype = c.dtype();
+  launch(c, p, gated_residual_cpu, MLLAMA_CUDA(gated_residual_cuda));
+  return out;
+}
+
+Tensor swiglu(const Tensor& gate_up_in) {
+  Tensor gate_up = gate_up_in;
+  const Checker c{"swiglu", gate_up_in, "gate_up"};
+  check(gate_up.dim() >= 1 && gate_up.size(gate_up.dim() - 1) % 2 == 0, c.op,
+        "gate_up must have an even last dimension, got shape ", shape(gate_up));
+  Rows rows;
+  if (gate_up.stride(gate_up.dim() - 1) != 1 || !merge_rows({&gate_up}, 1, rows)) {
+    gate_up = torch::stable::contiguous(gate_up);
+    merge_rows({&gate_up}, 1, rows);
+  }
+  std::vector<int64_t> out_sizes(gate_up.sizes().begin(), gate_up.sizes().end());
+  out_sizes.back() /= 2;
+  Tensor out = torch::stable::new_empty(gate_up, out_sizes);
+  SwigluParams p{};
+  p.gate_up = gate_up.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.rows = out.numel() == 0 ? 0 : rows.inner;
+  p.dim = out_sizes.back();
+  p.gate_up_row_stride = rows.inner_stride[0];
+  p.dtype = c.dtype();
+  launch(c, p, swiglu_cpu, MLLAMA_CUDA(swiglu_cuda));
+  return out;
+}
+
+Tensor swiglu_backward(const Tensor& grad_out_in, const Tensor& gate_up_in) {
+  Tensor grad_out = grad_out_in, gate_up = gate_up_in;
+  const Checker c{"swiglu_backward", gate_up_in, "gate_up"};
+  const int64_t last = gate_up.dim() - 1;
+  check(last >= 0 && gate_up.size(last) % 2 == 0, c.op,
+        "gate_up must have an even last dimension, got shape ", shape(gate_up));
+  std::vector<int64_t> sizes(gate_up.sizes().begin(), gate_up.sizes().end());
+  sizes.back() /= 2;
+  c.floating(grad_out, "grad_out");
+  c.sizes(grad_out, "grad_out", sizes);
+  Rows rows;
+  if (grad_out.stride(last) != 1 || gate_up.stride(last) != 1 ||
+      !merge_rows({&grad_out, &gate_up}, 1, rows)) {
+    grad_out = torch::stable::contiguous(grad_out);
+    gate_up = torch::stable::contiguous(gate_up);
+    merge_rows({&grad_out, &gate_up}, 1, rows);
+  }
+  Tensor grad_gate_up = empty_like_contiguous(gate_up);
+  SwigluBackwardParams p{};
+  p.grad_out = grad_out.const_data_ptr();
+  p.gate_up = gate_up.const_data_ptr();
+  p.grad_gate_up = grad_gate_up.mutable_data_ptr();
+  p.rows = gate_up.numel() == 0 ? 0 : rows.inner;
+  p.dim = sizes.back();
+  p.grad_out_row_stride = rows.inner_stride[0];
+  p.gate_up_row_stride = rows.inner_stride[1];
+  p.dtype = c.dtype();
+  launch(c, p, swiglu_backward_cpu, MLLAMA_CUDA(swiglu_backward_cuda));
+  return grad_gate_up;
+}
+
+}  // namespace
+}  // namespace mllama
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor? gate, "
+      "Tensor? row_mask) -> (Tensor, Tensor)");
+  m.def("gated_residual(Tensor x, Tensor residual, Tensor gate, Tensor? row_mask) -> Tensor");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad_out, Tensor gate_up) -> Tensor");
+}
+
+MLLAMA_IMPLEMENT(m) {
+  m.impl("rms_norm", TORCH_BOX(&mllama::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&mllama::add_rms_norm));
+  m.impl("gated_residual", TORCH_BOX(&mllama::gated_residual));
+  m.impl("swiglu", TORCH_BOX(&mllama::swiglu));
+  m.impl("swiglu_backward", TORCH_BOX(&mllama::swiglu_backward));
+}

@@ -1,0 +1,81 @@
+// skinny_linear.
+#include "../skinny_linear.h"
+
+#include "checks.h"
+
+namespace mllama {
+namespace {
+
+Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& norm_weight_in,
+                     double eps, const OptionalTensor& residual_in, const OptionalTensor& gate,
+                     const OptionalTensor& row_mask_in, bool swiglu, bool weight_is_constant) {
+  const Checker c{"skinny_linear", x_in, "x"};
+  check(x_in.dim() == 2, c.op, "x must be (rows, K), got shape ", shape(x_in));
+  const int64_t rows = x_in.size(0), k = x_in.size(1);
+  check(rows <= kSkinnyLinearMaxRows, c.op, "x must have at most ", kSkinnyLinearMaxRows,
+        " rows, got ", rows);
+  check(k > 0, c.op, "x must have at least one column, got shape ", shape(x_in));
+  c.floating(weight, "weight");
+  check(weight.dim() == 2 && weight.size(1) == k, c.op, "weight must be (", swiglu ? "2 N" : "N",
+        ", ", k, "), got shape ", shape(weight));
+  check(!swiglu || weight.size(0) % 2 == 0, c.op,
+        "weight must have an even number of rows with swiglu, got ", weight.size(0));
+  c.last_contiguous(weight, "weight");  // a copy would cost more than the product
+  const int64_t n = swiglu ? weight.size(0) / 2 : weight.size(0);
+  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  check(!gate || residual_in, c.op, "gate is given without residual");
+  check(!row_mask_in || gate, c.op, "row_mask is given without gate");
+  OptionalTensor norm_weight, residual, row_mask;
+  if (norm_weight_in) {
+    c.floating(*norm_weight_in, "norm_weight");
+    c.sizes(*norm_weight_in, "norm_weight", {k});
+    norm_weight = torch::stable::contiguous(*norm_weight_in);
+  }
+  if (residual_in) {
+    c.floating(*residual_in, "residual");
+    c.sizes(*residual_in, "residual", {rows, n});
+    residual = residual_in->stride(1) == 1 ? *residual_in : torch::stable::contiguous(*residual_in);
+  }
+  if (gate) {
+    c.floating(*gate, "gate");
+    check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
+  }
+  if (row_mask_in) {
+    c.typed(*row_mask_in, "row_mask", ScalarType::Bool);
+    c.sizes(*row_mask_in, "row_mask", {rows});
+    row_mask = torch::stable::contiguous(*row_mask_in);
+  }
+  const Tensor x = x_in.stride(1) == 1 ? x_in : torch::stable::contiguous(x_in);
+  Tensor out = torch::stable::new_empty(x, {rows, n});
+  SkinnyLinearParams p{};
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.norm_weight = data(norm_weight);
+  p.residual = data(residual);
+  p.gate = data(gate);
+  p.row_mask = static_cast<const bool*>(data(row_mask));
+  p.out = out.mutable_data_ptr();
+  p.rows = rows;
+  p.n = n;
+  p.k = k;
+  p.x_row_stride = x.stride(0);
+  p.weight_row_stride = weight.stride(0);
+  p.residual_row_stride = residual ? residual->stride(0) : 0;
+  p.eps = eps;
+  p.swiglu = swiglu;
+  p.weight_is_constant = weight_is_constant;
+  p.dtype = c.dtype();
+  if (out.numel() != 0) launch(c, p, skinny_linear_cpu, MLLAMA_CUDA(skinny_linear_cuda));
+  return out;
+}
+
+}  // namespace
+}  // namespace mllama
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
+  m.def(
+      "skinny_linear(Tensor x, Tensor weight, Tensor? norm_weight, float eps, Tensor? residual, "
+      "Tensor? gate, Tensor? row_mask, bool swiglu, bool weight_is_constant) -> Tensor");
+}
+
+MLLAMA_IMPLEMENT(m) { m.impl("skinny_linear", TORCH_BOX(&mllama::skinny_linear)); }
