@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from typing import Any
 
 import model_helpers
+import pytest
+import torch
 import transformers
 from model_helpers import Shape
-from torch import nn
+from torch import Tensor, nn
+
+import mllama_kernels
+import mllama_kernels._library as library
 
 V4 = transformers.__version__.startswith("4.")
 
@@ -68,3 +75,51 @@ def llava_config(attention: str = "sdpa") -> transformers.LlavaConfig:
         vision_feature_select_strategy="default",
         attn_implementation=attention,
     )
+
+
+def count_ops(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each public op is called from now on."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        op = getattr(mllama_kernels, name)
+
+        @functools.wraps(op)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return op(*args, **kwargs)
+
+        return counted
+
+    for name in library.OPS:
+        monkeypatch.setattr(mllama_kernels, name, counting(name))
+    return calls
+
+
+def assert_same(actual: Tensor, expected: Tensor, mask: Tensor | None = None) -> None:
+    """Equal but for the order of float32 sums: some ten layers, each with sums over a few hundred
+    products that round by 6e-8 and add up at random, differ by less than 1e-5 of the largest value."""
+    model_helpers.assert_close(actual, expected, mask, rtol=1e-5)
+
+
+def text_batch(rows: int = 2, length: int = 20, padding: str = "none") -> dict[str, Tensor]:
+    """Random tokens below 95, with padding "left", "right", "around", "between" them or "none"."""
+    ids = torch.randint(3, 95, (rows, length))
+    mask = torch.ones_like(ids)
+    before, after = (padding in kinds for kinds in (("left", "around"), ("right", "around")))
+    if before:
+        mask[0, :5] = 0
+    if after:
+        mask[0, -3:] = 0
+    if padding == "between":
+        mask[0, 7:9] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+cast = model_helpers.cast_hf
