@@ -94,4 +94,4 @@ def _parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 def by_name(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call as keywords."""
-    return {**dict(zip(_parameter_names(type(patch.module)), args)), **kwargs} if args else kwargs
+    return {**dict(zip(_parameter_names(type(patch.module)), args)), **kwargs}
