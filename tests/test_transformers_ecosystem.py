@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -20,12 +22,11 @@ from mllama_kernels.transformers import accelerate
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
 
 
-def llama() -> transformers.LlamaForCausalLM:
-    return build(transformers.LlamaForCausalLM, llama_config())
+def llama(layers: int = 3) -> transformers.LlamaForCausalLM:
+    return build(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=layers))
 
 
-def _mllama():
-    shape = Shape()
+def _mllama(shape: Shape):
     batch = batch_of(shape, [Prompt(12, (3,), (6,)), Prompt(20, (2, 9), (2, 1))])
     return build(transformers.MllamaForConditionalGeneration, mllama_config(shape)), batch
 
@@ -36,7 +37,7 @@ def _mllama():
 def test_hooks_of_a_device_map(order, offload, kind, monkeypatch):
     """Hooks replace `forward` themselves. Offloaded weights are there only while a module runs."""
     hooks = pytest.importorskip("accelerate")
-    model, batch = (llama(), text_batch(padding="left")) if kind == "llama" else _mllama()
+    model, batch = (llama(), text_batch(padding="left")) if kind == "llama" else _mllama(Shape())
     mask = batch["attention_mask"]
     with torch.no_grad():
         expected = model(**batch).logits
@@ -57,7 +58,8 @@ def test_hooks_of_a_device_map(order, offload, kind, monkeypatch):
             assert_same(model(**batch).logits, expected, mask)
         assert calls["rms_norm"] >= 7 and calls["rotary_attention"] >= 2
         report.revert()
-        assert model(**batch).logits.equal(expected)
+        if not (offload and kind == "mllama"):  # its own vision tower moves pixels to "meta"
+            assert model(**batch).logits.equal(expected)
         accelerate(model)
         hooks.hooks.remove_hook_from_submodules(model)
         assert_same(model(**batch).logits, expected, mask)
@@ -72,23 +74,27 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def test_compiled_in_one_graph(fresh_compiler, monkeypatch):
-    model, batch = llama(), text_batch()
-    del batch["attention_mask"]
+def test_compiled_in_one_graph(fresh_compiler):
+    model, batch = llama(1), text_batch()
+    ops = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ops.extend(str(node.target).removeprefix("mllama_kernels.") for node in graph.graph.nodes)
+        return graph.forward
+
     with torch.no_grad():
-        expected = model(**batch, use_cache=False).logits
+        expected = model(batch["input_ids"], use_cache=False).logits
         accelerate(model)
-        calls = count_ops(monkeypatch)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_same(compiled(**batch, use_cache=False).logits, expected)
-        assert calls["rotary_attention"] == 0 or calls["rotary_attention"] == 3
-        report = accelerate(compiled)
-        assert report.model == "LlamaForCausalLM"
+        compiled = torch.compile(model, fullgraph=True, backend=record)
+        assert_same(compiled(batch["input_ids"], use_cache=False).logits, expected)
+    for op, times in (("rms_norm", 3), ("swiglu", 1), ("rotary_attention", 1)):
+        assert ops.count(op) == times
+    assert accelerate(compiled).model == "LlamaForCausalLM"
 
 
 def test_padding_in_a_compiled_model(fresh_compiler):
     """What a mask holds is not known to a graph: its layers use the mask of transformers."""
-    model = llama()
+    model = llama(1)
     accelerate(model)
     compiled = torch.compile(model, backend="aot_eager")
     for padding in ("left", "none", "right"):
@@ -99,7 +105,7 @@ def test_padding_in_a_compiled_model(fresh_compiler):
 
 
 def test_compiled_mllama(fresh_compiler):
-    model, batch = _mllama()
+    model, batch = _mllama(Shape(local_layers=1, global_layers=1, taps=(0,), layers=2, cross=(1,)))
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
         accelerate(model)
@@ -109,7 +115,7 @@ def test_compiled_mllama(fresh_compiler):
 
 def test_a_static_cache_compiled(fresh_compiler):
     """The step that `generate` compiles."""
-    model, batch = llama(), text_batch(1, 8)
+    model, batch = llama(1), text_batch(1, 8)
     tokens = []
     for fast in (False, True):
         if fast:

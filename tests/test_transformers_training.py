@@ -41,7 +41,10 @@ def _case(kind: str):
 
 def _step(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     vocabulary = model.get_output_embeddings().out_features
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    # What stands at padding is nobody's business, so nothing is predicted from there.
+    tokens = batch["attention_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~tokens, -100)
+    labels[:, 1:].masked_fill_(~tokens[:, :-1], -100)
     labels = labels.masked_fill(labels >= vocabulary, -100)
     loss = model(**batch, labels=labels).loss
     loss.backward()

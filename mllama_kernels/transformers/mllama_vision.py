@@ -83,7 +83,9 @@ def _embed(patch: Patch, pixels: Tensor, ids: Tensor) -> Tensor:
     tower = patch.module
     convolution, norm = tower.patch_embedding, tower.layernorm_pre
     position, tile = tower.gated_positional_embedding, tower.pre_tile_positional_embedding
-    pixels = pixels.to(convolution.weight.device, convolution.weight.dtype)
+    pixels = pixels.to(convolution.weight.dtype)
+    if convolution.weight.device.type != "meta":  # as offloaded weights are until the module runs
+        pixels = pixels.to(convolution.weight.device)
     side = (tower.image_size, tower.image_size)
     if (
         "patch_embed" in patch.ops

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +24,8 @@ class Patch:
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], *ops: str, **options: Any):
         self.module, self.function, self.ops, self.options = module, function, ops, options
+        # Their names, in order: found here, since a compiler does not trace `inspect`.
+        self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.active = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,11 +88,6 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-@functools.cache
-def _parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
 def by_name(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call as keywords."""
-    return {**dict(zip(_parameter_names(type(patch.module)), args)), **kwargs}
+    return {**dict(zip(patch.parameters, args)), **kwargs}

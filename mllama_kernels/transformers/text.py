@@ -47,6 +47,7 @@ def _gate_and_up(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
     if (
         not has_many_rows(x)
         or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()  # which places the products itself
         or torch.is_autocast_enabled(x.device.type)
         or not all(type(m) is nn.Linear and is_plain(m) and takes(x, m.weight) for m in (gate, up))
     ):
