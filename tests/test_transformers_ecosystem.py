@@ -56,7 +56,7 @@ def test_hooks_of_a_device_map(order, offload, kind, monkeypatch):
         with monkeypatch.context() as patch:
             calls = count_ops(patch)
             assert_same(model(**batch).logits, expected, mask)
-        assert calls["rms_norm"] >= 7 and calls["rotary_attention"] >= 2
+        assert calls["rms_norm"] >= 4 and calls["rotary_attention"] >= 2
         report.revert()
         if not (offload and kind == "mllama"):  # its own vision tower moves pixels to "meta"
             assert model(**batch).logits.equal(expected)
@@ -87,7 +87,7 @@ def test_compiled_in_one_graph(fresh_compiler):
         accelerate(model)
         compiled = torch.compile(model, fullgraph=True, backend=record)
         assert_same(compiled(batch["input_ids"], use_cache=False).logits, expected)
-    for op, times in (("rms_norm", 3), ("swiglu", 1), ("rotary_attention", 1)):
+    for op, times in (("rms_norm", 2), ("add_rms_norm", 1), ("swiglu", 1), ("rotary_attention", 1)):
         assert ops.count(op) == times
     assert accelerate(compiled).model == "LlamaForCausalLM"
 

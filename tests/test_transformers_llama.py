@@ -41,7 +41,8 @@ def test_logits(attention, padding, monkeypatch):
         calls = count_ops(monkeypatch)
         assert_same(model(**batch).logits, expected, tokens)
     layers = model.config.num_hidden_layers
-    assert calls["rms_norm"] == 2 * layers + 1 and calls["swiglu"] == layers
+    assert calls["rms_norm"] == layers + 1 and calls["add_rms_norm"] == layers
+    assert calls["swiglu"] == layers
     assert calls["rotary_attention"] == (0 if padding == "between" else layers)
 
 

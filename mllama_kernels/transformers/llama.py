@@ -7,6 +7,7 @@ import sys
 from torch import nn
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
+    LlamaDecoderLayer,
     LlamaMLP,
     LlamaModel,
     LlamaRMSNorm,
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
 
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.text import (
+    decoder_layer_forward,
     mlp_forward,
     norm_forward,
     self_attention_forward,
@@ -27,27 +29,32 @@ def of_class(tower: nn.Module, *classes: type[nn.Module]) -> list[nn.Module]:
 
 
 def plan_llama(plan: Plan, tower: LlamaModel) -> None:
-    plan_text(plan, tower, LlamaRMSNorm, LlamaMLP, LlamaAttention)
+    plan_text(plan, tower, LlamaDecoderLayer, LlamaRMSNorm, LlamaMLP, LlamaAttention)
 
 
 def plan_text(
     plan: Plan,
     tower: nn.Module,
+    layer: type[nn.Module],
     norm: type[nn.Module],
     mlp: type[nn.Module],
     attention: type[nn.Module],
 ) -> None:
     """What Llama decoders and Mllama's text tower have in common."""
     plan.add_all("rms_norm", of_class(tower, norm), norm_forward)
+    layers = of_class(tower, layer)
+    norms = [child.post_attention_layernorm for child in layers]
+    if all(type(child) is norm for child in norms) and plan.free("rms_norm", *layers, *norms):
+        plan.add_all("rms_norm", layers, decoder_layer_forward)
     mlps = of_class(tower, mlp)
     others = {type(m.act_fn).__name__ for m in mlps} - {"SiLU", "SiLUActivation"}
     if others and "swiglu" in plan.ops:
         plan.left["swiglu"] = f"the activation is {', '.join(sorted(others))}"
     elif mlps:
         plan.add_all("swiglu", mlps, mlp_forward)
-    layers = of_class(tower, attention)
-    if layers and plan.takes_heads("rotary_attention", layers[0].head_dim, tower):
-        if plan.free("rotary_attention", tower, *layers):
+    attentions = of_class(tower, attention)
+    if attentions and plan.takes_heads("rotary_attention", attentions[0].head_dim, tower):
+        if plan.free("rotary_attention", tower, *attentions):
             modeling = sys.modules[type(tower).__module__]
             plan.add(
                 "rotary_attention",
@@ -55,4 +62,4 @@ def plan_text(
                 text_model_forward,
                 finds_packing=hasattr(modeling, "create_causal_mask"),
             )
-            plan.add_all("rotary_attention", layers, self_attention_forward)
+            plan.add_all("rotary_attention", attentions, self_attention_forward)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
     MllamaModel,
+    MllamaSelfAttentionDecoderLayer,
     MllamaTextCrossAttention,
     MllamaTextMLP,
     MllamaTextModel,
@@ -47,7 +48,14 @@ class TileView(NamedTuple):
 
 def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | None) -> None:
     """The text tower, and the model that prepares its cross-attention mask, if there is one."""
-    plan_text(plan, tower, MllamaTextRMSNorm, MllamaTextMLP, MllamaTextSelfAttention)
+    plan_text(
+        plan,
+        tower,
+        MllamaSelfAttentionDecoderLayer,
+        MllamaTextRMSNorm,
+        MllamaTextMLP,
+        MllamaTextSelfAttention,
+    )
     layers = of_class(tower, MllamaCrossAttentionDecoderLayer)
     attentions = of_class(tower, MllamaTextCrossAttention)
     if not attentions or not plan.takes_heads("cross_attention", attentions[0].head_dim, tower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -54,5 +55,8 @@ class Report:
             lines += [f"  {what:18}{why}" for what, why in self.left.items()]
         if self.fallbacks:
             lines.append("the module's own forward serves")
-            lines += [f"  {op:18}{calls}" for op, calls in self.fallbacks.items()]
+            for op, calls in self.fallbacks.items():
+                lines += textwrap.wrap(
+                    calls, 100, initial_indent=f"  {op:18}", subsequent_indent=" " * 20
+                )
         return "\n".join(lines)

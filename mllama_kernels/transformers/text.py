@@ -37,6 +37,32 @@ def norm_forward(patch: Patch, hidden_states: Tensor) -> Tensor:
     return ops.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
+# What a decoder layer is given besides the arguments of its self-attention.
+_LAYER_ONLY = {
+    "hidden_states",
+    "cross_attention_states",
+    "cross_attention_mask",
+    "full_text_row_masked_out_mask",
+}
+
+
+def decoder_layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer with its middle sum and norm in one op."""
+    layer = patch.module
+    inputs = by_name(patch, args, kwargs)
+    stream, norm = inputs["hidden_states"], layer.post_attention_layernorm
+    attended, _ = layer.self_attn(
+        hidden_states=layer.input_layernorm(stream),
+        **{name: value for name, value in inputs.items() if name not in _LAYER_ONLY},
+    )
+    if is_plain(norm) and takes(attended, stream, norm.weight):
+        x, stream = ops.add_rms_norm(attended, stream, norm.weight, norm.variance_epsilon)
+    else:
+        stream = stream + attended
+        x = norm(stream)
+    return stream + layer.mlp(x)
+
+
 def mlp_forward(patch: Patch, x: Tensor) -> Tensor:
     mlp = patch.module
     return project(mlp.down_proj, ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
@@ -125,7 +151,7 @@ class TextCall:
 
     def decodes(self, layer_mask: Any, cache: Any, layer: int) -> bool:
         """Whether one new token per row sees all that a growing cache holds."""
-        if not self.known or self.length != 1 or not self.past or not grows(cache, layer):
+        if not self.known or self.length != 1 or not grows(cache, layer):
             return False
         if layer_mask is None and self.implementation != "eager":
             return True
