@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from model_helpers import Shape
+from model_helpers import Prompt, Shape, batch_of
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers_helpers import (
@@ -18,10 +18,12 @@ from transformers_helpers import (
     build,
     count_ops,
     llama_config,
+    llava_config,
     mllama_config,
     text_batch,
 )
 
+from mllama_kernels import _library
 from mllama_kernels.transformers import Report, accelerate, accelerated
 from mllama_kernels.transformers import accelerate as accelerate_function
 
@@ -276,3 +278,35 @@ def test_mllama_report_names_every_part():
         "  cross_attention   1 MllamaModel, 2 MllamaCrossAttentionDecoderLayer, 2 MllamaTextCrossAttention"
         in str(report)
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mllama", "llava"])
+def test_without_kernels_for_a_device_modules_serve_themselves(kind, monkeypatch):
+    model, batch = {"llama": _llama_case, "mllama": _mllama_case, "llava": _llava_case}[kind]()
+    reason = "the library was built without this device"
+    monkeypatch.setattr(_library, "unavailable", lambda device: reason)
+    monkeypatch.setattr(_library, "missing", reason)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        report = accelerate(model)
+        calls = count_ops(monkeypatch)
+        assert_same(model(**batch).logits, expected, batch["attention_mask"])
+    assert not calls
+    assert report.left == {"all on cpu": reason}
+
+
+def _llama_case():
+    return llama(), text_batch(padding="left")
+
+
+def _mllama_case():
+    shape = Shape()
+    model = build(transformers.MllamaForConditionalGeneration, mllama_config(shape))
+    return model, batch_of(shape, [Prompt(12, (3,), (6,)), Prompt(20, (2, 9), (2, 1))])
+
+
+def _llava_case():
+    batch = text_batch()
+    batch["input_ids"][:, 4:13] = 95
+    batch["pixel_values"] = torch.randn(2, 3, 42, 42)
+    return build(transformers.LlavaForConditionalGeneration, llava_config()), batch

@@ -20,6 +20,7 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionModel,
 )
 
+from mllama_kernels import _dispatch, _library
 from mllama_kernels.transformers import clip
 from mllama_kernels.transformers.llama import of_class, plan_llama
 from mllama_kernels.transformers.mllama_text import plan_mllama_text
@@ -96,6 +97,10 @@ def accelerate(
     for patch in plan.patches:
         patch.install()
     replaced = plan.replaced()
+    for device in sorted({p.device.type for p in target.parameters()} - {"meta"}):
+        why = None if _dispatch.BACKEND == "reference" else _library.unavailable(device)
+        if why:
+            plan.left[f"all on {device}"] = why
     return Report(
         model=type(target).__name__,
         semantics=plan.semantics,

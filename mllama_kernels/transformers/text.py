@@ -22,6 +22,7 @@ from mllama_kernels.transformers.support import (
     causal_attention,
     drops_out,
     full_attention,
+    has_kernels,
     has_many_rows,
     project,
     rotate,
@@ -65,6 +66,8 @@ def decoder_layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
 
 def mlp_forward(patch: Patch, x: Tensor) -> Tensor:
     mlp = patch.module
+    if not has_kernels(x.device):
+        return patch.original(x)
     return project(mlp.down_proj, ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
 
 
