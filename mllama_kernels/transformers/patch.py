@@ -1,0 +1,93 @@
+"""Replacing the forward of one module instance, and putting it back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+class Patch:
+    """What a module has as `forward` in place of the method of its class.
+
+    It is called like the method, survives `copy.deepcopy` and `pickle` together with its module, and
+    gives the replacement the method it stands for, for the calls that only that can serve.
+
+    Args:
+        module: the instance; its class is not touched.
+        function: module-level function, called as ``function(patch, *args, **kwargs)``.
+        ops: the switches of :func:`accelerate` that asked for it.
+        options: what else the function wants to know.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any], *ops: str, **options: Any):
+        self.module, self.function, self.ops, self.options = module, function, ops, options
+        # Their names, in order: found here, since a compiler does not trace `inspect`.
+        self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self.function(self, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method: generation and trainers look at it."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def install(self) -> None:
+        setattr(self.module, _slot(self.module), self)
+
+    def remove(self) -> None:
+        """Take the patch out; where something else has wrapped it since, let it do nothing."""
+        self.active = False
+        for slot in ("forward", "_old_forward"):
+            if vars(self.module).get(slot) is self:
+                if slot == "forward":
+                    del self.module.forward
+                else:
+                    setattr(self.module, slot, type(self.module).forward.__get__(self.module))
+
+
+def _slot(module: nn.Module) -> str:
+    """Where `forward` really is: a hook of `accelerate` (device_map) keeps it under another name."""
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
+
+
+def replaced_by_others(module: nn.Module) -> bool:
+    """Whether the module runs something else than the forward of its class, or ours."""
+    present = vars(module).get(_slot(module))
+    if present is None or isinstance(present, Patch):
+        return False
+    return getattr(present, "__func__", None) is not type(module).forward
+
+
+def installed(module: nn.Module) -> Iterator[Patch]:
+    """The patches of a module and all modules inside it."""
+    for child in module.modules():
+        for slot in ("forward", "_old_forward"):
+            patch = vars(child).get(slot)
+            if isinstance(patch, Patch):
+                yield patch
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether an op may read the module's parameters instead of calling it: nothing hooks the call, and
+    nothing but a patch of ours replaces it. With offloaded weights a hook is what brings them."""
+    return (
+        not replaced_by_others(module)
+        and "_hf_hook" not in vars(module)
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
+
+
+def by_name(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call as keywords."""
+    return {**dict(zip(patch.parameters, args)), **kwargs}
