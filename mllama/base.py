@@ -81,30 +81,39 @@ class MllamaPreTrainedModel(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether any layers of the model are computed again in the backward pass."""
-        return any(stack.gradient_checkpointing for stack in self._recomputing())
+        return any(stack.recompute_every for stack in self._recomputing())
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """In training mode keep each layer's input alone for the backward pass, and compute the layer again.
 
-        Args:
-            gradient_checkpointing_kwargs: as in `transformers`; ``use_reentrant`` can only be False, since
-                the layers read image tiles besides their input.
-        Raises: ValueError for anything else in it.
+        Args, as in `transformers`:
+            gradient_checkpointing_kwargs: ``use_reentrant`` can only be False, since the layers read image
+                tiles besides their input.
+            every_n_layers: of each tower only every so many layers, from the first.
+            offload: only False: what is kept stays on the device.
+        Raises: ValueError for anything else.
         """
         if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise ValueError(
                 "gradient_checkpointing_kwargs can be {'use_reentrant': False} or nothing, got "
                 f"{gradient_checkpointing_kwargs}"
             )
+        if every_n_layers < 1 or offload:
+            raise ValueError(
+                f"every_n_layers must be at least 1 and offload False, got {every_n_layers} and {offload}"
+            )
         for stack in self._recomputing():
-            stack.gradient_checkpointing = True
+            stack.recompute_every = every_n_layers
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep for the backward pass whatever it reads."""
         for stack in self._recomputing():
-            stack.gradient_checkpointing = False
+            stack.recompute_every = 0
 
     def _recomputing(self) -> Iterator[Recomputing]:
         return (module for module in self.modules() if isinstance(module, Recomputing))

@@ -225,22 +225,22 @@ class Recomputing:
     """For a stack of layers that may keep only their inputs for the backward pass and compute the rest again.
 
     Attributes:
-        gradient_checkpointing: whether it does so in training mode.
+        recompute_every: which layers do so in training mode: every so many, from the first; 0: none.
     """
 
-    gradient_checkpointing = False
+    recompute_every = 0
     training: bool
 
-    def run_layer(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def run_layer(self, index: int, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``layer(*inputs)``."""
-        return (
-            checkpoint(layer, *inputs, use_reentrant=False) if self.recomputes else layer(*inputs)
-        )
+        if self.recomputes(index):
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether the layers of a forward that runs now are computed again in its backward pass."""
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+    def recomputes(self, index: int) -> bool:
+        """Whether this layer of a forward that runs now is computed again in its backward pass."""
+        every = self.recompute_every if self.training and torch.is_grad_enabled() else 0
+        return every > 0 and index % every == 0
 
 
 def init_normal(module: nn.Module, std: float) -> None:

@@ -298,13 +298,13 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             cos, sin, packing, cache, tiles.states if tiles is not None else None, table, view
         )
         stream, hidden = ResidualStream(self.ops, x), []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, MllamaCrossAttentionDecoderLayer) and table is None:
                 continue  # no image: the layer adds nothing
             if output_hidden_states:
                 hidden.append(packing.unpack(stream.value()))
-            if self.recomputes:
-                x = self.run_layer(self._alone, layer, stream.value(), inputs)
+            if self.recomputes(index):
+                x = self.run_layer(index, self._alone, layer, stream.value(), inputs)
                 stream = ResidualStream(self.ops, x)
             else:
                 layer(stream, inputs)

@@ -124,7 +124,7 @@ class MllamaVisionEncoder(Recomputing, nn.Module):
         kept: list[Tensor] = [x] * sum(map(len, taps.values()))
         for depth in range(len(self.layers) + 1):
             if depth:
-                x = self.run_layer(self.layers[depth - 1], x, padding)
+                x = self.run_layer(depth - 1, self.layers[depth - 1], x, padding)
             for place in taps.get(depth, ()):
                 kept[place] = x
         return x, kept

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from model_helpers import BACKENDS, Prompt, Shape, assert_close, batch_of, hf_model, our_model, to
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mllama
@@ -104,6 +107,10 @@ def test_checkpointing_computes_again_and_changes_nothing(model: Any, batch: Bat
     for op in ("vision_attention", "cross_attention", "rotary_attention", "swiglu"):
         assert twice[op] == 2 * once[op] > 0, op
     assert all(again[name].equal(gradient) for name, gradient in plain.items())
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    again, some = counted_gradients(model, batch)
+    assert once["swiglu"] < some["swiglu"] < twice["swiglu"]
+    assert all(again[name].equal(gradient) for name, gradient in plain.items())
     model.gradient_checkpointing_disable()
     assert counted_gradients(model, batch)[1] == once
 
@@ -141,6 +148,8 @@ def test_checkpointing_is_for_training_alone(model: Any, batch: Batch) -> None:
     assert counts["swiglu"] == SHAPE.layers
     with pytest.raises(ValueError, match=r"use_reentrant': False} or nothing, got .*True"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="offload False, got 1 and True"):
+        model.gradient_checkpointing_enable(offload=True)
 
 
 def test_the_stream_settles_to_what_the_norm_reads(model: Any) -> None:
@@ -219,3 +228,27 @@ def test_the_loss_alone(model: Any, batch: Batch, plain: bool) -> None:
     del batch["labels"]
     with pytest.raises(ValueError, match="return_logits=False leaves nothing without labels"):
         model(**batch, return_logits=False)
+
+
+def test_the_trainer_of_transformers_takes_it(tmp_path: Path) -> None:
+    model = our_model(SHAPE, hf_model(SHAPE))
+    batch = batch_of(SHAPE, [Prompt(9, (0,), (1,)), Prompt(9, (2,), (3,))])
+    batch["labels"] = batch["input_ids"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(2)]
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    after = model.state_dict()
+    assert saved.keys() == after.keys() and all(saved[name].equal(after[name]) for name in saved)
+    assert not any(before[name].equal(after[name]) for name in saved)
