@@ -18,6 +18,7 @@ from mllama.demo.evaluate import Report, answer, evaluate
 from mllama.demo.questions import QUESTION_KINDS, Question, sample_questions
 from mllama.demo.seeing import patch_targets
 from mllama.demo.shapes import COLORS, IMAGE_SIZE, KINDS, LAYOUTS, PLACES, SIZES, Scene, Shape
+from mllama.training.log import Log, read_log
 
 PICTURES = 200
 ANSWERS = pytest.mark.skipif(
@@ -246,18 +247,21 @@ def test_checkpoint_loads_in_transformers(seed: int) -> None:
 
 def test_training_writes_a_checkpoint_and_repeats(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training, "_PICTURES", 4)
-    weights = []
+    weights, logs = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several sum some gradients in any order, and wait on a busy machine
     try:
         for folder in (tmp_path / "one", tmp_path / "two"):
-            training.train(folder, steps=5, seed=7)
+            log = Log(tmp_path / f"{folder.name}.jsonl", 0)
+            training.train(folder, steps=5, seed=7, backend="reference", log=log)
+            logs.append(read_log(tmp_path / f"{folder.name}.jsonl"))
             model = MllamaForConditionalGeneration.from_pretrained(folder, backend="reference")
             weights.append(dict(model.named_parameters()))
         report = evaluate(tmp_path / "one", range(2))
     finally:
         torch.set_num_threads(threads)
     assert model.dtype == torch.bfloat16
+    assert [entry["step"] for entry in logs[0]] == list(range(1, 7)) and logs[0] == logs[1]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     assert len(report.answers) >= 10 and report.accuracy() < 0.9, "nothing is learnt in five steps"
 
