@@ -37,17 +37,14 @@ def _matrix(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _are_adjacent(weights: Sequence[Tensor]) -> bool:
-    """Whether each weight begins where the one before it ends, in one allocation."""
-    storage, end = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    """Whether each weight begins where the one before it ends, in the allocation of the first."""
+    end = weights[0].data_ptr()
     for weight in weights:
-        if (
-            weight.storage_offset() != end
-            or not weight.is_contiguous()
-            or weight.untyped_storage().data_ptr() != storage
-        ):
+        if weight.data_ptr() != end or not weight.is_contiguous():
             return False
-        end += weight.numel()
-    return True
+        end += weight.nbytes
+    storage = weights[0].untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes()
 
 
 class FusedLinear(nn.Module):
@@ -70,7 +67,10 @@ class FusedLinear(nn.Module):
     @property
     def linears(self) -> list[nn.Module]:
         """The owner's children, or what has taken their places."""
-        return [getattr(self._owner[0], name) for name in self.names]
+        children = self._owner[
+            0
+        ]._modules  # quicker than getattr; decoding asks for them at every product
+        return [children[name] for name in self.names]
 
     @property
     def weight(self) -> Tensor:
