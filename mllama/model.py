@@ -18,7 +18,7 @@ from mllama.checks import (
 )
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
-from mllama.layers import project
+from mllama.layers import is_plain, project
 from mllama.loss import IGNORED, causal_lm_loss, targets_of
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
@@ -174,8 +174,10 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
         """Loss and logits of hidden (B, L, E), as far as they are wanted."""
         if targets is not None and not return_logits:
             is_target = targets != IGNORED
-            logits = self.lm_head(hidden[:, :-1][is_target])
-            return causal_lm_loss(logits, targets[is_target]), None
+            rows, targets = hidden[:, :-1][is_target], targets[is_target]
+            if is_plain(self.lm_head):
+                return self.ops.linear_cross_entropy(rows, self.lm_head.weight, targets), None
+            return causal_lm_loss(self.lm_head(rows), targets), None
         logits = project(self.ops, self.lm_head, _kept_columns(hidden, logits_to_keep))
         return None if targets is None else causal_lm_loss(logits, targets), logits
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_helpers import BACKENDS
 from safetensors.torch import load_file, save_file
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
@@ -367,9 +368,21 @@ def kill_at(monkeypatch: Any, step: int) -> None:
     monkeypatch.setattr(Log, "write", write_and_die)
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(monkeypatch: Any, data: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    monkeypatch: Any, data: Path, backend: tuple[str, str]
+) -> None:
     """Before the first checkpoint, between two, at one, and with a line of the log cut off."""
-    options = ["--max-steps", "7", "--save-every", "2", "--lora-dropout", "0.3", "--epochs", "9"]
+    options = [
+        "--max-steps",
+        "7",
+        "--save-every",
+        "2",
+        "--lora-dropout",
+        "0.3",
+        "--backend",
+        backend[0],
+    ]
     whole, killed = data.parent / "whole", data.parent / "killed"
     assert finetune(data, whole, *options) == 0
     for step in (1, 3, 6, 7):
@@ -383,6 +396,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(monkeypatch: Any, data: Path
     assert finetune(data, killed, *options, "--resume") == 0
     assert_same_run(whole, killed)
     assert {p.name for p in killed.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:2])
+def test_the_kernels_learn_what_the_reference_learns(data: Path, backend: tuple[str, str]) -> None:
+    found = []
+    for name in ("reference", backend[0]):
+        output = data.parent / name
+        assert finetune(data, output, "--max-steps", "6", "--backend", name) == 0
+        found.append([entry["loss"] for entry in losses(output)])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][-1] < found[0][0]
 
 
 def test_all_weights_are_trained_and_resumed(monkeypatch: Any, data: Path) -> None:
