@@ -318,7 +318,34 @@ def decoding(arch: int) -> Iterator[Case]:
     )
 
 
-SOURCES = (elementwise, self_attention, cross_attention, vision, decoding)
+def training(arch: int) -> Iterator[Case]:
+    """The cross entropy of the head; the products around it are the library's."""
+    rows, width = 16, 8
+    x, weight = rand(rows, width), rand(VOCABULARY, width)
+    labels = torch.randint(0, VOCABULARY, (rows,))
+    logits = rows * VOCABULARY * 2
+    shared = {80: 163, 90: 227}[arch] * 1024 - 640
+    yield Case(
+        "linear_cross_entropy",
+        f"loss and gradient, {rows}* x {VOCABULARY}",
+        lambda: torch.ops.mllama_kernels.linear_cross_entropy(
+            x, weight, labels, -100, -100, 0.0, 0.0, True, logits
+        ),
+        floor=2 * logits,
+        again={"what of a row shared memory does not hold, from L2": logits - rows * shared},
+    )
+    sums = torch.ones(2, rows)
+    yield Case(
+        "linear_cross_entropy_backward",
+        f"{rows}* x {VOCABULARY}",
+        lambda: torch.ops.mllama_kernels.linear_cross_entropy_backward(
+            sums[0], x, weight, labels, sums, -100, -100, 0.0, 0.0, logits
+        ),
+        floor=2 * logits,
+    )
+
+
+SOURCES = (elementwise, self_attention, cross_attention, vision, decoding, training)
 
 
 def cases(arch: int) -> Iterator[Case]:

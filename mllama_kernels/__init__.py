@@ -6,6 +6,7 @@
 from mllama_kernels import reference
 from mllama_kernels.cross_attention import cross_attention
 from mllama_kernels.gated_residual import gated_residual
+from mllama_kernels.linear_cross_entropy import linear_cross_entropy
 from mllama_kernels.patch_embed import patch_embed
 from mllama_kernels.rms_norm import add_rms_norm, rms_norm
 from mllama_kernels.rotary_attention import rotary_attention, rotary_attention_cached
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "cross_attention",
     "gated_residual",
+    "linear_cross_entropy",
     "patch_embed",
     "reference",
     "rms_norm",

@@ -111,7 +111,7 @@ def register_backward(name: str, fake: Callable[..., Any]) -> None:
         return
     qualified = f"mllama_kernels::{name}_backward"
     torch.library.register_fake(qualified)(fake)
-    torch.library.register_autograd(qualified, functools.partial(_no_double_backward, name))
+    torch.library.register_autograd(qualified, functools.partial(no_double_backward, name))
 
 
 def no_backward(name: str, *_: Any) -> NoReturn:
@@ -121,7 +121,7 @@ def no_backward(name: str, *_: Any) -> NoReturn:
     )
 
 
-def _no_double_backward(name: str, *_: Any) -> NoReturn:
+def no_double_backward(name: str, *_: Any) -> NoReturn:
     raise NotImplementedError(
         f"mllama_kernels.{name} has no second derivative; mllama_kernels.reference.{name} has"
     )

@@ -20,6 +20,7 @@ OPS = (
     "cross_attention",
     "vision_attention",
     "patch_embed",
+    "linear_cross_entropy",
     "sample",
 )
 

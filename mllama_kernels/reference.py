@@ -16,6 +16,7 @@ __all__ = [
     "add_rms_norm",
     "cross_attention",
     "gated_residual",
+    "linear_cross_entropy",
     "patch_embed",
     "rms_norm",
     "rotary_attention",
@@ -314,6 +315,34 @@ def patch_embed(
     x = x + gate * tile_position_embedding[ids].view(images, tiles, tokens, width)
     x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
     return F.pad(x, (0, 0, 0, -tokens % pad_to))
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    masked_token: int | None = None,
+) -> Tensor:
+    """Cross entropy of ``F.linear(x, weight)``; see :func:`mllama_kernels.linear_cross_entropy`."""
+    logits = F.linear(x, weight).to(_statistics_dtype(x.dtype)).reshape(-1, weight.shape[0])
+    if masked_token is not None:
+        labels = labels.masked_fill(labels == masked_token, ignore_index)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if z_loss == 0:
+        loss = F.cross_entropy(logits, labels.flatten(), reduction=reduction, **options)
+    else:
+        is_target = labels.flatten() != ignore_index
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="none", **options)
+        penalty = z_loss * logits.logsumexp(-1).square()
+        loss = (loss + penalty).where(is_target, 0)
+        if reduction != "none":
+            loss = loss.sum() / (is_target.sum() if reduction == "mean" else 1)
+    return loss.view(labels.shape) if reduction == "none" else loss
 
 
 def sample(

@@ -20,6 +20,7 @@ MODULES = {
     "vision_attention": "vision_attention",
     "patch_embed": "patch_embed",
     "skinny_linear": "skinny_linear",
+    "linear_cross_entropy": "linear_cross_entropy",
     "sample": "sample",
 }
 

@@ -83,6 +83,8 @@ bool amx_available() {
 
 MLLAMA_DISPATCH(cross_attention, CrossAttentionParams)
 MLLAMA_DISPATCH(gated_residual, GatedResidualParams)
+MLLAMA_DISPATCH(linear_cross_entropy, LinearCrossEntropyParams)
+MLLAMA_DISPATCH(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams)
 MLLAMA_DISPATCH(patch_embed, PatchEmbedParams)
 MLLAMA_DISPATCH(rms_norm, RmsNormParams)
 MLLAMA_DISPATCH(rotary_attention, RotaryAttentionParams)

@@ -4,6 +4,7 @@
 
 #include "../cross_attention.h"
 #include "../gated_residual.h"
+#include "../linear_cross_entropy.h"
 #include "../patch_embed.h"
 #include "../rms_norm.h"
 #include "../rotary_attention.h"
@@ -12,18 +13,20 @@
 #include "../swiglu.h"
 #include "../vision_attention.h"
 
-#define MLLAMA_DECLARE_KERNELS(isa)                      \
-  namespace mllama::isa {                                \
-  void cross_attention(const CrossAttentionParams& p);   \
-  void gated_residual(const GatedResidualParams& p);     \
-  void patch_embed(const PatchEmbedParams& p);           \
-  void rms_norm(const RmsNormParams& p);                 \
-  void rotary_attention(const RotaryAttentionParams& p); \
-  void sample(const SampleParams& p);                    \
-  void skinny_linear(const SkinnyLinearParams& p);       \
-  void swiglu(const SwigluParams& p);                    \
-  void swiglu_backward(const SwigluBackwardParams& p);   \
-  void vision_attention(const VisionAttentionParams& p); \
+#define MLLAMA_DECLARE_KERNELS(isa)                                              \
+  namespace mllama::isa {                                                        \
+  void cross_attention(const CrossAttentionParams& p);                           \
+  void gated_residual(const GatedResidualParams& p);                             \
+  void linear_cross_entropy(const LinearCrossEntropyParams& p);                  \
+  void linear_cross_entropy_backward(const LinearCrossEntropyBackwardParams& p); \
+  void patch_embed(const PatchEmbedParams& p);                                   \
+  void rms_norm(const RmsNormParams& p);                                         \
+  void rotary_attention(const RotaryAttentionParams& p);                         \
+  void sample(const SampleParams& p);                                            \
+  void skinny_linear(const SkinnyLinearParams& p);                               \
+  void swiglu(const SwigluParams& p);                                            \
+  void swiglu_backward(const SwigluBackwardParams& p);                           \
+  void vision_attention(const VisionAttentionParams& p);                         \
   }
 
 MLLAMA_DECLARE_KERNELS(generic)
