@@ -71,8 +71,7 @@ def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
     side = (embeddings.image_size, embeddings.image_size)
     done.tensor = None
     if (
-        inputs.get("interpolate_pos_encoding")
-        or torch.compiler.is_compiling()  # which fuses them itself
+        torch.compiler.is_compiling()  # which fuses them itself
         or torch.is_autocast_enabled(pixels.device.type)
         or pixels.shape[-2:] != side
         or type(convolution) is not nn.Conv2d
