@@ -176,6 +176,13 @@ def test_arguments_are_inspected_as_before():
     assert inspect.signature(model.forward) == before
 
 
+def test_wrappers_are_looked_through():
+    report = accelerate(nn.DataParallel(llama()))
+    assert (
+        report.model == "LlamaForCausalLM" and report.replaced["swiglu"][0] == "model.layers.0.mlp"
+    )
+
+
 def test_other_models_are_refused():
     gpt = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=10)

@@ -18,6 +18,7 @@ from transformers_helpers import (
 )
 
 from mllama_kernels.transformers import accelerate
+from mllama_kernels.transformers.patch import installed
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
 
@@ -58,6 +59,7 @@ def test_hooks_of_a_device_map(order, offload, kind, monkeypatch):
             assert_same(model(**batch).logits, expected, mask)
         assert calls["rms_norm"] >= 4 and calls["rotary_attention"] >= 2
         report.revert()
+        assert not list(installed(model))
         if not (offload and kind == "mllama"):  # its own vision tower moves pixels to "meta"
             assert model(**batch).logits.equal(expected)
         accelerate(model)

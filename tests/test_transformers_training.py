@@ -15,6 +15,7 @@ from transformers_helpers import (
     llama_config,
     llava_config,
     mllama_config,
+    needs_backward,
     text_batch,
 )
 
@@ -60,6 +61,7 @@ def _assert_same_gradients(actual: dict, expected: dict) -> None:
         assert error <= 1e-4 * gradient.abs().max() + 1e-6 * largest, (name, float(error))
 
 
+@needs_backward
 @pytest.mark.parametrize("kind", ["llama", "mllama", "llava"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(kind, checkpointing, monkeypatch):
@@ -156,6 +158,7 @@ def test_mixed_precision_as_trainers_do_it(monkeypatch):
     assert 0 < errors[1] <= 1.5 * errors[0]
 
 
+@needs_backward
 @pytest.mark.parametrize("order", ["adapters first", "kernels first"])
 def test_lora(order, monkeypatch, tmp_path):
     peft = pytest.importorskip("peft")
@@ -187,6 +190,7 @@ def test_lora(order, monkeypatch, tmp_path):
         assert_same(merged(**batch).logits, logits)
 
 
+@needs_backward
 def test_trainer(tmp_path):
     pytest.importorskip("accelerate")
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 95, (8, 12))]

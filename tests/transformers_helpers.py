@@ -15,8 +15,25 @@ from torch import Tensor, nn
 
 import mllama_kernels
 import mllama_kernels._library as library
+from mllama_kernels import _dispatch
 
 V4 = transformers.__version__.startswith("4.")
+
+_DIFFERENTIATED = (
+    "rms_norm",
+    "add_rms_norm",
+    "gated_residual",
+    "swiglu",
+    "rotary_attention",
+    "cross_attention",
+    "vision_attention",
+    "patch_embed",
+)
+_without = [op for op in _DIFFERENTIATED if not hasattr(torch.ops.mllama_kernels, f"{op}_backward")]
+needs_backward = pytest.mark.skipif(
+    bool(_without) and _dispatch.BACKEND != "reference",
+    reason=f"no backward kernels of {', '.join(_without)}; MLLAMA_KERNELS_BACKEND=reference has them",
+)
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
