@@ -79,6 +79,7 @@ def test_gradients(kind, checkpointing, monkeypatch):
     assert calls["rotary_attention"] >= (2 if kind == "mllama" else 3)
 
 
+@needs_backward
 @pytest.mark.parametrize("kind", ["llama", "mllama", "mllama text", "llava"])
 def test_a_loss_without_logits(kind, monkeypatch):
     if kind == "mllama text":
