@@ -124,6 +124,28 @@ def test_the_interface_shows_every_tile_without_a_mask():
         assert_same(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("part", ["cross_layer", "cross_attention", "vision_attention"])
+def test_one_layer_of_another_class_leaves_them_all(part, monkeypatch):
+    """Their masks come from the model, in one form for all."""
+    model, batch = mllama_model(), batch_of(SHAPE, PROMPTS)
+    layer = model.model.language_model.layers[3]
+    vision = model.model.vision_model.transformer.layers[1]
+    module = {
+        "cross_layer": layer,
+        "cross_attention": getattr(layer, "cross_attn", None),
+        "vision_attention": vision.self_attn,
+    }[part]
+    module.__class__ = type("Other", (type(module),), {})
+    op = "vision_attention" if part == "vision_attention" else "cross_attention"
+    with torch.no_grad():
+        expected = model(**batch).logits
+        report = accelerate(model)
+        calls = count_ops(monkeypatch)
+        assert_same(model(**batch).logits, expected, batch["attention_mask"])
+    assert report.left == {op: "some of the layers are of another class"}
+    assert calls[op] == 0 and op not in report.replaced
+
+
 def _causal_lm(attention: str) -> transformers.MllamaForCausalLM:
     return build(transformers.MllamaForCausalLM, mllama_config(SHAPE, attention).text_config)
 

@@ -62,7 +62,11 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         return
     owners = [owner] if owner is not None else []
     # The model makes no dense mask any more, so either all of them are replaced or none.
-    if plan.free("cross_attention", *owners, *layers, *attentions):
+    every = [tower.layers[i] for i in sorted(tower.cross_attention_layers)]
+    if layers != every or attentions != [layer.cross_attn for layer in every]:
+        if "cross_attention" in plan.ops:
+            plan.left["cross_attention"] = "some of the layers are of another class"
+    elif plan.free("cross_attention", *owners, *layers, *attentions):
         for module in owners:
             plan.add("cross_attention", module, model_forward, semantics=plan.semantics)
         for module in layers:

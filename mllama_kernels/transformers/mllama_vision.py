@@ -25,6 +25,10 @@ def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
     attends = bool(attentions) and plan.takes_heads(
         "vision_attention", attentions[0].head_dim, tower
     )
+    layers = [*tower.transformer.layers, *tower.global_transformer.layers]
+    if attends and attentions != [layer.self_attn for layer in layers]:
+        plan.left["vision_attention"] = "some of the layers are of another class"
+        attends = False
     attends = attends and plan.free("vision_attention", tower, *attentions)
     embeds = plan.free("patch_embed", tower)
     reasons = {
