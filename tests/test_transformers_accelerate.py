@@ -23,7 +23,7 @@ from transformers_helpers import (
     text_batch,
 )
 
-from mllama_kernels import _library
+from mllama_kernels import _dispatch, _library
 from mllama_kernels.transformers import Report, accelerate, accelerated
 from mllama_kernels.transformers import accelerate as accelerate_function
 
@@ -291,6 +291,7 @@ def test_mllama_report_names_every_part():
 def test_without_kernels_for_a_device_modules_serve_themselves(kind, monkeypatch):
     model, batch = {"llama": _llama_case, "mllama": _mllama_case, "llava": _llava_case}[kind]()
     reason = "the library was built without this device"
+    monkeypatch.setattr(_dispatch, "BACKEND", "auto")
     monkeypatch.setattr(_library, "unavailable", lambda device: reason)
     monkeypatch.setattr(_library, "missing", reason)
     with torch.no_grad():
