@@ -79,6 +79,61 @@ def test_gradients(kind, checkpointing, monkeypatch):
     assert calls["rotary_attention"] >= (2 if kind == "mllama" else 3)
 
 
+@needs_backward
+@pytest.mark.parametrize("kind", ["llama", "mllama", "mllama text", "llava"])
+def test_a_loss_without_logits(kind, monkeypatch):
+    if kind == "mllama text":
+        config = mllama_config(Shape()).text_config
+        model, batch = build(transformers.MllamaForCausalLM, config), text_batch(padding="right")
+    else:
+        model, batch = _case(kind)
+    tokens = batch["attention_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~tokens | (batch["input_ids"] > 95), -100)
+    labels[:, 1:].masked_fill_(~tokens[:, :-1], -100)
+    batch |= {"labels": labels}
+    shifted = torch.roll(labels, -1, 1)
+    shifted[:, -1] = -100
+    variants = [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(9)}]
+    others = shifted.roll(3, 1).masked_fill(~tokens, -100)
+    variants += [{"shift_labels": others}, {"return_dict": False}]
+    model.train()
+    expected = []
+    for variant in variants:
+        loss = model(**batch, **variant)[0]
+        loss.backward()
+        expected.append((loss.detach(), gradients(model)))
+    report = accelerate(model, loss=True)
+    assert report.replaced["loss"] == [type(model).__name__]
+    calls = count_ops(monkeypatch)
+    for number, (variant, (loss, grads)) in enumerate(zip(variants, expected)):
+        out = model(**batch, **variant)
+        if "return_dict" not in variant:
+            assert out.logits is None
+        assert_same(out[0].detach(), loss)
+        out[0].backward()
+        _assert_same_gradients(gradients(model), grads)
+        assert calls["linear_cross_entropy"] == number + 1
+    with torch.no_grad():
+        assert model(**batch).logits is not None
+    model.eval()
+    assert_same(model(**batch).loss.detach(), expected[0][0])
+    assert model(**batch).logits is not None
+
+
+def test_losses_that_are_not_fused(monkeypatch):
+    model, batch = llama().train(), text_batch()
+    batch["labels"] = batch["input_ids"]
+    report = accelerate(model, loss=True)
+    calls = count_ops(monkeypatch)
+    assert model(**batch, logits_to_keep=20).logits is not None
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    assert model(**batch).loss == model(**batch).logits.sum()
+    assert calls["linear_cross_entropy"] == 0
+    report.revert()
+    head = accelerate(llama().model, loss=True)
+    assert head.left == {"loss": "a LlamaModel has no language-modelling loss"}
+
+
 def _unused(model: nn.Module) -> int:
     """Llava takes the stream before the last layer of its tower."""
     last = [

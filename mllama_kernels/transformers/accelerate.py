@@ -23,6 +23,7 @@ from transformers.models.mllama.modeling_mllama import (
 from mllama_kernels import _dispatch, _library
 from mllama_kernels.transformers import clip
 from mllama_kernels.transformers.llama import of_class, plan_llama
+from mllama_kernels.transformers.loss import plan_loss
 from mllama_kernels.transformers.mllama_text import plan_mllama_text
 from mllama_kernels.transformers.mllama_vision import plan_mllama_vision
 from mllama_kernels.transformers.patch import installed
@@ -38,6 +39,7 @@ FALLBACKS = {
     "static cache, output_attentions, dropout; padding under torch.compile",
     "cross_attention": "dense masks handed to the text tower, no mask with sdpa, output_attentions, dropout",
     "vision_attention": "output_attentions, output_hidden_states of Mllama's tower",
+    "loss": "evaluation, custom losses, logits_to_keep, a head with a bias, an adapter or a hook",
     "patch_embed": "other image sizes, autocast, interpolated positions, hooked or adapted modules",
 }
 _FAMILIES = (MllamaPreTrainedModel, LlamaPreTrainedModel, LlavaPreTrainedModel)
@@ -53,6 +55,7 @@ def accelerate(
     vision_attention: bool = True,
     patch_embed: bool = True,
     swiglu: bool = True,
+    loss: bool = False,
     semantics: str | None = None,
     strict: bool = False,
 ) -> Report:
@@ -66,6 +69,7 @@ def accelerate(
         model: a Mllama, Llama or Llava model, or one inside a PEFT, DDP or compiled wrapper.
         rms_norm, rotary_attention, cross_attention, vision_attention, patch_embed, swiglu: which parts
             to replace.
+        loss: compute the loss of a training step without its logits, which it then does not return.
         semantics: "transformers" (None) computes what the installed `transformers` computes; "meta"
             what Meta's code does: vision taps before their layers, and nothing from the cross-attention
             for a token that sees no image.
@@ -82,6 +86,7 @@ def accelerate(
         "vision_attention": vision_attention,
         "patch_embed": patch_embed,
         "swiglu": swiglu,
+        "loss": loss,
     }
     if semantics not in (None, "transformers", "meta"):
         raise ValueError(f'semantics must be "transformers" or "meta", got {semantics!r}')
@@ -92,6 +97,7 @@ def accelerate(
     on = frozenset(op for op, wanted in switches.items() if wanted)
     plan = Plan(target, on, semantics or "transformers")
     _plan(plan, target)
+    plan_loss(plan, target)
     if plan.semantics == "meta":
         _check_meta(plan, target)
     for patch in plan.patches:
