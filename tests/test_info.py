@@ -40,11 +40,12 @@ def test_info_lists_every_op():
 def test_reference_backend_and_disabled_ops_run_plain_pytorch():
     probe = (
         "import torch, mllama_kernels as k;"
-        "x = torch.ones(1, 2, requires_grad=True); k.swiglu(x).sum().backward(); print(x.grad is not None)"
+        "x = torch.ones(1, 2, requires_grad=True); k.skinny_linear(x, torch.ones(1, 2)).sum().backward();"
+        "print(x.grad is not None)"
     )
     assert run(probe).returncode != 0  # the kernel has no backward
     assert run(probe, MLLAMA_KERNELS_BACKEND="reference").stdout.strip() == "True"
-    assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm,swiglu").stdout.strip() == "True"
+    assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm,skinny_linear").stdout.strip() == "True"
     assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm").returncode != 0
 
 

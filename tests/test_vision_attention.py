@@ -91,10 +91,12 @@ def test_batch_invariant_and_repeatable(device, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_large_scores_do_not_overflow(device, dtype):
-    q, k, v = (t * 60 for t in make(1, 40, 1, 64, dtype, device))
+    q, k, v = (t * 60 for t in make(4, 64, 4, 64, dtype, device))
     out = mllama_kernels.vision_attention(q, k, v)
     assert out.isfinite().all()
-    assert_no_worse(out, reference.vision_attention, q, k, v)
+    # Scores near 2^15: each of their roundings moves a weight by 2^-9. Scaling to base 2 is one more
+    # than plain PyTorch has, and all of a row's weights hang on the worst.
+    assert_no_worse(out, reference.vision_attention, q, k, v, k=4.0)
 
 
 def test_empty_and_torch_machinery(device):
