@@ -50,11 +50,10 @@ __global__ void __launch_bounds__(kColumnThreads)
     for (int i = 0; i < Chunk<T>::kSize; ++i) sum.data[i] += other.data[i];
   };
   Chunk<T> sum{};
+  const Statistic<T>* partials = static_cast<const Statistic<T>*>(p.weight_partials);
 #pragma unroll 4
   for (int block = slice; block < blocks; block += kSlices) {
-    if (inside) {
-      add(sum, static_cast<const Chunk<T>*>(p.weight_partials)[block * 2 * vecs + chunk]);
-    }
+    add(sum, load_vec_if(inside, partials + (block * 2 * vecs + chunk) * Chunk<T>::kSize));
   }
   slices[slice][column] = sum;
   __syncthreads();
