@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.case import OURS
+from benchmarks.training import PASS
 
 GPU, CPU = "cuda", "cpu"
 
@@ -73,6 +74,25 @@ def _norm(op: str) -> list[Goal]:
     ]
 
 
+def _training(op: str) -> list[Goal]:
+    shape, peers = {"rows": 16384} | PASS, ("torch.compile", "liger")
+    on_cpu = {"rows": 2048} | PASS
+    return [
+        Goal(f"`{op}`, forward and backward, 16384 rows", op, shape, "share", 0.88),
+        Goal("same, torch.compile or liger", op, shape, "ratio", 1.05, peers=peers),
+        Goal(
+            f"CPU, bfloat16: `{op}`, forward and backward, against PyTorch",
+            op,
+            on_cpu,
+            "ratio",
+            1,
+            CPU,
+            "bfloat16",
+            ("pytorch", "torch.compile"),
+        ),
+    ]
+
+
 def _linear(layer: str, share: float) -> list[Goal]:
     one, what = {"layer": layer, "rows": 1}, f"skinny linear {layer}"
     return [
@@ -115,6 +135,8 @@ _MASKED_CUDNN = ("sdpa cudnn, mask",)
 GOALS: tuple[Goal, ...] = (
     *_norm("rms_norm"),
     *_norm("add_rms_norm"),
+    *_training("rms_norm"),
+    *_training("add_rms_norm"),
     *(goal for size in ((4096, 580), (8192, 610), (16384, 630)) for goal in _prefill(*size)),
     _decode(1, 1024, 7),
     _decode(1, 8192, 12.5),

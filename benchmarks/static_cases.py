@@ -93,6 +93,65 @@ def elementwise(arch: int) -> Iterator[Case]:
     )
 
 
+def gradients(arch: int) -> Iterator[Case]:
+    """The backward kernels of the elementwise ops and norms."""
+    ops = torch.ops.mllama_kernels
+    rows, blocks, teams = 4096, 128, 2
+    weight, gate = rand(E), rand(1)
+    x, total, grad, grad_total = (rand(rows, E) for _ in range(4))
+    shape = f"{rows} x {E}"
+    again = {
+        "weight, per team of threads, from L2": (blocks * teams - 1) * size(weight),
+        "partial rows of its gradient written and read, from L2": 2 * blocks * E * 4,
+    }
+    yield Case(
+        "rms_norm_backward",
+        shape,
+        lambda: ops.rms_norm_backward(grad, x, weight, 1e-5),
+        floor=3 * size(x) + 2 * size(weight),
+        again=again,
+    )
+    yield Case(
+        "add_rms_norm_backward",
+        shape,
+        lambda: ops.add_rms_norm_backward(grad, grad_total, total, weight, 1e-5, None, None, None),
+        floor=4 * size(x) + 2 * size(weight),
+        again=again,
+    )
+    yield Case(
+        "add_rms_norm_backward",
+        f"{shape}, gate",
+        lambda: ops.add_rms_norm_backward(grad, grad_total, total, weight, 1e-5, x, gate, None),
+        floor=6 * size(x) + 2 * size(weight, gate),
+        again=again,
+    )
+    heads, head_grad, head_weight = rand(2048, HQ, D), rand(2048, HQ, D), rand(D)
+    blocks, teams = 256, 32
+    yield Case(
+        "rms_norm_backward",
+        f"2048 x {HQ} x {D}",
+        lambda: ops.rms_norm_backward(head_grad, heads, head_weight, 1e-5),
+        floor=3 * size(heads) + 2 * size(head_weight),
+        again={
+            "weight, per team of threads, from L2": (blocks * teams - 1) * size(head_weight),
+            "partial rows of its gradient written and read, from L2": 2 * blocks * D * 4,
+        },
+    )
+    yield Case(
+        "gated_residual_backward",
+        shape,
+        lambda: ops.gated_residual_backward(grad, x, gate, None),
+        floor=3 * size(x) + 2 * size(gate),
+    )
+    gate_up, grad_out = rand(1024, 2 * INTERMEDIATE), rand(1024, INTERMEDIATE)
+    yield Case(
+        "swiglu_backward",
+        f"1024 x {INTERMEDIATE}",
+        lambda: ops.swiglu_backward(grad_out, gate_up),
+        floor=2 * size(gate_up) + size(grad_out),
+    )
+
+
 def angles(length: int) -> tuple[Tensor, Tensor]:
     angle = torch.arange(length).unsqueeze(-1) * 500000.0 ** (-torch.arange(0, D, 2) / D)
     return angle.cos().to(BF16), angle.sin().to(BF16)
@@ -345,7 +404,7 @@ def training(arch: int) -> Iterator[Case]:
     )
 
 
-SOURCES = (elementwise, self_attention, cross_attention, vision, decoding, training)
+SOURCES = (elementwise, gradients, self_attention, cross_attention, vision, decoding, training)
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -13,7 +13,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
 
-from benchmarks import cases, ceilings, goals, machine, measure, model, peers, report, run, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    ceilings,
+    goals,
+    machine,
+    measure,
+    model,
+    peers,
+    report,
+    run,
+    timing,
+    training,
+)
 from benchmarks.case import OURS, PLAIN, Case, Impl, Setting, absent  # noqa: E402
 from benchmarks.correctness import Gate  # noqa: E402
 from mllama_kernels import _library  # noqa: E402
@@ -159,6 +171,75 @@ def test_ours_is_held_to_less_than_a_peer():
     assert gate.check(Impl("peer", wrong_sum), off, ours=False)[1] is None
 
 
+def squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.square() * weight
+
+
+def trained_squares(*impls: Impl, **options: object) -> Case:
+    def make() -> tuple[torch.Tensor, ...]:
+        return torch.randn(8, 64), torch.randn(64)
+
+    forward = Case(
+        "squares", {"rows": 8}, torch.float32, make, squares, impls, bytes=2 * 8 * 64 * 4
+    )
+    return training.trained(forward, bytes=5 * 8 * 64 * 4, **options)
+
+
+def test_a_backward_is_timed_only_if_its_gradients_are_right():
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return squares(x, weight)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return 2 * x * weight * grad, (grad * x).sum(0)
+
+    halves = Impl(
+        "halves",
+        lambda a, b, w: squares(torch.cat([a, b]), w),
+        prepare=lambda x, w: (*x.chunk(2), w),
+        result=lambda grads: (torch.cat(grads[:2]), grads[2]),
+    )
+    wrong = Impl("wrong", WrongGradient.apply)
+    no_grad = Impl("no gradient", lambda x, w: squares(x, w).detach())
+    case = trained_squares(Impl(OURS, squares), Impl(PLAIN, squares), halves, wrong, no_grad)
+    row = measure.measure(case, small_plan())
+    status = {impl["name"]: impl["status"] for impl in row["impls"]}
+    assert status == {
+        OURS: "timed",
+        PLAIN: "timed",
+        "halves": "timed",
+        "wrong": "wrong",
+        "no gradient": "failed",
+    }
+    assert row["shape"] == {"rows": 8, "pass": "forward + backward"} and row["bytes"] == 10240
+    json.dumps(row)
+
+
+def test_arguments_without_a_gradient_are_left_out():
+    case = trained_squares(Impl(OURS, squares), leaves=1)
+    args = case.make()
+    assert len(args) == 3 and args[2].shape == (8, 64)
+    (grad,) = case.truth(*args)
+    assert torch.allclose(grad, 2 * args[0] * args[1] * args[2])
+    (grad,) = case.impls[0].call(*case.impls[0].prepare(*args))
+    assert grad.shape == (8, 64)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "gated_residual", "swiglu"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
+def test_ops_that_train_have_a_backward_case(op, device):
+    found = [case for case in all_cases(op, device) if case.backward]
+    assert found and all(case.shape["pass"] == "forward + backward" for case in found)
+    forward = {str(case.shape): case for case in all_cases(op, device) if not case.backward}
+    for case in found:
+        rest = {name: size for name, size in case.shape.items() if name != "pass"}
+        assert case.bytes >= 2 * forward[str(rest)].bytes
+
+
 def all_cases(op: str, device: str, quick: bool = False) -> list[Case]:
     """Cases make no tensor until they are measured, so those of a GPU are there without one."""
     if reason := cases.missing(op):
@@ -204,8 +285,8 @@ def test_goals_are_looked_up():
 
 @pytest.mark.parametrize("op", cases.MODULES)
 def test_every_goal_names_a_case_and_its_peers(op):
-    found = all_cases(op, "cuda")
     for goal in [goal for goal in goals.GOALS if goal.op == op]:
+        found = all_cases(op, goal.device)
         for shape in (goal.shape, goal.other):
             (case, *_) = [case for case in found if shape.items() <= case.shape.items()]
             for peer in goal.peers if shape is goal.shape else ():

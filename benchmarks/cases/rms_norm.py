@@ -31,6 +31,13 @@ def liger(module: Any) -> Any:
     return lambda x, w: module.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
 
 
+def liger_add(module: Any) -> Any:
+    """Liger's fused add and RMSNorm, likewise."""
+    return lambda x, residual, w: module.LigerFusedAddRMSNormFunction.apply(
+        x, residual, w, EPS, 0.0, "llama", False
+    )
+
+
 def flashinfer_add(module: Any) -> Any:
     """flashinfer's fused op, which writes over both of its arguments."""
 
@@ -81,6 +88,7 @@ def add_rms_norm(setting: Setting, rows: int) -> tuple[Case, tuple[Impl, ...]]:
         Impl(PLAIN, reference.add_rms_norm),
         Impl("add, F.rms_norm", add_then_fused),
         compiled(reference.add_rms_norm),
+        from_package(setting, "liger-kernel", "liger_kernel.ops.fused_add_rms_norm", liger_add),
     )
     flashinfer = from_package(setting, "flashinfer", "flashinfer", flashinfer_add, of_its_own)
     case = Case(
