@@ -18,9 +18,8 @@
 
 #include "../rotary_attention.h"
 #include "attention.cuh"
-#include "attention_backward_keys.cuh"
-#include "attention_backward_queries.cuh"
 #include "attention_backward_rows.cuh"
+#include "attention_backward_sm90.cuh"
 #include "hopper.h"
 #include "ragged.cuh"
 #include "rope.cuh"
@@ -193,7 +192,9 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     rotary_keys_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   // As blocks of the forward, but of rows that are keys, and the first tile first: it is seen most.
   struct KeyBlock {
     SequenceRows sequence;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int length = static_cast<int>(block.sequence.count);
   if (block.first >= length) return;
 
-  __shared__ BackwardRows<T> rows;
+  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
   if (threadIdx.x == 0) fill_rows(rows, block, p, statistics, Config::kHeadDim);
   __syncthreads();
 
@@ -232,7 +233,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const KeyTile<T> keys{static_cast<const T*>(p.k_cache) + place,
                         static_cast<const T*>(p.v) + v + block.kv_head * p.v_head_stride, kv_stride,
                         p.v_token_stride, length - block.first};
-  const BackwardTiles<Config> tiles(shared);
   CausalQueries<Config> mask(block.first, length, block.group);
   typename Config::Sums grad_k = {}, grad_v = {};
   add_up_keys<Config>(keys, SequenceQueries<Config>{rows}, mask,
@@ -256,10 +256,12 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     rotary_queries_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   const RotaryBlock block(p, Config::kBlockM);
   if (block.empty()) return;
-  __shared__ BackwardRows<T> rows;
+  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
   if (threadIdx.x == 0) fill_rows(rows, block, p, statistics, Config::kHeadDim);
   __syncthreads();
 
@@ -271,7 +273,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           block.kv_head * Config::kHeadDim,
       static_cast<const T*>(p.v) + v + block.kv_head * p.v_head_stride, kv_stride, p.v_token_stride,
       static_cast<int>(block.length)};
-  const BackwardTiles<Config> tiles(shared);
   CausalKeys<Config> mask(block.first, block.count, block.group);
   typename Config::Sums grad_q = {};
   add_up_queries<Config>(rows, keys, mask, softmax_scale_log2(p.softmax_scale), tiles, grad_q);
@@ -285,15 +286,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                      [&](int row) { return rows.valid(row) ? rows.out_row(row) : nullptr; });
 }
 
-template <typename T, int kHeadDim>
+template <typename Config>
 cudaError_t launch_all(Params p, cudaStream_t stream) {
-  using Config = AttentionBackwardConfig<T, kHeadDim>;
+  using T = typename Config::T;
+  constexpr int64_t kSharedBytes = BackwardTiles<Config>::kBytes + sizeof(BackwardRows<T>);
   float2* const statistics = static_cast<float2*>(p.workspace);
   T* const rotated_q = reinterpret_cast<T*>(static_cast<char*>(p.workspace) +
                                             statistics_bytes(p.tokens * p.num_q_heads));
   const int64_t rows = p.tokens * (p.num_q_heads + p.num_kv_heads);
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  rotary_rows_kernel<T, kHeadDim>
+  rotary_rows_kernel<T, Config::kHeadDim>
       <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics,
                                                                             rotated_q);
   cudaError_t status = cudaGetLastError();
@@ -307,11 +309,11 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
       ceil_div<int64_t>(p.max_seqlen, Config::kBlockM) * p.num_kv_heads * p.batch;
   const int64_t query_blocks = rotary_blocks(p, Config::kBlockM);
   if (key_blocks == 0) return cudaSuccess;
-  status = launch(rotary_keys_kernel<Config>, key_blocks, Config::kThreads, Config::kSharedBytes,
-                  stream, {}, p, statistics);
+  status = launch(rotary_keys_kernel<Config>, key_blocks, Config::kThreads, kSharedBytes, stream,
+                  {}, p, statistics);
   if (status != cudaSuccess) return status;
-  return launch(rotary_queries_kernel<Config>, query_blocks, Config::kThreads, Config::kSharedBytes,
-                stream, {}, p, statistics);
+  return launch(rotary_queries_kernel<Config>, query_blocks, Config::kThreads, kSharedBytes, stream,
+                {}, p, statistics);
 }
 
 bool is_aligned(const Params& p) {
@@ -341,7 +343,12 @@ int rotary_attention_backward_cuda(const Params& p, CUstream_st* stream) {
   if (!is_aligned(p)) return cudaErrorMisalignedAddress;
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      return launch_all<decltype(element), decltype(dim)::value>(p, stream);
+      using T = decltype(element);
+      constexpr int kHeadDim = decltype(dim)::value;
+      if constexpr (sizeof(T) == 2) {
+        if (runs_sm90a()) return launch_all<AttentionBackwardSm90Config<T, kHeadDim>>(p, stream);
+      }
+      return launch_all<AttentionBackwardConfig<T, kHeadDim>>(p, stream);
     });
   });
 }
