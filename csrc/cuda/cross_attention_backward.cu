@@ -1,21 +1,27 @@
 // Gradients of cross_attention; attention_backward.cuh has the algorithm.
 //
-// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into the workspace.
-//            2. Keys: one block per (slot, kv head, 128 keys of the tile; float32: 32), over the
-//            packed query rows of every sequence that has the slot, in the order of tile_table, in
-//            blocks of rows some of which see the tile.
-//            3. Queries: one block per (sequence, kv head, 128 packed rows; float32: 32) over the
-//            tiles that some of them see; with q_norm, back through it in the registers that sum dq
-//            up, and the block's part of the weight's gradient into the workspace.
+// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into
+// the workspace.
+//            2. Keys: one block per (slot, kv head, 128 keys of the tile;
+//            float32: 32), over the packed query rows of every sequence that
+//            has the slot, in the order of tile_table, in blocks of rows some
+//            of which see the tile.
+//            3. Queries: one block per (sequence, kv head, 128 packed rows;
+//            float32: 32) over the tiles that some of them see; with q_norm,
+//            back through it in the registers that sum dq up, and the block's
+//            part of the weight's gradient into the workspace.
 //            4. With q_norm: the sum of these parts, in a fixed order.
-// Mask       Kernel 2 reads the rows of a block that do not see the tile as zeros: they add nothing
-//            whatever they hold, and scores need no mask. Kernel 3 masks as the forward
-//            (cross_attention_block.cuh).
-// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible tile once per block
-// of
-//            rows, and the rows that see a tile once per 128 of its keys, from L2 after the first.
-//            512 rows, 4 tiles, 32 heads of 128, bf16: 188 GFLOP, 0.24 ms at 790 TFLOP/s.
-// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v and grad_out may be
+// Mask       Kernel 2 reads the rows of a block that do not see the tile as
+// zeros: they add nothing
+//            whatever they hold, and scores need no mask. Kernel 3 masks as the
+//            forward (cross_attention_block.cuh).
+// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible
+// tile once per block of
+//            rows, and the rows that see a tile once per 128 of its keys, from
+//            L2 after the first. 512 rows, 4 tiles, 32 heads of 128, bf16: 188
+//            GFLOP, 0.24 ms at 790 TFLOP/s.
+// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v
+// and grad_out may be
 //            strided but start on 16 bytes.
 
 #include "attention.cuh"
@@ -31,7 +37,8 @@ namespace {
 
 using Params = CrossAttentionBackwardParams;
 
-// Kernel 1. normed_q: null without q_norm. Rows of no sequence get their zero gradients here.
+// Kernel 1. normed_q: null without q_norm. Rows of no sequence get their zero
+// gradients here.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads)
     cross_rows_kernel(const __grid_constant__ Params p, float2* statistics, T* normed_q) {
@@ -93,15 +100,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                         p.k_token_stride, p.v_token_stride,
                         static_cast<int>(p.tile_tokens) - first};
   TileRowsState<T>& state = states[threadIdx.x / kWarpSize];
-  TileRows<Config> rows(p, slot, kv_head, statistics, normed_q, state);
+  TileRows<Config> rows(p, slot, kv_head, first, statistics, normed_q, state);
   typename Config::Sums grad_k = {}, grad_v = {};
   add_up_keys<Config>(keys, rows, rows, softmax_scale_log2(p.softmax_scale), tiles, grad_k, grad_v);
+  const int count = static_cast<int>(p.tile_tokens - state.first_key);
   const int64_t stride = p.num_kv_heads * Config::kHeadDim;
   const int64_t place =
-      ((state.slot * p.tile_tokens + first) * p.num_kv_heads + state.kv_head) * Config::kHeadDim;
+      ((state.slot * p.tile_tokens + state.first_key) * p.num_kv_heads + state.kv_head) *
+      Config::kHeadDim;
   const auto target = [&](void* grad) {
-    return [&keys, stride, base = static_cast<T*>(grad) + place](int row) {
-      return row < keys.count ? base + row * stride : nullptr;
+    return [count, stride, base = static_cast<T*>(grad) + place](int row) {
+      return row < count ? base + row * stride : nullptr;
     };
   };
   store_sums<Config>(grad_v, 1.0f, tiles.own[1], target(p.grad_v));
@@ -246,7 +255,8 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
 
 }  // namespace
 
-// The statistics of the query rows; with q_norm, normalised q and parts of the weight's gradient.
+// The statistics of the query rows; with q_norm, normalised q and parts of the
+// weight's gradient.
 int64_t cross_attention_backward_workspace(const Params& p) { return Workspace(p).bytes; }
 
 int cross_attention_backward_cuda(const Params& p, CUstream_st* stream) {

@@ -1,6 +1,6 @@
 // The query rows that see one image tile, for the gradients of its keys
-// (cross_attention_backward.cu): over all sequences that have the tile, in blocks of rows, those
-// that no row sees left out.
+// (cross_attention_backward.cu): over all sequences that have the tile, in
+// blocks of rows, those that no row sees left out.
 #pragma once
 
 #include "../cross_attention.h"
@@ -9,10 +9,11 @@
 
 namespace mllama {
 
-// The tile, and the sequence whose rows are visited: in shared memory, for each warp by itself.
+// The keys, and the sequence whose rows are visited: in shared memory, for each
+// warp by itself.
 template <typename T>
 struct TileRowsState {
-  int64_t slot, kv_head;
+  int64_t slot, kv_head, first_key;
   int64_t entry;  // of the tile table, or -1
   BackwardRows<T> rows;
   const bool* flags;  // of the sequence's first token for the tile; null: all see it
@@ -25,13 +26,14 @@ class TileRows {
   using T = typename Config::T;
   using Params = CrossAttentionBackwardParams;
 
-  __device__ __forceinline__ TileRows(const Params& p, int slot, int kv_head,
+  __device__ __forceinline__ TileRows(const Params& p, int slot, int kv_head, int first_key,
                                       const float2* statistics, const T* normed_q,
                                       TileRowsState<T>& state)
       : p_(p), statistics_(statistics), normed_q_(normed_q), state_(state) {
     if (threadIdx.x % kWarpSize == 0) {
       state.slot = slot;
       state.kv_head = kv_head;
+      state.first_key = first_key;
       state.entry = -1;
     }
     __syncwarp();
@@ -150,8 +152,10 @@ class TileRows {
   const float2* statistics_;
   const T* normed_q_;
   TileRowsState<T>& state_;
-  int first_block_ = 0, blocks_ = 0;  // of the sequence: the next to look at, and how many
-  // Of the 32 blocks before that one: those left to visit, and those whose rows all see the tile.
+  int first_block_ = 0,
+      blocks_ = 0;  // of the sequence: the next to look at, and how many
+  // Of the 32 blocks before that one: those left to visit, and those whose rows
+  // all see the tile.
   unsigned seen_ = 0, all_ = 0;
   bool all_see_ = false;  // the block that next() gave
 };

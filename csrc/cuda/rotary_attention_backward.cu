@@ -187,6 +187,14 @@ class CausalKeys {
   int first_key_ = 0;         // of the entered block
 };
 
+// What kernel 2 keeps in shared memory beside its tiles: registers are short while it sums up.
+template <typename T>
+struct KeysExtra {
+  BackwardRows<T> rows;
+  int64_t token, place;  // of the first key: its row of cos, and of the gradients
+  int64_t count;         // keys
+};
+
 // Kernel 2. In `p`, q is the rotated one; so it is in kernel 3, and out is the gradient of q.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -220,13 +228,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int length = static_cast<int>(block.sequence.count);
   if (block.first >= length) return;
 
-  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
-  if (threadIdx.x == 0) fill_rows(rows, block, p, statistics, Config::kHeadDim);
-  __syncthreads();
-
   const int64_t kv_stride = p.num_kv_heads * Config::kHeadDim;
   const int64_t token = block.sequence.begin + block.first;
   const int64_t place = token * kv_stride + block.kv_head * Config::kHeadDim;
+  auto& extra = *reinterpret_cast<KeysExtra<T>*>(tiles.rest);
+  if (threadIdx.x == 0) {
+    fill_rows(extra.rows, block, p, statistics, Config::kHeadDim);
+    extra.token = token;
+    extra.place = place;
+    extra.count = length - block.first;
+  }
+  __syncthreads();
+
   const int64_t v = p.cu_seqlens == nullptr
                         ? block.b * p.v_batch_stride + block.first * p.v_token_stride
                         : token * p.v_token_stride;
@@ -235,18 +248,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                         p.v_token_stride, length - block.first};
   CausalQueries<Config> mask(block.first, length, block.group);
   typename Config::Sums grad_k = {}, grad_v = {};
-  add_up_keys<Config>(keys, SequenceQueries<Config>{rows}, mask,
+  add_up_keys<Config>(keys, SequenceQueries<Config>{extra.rows}, mask,
                       softmax_scale_log2(p.softmax_scale), tiles, grad_k, grad_v);
+  const int count = static_cast<int>(extra.count);
   const auto target = [&](void* grad) {
-    return [&keys, base = static_cast<T*>(grad) + place, kv_stride](int row) {
-      return row < keys.count ? base + row * kv_stride : nullptr;
+    return [count, base = static_cast<T*>(grad) + extra.place,
+            stride = p.num_kv_heads * Config::kHeadDim](int row) {
+      return row < count ? base + row * stride : nullptr;
     };
   };
   store_sums<Config>(grad_v, 1.0f, tiles.own[1], target(p.grad_v));
 #pragma unroll
   for (int slot = 0; slot < Config::kSlots; ++slot) {
-    const int row = min(Config::row_of_slot(slot), keys.count - 1);
-    rotate_back<Config>(grad_k, slot, Angles<T>(p, token + row), p.interleaved);
+    const int row = min(Config::row_of_slot(slot), count - 1);
+    rotate_back<Config>(grad_k, slot, Angles<T>(p, extra.token + row), p.interleaved);
   }
   store_sums<Config>(grad_k, static_cast<float>(p.softmax_scale), tiles.own[0], target(p.grad_k));
 }
@@ -289,7 +304,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <typename Config>
 cudaError_t launch_all(Params p, cudaStream_t stream) {
   using T = typename Config::T;
-  constexpr int64_t kSharedBytes = BackwardTiles<Config>::kBytes + sizeof(BackwardRows<T>);
+  constexpr int64_t kSharedBytes = BackwardTiles<Config>::kBytes + sizeof(KeysExtra<T>);
   float2* const statistics = static_cast<float2*>(p.workspace);
   T* const rotated_q = reinterpret_cast<T*>(static_cast<char*>(p.workspace) +
                                             statistics_bytes(p.tokens * p.num_q_heads));
