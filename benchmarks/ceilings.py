@@ -27,20 +27,43 @@ def _best(
     return min(times)
 
 
+class Reader:
+    """Reads memory that no cache holds, in each of several ways: which is fastest, machines differ."""
+
+    def __init__(self, device: torch.device, source: Tensor | None = None) -> None:
+        if source is None:
+            source = torch.randn(_size(device) // 4, device=device)
+        self._bytes = source.numel() * source.element_size()
+        calls: list[Callable[[Tensor], Tensor]] = [torch.sum, torch.amax]
+        if device.type == "cpu":
+            rows, vector = source.view(-1, 4096), torch.ones(4096)
+            calls.append(lambda _: torch.mv(rows, vector))
+        self._timers = [make_timer(device, call, [(source,)], 0.05) for call in calls]
+
+    def round(self) -> float:
+        """GB/s of the fastest way in one round."""
+        return self._bytes / min(timer.round() for timer in self._timers) / GB
+
+    def close(self) -> None:
+        for timer in self._timers:
+            timer.close()
+
+
+def _size(device: torch.device) -> int:
+    return 2**31 if device.type == "cuda" else 2**29
+
+
 def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
-    """GB/s of a copy (read plus written) and of reading alone, the fastest of several reductions."""
-    size = 2**31 if device.type == "cuda" else 2**29
+    """GB/s of a copy (read plus written) and of reading alone, the best rounds."""
+    size = _size(device)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / _best(device, torch.Tensor.copy_, [(target, source)], rounds)
     del target
-    readers: list[Callable[[Tensor], Tensor]] = [torch.sum, torch.amax]
-    if device.type == "cpu":
-        rows = source.view(-1, 4096)
-        vector = torch.ones(4096)
-        readers.append(lambda _: torch.mv(rows, vector))
-    read = max(size / _best(device, reader, [(source,)], rounds) for reader in readers)
-    return {"copy_gbps": round(copy / GB, 1), "read_gbps": round(read / GB, 1)}
+    reader = Reader(device, source)
+    read = max(reader.round() for _ in range(rounds))
+    reader.close()
+    return {"copy_gbps": round(copy / GB, 1), "read_gbps": round(read, 1)}
 
 
 def matmul(device: torch.device, dtype: torch.dtype, rounds: int) -> float:

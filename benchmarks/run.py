@@ -89,7 +89,7 @@ class ResultFile:
         for row in self.document["rows"]:
             add_floor(row, ceiling)
         for row in self.document["model"]:
-            model.add_floor(row, ceiling)
+            model.add_floor(row)
 
     def write(self, **values: Any) -> None:
         self.document |= values

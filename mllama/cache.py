@@ -6,18 +6,20 @@ pool of tiles, (num_slots, P, Hkv, D), k already normalised, and ``tile_table`` 
 slots hold the tiles a sequence may see, -1 for a tile that is not stored.
 
 ``lengths`` and ``next_position`` live on the device and are updated in place, so a decode step needs
-nothing from the host and can be captured in a CUDA graph.
+nothing from the host and can be captured in a CUDA graph. The pools stay where they are as long as
+there is room; what a prefill makes anew, ``settle`` moves to the place it had before.
 """
 
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllama.config import MllamaTextConfig
-from mllama.tiles import TileMemory
+from mllama.tiles import TileMemory, TileView
 
 PAGE_SIZE = 64
 
@@ -30,7 +32,8 @@ class MllamaCache:
         batch_size: B, the number of sequences.
         dtype, device: of keys and values.
         max_tokens: tokens per sequence to make room for. None: pages are added as needed, each time at
-            least doubling. A number: all room is made now, and needing more is an error.
+            least doubling. A number: all room is made now, and needing more is an error; images take
+            room for all their tiles, so that after reset() others fit where they were.
 
     Attributes:
         lengths: (B,) int32, tokens stored per sequence (padding is not stored).
@@ -41,6 +44,8 @@ class MllamaCache:
         memory: the tiles that the next token of each sequence sees without a mask of its own.
         texts: the tokens of each sequence, if ``generate`` has put them there; then it tells from
             them how much of the next prompt is here already.
+        captured: the step that ``generate`` has captured on these tensors. It lives as long as the
+            cache and stays behind when that is copied or pickled.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class MllamaCache:
         self.page_table = torch.empty(batch_size, 0, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.captured: Any = None
+        self._places: tuple[Tensor | None, ...] = (None, None, None)
         self.reset()
         if max_tokens is not None:
             self._add_pages(-(-max_tokens // PAGE_SIZE))
@@ -101,10 +108,37 @@ class MllamaCache:
 
     def mark_images(self) -> tuple[int, Tensor, TileMemory]:
         """What restore_images() needs to forget the images that are added from here on."""
-        return self.num_tiles_stored, self.tile_table, copy(self.memory)
+        memory = copy(self.memory)
+        memory.view = memory.view.clone()  # settle() may write the next view over this one
+        return self.num_tiles_stored, self.tile_table, memory
 
     def restore_images(self, mark: tuple[int, Tensor, TileMemory]) -> None:
         self.num_tiles_stored, self.tile_table, self.memory = mark
+
+    def settle(self) -> None:
+        """Move what a prefill has made anew to its place of the last settle(), if that fits.
+
+        A captured step reads the table and the view there, and everything else where it is.
+        """
+        view = self.memory.view
+        made = (self.tile_table, view.tile_mask, view.row_mask)
+        self._places = tuple(map(_moved, made, self._places))
+        self.tile_table, tile_mask, row_mask = self._places
+        self.memory.view = TileView(tile_mask, row_mask)
+
+    def step_tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a decode step reads and writes here; None for a mask that there is not."""
+        view = self.memory.view
+        state = (self.page_table, self.lengths, self.next_position, self.tile_table)
+        return (*state, view.tile_mask, view.row_mask, self._pages, self._tiles)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pools; the rest is small."""
+        return self._pages.nbytes + self._tiles.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"captured": None}
 
     def get_seq_length(self) -> int:
         """Text columns seen so far, padding included."""
@@ -162,8 +196,9 @@ class MllamaCache:
         first, stored = self.num_tiles_stored, self._tiles
         if first + count > stored.shape[2] or tokens_per_tile != stored.shape[3]:
             layers, _, _, _, heads, head_dim = stored.shape
+            slots = first + (count if self.max_tokens is None else table.numel())
             self._tiles = torch.empty(
-                layers, 2, first + count, tokens_per_tile, heads, head_dim, **self._options
+                layers, 2, slots, tokens_per_tile, heads, head_dim, **self._options
             )
             if first:
                 self._tiles[:, :, :first] = stored[:, :, :first]
@@ -177,3 +212,13 @@ class MllamaCache:
         newest = slice(self.num_tiles_stored - k.shape[0], self.num_tiles_stored)
         pool_k, pool_v = self.tiles(layer)
         pool_k[newest], pool_v[newest] = k, v
+
+
+def _moved(made: Tensor | None, place: Tensor | None) -> Tensor | None:
+    """``made`` at ``place`` if that fits, else in a tensor of its own, the place from now on."""
+    if made is None or made is place:
+        return made
+    if place is None or place.shape != made.shape:
+        with torch.inference_mode(False):  # to be written in any mode
+            return made.clone()
+    return place.copy_(made)

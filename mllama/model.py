@@ -146,7 +146,7 @@ def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep]
 
 
-class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
+class MllamaForConditionalGeneration(GenerationMixin, MllamaPreTrainedModel):
     """Llama 3.2 Vision: text and images in, logits out.
 
     Args:
@@ -220,7 +220,7 @@ class MllamaForConditionalGeneration(MllamaPreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
 
 
-class MllamaForCausalLM(MllamaPreTrainedModel, GenerationMixin):
+class MllamaForCausalLM(GenerationMixin, MllamaPreTrainedModel):
     """The text tower alone with its head; images only as precomputed states.
 
     Args:

@@ -38,16 +38,17 @@ class RotaryEmbedding:
     """cos and sin of each token's angles.
 
     Not a module: the frequencies follow from the config, are no part of a checkpoint, and must stay
-    float32 when a model is cast.
+    float32 when a model is cast. Those of a device stay where they are: a captured step reads them.
     """
 
     def __init__(self, config: MllamaTextConfig) -> None:
         self._config = config
-        self._inv_freq: Tensor | None = None
+        self._inv_freq: dict[torch.device, Tensor] = {}
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids (N,) to cos and sin (N, D / 2), computed in float32 and rounded to ``dtype``."""
-        if self._inv_freq is None or self._inv_freq.device != position_ids.device:
-            self._inv_freq = inverse_frequencies(self._config).to(position_ids.device)
-        angles = position_ids.unsqueeze(-1).float() * self._inv_freq
+        device = position_ids.device
+        if device not in self._inv_freq:
+            self._inv_freq.setdefault(device, inverse_frequencies(self._config).to(device))
+        angles = position_ids.unsqueeze(-1).float() * self._inv_freq[device]
         return angles.cos().to(dtype), angles.sin().to(dtype)

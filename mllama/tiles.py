@@ -62,6 +62,10 @@ class TileView:
             seen = seen | ~any_seen.unsqueeze(-1)
         return cls(seen, any_seen)
 
+    def clone(self) -> TileView:
+        masks = (self.tile_mask, self.row_mask)
+        return TileView(*(None if mask is None else mask.clone() for mask in masks))
+
     def of_each_token(self, packing: Packing) -> TileView:
         """From one row per sequence to one row per packed token."""
         if packing.length == 1 and packing.rows is None:

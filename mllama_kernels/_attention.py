@@ -26,7 +26,6 @@ def save(ctx: Any, name: str, lse: Tensor, with_lse: bool, *tensors: Tensor | No
     if not with_lse:
         raise RuntimeError(f"mllama_kernels.{name}: a gradient needs with_lse=True")
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, lse)
 
 

@@ -101,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = eps, softmax_scale, max_seqlen
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, tile_mask, q_norm_weight, tile_table, cu_seqlens, out, lse = ctx.saved_tensors
     eps, softmax_scale, max_seqlen = ctx.options
     grad_q, grad_k, grad_v, grad_weight = torch.ops.mllama_kernels.cross_attention_backward(

@@ -146,7 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = softmax_scale, interleaved, max_seqlen
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, cos, sin, cu_seqlens, out, lse = ctx.saved_tensors
     softmax_scale, interleaved, max_seqlen = ctx.options
     grads = torch.ops.mllama_kernels.rotary_attention_backward(

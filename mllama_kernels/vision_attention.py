@@ -68,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _attention.save(ctx, "vision_attention", lse, with_lse, q, k, v, padding, out)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, padding, out, lse = ctx.saved_tensors
     grads = torch.ops.mllama_kernels.vision_attention_backward(
         grad_out, q, k, v, out, lse, padding, ctx.softmax_scale

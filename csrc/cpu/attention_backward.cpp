@@ -49,7 +49,8 @@ class GradientRunner {
     values_ = scratch.take<E>(keys * depth_);
     keys_across_ = scratch.take<E>(task.with_rows ? keys * height_ : 0);
     q_ = scratch.take<T>(stride_ * dim_);
-    lse_ = scratch.take<S>(stride_);
+    reference_ = scratch.take<S>(stride_);
+    rest_ = scratch.take<S>(stride_);
     delta_ = scratch.take<S>(stride_);
     picked_ = scratch.take<int32_t>(block_tokens_);
     seeing_ = scratch.take<int32_t>(block_tokens_);
@@ -174,7 +175,9 @@ class GradientRunner {
         sum += load(gradient + d, part) * load(out + d, part);
       });
       delta_[r] = sum_lanes(sum);
-      lse_[r] = (S)(task_.lse[g * task_.lse_head_stride + token] * 1.4426950408889634074);
+      const double reference = task_.lse[g * task_.lse_head_stride + token] / task_.softmax_scale;
+      reference_[r] = (S)reference;
+      rest_[r] = (S)((reference - (double)reference_[r]) * (double)factor_);
     }
     memset(sums_, 0, height_ * stride_ * sizeof(S));
   }
@@ -221,8 +224,8 @@ class GradientRunner {
     E *weights = weights_ + j * stride_, *changes = changes_ + j * stride_;
     const int64_t begin = hidden / kStep * kStep, end = round_up(rows_, kStep);
     for (int64_t r = begin; r < end; r += kStep) {
-      const Vec<S> low = Gemm::exp2(load(scores + r) * factor_ - load(lse_ + r));
-      const Vec<S> high = Gemm::exp2(load(scores + r + kLanes) * factor_ - load(lse_ + r + kLanes));
+      const Vec<S> low = weight(load(scores + r), r);
+      const Vec<S> high = weight(load(scores + r + kLanes), r + kLanes);
       const Vec<S> low_change = low * (load(products + r) - load(delta_ + r));
       const Vec<S> high_change = high * (load(products + r + kLanes) - load(delta_ + r + kLanes));
       Gemm::store_weights(weights + r, low, high);
@@ -230,6 +233,11 @@ class GradientRunner {
     }
     clear_hidden(weights, hidden, end);
     clear_hidden(changes, hidden, end);
+  }
+
+  // P from scores of packed rows r, r + 1, ... with one key.
+  Vec<S> weight(Vec<S> scores, int64_t r) const {
+    return Gemm::exp2((scores - load(reference_ + r)) * factor_ - load(rest_ + r));
   }
 
   // The first elements of a row, which belong to hidden rows, and those behind the last.
@@ -252,7 +260,10 @@ class GradientRunner {
   const S factor_;
   E *keys_, *values_, *keys_across_;
   T* q_;
-  S *lse_, *delta_;
+  // lse / softmax_scale, and what its rounding lost, times factor_: large weights, whose scores are
+  // near it, keep their last digits.
+  S *reference_, *rest_;
+  S* delta_;
   int32_t *picked_, *seeing_;  // tokens of the block: those packed, those that see a segment
   E *q_across_, *grad_across_, *q_packed_, *grad_packed_;
   S *scores_, *products_;

@@ -95,17 +95,21 @@ class Gradients : public CrossRows<T, Params>, public GradientRows<T> {
   void store_rows(int64_t b, int64_t h, int64_t first, int64_t tokens,
                   const S* grad) const override {
     S* grad_weight = block_sums(b, h, first);
+    S part[kMaxHeadDim] = {};  // of a few rows: short sums keep the rounding error small
+    int64_t rows = 0;
     if (grad_weight) memset(grad_weight, 0, p_.head_dim * sizeof(S));
     for (int64_t t = first; t < first + tokens; ++t) {
       T* grad_q = static_cast<T*>(p_.grad_q) + q_offset(b, h, t);
       for (int64_t g = 0; g < group_; ++g, grad += p_.head_dim, grad_q += p_.head_dim) {
         if (grad_weight) {
-          norm_gradient(query(b, h, t, g), grad, grad_q, grad_weight);
+          norm_gradient(query(b, h, t, g), grad, grad_q, part);
+          if (++rows % kPartRows == 0) add_part(part, grad_weight);
         } else {
           store_row(grad, (S)p_.softmax_scale, p_.head_dim, grad_q);
         }
       }
     }
+    if (grad_weight) add_part(part, grad_weight);
   }
 
   void store_keys(int64_t set, int64_t h, int64_t first, int64_t n, const S* grad_k,
@@ -144,6 +148,13 @@ class Gradients : public CrossRows<T, Params>, public GradientRows<T> {
   }
 
  private:
+  static constexpr int64_t kMaxHeadDim = 256, kPartRows = 16;
+
+  void add_part(S* part, S* grad_weight) const {
+    for (int64_t d = 0; d < p_.head_dim; ++d) grad_weight[d] += part[d];
+    memset(part, 0, p_.head_dim * sizeof(S));
+  }
+
   // The users of each slot, in the order of the table.
   void find_users() {
     memset(user_begin_, 0, (p_.num_slots + 1) * sizeof(int64_t));

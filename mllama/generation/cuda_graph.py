@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
+from mllama.generation.fingerprint import fingerprint
 from mllama.generation.sampling import Sampler
 
 # Steps that run as usual before the capture: libraries allocate their workspaces in the first.
 _WARM_UP_STEPS = 2
+
+# CUDA allows one capture at a time in a process.
+_capturing = threading.Lock()
 
 
 class DecodeStep:
@@ -23,30 +27,32 @@ class DecodeStep:
     lengths and positions in the cache, the sampler's state. Nothing is read by the host. (The cache
     counts its columns there, which a replay leaves out; the caller settles them at the end.)
 
+    Model and cache come with each call and are not kept: a cache that owns its captured step, and a
+    model that keeps such caches, are then freed with their last reference.
+
     Args:
-        model: called with one token per row, the cache and logits_to_keep=1.
-        cache: holds the prompt and has room for all tokens to come.
         sampler: from logits to tokens.
+        batch_size: rows.
+        device: of the model and the cache.
 
     Attributes:
+        sampler: as given.
         tokens: (B,) int64, the latest token of each row; INVALID_TOKEN where there was none.
     """
 
-    def __init__(self, model: Callable[..., Any], cache: MllamaCache, sampler: Sampler) -> None:
-        self._model, self._cache, self._sampler = model, cache, sampler
-        device = cache.lengths.device
-        self.tokens = torch.zeros(cache.batch_size, dtype=torch.int64, device=device)
-        self._input_ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
+    def __init__(self, sampler: Sampler, batch_size: int, device: torch.device) -> None:
+        self.sampler = sampler
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
 
     def accept(self, logits: Tensor) -> None:
         """Choose the next tokens from logits (B, V)."""
-        self.tokens.copy_(self._sampler(logits))
+        self.tokens.copy_(self.sampler(logits))
         self._input_ids.copy_(self.tokens.clamp_min(0).unsqueeze(1))  # a marker has no embedding
 
-    def __call__(self) -> None:
-        output = self._model(
-            input_ids=self._input_ids, past_key_values=self._cache, logits_to_keep=1
-        )
+    def __call__(self, model: Any, cache: MllamaCache) -> None:
+        """One step: ``cache`` holds all tokens but the latest, and has room."""
+        output = model(input_ids=self._input_ids, past_key_values=cache, logits_to_keep=1)
         self.accept(output.logits[:, -1])
 
 
@@ -54,43 +60,87 @@ class CapturedStep:
     """Runs a DecodeStep, from the third call on as one replay of a CUDA graph.
 
     The calls before warm up, and are steps like the others, so nothing has to be undone. Where the
-    capture fails, the steps go on without a graph and a warning says why.
+    capture fails, the steps go on without a graph and a warning says why; the next run tries again.
+
+    In a later run with the same cache, after restart(), the graph is replayed from the first call on
+    if its fingerprint is still that of model and cache. Neither may change while a run lasts.
 
     Args:
         step: on a CUDA device.
     """
 
     def __init__(self, step: DecodeStep) -> None:
-        self._step = step
+        self.step = step
         self._calls = 0
         self._stream = torch.cuda.Stream(step.tokens.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._fingerprint: list[Any] = []
 
-    def __call__(self) -> None:
+    @property
+    def has_graph(self) -> bool:
+        return self._graph is not None
+
+    def restart(self, input_ids: Tensor, seeds: list[int]) -> None:
+        """Begin another run, with another prompt and other seeds."""
+        self.step.sampler.restart(input_ids, seeds)
+        self._calls = 0
+
+    def __call__(self, model: Any, cache: MllamaCache) -> None:
+        if self._calls == 0:
+            # The device is still busy with the prompt: the fingerprint takes none of its time.
+            cache.settle()
+            if self.has_graph and fingerprint(model, cache) != self._fingerprint:
+                self._graph = None
         self._calls += 1
         if self._graph is not None:
             self._graph.replay()
         elif self._calls == _WARM_UP_STEPS + 1:
-            self._capture()
+            self._capture(model, cache)
         else:
-            self._run_aside()
+            self._run_aside(model, cache)
 
-    def _run_aside(self) -> None:
+    def _run_aside(self, model: Any, cache: MllamaCache) -> None:
         """Run on the stream that will be captured, so that its memory is warm as well."""
-        current = torch.cuda.current_stream(self._step.tokens.device)
+        current = torch.cuda.current_stream(self.step.tokens.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._step()
+            self.step(model, cache)
         current.wait_stream(self._stream)
 
-    def _capture(self) -> None:
+    def _capture(self, model: Any, cache: MllamaCache) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._step()
+            # Other threads may allocate and wait meanwhile, which the default mode would forbid them.
+            with (
+                _capturing,
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                self.step(model, cache)
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
-            self._run_aside()
+            self._run_aside(model, cache)
             return
-        self._graph = graph
+        self._graph, self._fingerprint = graph, fingerprint(model, cache)
         graph.replay()  # a capture runs nothing on the device
+
+
+def captured_step(
+    cache: MllamaCache,
+    sampling: Any,
+    input_ids: Tensor,
+    vocab_size: int,
+    seeds: list[int],
+    ops: Any,
+) -> CapturedStep:
+    """The step captured on ``cache``, restarted, if it samples in the same way; else a new one.
+
+    Args: as for :class:`Sampler`.
+    """
+    captured = cache.captured
+    if captured is not None and captured.step.sampler.made_for == (sampling, vocab_size, ops):
+        captured.restart(input_ids, seeds)
+        return captured
+    with torch.inference_mode(False):  # the buffers will be written in any mode
+        sampler = Sampler(sampling, input_ids, vocab_size, seeds, ops)
+        cache.captured = CapturedStep(DecodeStep(sampler, len(input_ids), input_ids.device))
+    return cache.captured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mllama.cache import MllamaCache
 from mllama.generation.config import GenerationConfig, GenerationPlan, make_plan, stop_token_ids
-from mllama.generation.cuda_graph import CapturedStep, DecodeStep
+from mllama.generation.cuda_graph import CapturedStep, DecodeStep, captured_step
+from mllama.generation.idle import Bucket, IdleCaches, rounded_capacity
 from mllama.generation.prompt import MODEL_INPUTS, Prompt
 from mllama.generation.sampling import INVALID_TOKEN, Sampler
 from mllama.generation.stopping import StopCondition
@@ -37,14 +38,45 @@ class GenerateOutput:
 
 class GenerationMixin:
     """``generate`` and ``stream``, for models whose forward takes ``past_key_values`` and
-    ``logits_to_keep``.
+    ``logits_to_keep``. Comes first among the bases.
+
+    Where the model runs its kernels on CUDA, the decode step is captured as a CUDA graph in the third
+    step, and replayed from then on. The graph lives with the cache. One that is passed as
+    ``past_key_values`` or returned is the caller's, and the next turn in it replays at once unless it
+    has grown or gained images. The caches of other calls are kept by the model, and a later call
+    replays at once that agrees in the number of rows, the room for tokens (rounded up to a power of
+    two pages), the tiles per row and the sampling options but the seed. These caches take at most a
+    sixteenth of the device's memory, or there is only one; see
+    :class:`mllama.generation.idle.IdleCaches`. A graph is captured anew when the model has changed in
+    more than the values of its weights; see :func:`mllama.generation.fingerprint.fingerprint`.
 
     Attributes:
         generation_config: the checkpoint's defaults; a mapping may be assigned.
-        cuda_graph: replay the decode step as a CUDA graph where the model runs its kernels on CUDA.
+        cuda_graph: whether steps are captured and caches kept; assigning False frees those kept.
     """
 
-    cuda_graph: bool = True
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cuda_graph = True
+        self._idle_caches = IdleCaches()
+
+    @property
+    def cuda_graph(self) -> bool:
+        return self._cuda_graph
+
+    @cuda_graph.setter
+    def cuda_graph(self, enabled: bool) -> None:
+        self._cuda_graph = enabled
+        if not enabled:
+            self.free_idle_caches()
+
+    def free_idle_caches(self) -> None:
+        """Free the caches, and graphs, that are kept for later calls; moving the model does as well."""
+        self._idle_caches.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.free_idle_caches()  # no step captured on other parameters would be replayed
+        return super()._apply(*args, **kwargs)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -60,9 +92,20 @@ class GenerationMixin:
     def generation_config(self, values: Mapping[str, Any]) -> None:
         self.__dict__["_generation_config"] = GenerationConfig(values)
 
-    def new_cache(self, batch_size: int = 1) -> MllamaCache:
-        """An empty cache to pass as ``past_key_values`` and to use again in the next turn."""
-        return MllamaCache(_text_config(self), batch_size, dtype=self.dtype, device=self.device)
+    def new_cache(self, batch_size: int = 1, max_tokens: int | None = None) -> MllamaCache:
+        """An empty cache to pass as ``past_key_values`` and to use again in the next turn.
+
+        Args:
+            batch_size, max_tokens: see :class:`mllama.MllamaCache`. With ``max_tokens`` nothing is
+                allocated anew from turn to turn, so that steps captured in one serve the next.
+        """
+        return MllamaCache(
+            _text_config(self),
+            batch_size,
+            dtype=self.dtype,
+            device=self.device,
+            max_tokens=max_tokens,
+        )
 
     @torch.no_grad()
     def generate(
@@ -96,7 +139,13 @@ class GenerationMixin:
         Raises: ValueError or TypeError before anything runs, naming the argument, what was given
             and what is expected; RuntimeError if the logits of a row are not finite.
         """
-        run = _Run(self, input_ids, past_key_values, inputs_and_options)
+        run = _Run(
+            self,
+            input_ids,
+            past_key_values,
+            inputs_and_options,
+            returns_cache=bool(return_dict_in_generate),
+        )
         if streamer is not None:
             streamer.put(input_ids.cpu())
         try:
@@ -155,7 +204,9 @@ class _Run:
         input_ids: Tensor,
         cache: MllamaCache | None,
         arguments: Mapping[str, Any],
+        *,
         text: bool = False,
+        returns_cache: bool = False,
     ) -> None:
         inputs = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
         options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
@@ -179,6 +230,8 @@ class _Run:
             text_length=self.prompt.text_length,
             max_text_length=config.max_position_embeddings,
         )
+        self._captures = _captures(model, input_ids)
+        self._borrows_cache = self._captures and cache is None and not returns_cache
         self.cache = model.new_cache(self.prompt.batch_size) if cache is None else cache
         self._reused = self.prompt.reuse(self.cache)
         # Positions count the tokens of a row; a forward outside may have counted padding as well.
@@ -199,22 +252,28 @@ class _Run:
 
         However it ends, the cache then holds the text of every row without its last token.
         """
+        if not self._borrows_cache:
+            yield from self._steps()
+            return
+        idle: IdleCaches = self._model._idle_caches
+        bucket = self._bucket()
+
+        def make() -> MllamaCache:
+            return self._model.new_cache(bucket.batch_size, bucket.capacity)
+
+        with idle.lend(bucket, make) as self.cache:
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[tuple[list[int], list[str]]]:
         cache, plan = self.cache, self.plan
         cache.truncate(self._reused, self._offset)
         images = cache.mark_images()
         try:
             cache.reserve(self._inputs["input_ids"].shape[1] + plan.max_new_tokens)
-            sampler = Sampler(
-                plan.sampling,
-                self.prompt.input_ids,
-                self._vocab_size,
-                plan.seeds,
-                self._model.ops,
-            )
-            step = DecodeStep(self._model, cache, sampler)
+            advance = self._decoder()
+            step = advance.step if isinstance(advance, CapturedStep) else advance
             prefill = self._model(**self._inputs, past_key_values=cache, logits_to_keep=1)
             step.accept(prefill.logits[:, -1])
-            advance = self._decoder(step)
             reader = _TokenReader(step.tokens)
             for made in range(1, plan.max_new_tokens + 1):
                 reader.request()
@@ -224,7 +283,7 @@ class _Run:
                     if all(self.condition.finished):
                         return
                 if not is_last:
-                    advance()
+                    advance(self._model, cache)
         finally:
             self._settle(images)
 
@@ -236,8 +295,31 @@ class _Run:
         prompt = self.prompt.input_ids
         return torch.cat([prompt, torch.tensor(rows, dtype=prompt.dtype).to(prompt.device)], dim=1)
 
-    def _decoder(self, step: DecodeStep) -> Callable[[], None]:
-        return CapturedStep(step) if _captures(self._model, step.tokens) else step
+    def _decoder(self) -> DecodeStep | CapturedStep:
+        prompt, plan = self.prompt, self.plan
+        kind = (plan.sampling, prompt.input_ids, self._vocab_size, plan.seeds, self._model.ops)
+        if self._captures:
+            return captured_step(self.cache, *kind)
+        return DecodeStep(Sampler(*kind), prompt.batch_size, prompt.input_ids.device)
+
+    def _bucket(self) -> Bucket:
+        batch, device, inputs = self.prompt.batch_size, self._model.device, self._inputs
+        tiles = 0
+        if (pixels := inputs.get("pixel_values")) is not None:
+            tiles = pixels.shape[1:3].numel()
+        elif (states := inputs.get("cross_attention_states")) is not None:
+            tiles = states.shape[0] // batch
+        return Bucket(
+            batch_size=batch,
+            capacity=rounded_capacity(inputs["input_ids"].shape[1] + self.plan.max_new_tokens),
+            tiles=tiles,
+            is_masked=inputs.get("cross_attention_mask") is not None,
+            sampling=self.plan.sampling,
+            device=device,
+            dtype=self._model.dtype,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+            inference_mode=torch.is_inference_mode_enabled(),
+        )
 
     def _take(self, tokens: list[int]) -> tuple[list[int], list[str]]:
         """Add one token to every row that has not ended."""

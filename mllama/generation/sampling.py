@@ -72,6 +72,9 @@ class Sampler:
         vocab_size: V of the logits.
         seeds: one integer per row.
         ops: where ``sample`` comes from, a model's ops or a module that has it.
+
+    Attributes:
+        made_for: what stays the same in a restart().
     """
 
     def __init__(
@@ -82,16 +85,25 @@ class Sampler:
         seeds: list[int],
         ops: Any = mllama_kernels,
     ) -> None:
+        self.made_for = (config, vocab_size, ops)
         self._options = asdict(config)
         self._ops = ops
-        device = input_ids.device
-        self._seeds = torch.tensor([_as_int64(seed) for seed in seeds], device=device)
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        batch, device = len(input_ids), input_ids.device
+        self._seeds = torch.empty(batch, dtype=torch.int64, device=device)
+        self._step = torch.empty((), dtype=torch.int64, device=device)
         self._seen: Tensor | None = None
         if config.repetition_penalty != 1:
-            seen = torch.zeros(len(input_ids), vocab_size + 1, dtype=torch.bool, device=device)
-            seen.scatter_(1, input_ids.clamp_max(vocab_size), True)
-            self._seen = seen[:, :vocab_size].contiguous()
+            self._seen = torch.empty(batch, vocab_size, dtype=torch.bool, device=device)
+        self.restart(input_ids, seeds)
+
+    def restart(self, input_ids: Tensor, seeds: list[int]) -> None:
+        """Begin with another prompt and other seeds, in the same buffers."""
+        self._seeds.copy_(torch.tensor([_as_int64(seed) for seed in seeds]))
+        self._step.zero_()
+        if self._seen is not None:
+            batch, vocab_size = self._seen.shape
+            seen = self._seen.new_zeros(batch, vocab_size + 1)
+            self._seen.copy_(seen.scatter_(1, input_ids.clamp_max(vocab_size), True)[:, :-1])
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits (B, V) of the last position -> (B,) int64 tokens, INVALID_TOKEN where not finite.
