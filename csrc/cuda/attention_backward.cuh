@@ -9,6 +9,8 @@
 //               that see it: S^T, dO V^T transposed, dV, dK.
 //            3. Queries (attention_backward_queries.cuh): one block per tile of query rows, over
 //               the keys that it sees: S, dO V^T, dQ.
+//            Products are mma.sync or, for 16 bits on sm_90a, wgmma (attention_backward_sm90.cuh),
+//            on the same rows with the same masks.
 // Order      Two passes make 7 products where one pass that adds dQ up in memory makes 5. The sums
 //            of a pass stay in one block's registers, in an order that depends on the sequence
 //            alone: the same bits every time and in any batch. One pass would move a float32 tile
@@ -43,7 +45,7 @@ struct AttentionBackwardConfig {
   using QueryLayout = TileLayout<T, kHeadDimension>;
   static constexpr bool kSm90 = false;
 #ifdef MLLAMA_SM90A_DEVICE
-  static constexpr bool kCompiles = sizeof(T) != 2;  // these go to attention_backward_sm90.cuh
+  static constexpr bool kCompiles = sizeof(T) != 2;  // 16 bits: attention_backward_sm90.cuh
 #else
   static constexpr bool kCompiles = true;
 #endif
