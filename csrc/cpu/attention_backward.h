@@ -1,9 +1,9 @@
 // Gradients of blocked attention: what the attention ops share.
 //
-// With P = exp(scale * Q K^T - lse) recomputed block by block, D = grad_out V^T and delta the row
-// sums of grad_out * out:
-//   grad_v = P^T grad_out,   dS = P (D - delta),   grad_k = scale * dS^T Q,   grad_q = scale * dS
-//   K.
+// P = exp(scale * Q K^T - lse) is recomputed block by block. With D = grad_out V^T and delta the
+// row sums of grad_out * out:
+//   dS = P (D - delta)
+//   grad_v = P^T grad_out,   grad_k = scale * dS^T Q,   grad_q = scale * dS K
 //
 // An op describes a task: query rows of one key head and sequence, and segments of keys that they
 // meet. Rows and keys are taken in blocks counted from the sequence's and the segment's start, and
