@@ -1,6 +1,7 @@
 // The host-side C++ of the kernels as a Python module, so that pytest can call it.
 #include <pybind11/pybind11.h>
 
+#include "../csrc/cuda/attention_backward_config.h"
 #include "../csrc/cuda/attention_config.h"
 #include "../csrc/cuda/attention_sm90_config.h"
 #include "../csrc/cuda/cross_attention_sm90.h"
@@ -19,6 +20,11 @@ PYBIND11_MODULE(host_module, m) {
   m.def("attention_tile_swizzled", &attention_tile_swizzled);
   m.def("attention_tile_stride", &attention_tile_stride);
   m.def("attention_shared_bytes", &attention_shared_bytes);
+  m.def("attention_backward_tile", [](int64_t head_dim, int64_t element_bytes) {
+    const AttentionBackwardTile tile = attention_backward_tile(head_dim, element_bytes);
+    return py::make_tuple(tile.rows, tile.columns, tile.warps);
+  });
+  m.def("attention_backward_shared_bytes", &attention_backward_shared_bytes);
   m.def("attention_sm90_tiles", [](int64_t head_dim) {
     const AttentionSm90Tile causal = kCausalSm90Tile, dense = dense_sm90_tile(head_dim);
     return py::make_tuple(py::make_tuple(causal.rows, causal.keys),

@@ -46,6 +46,17 @@ def test_attention_tiles_fit(host, head_dim, element_bytes, hides_rows):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_attention_backward_tiles_fit(host, head_dim, element_bytes):
+    """Two KB are left for what the kernels keep beside their tiles."""
+    shared_bytes = host.attention_backward_shared_bytes(head_dim, element_bytes)
+    assert shared_bytes + 2048 <= SHARED_MEMORY_SM86
+    rows, columns, warps = host.attention_backward_tile(head_dim, element_bytes)
+    assert rows == 16 * warps and columns % 16 == 0 and columns <= 64
+    assert columns % warps == 0 and columns // warps % 4 == 0  # rows that a warp copies
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_sm90_tiles_suit_the_instructions(host, head_dim):
     """Panels divide a row; shared memory, the registers of a thread and the box of a copy suffice."""
     panel = host.attention_sm90_panel_bytes(head_dim)

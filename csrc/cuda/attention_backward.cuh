@@ -9,6 +9,8 @@
 //               that see it: S^T, dO V^T transposed, dV, dK.
 //            3. Queries (attention_backward_queries.cuh): one block per tile of query rows, over
 //               the keys that it sees: S, dO V^T, dQ.
+//            Products are mma.sync or, for 16 bits on sm_90a, wgmma (attention_backward_sm90.cuh),
+//            on the same rows with the same masks.
 // Order      Two passes make 7 products where one pass that adds dQ up in memory makes 5. The sums
 //            of a pass stay in one block's registers, in an order that depends on the sequence
 //            alone: the same bits every time and in any batch. One pass would move a float32 tile
@@ -30,6 +32,7 @@
 #include "attention_backward_config.h"
 #include "attention_products.cuh"
 #include "attention_queries.cuh"
+#include "hopper.cuh"
 #include "softmax.cuh"
 
 namespace mllama {
@@ -40,6 +43,12 @@ template <typename Element, int kHeadDimension, bool kHides = false>
 struct AttentionBackwardConfig {
   using T = Element;
   using QueryLayout = TileLayout<T, kHeadDimension>;
+  static constexpr bool kSm90 = false;
+#ifdef MLLAMA_SM90A_DEVICE
+  static constexpr bool kCompiles = sizeof(T) != 2;  // 16 bits: attention_backward_sm90.cuh
+#else
+  static constexpr bool kCompiles = true;
+#endif
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr bool kHidesRows = kHides;
   static constexpr AttentionBackwardTile kTile = attention_backward_tile(kHeadDim, sizeof(T));
@@ -53,10 +62,10 @@ struct AttentionBackwardConfig {
   static constexpr int kKeyTiles = kBlockN / 8;
   static constexpr int kDimTiles = kHeadDim / 8;
   static constexpr int kKeyRun = kBlockN / kWarps;  // columns that one warp copies
-  static constexpr int kRowBytes = QueryLayout::kStride;
-  static constexpr int kTileBytes = kBlockM * kRowBytes;
-  static constexpr int kStageTileBytes = kBlockN * kRowBytes;
-  static constexpr int64_t kSharedBytes = attention_backward_shared_bytes(kHeadDim, sizeof(T));
+  static constexpr int kStages = kAttentionStages;
+  static constexpr int kTileBytes = kBlockM * QueryLayout::kStride;
+  static constexpr int kStageTileBytes = kBlockN * QueryLayout::kStride;
+  static constexpr int kWeightBytes = sizeof(T) == 2 ? 0 : kBlockM * (kBlockN + 8) * 4;
   static_assert(kBlockM == kWarps * kRowsPerWarp && kKeyRun % 4 == 0 && kBlockN % 16 == 0);
 
   using Scores = float[kRowTiles][kKeyTiles][4];
@@ -69,21 +78,36 @@ struct AttentionBackwardConfig {
   __device__ static __forceinline__ int first_column() {
     return static_cast<int>(threadIdx.x) % 4 * 2;
   }
+  // The threads that compute meet.
+  __device__ static __forceinline__ void sync() { __syncthreads(); }
 };
 
-// Where a block's tiles lie in shared memory: two of its own rows, then the stages.
+// Where a block's tiles lie in shared memory: two of its own rows, then the stages. Room for what a
+// kernel needs besides starts at `rest`.
 template <typename Config>
 struct BackwardTiles {
   char* const own[2];
   char* const stages;
   char* const statistics;
   char* const weights;  // float32
+  char* const rest;
+
+  static constexpr int64_t kStageBytes = int64_t{2} * Config::kStages * Config::kStageTileBytes;
+  static constexpr int64_t kStatisticsBytes =
+      int64_t{Config::kStages} * Config::kBlockN * sizeof(float2);
+  static constexpr int64_t kBarrierBytes = Config::kSm90 ? 2 * Config::kStages * 8 : 0;
+  static constexpr int64_t kBytes = int64_t{2} * Config::kTileBytes + kStageBytes +
+                                    kStatisticsBytes + kBarrierBytes + Config::kWeightBytes;
+  static_assert(Config::kSm90 ||
+                kBytes ==
+                    attention_backward_shared_bytes(Config::kHeadDim, sizeof(typename Config::T)));
 
   __device__ __forceinline__ explicit BackwardTiles(char* shared)
       : own{shared, shared + Config::kTileBytes},
         stages(shared + 2 * Config::kTileBytes),
-        statistics(stages + 2 * kAttentionStages * Config::kStageTileBytes),
-        weights(statistics + kAttentionStages * Config::kBlockN * sizeof(float2)) {}
+        statistics(stages + kStageBytes),
+        weights(statistics + kStatisticsBytes + kBarrierBytes),
+        rest(shared + kBytes) {}
 
   __device__ __forceinline__ char* first(int stage) const {
     return stages + 2 * stage * Config::kStageTileBytes;
@@ -93,6 +117,9 @@ struct BackwardTiles {
   }
   __device__ __forceinline__ float2* row_statistics(int stage) const {
     return reinterpret_cast<float2*>(statistics) + stage * Config::kBlockN;
+  }
+  __device__ __forceinline__ uint64_t* barriers() const {  // sm_90a
+    return reinterpret_cast<uint64_t*>(statistics + kStatisticsBytes);
   }
 };
 
@@ -128,22 +155,104 @@ struct BackwardRows : QueryRows<T> {
   }
 };
 
+// Scores to weights, in place, where columns are query rows; `statistics` are those of the thread's
+// first column on.
+template <typename Config, typename Mask>
+__device__ __forceinline__ void weigh_columns(typename Config::Scores& scores,
+                                              const float2* statistics, float scale_log2,
+                                              bool masked, const Mask& mask) {
+#pragma unroll
+  for (int n = 0; n < Config::kKeyTiles; ++n) {
+    const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[0][n][i] = recomputed_weight<typename Config::T>(scores[0][n][i], scale_log2,
+                                                              i % 2 == 0 ? s.x : s.z);
+    }
+  }
+  if (!masked) return;
+#pragma unroll
+  for (int n = 0; n < Config::kKeyTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // a select: what is hidden may be infinite
+      scores[0][n][i] = mask.visible(i / 2, n * 8 + i % 2) ? scores[0][n][i] : 0.0f;
+    }
+  }
+}
+
+// dS from dO V^T, in place, where columns are query rows.
+template <typename Config>
+__device__ __forceinline__ void grade_columns(typename Config::Scores& grads,
+                                              const typename Config::Scores& weights,
+                                              const float2* statistics) {
+#pragma unroll
+  for (int n = 0; n < Config::kKeyTiles; ++n) {
+    const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      grads[0][n][i] = weights[0][n][i] * (grads[0][n][i] - (i % 2 == 0 ? s.y : s.w));
+    }
+  }
+}
+
+// dS from scores and dO V^T, in place of the latter, where rows are query rows.
+template <typename Config, typename Mask>
+__device__ __forceinline__ void grade_rows(typename Config::Scores& grads,
+                                           const typename Config::Scores& scores,
+                                           const float2 (&statistics)[Config::kSlots],
+                                           float scale_log2, bool masked, const Mask& mask) {
+#pragma unroll
+  for (int n = 0; n < Config::kKeyTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2& s = statistics[i / 2];
+      grads[0][n][i] = recomputed_weight<typename Config::T>(scores[0][n][i], scale_log2, s.x) *
+                       (grads[0][n][i] - s.y);
+    }
+  }
+  if (!masked) return;
+#pragma unroll
+  for (int n = 0; n < Config::kKeyTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // a select: what is hidden may be NaN
+      grads[0][n][i] = mask.visible(i / 2, n * 8 + i % 2) ? grads[0][n][i] : 0.0f;
+    }
+  }
+}
+
 // Every warp starts the copies of its own rows, eight lanes to a row; source(row) is null for rows
 // that are zero.
 template <typename Config, typename Source>
-__device__ __forceinline__ void copy_own_rows(char* tile, const typename Config::T* anywhere,
-                                              const Source& source) {
+__device__ __forceinline__ void copy_own_rows(char* tile, const Source& source) {
   using Layout = typename Config::QueryLayout;
   const uint32_t address = shared_address(tile);
   for_own_rows<Config>([&](int row, int lane) {
     const typename Config::T* const from = source(row);
 #pragma unroll
     for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
-      cp_async_16(address + Layout::offset(row, chunk),
-                  (from == nullptr ? anywhere : from) + chunk * Layout::kChunkElements,
+      cp_async_16(address + Layout::offset(row, chunk), from + chunk * Layout::kChunkElements,
                   from != nullptr);
     }
   });
+}
+
+// Starts the copies of the block's query rows and of their gradients, and reads the statistics of
+// the thread's rows.
+template <typename Config>
+__device__ __forceinline__ void load_own_queries(const BackwardRows<typename Config::T>& rows,
+                                                 const BackwardTiles<Config>& tiles,
+                                                 float2 (&statistics)[Config::kSlots]) {
+  copy_own_rows<Config>(tiles.own[0],
+                        [&](int row) { return rows.valid(row) ? rows.q_row(row) : nullptr; });
+  copy_own_rows<Config>(tiles.own[1],
+                        [&](int row) { return rows.valid(row) ? rows.grad_row(row) : nullptr; });
+  cp_async_commit();
+#pragma unroll
+  for (int slot = 0; slot < Config::kSlots; ++slot) {
+    const int row = Config::row_of_slot(slot);
+    statistics[slot] =
+        rows.valid(row) ? rows.statistics[rows.first + row] : make_float2(INFINITY, 0.0f);
+  }
 }
 
 // Sums times `scale` to global memory, through the warp's own rows of `tile`, so that stores are

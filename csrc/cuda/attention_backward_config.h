@@ -26,6 +26,12 @@ constexpr AttentionBackwardTile attention_backward_tile(int64_t head_dim, int64_
   return {128, head_dim > 80 ? 32 : 64, 8};
 }
 
+// On sm_90a (attention_backward_sm90.cuh); four warps more copy.
+//
+//   rows x columns  rejected
+//   128 x 64        128 columns: 256 registers of sums and scores at head dim 128
+constexpr AttentionBackwardTile kBackwardSm90Tile{128, 64, 8};
+
 // Shared memory of one thread block: two tiles of its rows, stages of two tiles and the row
 // statistics each and, for float32, the weights.
 constexpr int64_t attention_backward_shared_bytes(int64_t head_dim, int64_t element_bytes) {

@@ -40,7 +40,8 @@ struct SequenceQueries {
 };
 
 // Adds up the gradients of a tile of keys; all threads of the block call it. Sums of keys behind
-// `count` are meaningless. The policies:
+// `count` are meaningless. On sm_90a only threads
+// that get sums return. The policies:
 //
 //   Rows    bool find(int block, int row, const T*& q, const T*& grad_out, const float2*& stats):
 //           where row `row` of the block that next() gave last lies; false: nowhere, and what the
@@ -48,6 +49,7 @@ struct SequenceQueries {
 //   Mask    as in attention.cuh, with keys as rows and query rows as columns: next(), enter(),
 //           visible(). A row that find() did not find counts for nothing, masked or not.
 template <typename Config, typename Rows, typename Mask>
+  requires(!Config::kSm90)
 __device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& keys,
                                             const Rows& rows, Mask& mask, float scale_log2,
                                             const BackwardTiles<Config>& tiles,
@@ -64,8 +66,8 @@ __device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& k
 #pragma unroll
     for (int i = 0; i < Config::kKeyRun; i += 4) {
       const int row = warp * Config::kKeyRun + i + lane / 8;
-      const T *q = keys.k, *grad = keys.k;
-      const float2* from = reinterpret_cast<const float2*>(keys.k);
+      const T *q = nullptr, *grad = nullptr;
+      const float2* from = nullptr;
       const bool found = rows.find(block, row, q, grad, from);
 #pragma unroll
       for (int chunk = lane % 8; chunk < Layout::kChunks; chunk += 8) {
@@ -79,10 +81,10 @@ __device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& k
 
   int block = warp_uniform(mask.next());
   if (block != kNoBlock) copy(block, 0);
-  copy_own_rows<Config>(tiles.own[0], keys.k, [&](int row) {
+  copy_own_rows<Config>(tiles.own[0], [&](int row) {
     return row < keys.count ? keys.k + row * keys.k_stride : nullptr;
   });
-  copy_own_rows<Config>(tiles.own[1], keys.v, [&](int row) {
+  copy_own_rows<Config>(tiles.own[1], [&](int row) {
     return row < keys.count ? keys.v + row * keys.v_stride : nullptr;
   });
   cp_async_commit();
@@ -101,34 +103,10 @@ __device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& k
     Products::scores(weights, tiles.own[0], tiles.first(stage));
     const bool masked = warp_uniform(mask.enter(block));
     const float2* const statistics = tiles.row_statistics(stage) + Config::first_column();
-#pragma unroll
-    for (int n = 0; n < Config::kKeyTiles; ++n) {
-      const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weights[0][n][i] =
-            recomputed_weight<T>(weights[0][n][i], scale_log2, i % 2 == 0 ? s.x : s.z);
-      }
-    }
-    if (masked) {
-#pragma unroll
-      for (int n = 0; n < Config::kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // a select: what is hidden may be infinite
-          weights[0][n][i] = mask.visible(i / 2, n * 8 + i % 2) ? weights[0][n][i] : 0.0f;
-        }
-      }
-    }
+    weigh_columns<Config>(weights, statistics, scale_log2, masked, mask);
     Products::output(grad_v, weights, kept, takes_part, tiles.second(stage), tiles.weights);
     Products::scores(grad_scores, tiles.own[1], tiles.second(stage));
-#pragma unroll
-    for (int n = 0; n < Config::kKeyTiles; ++n) {
-      const float4 s = *reinterpret_cast<const float4*>(statistics + n * 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        grad_scores[0][n][i] = weights[0][n][i] * (grad_scores[0][n][i] - (i % 2 == 0 ? s.y : s.w));
-      }
-    }
+    grade_columns<Config>(grad_scores, weights, statistics);
     Products::output(grad_k, grad_scores, kept, takes_part, tiles.first(stage), tiles.weights);
     block = next;
     stage ^= 1;

@@ -8,8 +8,9 @@
 namespace mllama {
 
 // Adds up the gradients of a tile of query rows, without the softmax scale. All threads of the
-// block call it; policies as in attention.cuh.
+// block call it; on sm_90a only threads that get sums return. Policies as in attention.cuh.
 template <typename Config, typename Keys, typename Mask>
+  requires(!Config::kSm90)
 __device__ __forceinline__ void add_up_queries(const BackwardRows<typename Config::T>& rows,
                                                Keys& keys, Mask& mask, float scale_log2,
                                                const BackwardTiles<Config>& tiles,
@@ -27,18 +28,8 @@ __device__ __forceinline__ void add_up_queries(const BackwardRows<typename Confi
 
   int block = warp_uniform(mask.next());
   if (block != kNoBlock) copy(block, 0);
-  copy_own_rows<Config>(tiles.own[0], rows.q,
-                        [&](int row) { return rows.valid(row) ? rows.q_row(row) : nullptr; });
-  copy_own_rows<Config>(tiles.own[1], rows.grad_out,
-                        [&](int row) { return rows.valid(row) ? rows.grad_row(row) : nullptr; });
-  cp_async_commit();
   float2 statistics[Config::kSlots];
-#pragma unroll
-  for (int slot = 0; slot < Config::kSlots; ++slot) {
-    const int row = Config::row_of_slot(slot);
-    statistics[slot] =
-        rows.valid(row) ? rows.statistics[rows.first + row] : make_float2(INFINITY, 0.0f);
-  }
+  load_own_queries<Config>(rows, tiles, statistics);
 
   const float kept[Config::kSlots] = {1.0f, 1.0f};
   int stage = 0;
@@ -58,24 +49,7 @@ __device__ __forceinline__ void add_up_queries(const BackwardRows<typename Confi
     for (int slot = 0; slot < Config::kSlots; ++slot) {
       sees[slot] = !Config::kHidesRows || !masked || mask.sees(slot);
     }
-#pragma unroll
-    for (int n = 0; n < Config::kKeyTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2& s = statistics[i / 2];
-        grad_scores[0][n][i] =
-            recomputed_weight<T>(weights[0][n][i], scale_log2, s.x) * (grad_scores[0][n][i] - s.y);
-      }
-    }
-    if (masked) {
-#pragma unroll
-      for (int n = 0; n < Config::kKeyTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {  // a select: what is hidden may be NaN
-          grad_scores[0][n][i] = mask.visible(i / 2, n * 8 + i % 2) ? grad_scores[0][n][i] : 0.0f;
-        }
-      }
-    }
+    grade_rows<Config>(grad_scores, weights, statistics, scale_log2, masked, mask);
     Products::output(grad_q, grad_scores, kept, sees, tiles.first(stage), tiles.weights);
     block = next;
     stage ^= 1;

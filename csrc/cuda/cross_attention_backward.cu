@@ -1,27 +1,32 @@
 // Gradients of cross_attention; attention_backward.cuh has the algorithm.
 //
-// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into the workspace.
-//            2. Keys: one block per (slot, kv head, 128 keys of the tile; float32: 32), over the
-//            packed query rows of every sequence that has the slot, in the order of tile_table, in
-//            blocks of rows some of which see the tile.
-//            3. Queries: one block per (sequence, kv head, 128 packed rows; float32: 32) over the
-//            tiles that some of them see; with q_norm, back through it in the registers that sum dq
-//            up, and the block's part of the weight's gradient into the workspace.
+// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into
+// the workspace.
+//            2. Keys: one block per (slot, kv head, 128 keys of the tile;
+//            float32: 32), over the packed query rows of every sequence that
+//            has the slot, in the order of tile_table, in blocks of rows some
+//            of which see the tile.
+//            3. Queries: one block per (sequence, kv head, 128 packed rows;
+//            float32: 32) over the tiles that some of them see; with q_norm,
+//            back through it in the registers that sum dq up, and the block's
+//            part of the weight's gradient into the workspace.
 //            4. With q_norm: the sum of these parts, in a fixed order.
-// Mask       Kernel 2 reads the rows of a block that do not see the tile as zeros: they add nothing
-//            whatever they hold, and scores need no mask. Kernel 3 masks as the forward
-//            (cross_attention_block.cuh).
-// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible tile once per block
-// of
-//            rows, and the rows that see a tile once per 128 of its keys, from L2 after the first.
-//            512 rows, 4 tiles, 32 heads of 128, bf16: 188 GFLOP, 0.24 ms at 790 TFLOP/s.
-// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v and grad_out may be
+// Mask       Kernel 2 reads the rows of a block that do not see the tile as
+// zeros: they add nothing
+//            whatever they hold, and scores need no mask. Kernel 3 masks as the
+//            forward (cross_attention_block.cuh).
+// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible
+// tile once per block of
+//            rows, and the rows that see a tile once per 128 of its keys, from
+//            L2 after the first. 512 rows, 4 tiles, 32 heads of 128, bf16: 188
+//            GFLOP, 0.24 ms at 790 TFLOP/s.
+// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v
+// and grad_out may be
 //            strided but start on 16 bytes.
 
 #include "attention.cuh"
-#include "attention_backward_keys.cuh"
-#include "attention_backward_queries.cuh"
 #include "attention_backward_rows.cuh"
+#include "attention_backward_sm90.cuh"
 #include "cross_attention_block.cuh"
 #include "cross_tile_rows.cuh"
 #include "hopper.h"
@@ -32,7 +37,8 @@ namespace {
 
 using Params = CrossAttentionBackwardParams;
 
-// Kernel 1. normed_q: null without q_norm. Rows of no sequence get their zero gradients here.
+// Kernel 1. normed_q: null without q_norm. Rows of no sequence get their zero
+// gradients here.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads)
     cross_rows_kernel(const __grid_constant__ Params p, float2* statistics, T* normed_q) {
@@ -76,14 +82,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     cross_keys_kernel(const __grid_constant__ Params p, const float2* statistics,
                       const typename Config::T* normed_q) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
-  __shared__ TileRowsState<T> states[Config::kWarps];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
+  auto* const states = reinterpret_cast<TileRowsState<T>*>(tiles.rest);
   const unsigned blocks_per_tile =
       (static_cast<unsigned>(p.tile_tokens) + Config::kBlockM - 1) / Config::kBlockM;
   const unsigned kv_heads = static_cast<unsigned>(p.num_kv_heads);
   const int first = static_cast<int>(blockIdx.x % blocks_per_tile) * Config::kBlockM;
-  const int64_t kv_head = blockIdx.x / blocks_per_tile % kv_heads;
-  const int64_t slot = blockIdx.x / blocks_per_tile / kv_heads;
+  const int kv_head = static_cast<int>(blockIdx.x / blocks_per_tile % kv_heads);
+  const int slot = static_cast<int>(blockIdx.x / blocks_per_tile / kv_heads);
 
   const KeyTile<T> keys{static_cast<const T*>(p.k) + slot * p.k_slot_stride +
                             first * p.k_token_stride + kv_head * p.k_head_stride,
@@ -91,17 +99,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                             first * p.v_token_stride + kv_head * p.v_head_stride,
                         p.k_token_stride, p.v_token_stride,
                         static_cast<int>(p.tile_tokens) - first};
-  const BackwardTiles<Config> tiles(shared);
-  TileRows<Config> rows(p, static_cast<int>(slot), kv_head, statistics, normed_q,
-                        states[threadIdx.x / kWarpSize]);
+  TileRowsState<T>& state = states[threadIdx.x / kWarpSize];
+  TileRows<Config> rows(p, slot, kv_head, first, statistics, normed_q, state);
   typename Config::Sums grad_k = {}, grad_v = {};
   add_up_keys<Config>(keys, rows, rows, softmax_scale_log2(p.softmax_scale), tiles, grad_k, grad_v);
+  const int count = static_cast<int>(p.tile_tokens - state.first_key);
   const int64_t stride = p.num_kv_heads * Config::kHeadDim;
   const int64_t place =
-      ((slot * p.tile_tokens + first) * p.num_kv_heads + kv_head) * Config::kHeadDim;
+      ((state.slot * p.tile_tokens + state.first_key) * p.num_kv_heads + state.kv_head) *
+      Config::kHeadDim;
   const auto target = [&](void* grad) {
-    return [&keys, stride, base = static_cast<T*>(grad) + place](int row) {
-      return row < keys.count ? base + row * stride : nullptr;
+    return [count, stride, base = static_cast<T*>(grad) + place](int row) {
+      return row < count ? base + row * stride : nullptr;
     };
   };
   store_sums<Config>(grad_v, 1.0f, tiles.own[1], target(p.grad_v));
@@ -134,13 +143,23 @@ struct VisitedKeys {
   }
 };
 
+// What kernel 3 keeps in shared memory beside its tiles.
+template <typename T>
+struct QueriesExtra {
+  BackwardRows<T> rows;
+  QueryRows<T> given;   // q before the norm
+  TileVisit visits[1];  // p.tiles of them
+};
+
 // Kernel 3. `parts`: head_dim floats per block, with q_norm.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     cross_queries_kernel(const __grid_constant__ Params p, const float2* statistics,
                          const typename Config::T* normed_q, float* parts) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   const CrossBlock block(p, Config::kBlockM, blockIdx.x);
   float* const part = parts + static_cast<int64_t>(blockIdx.x) * Config::kHeadDim;
   if (block.empty()) {
@@ -149,8 +168,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     return;
   }
-  __shared__ BackwardRows<T> rows;
-  __shared__ QueryRows<T> given;  // q before the norm
+  auto& extra = *reinterpret_cast<QueriesExtra<T>*>(tiles.rest);
+  BackwardRows<T>& rows = extra.rows;
+  QueryRows<T>& given = extra.given;
   if (threadIdx.x == 0) {
     fill_rows(rows, block, p, statistics, Config::kHeadDim);
     given = rows;
@@ -158,15 +178,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
   __syncthreads();
 
-  const BackwardTiles<Config> tiles(shared);
-  TileVisit* const visits = reinterpret_cast<TileVisit*>(shared + Config::kSharedBytes);
+  TileVisit* const visits = extra.visits;
   TileMask<Config, false> mask(p, rows, block.b, block.sequence.begin, visits);
   VisitedKeys<T, Config::kBlockN> keys{p, visits, block.kv_head};
   typename Config::Sums grad_q = {};
   add_up_queries<Config>(rows, keys, mask, softmax_scale_log2(p.softmax_scale), tiles, grad_q);
   float scale = static_cast<float>(p.softmax_scale);
   if (normed_q != nullptr) {
-    __syncthreads();  // all are done with the stages
+    Config::sync();  // all are done with the stages
     unnormalize<Config>(grad_q, scale, rows, given, static_cast<const T*>(p.q_norm_weight), p.eps,
                         reinterpret_cast<float*>(tiles.stages), part);
     scale = 1.0f;
@@ -182,6 +201,7 @@ struct Workspace {
   explicit Workspace(const Params& p) {
     const int64_t rows = p.tokens * p.num_q_heads;
     const AttentionBackwardTile tile = attention_backward_tile(p.head_dim, element_size(p.dtype));
+    static_assert(attention_backward_tile(128, 2).rows == kBackwardSm90Tile.rows);
     const bool normed = p.q_norm_weight != nullptr;
     normed_q = statistics_bytes(rows);
     parts = normed_q + (normed ? rows * p.head_dim * element_size(p.dtype) : 0);
@@ -189,10 +209,10 @@ struct Workspace {
   }
 };
 
-template <typename T, int kHeadDim>
+template <typename Config, typename HidingConfig>
 cudaError_t launch_all(Params p, cudaStream_t stream) {
-  using Config = AttentionBackwardConfig<T, kHeadDim>;
-  using HidingConfig = AttentionBackwardConfig<T, kHeadDim, true>;
+  using T = typename Config::T;
+  constexpr int kHeadDim = Config::kHeadDim;
   const Workspace places(p);
   char* const workspace = static_cast<char*>(p.workspace);
   const bool normed = p.q_norm_weight != nullptr;
@@ -210,16 +230,21 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
   const int64_t key_blocks =
       ceil_div<int64_t>(p.tile_tokens, Config::kBlockM) * p.num_kv_heads * p.num_slots;
   if (key_blocks > 0) {
-    status = launch(cross_keys_kernel<Config>, key_blocks, Config::kThreads, Config::kSharedBytes,
-                    stream, {}, p, statistics, normed_q);
+    constexpr int64_t kSharedBytes =
+        BackwardTiles<Config>::kBytes +
+        Config::kThreads / kWarpSize * int64_t{sizeof(TileRowsState<T>)};
+    status = launch(cross_keys_kernel<Config>, key_blocks, Config::kThreads, kSharedBytes, stream,
+                    {}, p, statistics, normed_q);
     if (status != cudaSuccess) return status;
   }
   const int64_t query_blocks = cross_blocks(p, Config::kBlockM);
   if (query_blocks > 0) {
-    const int64_t shared_bytes = Config::kSharedBytes + p.tiles * int64_t{sizeof(TileVisit)};
+    const int64_t shared_bytes = BackwardTiles<HidingConfig>::kBytes +
+                                 int64_t{sizeof(QueriesExtra<T>)} +
+                                 p.tiles * int64_t{sizeof(TileVisit)};
     status = launch(cross_queries_kernel<HidingConfig>, query_blocks, Config::kThreads,
                     shared_bytes, stream, {}, p, statistics, normed_q, parts);
-    if (status != cudaSuccess || !normed) return status;
+    if (status != cudaSuccess) return status;
   }
   if (!normed) return cudaSuccess;
   sum_parts_kernel<T>
@@ -230,7 +255,8 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
 
 }  // namespace
 
-// The statistics of the query rows; with q_norm, normalised q and parts of the weight's gradient.
+// The statistics of the query rows; with q_norm, normalised q and parts of the
+// weight's gradient.
 int64_t cross_attention_backward_workspace(const Params& p) { return Workspace(p).bytes; }
 
 int cross_attention_backward_cuda(const Params& p, CUstream_st* stream) {
@@ -251,7 +277,16 @@ int cross_attention_backward_cuda(const Params& p, CUstream_st* stream) {
   }
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      return launch_all<decltype(element), decltype(dim)::value>(p, stream);
+      using T = decltype(element);
+      constexpr int kHeadDim = decltype(dim)::value;
+      if constexpr (sizeof(T) == 2) {
+        if (runs_sm90a()) {
+          return launch_all<AttentionBackwardSm90Config<T, kHeadDim>,
+                            AttentionBackwardSm90Config<T, kHeadDim, true>>(p, stream);
+        }
+      }
+      return launch_all<AttentionBackwardConfig<T, kHeadDim>,
+                        AttentionBackwardConfig<T, kHeadDim, true>>(p, stream);
     });
   });
 }

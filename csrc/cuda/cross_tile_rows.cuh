@@ -1,6 +1,6 @@
 // The query rows that see one image tile, for the gradients of its keys
-// (cross_attention_backward.cu): over all sequences that have the tile, in blocks of rows, those
-// that no row sees left out.
+// (cross_attention_backward.cu): over all sequences that have the tile, in
+// blocks of rows, those that no row sees left out.
 #pragma once
 
 #include "../cross_attention.h"
@@ -9,9 +9,12 @@
 
 namespace mllama {
 
-// The sequence whose rows are visited: in shared memory, for each warp by itself.
+// The keys, and the sequence whose rows are visited: in shared memory, for each
+// warp by itself.
 template <typename T>
 struct TileRowsState {
+  int64_t slot, kv_head, first_key;
+  int64_t entry;  // of the tile table, or -1
   BackwardRows<T> rows;
   const bool* flags;  // of the sequence's first token for the tile; null: all see it
 };
@@ -23,15 +26,18 @@ class TileRows {
   using T = typename Config::T;
   using Params = CrossAttentionBackwardParams;
 
-  __device__ __forceinline__ TileRows(const Params& p, int slot, int64_t kv_head,
+  __device__ __forceinline__ TileRows(const Params& p, int slot, int kv_head, int first_key,
                                       const float2* statistics, const T* normed_q,
                                       TileRowsState<T>& state)
-      : p_(p),
-        statistics_(statistics),
-        normed_q_(normed_q),
-        state_(state),
-        kv_head_(static_cast<int>(kv_head)),
-        slot_(slot) {}
+      : p_(p), statistics_(statistics), normed_q_(normed_q), state_(state) {
+    if (threadIdx.x % kWarpSize == 0) {
+      state.slot = slot;
+      state.kv_head = kv_head;
+      state.first_key = first_key;
+      state.entry = -1;
+    }
+    __syncwarp();
+  }
 
   // All warps of the block come to the same answers.
   __device__ __forceinline__ int next() {
@@ -90,19 +96,19 @@ class TileRows {
   // Goes on to the next entry of the tile table that names the slot.
   __device__ __forceinline__ bool find_sequence_with_tile() {
     const int tiles = static_cast<int>(p_.tiles), entries = static_cast<int>(p_.batch) * tiles;
+    const int slot = static_cast<int>(state_.slot), previous = static_cast<int>(state_.entry);
     int entry = kNoBlock;
     if (p_.tile_table == nullptr) {
-      if (entry_ < 0) entry = slot_;
+      if (previous < 0) entry = slot;
     } else {
-      for (int first = entry_ + 1; first < entries && entry == kNoBlock; first += kWarpSize) {
+      for (int first = previous + 1; first < entries && entry == kNoBlock; first += kWarpSize) {
         const int mine = first + static_cast<int>(threadIdx.x) % kWarpSize;
         const unsigned found =
-            __ballot_sync(0xffffffffu, mine < entries && p_.tile_table[mine] == slot_);
+            __ballot_sync(0xffffffffu, mine < entries && p_.tile_table[mine] == slot);
         if (found != 0) entry = first + __ffs(found) - 1;
       }
     }
     if (entry == kNoBlock) return false;
-    entry_ = entry;
     const int64_t b = entry / tiles;
     const SequenceRows sequence = sequence_rows(p_.cu_seqlens, b, p_.max_seqlen, p_.tokens);
     const int group = static_cast<int>(p_.num_q_heads / p_.num_kv_heads);
@@ -110,7 +116,8 @@ class TileRows {
     __syncwarp();  // all lanes are done with what is overwritten
     if (threadIdx.x % kWarpSize == 0) {
       const bool dense = p_.cu_seqlens == nullptr;
-      const int64_t head = int64_t{kv_head_} * group;
+      const int64_t head = state_.kv_head * group;
+      state_.entry = entry;
       BackwardRows<T>& rows = state_.rows;
       if (normed_q_ != nullptr) {
         rows.q = normed_q_ + (sequence.begin * p_.num_q_heads + head) * Config::kHeadDim;
@@ -127,7 +134,7 @@ class TileRows {
           (dense ? b * p_.grad_out_batch_stride : sequence.begin * p_.grad_out_token_stride);
       rows.grad_token_stride = p_.grad_out_token_stride;
       rows.grad_head_stride = p_.grad_out_head_stride;
-      rows.statistics = statistics_ + (kv_head_ * p_.tokens + sequence.begin) * group;
+      rows.statistics = statistics_ + (state_.kv_head * p_.tokens + sequence.begin) * group;
       rows.group = group;
       rows.first = 0;
       rows.count = count;
@@ -145,10 +152,10 @@ class TileRows {
   const float2* statistics_;
   const T* normed_q_;
   TileRowsState<T>& state_;
-  int kv_head_, slot_;
-  int entry_ = -1;                    // of the tile table
-  int first_block_ = 0, blocks_ = 0;  // of the sequence: the next to look at, and how many
-  // Of the 32 blocks before that one: those left to visit, and those whose rows all see the tile.
+  int first_block_ = 0,
+      blocks_ = 0;  // of the sequence: the next to look at, and how many
+  // Of the 32 blocks before that one: those left to visit, and those whose rows
+  // all see the tile.
   unsigned seen_ = 0, all_ = 0;
   bool all_see_ = false;  // the block that next() gave
 };

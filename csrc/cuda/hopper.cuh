@@ -183,6 +183,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// Ends the thread. Where warps that gave registers away went on to code that others share, the
+// compiler would give that code no more registers than are left.
+[[noreturn]] __device__ __forceinline__ void exit_thread() {
+  asm volatile("exit;\n");
+  __builtin_unreachable();
+}
+
 #ifdef MLLAMA_SM90A_DEVICE
 // Registers per thread of the calling warpgroup, a multiple of 8 from 24 to 240.
 template <int kCount>

@@ -11,7 +11,7 @@ namespace mllama {
 
 // Turns the sums of dy / scale in a thread's registers into dq. Rows that see nothing (their
 // log-sum-exp is infinite) count for nothing, whatever they hold. The block's part of dweight goes
-// to `part`; `shared` is kWarps * kHeadDim floats. All threads of the block call it.
+// to `part`; `shared` is kWarps * kHeadDim floats. All threads that compute call it.
 template <typename Config>
 __device__ __forceinline__ void unnormalize(typename Config::Sums& sums, float scale,
                                             const BackwardRows<typename Config::T>& rows,
@@ -77,8 +77,8 @@ __device__ __forceinline__ void unnormalize(typename Config::Sums& sums, float s
       }
     }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < Config::kHeadDim; i += Config::kThreads) {
+  Config::sync();
+  for (int i = threadIdx.x; i < Config::kHeadDim; i += Config::kWarps * kWarpSize) {
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < Config::kWarps; ++warp) total += shared[warp * Config::kHeadDim + i];

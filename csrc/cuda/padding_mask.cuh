@@ -42,7 +42,7 @@ class PaddingMask {
     }
     const int blocks = visits_;
     for (int block = warp_uniform(threadIdx.x / kWarpSize); block < blocks;
-         block += Config::kWarps) {
+         block += Config::kThreads / kWarpSize) {
       const uint64_t bits = padding_bits(padding, block);
       if (threadIdx.x % kWarpSize == 0) block_padding()[block] = bits;
     }

@@ -18,9 +18,8 @@
 
 #include "../rotary_attention.h"
 #include "attention.cuh"
-#include "attention_backward_keys.cuh"
-#include "attention_backward_queries.cuh"
 #include "attention_backward_rows.cuh"
+#include "attention_backward_sm90.cuh"
 #include "hopper.h"
 #include "ragged.cuh"
 #include "rope.cuh"
@@ -188,12 +187,22 @@ class CausalKeys {
   int first_key_ = 0;         // of the entered block
 };
 
+// What kernel 2 keeps in shared memory beside its tiles: registers are short while it sums up.
+template <typename T>
+struct KeysExtra {
+  BackwardRows<T> rows;
+  int64_t token, place;  // of the first key: its row of cos, and of the gradients
+  int64_t count;         // keys
+};
+
 // Kernel 2. In `p`, q is the rotated one; so it is in kernel 3, and out is the gradient of q.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     rotary_keys_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   // As blocks of the forward, but of rows that are keys, and the first tile first: it is seen most.
   struct KeyBlock {
     SequenceRows sequence;
@@ -219,34 +228,40 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int length = static_cast<int>(block.sequence.count);
   if (block.first >= length) return;
 
-  __shared__ BackwardRows<T> rows;
-  if (threadIdx.x == 0) fill_rows(rows, block, p, statistics, Config::kHeadDim);
-  __syncthreads();
-
   const int64_t kv_stride = p.num_kv_heads * Config::kHeadDim;
   const int64_t token = block.sequence.begin + block.first;
   const int64_t place = token * kv_stride + block.kv_head * Config::kHeadDim;
+  auto& extra = *reinterpret_cast<KeysExtra<T>*>(tiles.rest);
+  if (threadIdx.x == 0) {
+    fill_rows(extra.rows, block, p, statistics, Config::kHeadDim);
+    extra.token = token;
+    extra.place = place;
+    extra.count = length - block.first;
+  }
+  __syncthreads();
+
   const int64_t v = p.cu_seqlens == nullptr
                         ? block.b * p.v_batch_stride + block.first * p.v_token_stride
                         : token * p.v_token_stride;
   const KeyTile<T> keys{static_cast<const T*>(p.k_cache) + place,
                         static_cast<const T*>(p.v) + v + block.kv_head * p.v_head_stride, kv_stride,
                         p.v_token_stride, length - block.first};
-  const BackwardTiles<Config> tiles(shared);
   CausalQueries<Config> mask(block.first, length, block.group);
   typename Config::Sums grad_k = {}, grad_v = {};
-  add_up_keys<Config>(keys, SequenceQueries<Config>{rows}, mask,
+  add_up_keys<Config>(keys, SequenceQueries<Config>{extra.rows}, mask,
                       softmax_scale_log2(p.softmax_scale), tiles, grad_k, grad_v);
+  const int count = static_cast<int>(extra.count);
   const auto target = [&](void* grad) {
-    return [&keys, base = static_cast<T*>(grad) + place, kv_stride](int row) {
-      return row < keys.count ? base + row * kv_stride : nullptr;
+    return [count, base = static_cast<T*>(grad) + extra.place,
+            stride = p.num_kv_heads * Config::kHeadDim](int row) {
+      return row < count ? base + row * stride : nullptr;
     };
   };
   store_sums<Config>(grad_v, 1.0f, tiles.own[1], target(p.grad_v));
 #pragma unroll
   for (int slot = 0; slot < Config::kSlots; ++slot) {
-    const int row = min(Config::row_of_slot(slot), keys.count - 1);
-    rotate_back<Config>(grad_k, slot, Angles<T>(p, token + row), p.interleaved);
+    const int row = min(Config::row_of_slot(slot), count - 1);
+    rotate_back<Config>(grad_k, slot, Angles<T>(p, extra.token + row), p.interleaved);
   }
   store_sums<Config>(grad_k, static_cast<float>(p.softmax_scale), tiles.own[0], target(p.grad_k));
 }
@@ -256,10 +271,12 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     rotary_queries_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   const RotaryBlock block(p, Config::kBlockM);
   if (block.empty()) return;
-  __shared__ BackwardRows<T> rows;
+  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
   if (threadIdx.x == 0) fill_rows(rows, block, p, statistics, Config::kHeadDim);
   __syncthreads();
 
@@ -271,7 +288,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           block.kv_head * Config::kHeadDim,
       static_cast<const T*>(p.v) + v + block.kv_head * p.v_head_stride, kv_stride, p.v_token_stride,
       static_cast<int>(block.length)};
-  const BackwardTiles<Config> tiles(shared);
   CausalKeys<Config> mask(block.first, block.count, block.group);
   typename Config::Sums grad_q = {};
   add_up_queries<Config>(rows, keys, mask, softmax_scale_log2(p.softmax_scale), tiles, grad_q);
@@ -285,15 +301,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                      [&](int row) { return rows.valid(row) ? rows.out_row(row) : nullptr; });
 }
 
-template <typename T, int kHeadDim>
+template <typename Config>
 cudaError_t launch_all(Params p, cudaStream_t stream) {
-  using Config = AttentionBackwardConfig<T, kHeadDim>;
+  using T = typename Config::T;
+  constexpr int64_t kSharedBytes = BackwardTiles<Config>::kBytes + sizeof(KeysExtra<T>);
   float2* const statistics = static_cast<float2*>(p.workspace);
   T* const rotated_q = reinterpret_cast<T*>(static_cast<char*>(p.workspace) +
                                             statistics_bytes(p.tokens * p.num_q_heads));
   const int64_t rows = p.tokens * (p.num_q_heads + p.num_kv_heads);
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  rotary_rows_kernel<T, kHeadDim>
+  rotary_rows_kernel<T, Config::kHeadDim>
       <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics,
                                                                             rotated_q);
   cudaError_t status = cudaGetLastError();
@@ -307,11 +324,11 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
       ceil_div<int64_t>(p.max_seqlen, Config::kBlockM) * p.num_kv_heads * p.batch;
   const int64_t query_blocks = rotary_blocks(p, Config::kBlockM);
   if (key_blocks == 0) return cudaSuccess;
-  status = launch(rotary_keys_kernel<Config>, key_blocks, Config::kThreads, Config::kSharedBytes,
-                  stream, {}, p, statistics);
+  status = launch(rotary_keys_kernel<Config>, key_blocks, Config::kThreads, kSharedBytes, stream,
+                  {}, p, statistics);
   if (status != cudaSuccess) return status;
-  return launch(rotary_queries_kernel<Config>, query_blocks, Config::kThreads, Config::kSharedBytes,
-                stream, {}, p, statistics);
+  return launch(rotary_queries_kernel<Config>, query_blocks, Config::kThreads, kSharedBytes, stream,
+                {}, p, statistics);
 }
 
 bool is_aligned(const Params& p) {
@@ -341,7 +358,12 @@ int rotary_attention_backward_cuda(const Params& p, CUstream_st* stream) {
   if (!is_aligned(p)) return cudaErrorMisalignedAddress;
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      return launch_all<decltype(element), decltype(dim)::value>(p, stream);
+      using T = decltype(element);
+      constexpr int kHeadDim = decltype(dim)::value;
+      if constexpr (sizeof(T) == 2) {
+        if (runs_sm90a()) return launch_all<AttentionBackwardSm90Config<T, kHeadDim>>(p, stream);
+      }
+      return launch_all<AttentionBackwardConfig<T, kHeadDim>>(p, stream);
     });
   });
 }

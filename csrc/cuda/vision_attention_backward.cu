@@ -13,9 +13,8 @@
 
 #include "../vision_attention.h"
 #include "attention.cuh"
-#include "attention_backward_keys.cuh"
-#include "attention_backward_queries.cuh"
 #include "attention_backward_rows.cuh"
+#include "attention_backward_sm90.cuh"
 #include "hopper.h"
 #include "padding_mask.cuh"
 
@@ -97,9 +96,11 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     vision_keys_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   const VisionTile<Config> tile(p);
-  __shared__ BackwardRows<T> rows;
+  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
   if (threadIdx.x == 0) tile.fill(rows, p, statistics, 0);
   __syncthreads();
 
@@ -107,8 +108,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       tile.input(p.k, p.k_batch_stride, p.k_head_stride) + tile.first * p.k_token_stride,
       tile.input(p.v, p.v_batch_stride, p.v_head_stride) + tile.first * p.v_token_stride,
       p.k_token_stride, p.v_token_stride, tile.seqlen - tile.first};
-  const BackwardTiles<Config> tiles(shared);
-  PaddingMask<Config> mask(tile.padding(p), tile.first, tile.seqlen, shared + Config::kSharedBytes);
+  PaddingMask<Config> mask(tile.padding(p), tile.first, tile.seqlen,
+                           tiles.rest + sizeof(BackwardRows<T>));
   typename Config::Sums grad_k = {}, grad_v = {};
   add_up_keys<Config>(keys, SequenceQueries<Config>{rows}, mask,
                       softmax_scale_log2(p.softmax_scale), tiles, grad_k, grad_v);
@@ -127,35 +128,38 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     vision_queries_kernel(const __grid_constant__ Params p, const float2* statistics) {
   using T = typename Config::T;
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(1024) char shared[];
+  if constexpr (!Config::kCompiles) return;
+  const BackwardTiles<Config> tiles(shared);
   const VisionTile<Config> tile(p);
-  __shared__ BackwardRows<T> rows;
+  auto& rows = *reinterpret_cast<BackwardRows<T>*>(tiles.rest);
   if (threadIdx.x == 0) tile.fill(rows, p, statistics, tile.first);
   __syncthreads();
 
   DenseKeys<T, Config::kBlockN> keys{tile.input(p.k, p.k_batch_stride, p.k_head_stride),
                                      tile.input(p.v, p.v_batch_stride, p.v_head_stride),
                                      p.k_token_stride, p.v_token_stride, tile.seqlen};
-  const BackwardTiles<Config> tiles(shared);
-  PaddingMask<Config> mask(tile.padding(p), tile.first, tile.seqlen, shared + Config::kSharedBytes);
+  PaddingMask<Config> mask(tile.padding(p), tile.first, tile.seqlen,
+                           tiles.rest + sizeof(BackwardRows<T>));
   typename Config::Sums grad_q = {};
   add_up_queries<Config>(rows, keys, mask, softmax_scale_log2(p.softmax_scale), tiles, grad_q);
   store_sums<Config>(grad_q, static_cast<float>(p.softmax_scale), tiles.own[0],
                      [&](int row) { return rows.valid(row) ? rows.out_row(row) : nullptr; });
 }
 
-template <typename T, int kHeadDim>
+template <typename Config>
 cudaError_t launch_all(const Params& p, cudaStream_t stream) {
-  using Config = AttentionBackwardConfig<T, kHeadDim>;
+  using T = typename Config::T;
+  constexpr int64_t kSharedBytes = BackwardTiles<Config>::kBytes + sizeof(BackwardRows<T>);
   const int64_t rows = p.batch * p.seqlen * p.num_heads;
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   float2* const statistics = static_cast<float2*>(p.workspace);
-  vision_rows_kernel<T, kHeadDim>
+  vision_rows_kernel<T, Config::kHeadDim>
       <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics);
   cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) return status;
   const int64_t blocks = ceil_div<int64_t>(p.seqlen, Config::kBlockM) * p.num_heads * p.batch;
-  const int64_t shared_bytes = Config::kSharedBytes + padding_mask_bytes(p, Config::kBlockN);
+  const int64_t shared_bytes = kSharedBytes + padding_mask_bytes(p, Config::kBlockN);
   status = launch(vision_keys_kernel<Config>, blocks, Config::kThreads, shared_bytes, stream, {}, p,
                   statistics);
   if (status != cudaSuccess) return status;
@@ -182,7 +186,12 @@ int vision_attention_backward_cuda(const Params& p, CUstream_st* stream) {
   }
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      return launch_all<decltype(element), decltype(dim)::value>(p, stream);
+      using T = decltype(element);
+      constexpr int kHeadDim = decltype(dim)::value;
+      if constexpr (sizeof(T) == 2) {
+        if (runs_sm90a()) return launch_all<AttentionBackwardSm90Config<T, kHeadDim>>(p, stream);
+      }
+      return launch_all<AttentionBackwardConfig<T, kHeadDim>>(p, stream);
     });
   });
 }
