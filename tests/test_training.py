@@ -170,14 +170,17 @@ def test_autocast_is_no_worse_than_that_of_transformers(
     hf: nn.Module, model: Any, batch: Batch
 ) -> None:
     exact = gradients(hf, batch)
-    errors = [
-        [
-            (torch.linalg.vector_norm(g - exact[n]) / torch.linalg.vector_norm(exact[n])).item()
-            for n, g in gradients(m, batch, torch.bfloat16).items()
-        ]
-        for m in (hf, model)
-    ]
-    theirs, ours = (torch.tensor(e) for e in errors)
+    # A gate's gradient is one sum of terms that cancel, with any relative error; all gates have one.
+    gates = [name for name in exact if exact[name].numel() == 1]
+
+    def errors(model: Any) -> Tensor:
+        found = gradients(model, batch, torch.bfloat16)
+        pairs = [(found[n], exact[n]) for n in exact if n not in gates]
+        pairs.append(tuple(torch.cat([g[n].flatten() for n in gates]) for g in (found, exact)))
+        norm = torch.linalg.vector_norm
+        return torch.stack([norm(g - e) / norm(e) for g, e in pairs])
+
+    theirs, ours = errors(hf), errors(model)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert ours.max() <= 2 * theirs.max() and ours.mean() <= 1.5 * theirs.mean()
 
