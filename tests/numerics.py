@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from mllama_kernels import _library
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# For the gradients of attention: what is subtracted from grad_out V^T is summed apart from it, so where one
-# key has all the weight its error does not cancel. Of 1920 draws in float32 eight had a largest error above
-# twice plain PyTorch's, the worst 2.4 times; their 2-norm is about plain PyTorch's.
-ATTENTION_K = 2.5
+# For the largest error of attention's gradients, their 2-norm is held to twice plain PyTorch's: what is
+# subtracted from grad_out V^T is summed apart from it, so where one key has all the weight its error does
+# not cancel. Of 1920 draws in float32 eight had a largest error above twice plain PyTorch's, up to 2.5 times.
+ATTENTION_LARGEST = 4.0
 # Under a sanitizer a kernel takes some hundred times as long.
 REDUCED = os.environ.get("MLLAMA_TEST_REDUCED") == "1"
 
@@ -27,6 +27,11 @@ REDUCED = os.environ.get("MLLAMA_TEST_REDUCED") == "1"
 def grid(small: list[Any], more: list[Any]) -> list[Any]:
     """The cases of a test: all of them, or the first few where each costs much."""
     return small if REDUCED else small + more
+
+
+def several_blocks() -> int:
+    """A length of several blocks of the kernels at hand; those of a simulated device are smaller."""
+    return 150 if REDUCED or _library.simulated else 600
 
 
 def to_double(value: Any) -> Any:
@@ -50,8 +55,12 @@ def assert_no_worse(
         compare(a, e, p, k)
 
 
-def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> None:
+def compare(
+    actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0, largest: float | None = None
+) -> None:
     """One output against the float64 result, with plain PyTorch's error as the measure.
+
+    The 2-norm of the error may be k times that, the largest error `largest` times, k by default.
 
     Half an ulp is always allowed: it is the rounding of the store. So are, for the largest error,
     eight float32 roundings before it (rotation, score, scaling, exponential, weight, product, sum,
@@ -70,14 +79,15 @@ def compare(actual: Tensor, exact: Tensor, plain: Tensor, k: float = 2.0) -> Non
     keep = ideal.isfinite() & plain.isfinite()
     if exact.numel() < 4096:
         k *= 1.5  # the quotient of the errors of two samples this small scatters
+    limits = {float("inf"): max(k, largest or k), 2: k}
     a, p, e = (t[keep].double() for t in (actual, plain, exact))
-    for order in (float("inf"), 2) if e.numel() else ():
+    for order, times in limits.items() if e.numel() else ():
         error = torch.linalg.vector_norm(a - e, order).item()
         ulps = torch.finfo(actual.dtype).eps / 2
         if (order == float("inf") or e.numel() < 16) and actual.dtype != torch.float64:
             ulps += 8 * torch.finfo(torch.float32).eps / 2
         floor = ulps * torch.linalg.vector_norm(e, order).item()
-        allowed = max(k * torch.linalg.vector_norm(p - e, order).item(), floor)
+        allowed = max(times * torch.linalg.vector_norm(p - e, order).item(), floor)
         assert error <= allowed, f"{order}-norm of the error is {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -104,6 +114,7 @@ def assert_gradients_no_worse(
     reference: Callable[..., Any],
     *args: Any,
     k: float = 2.0,
+    largest: float | None = None,
     grads: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
@@ -118,7 +129,7 @@ def assert_gradients_no_worse(
     exact = gradients(reference, tuple(map(to_double, args)), grads, **doubles)
     assert len(actual) == len(exact) > 0
     for a, e, p in zip(actual, exact, plain):
-        compare(a, e, p, k)
+        compare(a, e, p, k, largest)
     return actual
 
 
@@ -142,6 +153,9 @@ def takes_float64() -> bool:
 
 def assert_same_bits_on_any_threads(function: Callable[[], tuple[Tensor, ...]]) -> None:
     """One thread and more than there is work for: the kernels may share it out differently."""
+    if _library.simulated:  # the host's threads do nothing for a kernel on a device
+        assert all(a.equal(b) for a, b in zip(function(), function(), strict=True))
+        return
     count = torch.get_num_threads()
     results = []
     try:

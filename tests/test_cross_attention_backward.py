@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_K,
+    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -17,6 +17,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    several_blocks,
 )
 from test_cross_attention import make
 
@@ -54,7 +55,7 @@ def test_gradients_match_float64(device, dtype, case, masked):
     q, kv, mask = make_fused(case, dtype, device)
     mask = mask if masked else None
     assert_gradients_no_worse(
-        fused(mllama_kernels, mask), fused(reference, mask), q, kv, k=ATTENTION_K
+        fused(mllama_kernels, mask), fused(reference, mask), q, kv, largest=ATTENTION_LARGEST
     )
 
 
@@ -65,7 +66,7 @@ def test_gradients_through_the_norm_match_float64(device, dtype, case):
     weight = randn(case[-1], dtype=dtype, device=device)
     kwargs = {"softmax_scale": 0.1, "eps": 1e-2}
     ours, plain = (fused(ops, mask, **kwargs) for ops in (mllama_kernels, reference))
-    assert_gradients_no_worse(ours, plain, q, kv, weight, k=ATTENTION_K)
+    assert_gradients_no_worse(ours, plain, q, kv, weight, largest=ATTENTION_LARGEST)
 
 
 @pytest.mark.full
@@ -74,7 +75,12 @@ def test_checkpoint_shape(device, dtype):
     q, kv, mask = make_fused((1, 256, 4, 1601, 8, 2, 128), dtype, device)
     weight = randn(128, dtype=dtype, device=device)
     assert_gradients_no_worse(
-        fused(mllama_kernels, mask), fused(reference, mask), q, kv, weight, k=ATTENTION_K
+        fused(mllama_kernels, mask),
+        fused(reference, mask),
+        q,
+        kv,
+        weight,
+        largest=ATTENTION_LARGEST,
     )
 
 
@@ -102,7 +108,9 @@ def test_packed(device, dtype, longest):
     weight = randn(64, dtype=dtype, device=device)
     for visible in (mask, None):
         ours, plain = (fused(ops, visible, **kwargs) for ops in (mllama_kernels, reference))
-        grad_q, grad_kv, _ = assert_gradients_no_worse(ours, plain, q, kv, weight, k=ATTENTION_K)
+        grad_q, grad_kv, _ = assert_gradients_no_worse(
+            ours, plain, q, kv, weight, largest=ATTENTION_LARGEST
+        )
         assert not grad_kv[[2, 3, 5]].any()  # tiles of a sequence without rows, and of none
         blind = slice(int(kwargs["cu_seqlens"][3]), int(kwargs["cu_seqlens"][4]))
         assert not grad_q[blind].any()
@@ -201,7 +209,7 @@ def test_bits_depend_on_neither_batch_nor_threads(device, dtype, shared):
     if shared:
         q, kv, mask, kwargs = pool(dtype, device, grid([38], [90])[-1])
     else:
-        case = (3, grid([9], [90])[-1], 3, grid([40], [600])[-1], 4, 2, 64)
+        case = (3, grid([9], [90])[-1], 3, several_blocks(), 4, 2, 64)
         (q, kv, mask), kwargs = make_fused(case, dtype, device), {}
     weight = randn(64, dtype=dtype, device=device)
     grad = randn(*q.shape, dtype=dtype, device=device)
@@ -227,7 +235,9 @@ def test_repeated_tiles(device):
             q, *(t[:, :1].expand(-1, 3, -1, -1, -1) for t in (k, v)), mask
         )
 
-    assert_gradients_no_worse(repeated(mllama_kernels), repeated(reference), q, k, v, k=ATTENTION_K)
+    assert_gradients_no_worse(
+        repeated(mllama_kernels), repeated(reference), q, k, v, largest=ATTENTION_LARGEST
+    )
 
 
 def test_trains(device):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_K,
+    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -17,6 +17,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    several_blocks,
 )
 from test_rotary_attention import angles, make
 
@@ -61,7 +62,7 @@ def test_gradients_match_float64(device, dtype, case, interleaved):
         fused(mllama_kernels, *args, **kwargs),
         fused(reference, *args, **kwargs),
         qkv,
-        k=ATTENTION_K,
+        largest=ATTENTION_LARGEST,
     )
 
 
@@ -89,7 +90,7 @@ def test_checkpoint_shape(device, dtype):
     qkv = randn(1, 1024, 48, 128, dtype=dtype, device=device)
     args = (32, 8, *angles(torch.arange(1024, device=device)[None], 128, dtype))
     assert_gradients_no_worse(
-        fused(mllama_kernels, *args), fused(reference, *args), qkv, k=ATTENTION_K
+        fused(mllama_kernels, *args), fused(reference, *args), qkv, largest=ATTENTION_LARGEST
     )
 
 
@@ -98,7 +99,7 @@ def test_packed_equals_each_sequence_alone(device, dtype):
     lengths = [5, 0, grid([40], [230])[-1], 1, 33]
     qkv, args, kwargs = packed(lengths, 64, dtype, device)
     ours, plain = fused(mllama_kernels, *args, **kwargs), fused(reference, *args, **kwargs)
-    assert_gradients_no_worse(ours, plain, qkv, k=ATTENTION_K)
+    assert_gradients_no_worse(ours, plain, qkv, largest=ATTENTION_LARGEST)
     grad = randn(len(qkv), 4, 64, dtype=dtype, device=device)
     (together,) = gradients(ours, (qkv,), [grad])
     heads, kv_heads, cos, sin = args
@@ -127,7 +128,7 @@ def test_bits_do_not_depend_on_the_batch(device, dtype):
 @pytest.mark.parametrize("heads", [(4, 1), (3, 3)])
 def test_bits_do_not_depend_on_threads(device, dtype, heads):
     """Whole heads go to threads, or their keys and then their rows."""
-    length = grid([40], [600])[-1]
+    length = several_blocks()
     q, k, v, cos, sin = make((1, length, *heads, 64), dtype, device)
     grad = randn(*q.shape, dtype=dtype, device=device)
     attention = partial(mllama_kernels.rotary_attention, cos=cos, sin=sin)

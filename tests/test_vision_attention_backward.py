@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_K,
+    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -17,6 +17,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    several_blocks,
 )
 from test_vision_attention import make, tile_padding
 
@@ -46,7 +47,7 @@ def test_gradients_match_float64(device, dtype, case, padded):
         "random": torch.rand(batch, seqlen, device=device) < 0.5,
     }[padded]
     assert_gradients_no_worse(
-        fused(mllama_kernels, padding), fused(reference, padding), qkv, k=ATTENTION_K
+        fused(mllama_kernels, padding), fused(reference, padding), qkv, largest=ATTENTION_LARGEST
     )
 
 
@@ -57,7 +58,7 @@ def test_checkpoint_shape(device, dtype, valid_tiles):
     qkv = randn(1, 6432, 3, 1, 80, dtype=dtype, device=device)
     padding = tile_padding(1, 6432, device, valid_tiles=valid_tiles, pad=7)
     assert_gradients_no_worse(
-        fused(mllama_kernels, padding), fused(reference, padding), qkv, k=ATTENTION_K
+        fused(mllama_kernels, padding), fused(reference, padding), qkv, largest=ATTENTION_LARGEST
     )
 
 
@@ -106,7 +107,7 @@ def test_padding_gets_nothing_from_padding(device, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bits_depend_on_neither_batch_nor_threads(device, dtype):
-    q, k, v = make(3, grid([40], [600])[-1], 2, 80, dtype, device)
+    q, k, v = make(3, several_blocks(), 2, 80, dtype, device)
     padding = torch.rand(q.shape[:2], device=device) < 0.3
     grad = randn(*q.shape, dtype=dtype, device=device)
 
