@@ -30,7 +30,7 @@ from mllama_kernels.transformers.patch import installed
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.report import Report
 
-OLDEST, NEWEST = (4, 57), (5, 17)  # the releases of transformers that the tests run
+OLDEST, NEWEST = (4, 57), (5, 23)  # the releases of transformers that the tests run
 SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
 # The calls that a replaced module answers with its own forward.
 FALLBACKS = {

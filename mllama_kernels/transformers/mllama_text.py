@@ -86,7 +86,7 @@ def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     ):
         return patch.original(**inputs)
     tiles = mask.flatten(2) == 1
-    columns = _columns(inputs)
+    columns = _columns(inputs, tiles.shape[1])
     if columns is not None:
         tiles = tiles[:, columns]
     rows = tiles.any(-1)
@@ -97,12 +97,14 @@ def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     return patch.original(**{**inputs, "cross_attention_mask": None}, mllama_kernels_view=view)
 
 
-def _columns(inputs: dict[str, Any]) -> Tensor | None:
-    """The rows of the mask that belong to this call's tokens; None: all."""
+def _columns(inputs: dict[str, Any], rows: int) -> Tensor | None:
+    """Which of the mask's rows belong to this call's tokens; None: all."""
     if transformers.__version__.startswith("4."):
         return inputs.get("cache_position")
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens.shape[1] == rows:  # generation in newer releases hands over the new rows
+        return None
     cache = inputs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     return torch.arange(tokens.shape[1], device=tokens.device) + past
