@@ -106,13 +106,23 @@ def test_checkpointing_computes_again_and_changes_nothing(model: Any, batch: Bat
     again, twice = counted_gradients(model, batch)
     for op in ("vision_attention", "cross_attention", "rotary_attention", "swiglu"):
         assert twice[op] == 2 * once[op] > 0, op
-    assert all(again[name].equal(gradient) for name, gradient in plain.items())
+    assert_same(again, plain)
     model.gradient_checkpointing_enable(every_n_layers=2)
     again, some = counted_gradients(model, batch)
     assert once["swiglu"] < some["swiglu"] < twice["swiglu"]
-    assert all(again[name].equal(gradient) for name, gradient in plain.items())
+    assert_same(again, plain)
     model.gradient_checkpointing_disable()
     assert counted_gradients(model, batch)[1] == once
+
+
+def assert_same(again: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """Bits, but for the gates: the sum behind one is taken with the next norm or, where a layer ends
+    with its own sum, alone, in another order."""
+    for name, gradient in plain.items():
+        if gradient.numel() == 1:
+            torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-8)
+        else:
+            assert again[name].equal(gradient), name
 
 
 def counted_gradients(model: Any, batch: Batch) -> tuple[dict[str, Tensor], Counter[str]]:
