@@ -2,16 +2,14 @@
 // rows outside and keys inside; see attention_backward.h.
 //
 // Tiling     kGradientRows rows meet kGradientKeys keys at a time. Keys and values are laid out
-// once for
-//            the whole task, a block of rows once for all keys it sees. Scores are computed
-//            transposed, keys by rows: the products for grad_k and grad_v take them as they come,
-//            and the one for grad_q, whose transpose is summed, takes them packed.
+//            once for the whole task, a block of rows once for all keys it sees. Scores are
+//            computed transposed, keys by rows: the products for grad_k and grad_v take them as
+//            they come, and the one for grad_q, whose transpose is summed, takes them packed.
 // Mask       Rows that do not see a segment are left out of it: hidden pairs cost nothing, and
-// nothing
-//            hidden is multiplied. Causal blocks end at the last key that a row of theirs sees.
+//            nothing hidden is multiplied. Causal blocks end at the last key that a row of theirs
+//            sees.
 // Precision  Scores, weights and sums in float32 (float64 for float64). Where the processor
-// multiplies
-//            bfloat16, P and dS are rounded to it before their products.
+//            multiplies bfloat16, P and dS are rounded to it before their products.
 #include "attention_backward.h"
 
 #include "../common.h"

@@ -22,8 +22,8 @@ struct KeyUser {
 //   make_task(b, h, scratch)           all rows and segments of a sequence; no gradients asked for
 //   sets(), keys(set), users(set), user(set, i), set(KeyUser)
 //   shares_sets()                      whether a set has several users
-//   store_keys(set, h, first, n, grad_k, grad_v)   of n keys; rows of padded_dim(head_dim())
-//   elements
+//   store_keys(set, h, first, n, grad_k, grad_v)
+//                                      of n keys; rows of padded_dim(head_dim()) elements
 // A set without users is left alone.
 template <typename T, typename Source>
 class GradientDriver {

@@ -1,7 +1,9 @@
 // Attention of a few rows (a decode step) over one split of the keys.
+//
 // Tiling     up to kRowStep query rows at a time share each key and value vector that is loaded.
 // Traffic    keys and values once: 2 * keys * head_dim elements for each key head; all else is in
-// L1. Precision  float32 (float64 for float64), dot products as one chain for each vector lane.
+//            L1.
+// Precision  float32 (float64 for float64), dot products as one chain for each vector lane.
 #include "attention.h"
 
 namespace mllama::MLLAMA_ISA {

@@ -1,7 +1,8 @@
 // Gradients of cross_attention; see attention_backward.cpp. A tile is a segment, and a slot a set
 // of keys that may be a tile of several sequences: their parts are summed in the order of the
-// table. Norm       grad_q goes back through it on its way out: with n = x / rms and g = grad *
-// weight,
+// table.
+//
+// Norm       grad_q goes back through it on its way out: with n = x / rms and g = grad * weight,
 //            grad_x = (g - n * mean(g * n)) / rms. grad_q_norm_weight sums grad * round(n) over
 //            each block of rows, then over the blocks in order.
 // Precision  float32 (float64 for float64), blocks of weight gradients in float64.
@@ -10,6 +11,7 @@
 #include "cross_rows.h"
 #include "dtypes.h"
 #include "kernels.h"
+#include "sequence_gradients.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -17,10 +19,9 @@ namespace {
 using Params = CrossAttentionBackwardParams;
 
 template <typename T>
-class Gradients : public CrossRows<T, Params>, public GradientRows<T> {
-  using Base = CrossRows<T, Params>;
+class Gradients : public SequenceGradients<T, CrossRows<T, Params>> {
+  using Base = SequenceGradients<T, CrossRows<T, Params>>;
   using Base::group_;
-  using Base::lse_head_stride;
   using Base::p_;
   using Base::q_offset;
   using Base::query;
@@ -66,30 +67,9 @@ class Gradients : public CrossRows<T, Params>, public GradientRows<T> {
     for (int64_t t = 0; t < p_.tiles; ++t) {
       segments[t] = slot(b, t) < 0 ? Segment{} : this->segment(b, h, t, 0);
     }
-    GradientTask<T> task = {};
-    task.rows = this;
-    task.sequence = b;
-    task.head = h;
-    task.grad_out = row(p_.grad_out, b, 0, p_.grad_out_batch_stride, p_.grad_out_token_stride) +
-                    h * group_ * p_.grad_out_head_stride;
-    task.grad_out_token_stride = p_.grad_out_token_stride;
-    task.grad_out_head_stride = p_.grad_out_head_stride;
-    task.out = static_cast<const T*>(p_.out) + q_offset(b, h, 0);
-    task.out_token_stride = p_.num_q_heads * p_.head_dim;
-    task.lse = this->lse(b, h, 0);
-    task.lse_head_stride = lse_head_stride();
-    task.last_token = tokens(b);
-    task.group = group_;
-    task.head_dim = p_.head_dim;
-    task.segments = segments;
-    task.num_segments = p_.tiles;
+    GradientTask<T> task = this->task(b, h, segments, p_.tiles);
     task.visible_stride = p_.tile_mask_row_stride;
-    task.softmax_scale = p_.softmax_scale;
     return task;
-  }
-
-  void load_rows(int64_t b, int64_t h, int64_t first, int64_t tokens, T* q) const override {
-    this->load_queries(b, h, first, tokens, q);
   }
 
   void store_rows(int64_t b, int64_t h, int64_t first, int64_t tokens,

@@ -27,6 +27,20 @@ MLLAMA_INLINE void with_dtype(DType dtype, const F& f) {
 // Elements that one task of an elementwise kernel should have at least: below, threads cost more.
 constexpr int64_t kGrainElements = 16384;
 
+// f(row, column, count) for blocks of columns within rows, so that one long row uses every thread.
+template <typename F>
+MLLAMA_INLINE void for_row_blocks(int64_t rows, int64_t dim, const F& f) {
+  constexpr int64_t kColumns = 2048;
+  const int64_t blocks = ceil_div(dim, kColumns);
+  const int64_t grain = max<int64_t>(1, kGrainElements / min(kColumns, dim));
+  parallel_for(0, rows * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task % blocks * kColumns;
+      f(task / blocks, column, min(kColumns, dim - column));
+    }
+  });
+}
+
 MLLAMA_INLINE int64_t row_grain(int64_t dim) {
   return max<int64_t>(1, kGrainElements / max<int64_t>(1, dim));
 }

@@ -1,7 +1,9 @@
-// rms_norm and add_rms_norm.                                   Zhang, Sennrich 2019 (arXiv
-// 1910.07467) Threads    rows; a row's second pass hits the L1 cache. Precision  squares and sum in
-// float32 (float64 for float64). Traffic    x, y; with a residual also residual and residual_out:
-// each once. Aliasing   y may be x, residual_out may be residual or x.
+// rms_norm and add_rms_norm. Zhang, Sennrich 2019 (arXiv 1910.07467)
+//
+// Threads    rows; a row's second pass hits the L1 cache.
+// Precision  squares and sum in float32 (float64 for float64).
+// Traffic    x, y; with a residual also residual and residual_out: each once.
+// Aliasing   y may be x, residual_out may be residual or x.
 #include "../rms_norm.h"
 
 #include "dtypes.h"

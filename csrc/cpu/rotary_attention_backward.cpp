@@ -1,11 +1,13 @@
 // Gradients of rotary_attention: keys are rotated first, queries on their way into a block;
-// gradients are rotated back on their way out. See attention_backward.cpp. Precision  the rotation
-// back is in float32 (float64 for float64), and rounds once.
+// gradients are rotated back on their way out. See attention_backward.cpp.
+//
+// Precision  the rotation back is in float32 (float64 for float64), and rounds once.
 #include "../rotary_attention.h"
 #include "attention_backward_driver.h"
 #include "dtypes.h"
 #include "kernels.h"
 #include "rotary_rows.h"
+#include "sequence_gradients.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -13,11 +15,10 @@ namespace {
 using Params = RotaryAttentionBackwardParams;
 
 template <typename T>
-class Gradients : public RotaryRows<T, Params>, public GradientRows<T> {
-  using Base = RotaryRows<T, Params>;
+class Gradients : public SequenceGradients<T, RotaryRows<T, Params>> {
+  using Base = SequenceGradients<T, RotaryRows<T, Params>>;
   using Base::group_;
   using Base::k_offset;
-  using Base::lse_head_stride;
   using Base::p_;
   using Base::q_offset;
   using Base::rotate;
@@ -62,30 +63,9 @@ class Gradients : public RotaryRows<T, Params>, public GradientRows<T> {
                 {reinterpret_cast<const char*>(v), p_.v_token_stride * size, nullptr, 0, 0},
                 tokens(b),
                 nullptr};
-    GradientTask<T> task = {};
-    task.rows = this;
-    task.sequence = b;
-    task.head = h;
-    task.grad_out = row(p_.grad_out, b, 0, p_.grad_out_batch_stride, p_.grad_out_token_stride) +
-                    h * group_ * p_.grad_out_head_stride;
-    task.grad_out_token_stride = p_.grad_out_token_stride;
-    task.grad_out_head_stride = p_.grad_out_head_stride;
-    task.out = static_cast<const T*>(p_.out) + q_offset(b, h, 0);
-    task.out_token_stride = p_.num_q_heads * p_.head_dim;
-    task.lse = this->lse(b, h, 0);
-    task.lse_head_stride = lse_head_stride();
-    task.last_token = tokens(b);
-    task.group = group_;
-    task.head_dim = p_.head_dim;
-    task.segments = segment;
-    task.num_segments = 1;
+    GradientTask<T> task = this->task(b, h, segment, 1);
     task.causal = true;
-    task.softmax_scale = p_.softmax_scale;
     return task;
-  }
-
-  void load_rows(int64_t b, int64_t h, int64_t first, int64_t tokens, T* q) const override {
-    this->load_queries(b, h, first, tokens, q);
   }
 
   void store_rows(int64_t b, int64_t h, int64_t first, int64_t tokens,

@@ -9,8 +9,7 @@
 //            rows that do not see a tile and read as zeros. The copying warps run two blocks ahead,
 //            and publish a block when their copies have landed.
 // Overlap    One warpgroup's products run during the other's exponentials, and its own dO V^T
-// during
-//            those of P.
+//            during those of P.
 // Hidden     Where a row may be blind to a block whose keys it must not touch (NaN), the block's
 //            product is summed from zero and added to the rows that see it.
 #pragma once
@@ -18,7 +17,9 @@
 #include "attention_backward_keys.cuh"
 #include "attention_backward_queries.cuh"
 #include "attention_sm90_tile.cuh"
+#include "dispatch.cuh"
 #include "hopper.cuh"
+#include "hopper.h"
 #include "wgmma.cuh"
 
 namespace mllama {
@@ -362,6 +363,26 @@ __device__ __forceinline__ void add_up_queries(const BackwardRows<typename Confi
   }
   Products::meet();  // no product reads the warpgroup's rows any more
 #endif
+}
+
+// f(Config, hiding Config), as types, for the element type, the head dim and the device: of the two
+// the second is for rows that may be blind to a block.
+template <typename F>
+cudaError_t dispatch_attention_backward(DType dtype, int64_t head_dim, const F& f) {
+  return dispatch_dtype(dtype, [&](auto element) {
+    return dispatch_head_dim(head_dim, [&](auto dim) {
+      using T = decltype(element);
+      constexpr int kHeadDim = decltype(dim)::value;
+      if constexpr (sizeof(T) == 2) {
+        if (runs_sm90a()) {
+          return f(std::type_identity<AttentionBackwardSm90Config<T, kHeadDim>>{},
+                   std::type_identity<AttentionBackwardSm90Config<T, kHeadDim, true>>{});
+        }
+      }
+      return f(std::type_identity<AttentionBackwardConfig<T, kHeadDim>>{},
+               std::type_identity<AttentionBackwardConfig<T, kHeadDim, true>>{});
+    });
+  });
 }
 
 }  // namespace mllama

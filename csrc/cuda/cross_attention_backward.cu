@@ -29,7 +29,6 @@
 #include "attention_backward_sm90.cuh"
 #include "cross_attention_block.cuh"
 #include "cross_tile_rows.cuh"
-#include "hopper.h"
 #include "norm_gradient.cuh"
 
 namespace mllama {
@@ -275,20 +274,11 @@ int cross_attention_backward_cuda(const Params& p, CUstream_st* stream) {
            p.grad_out_batch_stride, p.grad_out_token_stride, p.grad_out_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
-  return dispatch_dtype(p.dtype, [&](auto element) {
-    return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      using T = decltype(element);
-      constexpr int kHeadDim = decltype(dim)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (runs_sm90a()) {
-          return launch_all<AttentionBackwardSm90Config<T, kHeadDim>,
-                            AttentionBackwardSm90Config<T, kHeadDim, true>>(p, stream);
-        }
-      }
-      return launch_all<AttentionBackwardConfig<T, kHeadDim>,
-                        AttentionBackwardConfig<T, kHeadDim, true>>(p, stream);
-    });
-  });
+  return dispatch_attention_backward(p.dtype, p.head_dim,
+                                     [&]<typename Config, typename Hiding>(
+                                         std::type_identity<Config>, std::type_identity<Hiding>) {
+                                       return launch_all<Config, Hiding>(p, stream);
+                                     });
 }
 
 }  // namespace mllama

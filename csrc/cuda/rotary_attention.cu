@@ -185,7 +185,6 @@ class CausalMask {
     __syncwarp();
     const int last_row = min(first_row + Config::kBlockM, rows) - 1;
     blocks_ = (past + last_row / group) / Config::kBlockN + 1;
-    unmasked_ = (last_keys[warp_row] + 1) / Config::kBlockN;
   }
 
   __device__ __forceinline__ int next() { return next_ < blocks_ ? next_++ : kNoBlock; }
@@ -208,7 +207,6 @@ class CausalMask {
  private:
   const int* last_keys_;
   int next_ = 0, blocks_;
-  int unmasked_;  // blocks that every row of the warp sees whole
   // The key each row sees last, counted from the thread's first column of the entered block.
   int last_[Config::kSlots];
 };

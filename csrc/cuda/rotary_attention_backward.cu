@@ -20,7 +20,7 @@
 #include "attention.cuh"
 #include "attention_backward_rows.cuh"
 #include "attention_backward_sm90.cuh"
-#include "hopper.h"
+#include "causal_mask.cuh"
 #include "ragged.cuh"
 #include "rope.cuh"
 #include "rotary_attention_block.cuh"
@@ -151,42 +151,6 @@ class CausalQueries {
   int first_row_ = 0;          // of the entered block
 };
 
-// Query rows as rows: row r (`group` per token) sees keys 0 .. r / group.
-template <typename Config>
-class CausalKeys {
- public:
-  static constexpr bool kHidesRows = false;
-
-  __device__ __forceinline__ CausalKeys(int first_row, int rows, int group) {
-    const int last_row = min(first_row + Config::kBlockM, rows) - 1;
-    const int warp_row = static_cast<int>(threadIdx.x) / kWarpSize * Config::kRowsPerWarp;
-    blocks_ = last_row / group / Config::kBlockN + 1;
-    unmasked_ = ((first_row + warp_row) / group + 1) / Config::kBlockN;
-#pragma unroll
-    for (int slot = 0; slot < Config::kSlots; ++slot) {
-      last_[slot] = (first_row + Config::row_of_slot(slot)) / group - Config::first_column();
-    }
-  }
-
-  __device__ __forceinline__ int next() { return next_ < blocks_ ? next_++ : kNoBlock; }
-
-  __device__ __forceinline__ bool enter(int block) {
-    first_key_ = block * Config::kBlockN;
-    return block >= unmasked_;
-  }
-
-  __device__ __forceinline__ bool visible(int slot, int offset) const {
-    return offset <= last_[slot] - first_key_;
-  }
-  __device__ __forceinline__ bool sees(int) const { return true; }
-
- private:
-  int next_ = 0, blocks_;
-  int unmasked_;              // blocks that every row of the warp sees whole
-  int last_[Config::kSlots];  // the key each row sees last, counted from the first column
-  int first_key_ = 0;         // of the entered block
-};
-
 // What kernel 2 keeps in shared memory beside its tiles: registers are short while it sums up.
 template <typename T>
 struct KeysExtra {
@@ -288,7 +252,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           block.kv_head * Config::kHeadDim,
       static_cast<const T*>(p.v) + v + block.kv_head * p.v_head_stride, kv_stride, p.v_token_stride,
       static_cast<int>(block.length)};
-  CausalKeys<Config> mask(block.first, block.count, block.group);
+  CausalMask<Config> mask(block.first, block.count, block.group, 0);
   typename Config::Sums grad_q = {};
   add_up_queries<Config>(rows, keys, mask, softmax_scale_log2(p.softmax_scale), tiles, grad_q);
 #pragma unroll
@@ -356,16 +320,10 @@ int rotary_attention_backward_cuda(const Params& p, CUstream_st* stream) {
     return cudaErrorInvalidValue;
   }
   if (!is_aligned(p)) return cudaErrorMisalignedAddress;
-  return dispatch_dtype(p.dtype, [&](auto element) {
-    return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      using T = decltype(element);
-      constexpr int kHeadDim = decltype(dim)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (runs_sm90a()) return launch_all<AttentionBackwardSm90Config<T, kHeadDim>>(p, stream);
-      }
-      return launch_all<AttentionBackwardConfig<T, kHeadDim>>(p, stream);
-    });
-  });
+  return dispatch_attention_backward(p.dtype, p.head_dim,
+                                     [&]<typename Config>(std::type_identity<Config>, auto) {
+                                       return launch_all<Config>(p, stream);
+                                     });
 }
 
 }  // namespace mllama

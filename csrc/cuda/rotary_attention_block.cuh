@@ -3,8 +3,7 @@
 #pragma once
 
 #include "../rotary_attention.h"
-#include "attention_queries.cuh"
-#include "ragged.cuh"
+#include "sequence_queries.cuh"
 
 namespace mllama {
 
@@ -37,21 +36,7 @@ struct RotaryBlock {
   template <typename T>
   __device__ __forceinline__ void fill(QueryRows<T>& rows, const RotaryAttentionParams& p,
                                        int head_dim) const {
-    const int64_t head = kv_head * group;
-    const int64_t q =
-        p.cu_seqlens == nullptr ? b * p.q_batch_stride : sequence.begin * p.q_token_stride;
-    rows.q = static_cast<const T*>(p.q) + q + head * p.q_head_stride;
-    rows.out = static_cast<T*>(p.out) + (sequence.begin * p.num_q_heads + head) * head_dim;
-    rows.q_token_stride = p.q_token_stride;
-    rows.q_head_stride = p.q_head_stride;
-    rows.out_token_stride = p.num_q_heads * head_dim;
-    rows.out_head_stride = head_dim;
-    rows.lse_head_stride = p.cu_seqlens == nullptr ? p.max_seqlen : p.tokens;
-    rows.lse = p.lse == nullptr ? nullptr
-                                : static_cast<float*>(p.lse) + head * rows.lse_head_stride +
-                                      (p.cu_seqlens == nullptr ? b * p.num_q_heads * p.max_seqlen
-                                                               : sequence.begin);
-    rows.group = group;
+    locate_rows(rows, p, sequence, b, kv_head, group, head_dim);
     rows.first = first;
     rows.count = count;
   }

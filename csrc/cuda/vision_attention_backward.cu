@@ -15,7 +15,6 @@
 #include "attention.cuh"
 #include "attention_backward_rows.cuh"
 #include "attention_backward_sm90.cuh"
-#include "hopper.h"
 #include "padding_mask.cuh"
 
 namespace mllama {
@@ -184,16 +183,10 @@ int vision_attention_backward_cuda(const Params& p, CUstream_st* stream) {
            p.grad_out_batch_stride, p.grad_out_token_stride, p.grad_out_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
-  return dispatch_dtype(p.dtype, [&](auto element) {
-    return dispatch_head_dim(p.head_dim, [&](auto dim) {
-      using T = decltype(element);
-      constexpr int kHeadDim = decltype(dim)::value;
-      if constexpr (sizeof(T) == 2) {
-        if (runs_sm90a()) return launch_all<AttentionBackwardSm90Config<T, kHeadDim>>(p, stream);
-      }
-      return launch_all<AttentionBackwardConfig<T, kHeadDim>>(p, stream);
-    });
-  });
+  return dispatch_attention_backward(p.dtype, p.head_dim,
+                                     [&]<typename Config>(std::type_identity<Config>, auto) {
+                                       return launch_all<Config>(p, stream);
+                                     });
 }
 
 }  // namespace mllama
