@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,17 @@ def our_model(
     model = mllama.MllamaForConditionalGeneration(config, backend=backend[0], semantics=semantics)
     model.load_state_dict(hf.state_dict())
     return model.to(backend[1], dtype).eval()
+
+
+class Counting:
+    """The ops of a module, counted by name."""
+
+    def __init__(self, ops: Any, counts: Counter[str]) -> None:
+        self._ops, self._counts = ops, counts
+
+    def __getattr__(self, name: str) -> Any:
+        self._counts[name] += 1
+        return getattr(self._ops, name)
 
 
 @dataclass

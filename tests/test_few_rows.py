@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from model_helpers import BACKENDS, Prompt, Shape, assert_close, batch_of, hf_model, our_model, to
+from model_helpers import (
+    BACKENDS,
+    Counting,
+    Prompt,
+    Shape,
+    assert_close,
+    batch_of,
+    hf_model,
+    our_model,
+    to,
+)
 from torch import Tensor, nn
 
 from mllama.layers import FusedLinear, is_plain
@@ -20,17 +30,6 @@ SHAPE = Shape(vision_head_dim=64, tile_side=28)
 @pytest.fixture
 def model() -> Any:
     return our_model(SHAPE, hf_model(SHAPE))
-
-
-class Counting:
-    """The ops of a module, counted by name."""
-
-    def __init__(self, ops: Any, counts: Counter[str]) -> None:
-        self._ops, self._counts = ops, counts
-
-    def __getattr__(self, name: str) -> Any:
-        self._counts[name] += 1
-        return getattr(self._ops, name)
 
 
 def ops_of(model: Any, run: Callable[[], Any]) -> Counter[str]:

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_helpers import BACKENDS, Prompt, Shape, assert_close, batch_of, hf_model, our_model, to
+from model_helpers import (
+    BACKENDS,
+    Counting,
+    Prompt,
+    Shape,
+    assert_close,
+    batch_of,
+    hf_model,
+    our_model,
+    to,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -85,17 +95,6 @@ def test_images_given_as_states_have_gradients(model: Any, batch: Batch) -> None
     rest = {name: value for name, value in batch.items() if name not in pictures}
     model(**rest, cross_attention_states=states).loss.backward()
     assert states.grad.abs().max() > 0
-
-
-class Counting:
-    """The ops of a module, counted by name."""
-
-    def __init__(self, ops: Any, counts: Counter[str]) -> None:
-        self._ops, self._counts = ops, counts
-
-    def __getattr__(self, name: str) -> Any:
-        self._counts[name] += 1
-        return getattr(self._ops, name)
 
 
 def test_checkpointing_computes_again_and_changes_nothing(model: Any, batch: Batch) -> None:
