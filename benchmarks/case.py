@@ -63,6 +63,7 @@ class Case:
         bound: which ceiling the bytes are held against: "copy" where as much is written as read,
             "read" where reading dominates.
         select: the part of an output that ``truth`` gives.
+        largest: how many times plain PyTorch's our largest error may be.
         exact_match: outputs are integers and must be those of ``truth`` in the same dtype.
         backward: autograd runs, so that the tensors cannot be those of inference mode.
     """
@@ -77,6 +78,7 @@ class Case:
     flops: int = 0
     bound: Literal["copy", "read"] = "copy"
     select: Callable[[Any], tuple[Tensor, ...]] = whole
+    largest: float = 2.0
     exact_match: bool = False
     backward: bool = False
 

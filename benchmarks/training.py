@@ -9,25 +9,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.case import Arguments, Case, Impl, whole
 
 PASS = {"pass": "forward + backward"}
+# Products of attention: two forward, and five backward, where the scores are computed again.
+ATTENTION_FLOPS = 3.5
+# As in tests/numerics.py, where the reason stands.
+ATTENTION_LARGEST = 4.0
+
+
+def by_heads(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention on q (..., Hq, D), k, v (..., Hkv, D), of whose scores one key head's exist at a time."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        groups = zip(*(t.chunk(k.shape[-2], -2) for t in (q, k, v)))
+        parts = [checkpoint(attention, *group, *rest, use_reentrant=False) for group in groups]
+        return torch.cat(parts, -2)
+
+    return call
 
 
 def _is_leaf(value: Any) -> bool:
     return torch.is_tensor(value) and value.requires_grad
 
 
-def _as_leaves(args: Arguments, count: int | None) -> Arguments:
-    """The arguments, of which the first ``count`` floating tensors (None: all) ask for a gradient."""
-    found: list[Any] = []
-    left = len(args) if count is None else count
-    for value in args:
-        wanted = left > 0 and torch.is_tensor(value) and value.is_floating_point()
-        left -= wanted
-        found.append(value.detach().requires_grad_() if wanted else value)
-    return tuple(found)
+def _as_leaves(args: Arguments, leaves: slice) -> Arguments:
+    """The arguments; those of the floating tensors among them that ``leaves`` takes ask for a gradient."""
+    floating = [i for i, a in enumerate(args) if torch.is_tensor(a) and a.is_floating_point()]
+    wanted = floating[leaves]
+    return tuple(a.detach().requires_grad_() if i in wanted else a for i, a in enumerate(args))
 
 
 def _gradients(call: Callable[..., Any], outputs: int, *arguments: Any) -> tuple[Tensor, ...]:
@@ -41,7 +53,8 @@ def trained(
     *,
     bytes: int,
     flops: int = 0,
-    leaves: int | None = None,
+    leaves: slice = slice(None),
+    largest: float | None = None,
     outputs: int = 1,
     truth: Callable[..., Any] | None = None,
     impls: tuple[Impl, ...] | None = None,
@@ -53,9 +66,9 @@ def trained(
     Args:
         case: of the forward.
         bytes, flops: of forward and backward together.
-        leaves: how many floating arguments take a gradient, the first ones; None: all. It holds for
-            every implementation, of which one whose ``prepare`` splits an argument has more gradients:
-            its ``result`` joins them.
+        leaves: which of the floating arguments take a gradient. It holds for every implementation, of
+            which one whose ``prepare`` splits an argument has more gradients: its ``result`` joins them.
+        largest: ``Case.largest``; None: that of ``case``.
         outputs: results of the op.
         truth: the whole results in plain PyTorch; None: ``case.truth``.
         impls: the implementations that have a backward; None: all of ``case``.
@@ -89,5 +102,6 @@ def trained(
         bytes=bytes,
         flops=flops,
         select=whole,
+        largest=largest or case.largest,
         backward=True,
     )

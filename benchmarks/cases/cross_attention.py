@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.peers import flex, sdpa, sdpa_backends, with_every_head
 from benchmarks.shapes import HKV, HQ, TILE_TOKENS, TILES, D, sample_rows
+from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
 from mllama_kernels import reference
 
 
@@ -94,6 +96,52 @@ def peers(setting: Setting, rows: int, visible: int) -> list[Impl]:
     return impls
 
 
+def forward(setting: Setting, rows: int, visible: int) -> Case:
+    keys = visible * TILE_TOKENS
+    return Case(
+        op="cross_attention",
+        shape={"rows": rows, "keys": TILES * TILE_TOKENS, "visible tiles": visible},
+        dtype=setting.dtype,
+        make=partial(make, setting, rows, visible),
+        truth=truth,
+        select=partial(select, rows),
+        impls=(Impl(OURS, call_ours), *peers(setting, rows, visible)),
+        bytes=(2 * HKV * keys + 2 * HQ * rows) * D * setting.element,
+        flops=4 * rows * HQ * keys * D,
+        bound="read",
+    )
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    return reference.cross_attention(q, k, v, mask, q_norm_weight=weight)
+
+
+def tiled(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """From the gradients by keys and values in one row to those by tiles."""
+    q, k, v, weight = grads
+    k, v = (t.unflatten(1, (TILES, TILE_TOKENS)) for t in (k, v))
+    return q, k, v, weight
+
+
+def forward_and_backward(setting: Setting, rows: int, visible: int) -> Case:
+    """Backward reads q, k, v, the output and its gradient, and writes three gradients and the weight's."""
+    case = forward(setting, rows, visible)
+    alike = [
+        Impl(PLAIN, normed_sdpa, dense_mask),
+        *sdpa_backends(setting, normed_sdpa, dense_mask, ", mask", ("cudnn", "efficient")),
+    ]
+    if visible == TILES:
+        alike += sdpa_backends(setting, normed_sdpa, no_mask, ", no mask", ("", "flash", "cudnn"))
+    return trained(
+        case,
+        largest=ATTENTION_LARGEST,
+        truth=by_heads(plain),
+        impls=(case.impls[0], *(replace(impl, result=tiled) for impl in alike)),
+        bytes=3 * case.bytes,
+        flops=int(ATTENTION_FLOPS * case.flops),
+    )
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     sizes = setting.sizes(
         [(1, 4), (512, 4), (2048, 4), (2048, 1)],
@@ -101,16 +149,6 @@ def cases(setting: Setting) -> Iterator[Case]:
         [(1, 4), (64, 4), (2048, 4), (2048, 1)],
     )
     for rows, visible in sizes:
-        keys = visible * TILE_TOKENS
-        yield Case(
-            op="cross_attention",
-            shape={"rows": rows, "keys": TILES * TILE_TOKENS, "visible tiles": visible},
-            dtype=setting.dtype,
-            make=partial(make, setting, rows, visible),
-            truth=truth,
-            select=partial(select, rows),
-            impls=(Impl(OURS, call_ours), *peers(setting, rows, visible)),
-            bytes=(2 * HKV * keys + 2 * HQ * rows) * D * setting.element,
-            flops=4 * rows * HQ * keys * D,
-            bound="read",
-        )
+        yield forward(setting, rows, visible)
+    for rows, visible in [size for size in sizes if size[0] in (64, 2048)]:
+        yield forward_and_backward(setting, rows, visible)

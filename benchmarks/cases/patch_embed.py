@@ -11,6 +11,7 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.peers import compiled
 from benchmarks.shapes import PADDED_TILE_TOKENS, PATCH, TILE, TILE_TOKENS, TILES, VISION_WIDTH
+from benchmarks.training import trained
 from mllama_kernels import reference
 
 RATIOS = 9  # of which 0 is padding
@@ -35,10 +36,10 @@ def make(setting: Setting) -> Arguments:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    inputs = TILES * 3 * TILE * TILE + VISION_WIDTH * 3 * PATCH * PATCH
+    pixels, weight = TILES * 3 * TILE * TILE, VISION_WIDTH * 3 * PATCH * PATCH
     tables = TILE_TOKENS * VISION_WIDTH * (1 + TILES)
     output = TILES * PADDED_TILE_TOKENS * VISION_WIDTH
-    yield Case(
+    forward = Case(
         op="patch_embed",
         shape={"tiles": TILES, "side": TILE},
         dtype=setting.dtype,
@@ -49,6 +50,16 @@ def cases(setting: Setting) -> Iterator[Case]:
             Impl(PLAIN, reference.patch_embed),
             compiled(reference.patch_embed),
         ),
-        bytes=(inputs + tables + output) * setting.element,
-        flops=2 * TILES * (TILE_TOKENS - 1) * 3 * PATCH * PATCH * VISION_WIDTH,
+        bytes=(pixels + weight + tables + output) * setting.element,
+        flops=2 * TILES * (TILE_TOKENS - 1) * weight,
+    )
+    yield forward
+    # Backward: pixels, tables, tokens and their gradient read; gradients of all but the pixels written,
+    # of the tile positions for every ratio.
+    written = weight + TILE_TOKENS * VISION_WIDTH * (1 + RATIOS * TILES)
+    yield trained(
+        forward,
+        leaves=slice(1, None),
+        bytes=forward.bytes + (pixels + tables + 2 * output + written) * setting.element,
+        flops=2 * forward.flops,
     )

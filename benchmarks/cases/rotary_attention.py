@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
-from benchmarks.peers import sdpa, sdpa_backends, with_every_head
+from benchmarks.peers import compiled, sdpa, sdpa_backends, with_every_head
 from benchmarks.shapes import HKV, HQ, D, angles, rotate, sample_rows, softmax
+from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
+from mllama_kernels import reference
 
 
 def make(setting: Setting, length: int) -> Arguments:
@@ -67,16 +70,58 @@ def causal_flops(length: int) -> int:
     return 4 * HQ * D * length * length // 2
 
 
+def forward(setting: Setting, length: int) -> Case:
+    return Case(
+        op="rotary_attention",
+        shape={"tokens": length},
+        dtype=setting.dtype,
+        make=partial(make, setting, length),
+        truth=truth,
+        select=partial(select, length),
+        impls=(Impl(OURS, ours.rotary_attention), *peers(setting)),
+        bytes=(2 * HQ + 2 * HKV + 1) * length * D * setting.element,
+        flops=causal_flops(length),
+    )
+
+
+def turned_back(setting: Setting, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """From the gradients by q and k that were rotated beforehand to those by q and k."""
+    q, k, v = grads
+    cos, sin = angles(setting, 0, q.shape[1])
+    return rotate(q, cos, -sin), rotate(k, cos, -sin), v
+
+
+def peers_with_backward(setting: Setting) -> list[Impl]:
+    alone = sdpa_backends(
+        setting,
+        partial(sdpa, is_causal=True),
+        rotated_beforehand,
+        ", no RoPE",
+        ("", "flash", "cudnn"),
+    )
+    return [
+        Impl(PLAIN, rotated_sdpa),
+        compiled(rotated_sdpa),
+        *(replace(impl, result=partial(turned_back, setting)) for impl in alone),
+    ]
+
+
+def forward_and_backward(setting: Setting, length: int) -> Case:
+    """Backward reads q, k, v, the output and its gradient, and writes three gradients."""
+    case = forward(setting, length)
+    return trained(
+        case,
+        leaves=slice(3),
+        largest=ATTENTION_LARGEST,
+        truth=by_heads(reference.rotary_attention),
+        impls=(case.impls[0], *peers_with_backward(setting)),
+        bytes=case.bytes + (4 * HQ + 4 * HKV + 1) * length * D * setting.element,
+        flops=int(ATTENTION_FLOPS * case.flops),
+    )
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     for length in setting.sizes([512, 4096, 16384], [512], [4096, 512]):
-        yield Case(
-            op="rotary_attention",
-            shape={"tokens": length},
-            dtype=setting.dtype,
-            make=partial(make, setting, length),
-            truth=truth,
-            select=partial(select, length),
-            impls=(Impl(OURS, ours.rotary_attention), *peers(setting)),
-            bytes=(2 * HQ + 2 * HKV + 1) * length * D * setting.element,
-            flops=causal_flops(length),
-        )
+        yield forward(setting, length)
+    for length in setting.sizes([4096, 16384], [512], [4096, 512]):
+        yield forward_and_backward(setting, length)

@@ -20,6 +20,8 @@ from benchmarks.shapes import (
     sample_rows,
     softmax,
 )
+from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
+from mllama_kernels import reference
 
 TOKENS = TILES * PADDED_TILE_TOKENS
 
@@ -95,16 +97,40 @@ def visible_pairs(present: int) -> int:
     return TOKENS * TOKENS - hidden * hidden
 
 
+def forward(setting: Setting, present: int) -> Case:
+    return Case(
+        op="vision_attention",
+        shape={"tokens": TOKENS, "tiles": present},
+        dtype=setting.dtype,
+        make=partial(make, setting, present),
+        truth=partial(truth, present),
+        select=partial(select, present),
+        impls=(Impl(OURS, ours.vision_attention), *peers(setting)),
+        bytes=4 * TOKENS * VISION_HEADS * VISION_DIM * setting.element,
+        flops=4 * VISION_HEADS * VISION_DIM * visible_pairs(present),
+    )
+
+
+def forward_and_backward(setting: Setting, present: int) -> Case:
+    """Backward reads q, k, v, the output and its gradient, and writes three gradients."""
+    case = forward(setting, present)
+    return trained(
+        case,
+        leaves=slice(3),
+        largest=ATTENTION_LARGEST,
+        truth=by_heads(reference.vision_attention),
+        impls=(
+            case.impls[0],
+            Impl(PLAIN, masked, bool_mask),
+            Impl("transformers", masked, additive_mask),
+            *sdpa_backends(setting, masked, bool_mask, ", mask", ("cudnn", "efficient")),
+        ),
+        bytes=3 * case.bytes,
+        flops=int(ATTENTION_FLOPS * case.flops),
+    )
+
+
 def cases(setting: Setting) -> Iterator[Case]:
     for present in setting.sizes([4, 1], [4]):
-        yield Case(
-            op="vision_attention",
-            shape={"tokens": TOKENS, "tiles": present},
-            dtype=setting.dtype,
-            make=partial(make, setting, present),
-            truth=partial(truth, present),
-            select=partial(select, present),
-            impls=(Impl(OURS, ours.vision_attention), *peers(setting)),
-            bytes=4 * TOKENS * VISION_HEADS * VISION_DIM * setting.element,
-            flops=4 * VISION_HEADS * VISION_DIM * visible_pairs(present),
-        )
+        yield forward(setting, present)
+    yield forward_and_backward(setting, TILES)
