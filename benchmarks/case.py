@@ -19,6 +19,10 @@ def unchanged(*args: Any) -> Arguments:
     return args
 
 
+def as_it_is(output: Any) -> Any:
+    return output
+
+
 def whole(output: Any) -> tuple[Tensor, ...]:
     return tuple(output) if isinstance(output, (tuple, list)) else (output,)
 
@@ -39,7 +43,7 @@ class Impl:
     name: str
     call: Callable[..., Any]
     prepare: Callable[..., Arguments] = unchanged
-    result: Callable[[Any], Any] = whole
+    result: Callable[[Any], Any] = as_it_is
     unavailable: str | None = None
 
 

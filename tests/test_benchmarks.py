@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -126,6 +127,16 @@ def test_floor_is_the_longer_of_moving_and_computing():
     assert ceilings.floor(10**9, 0, "copy", "float32", CEILING) == (0.01, "copy")
     assert ceilings.floor(10**9, 0, "read", "float32", CEILING) == (0.005, "read")
     assert ceilings.floor(10**9, 10**12, "read", "float32", CEILING) == (1.0, "matmul")
+
+
+def test_what_is_compared_is_selected_from_what_the_op_returns():
+    case = replace(
+        case_of(Impl(OURS, lambda x: x.sum(-1)), Impl("as a row", lambda x: x.sum(-1)[None])),
+        truth=lambda x: x[:2].sum(-1),
+        select=lambda output: (output[:2],),
+    )
+    row = measure.measure(case, small_plan())
+    assert [impl["status"] for impl in row["impls"]] == ["timed", "wrong"]
 
 
 def test_a_wrong_implementation_is_not_timed():
