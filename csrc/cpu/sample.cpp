@@ -1,10 +1,10 @@
 // sample: from logits to tokens; sample_math.h defines the result, bit for bit.
 //
 // Threads    Rows where there are many; else chunks of one row, in one pass over them after
-// another. Passes     The scaled logits in float32 and the largest; the levels; with top-k, the
-// counts of the
-//            levels' bins (2 passes as a rule, 4 at most). The tokens that are left are then packed
-//            together with their weights, and top-p and the draw look at those alone.
+//            another.
+// Passes     The scaled logits in float32 and the largest; the levels; with top-k, the counts of
+//            the levels' bins (2 passes as a rule, 4 at most). The tokens that are left are then
+//            packed together with their weights, and top-p and the draw look at those alone.
 // Traffic    logits and seen once, 24 bytes of scratch per token, from L2 after the first pass.
 #include "../sample.h"
 

@@ -1,27 +1,20 @@
 // Gradients of cross_attention; attention_backward.cuh has the algorithm.
 //
-// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into
-// the workspace.
-//            2. Keys: one block per (slot, kv head, 128 keys of the tile;
-//            float32: 32), over the packed query rows of every sequence that
-//            has the slot, in the order of tile_table, in blocks of rows some
-//            of which see the tile.
-//            3. Queries: one block per (sequence, kv head, 128 packed rows;
-//            float32: 32) over the tiles that some of them see; with q_norm,
-//            back through it in the registers that sum dq up, and the block's
-//            part of the weight's gradient into the workspace.
+// Kernels    1. Rows: statistics of query rows; with q_norm, normalised q into the workspace.
+//            2. Keys: one block per (slot, kv head, 128 keys of the tile; float32: 32), over the
+//            packed query rows of every sequence that has the slot, in the order of tile_table, in
+//            blocks of rows some of which see the tile.
+//            3. Queries: one block per (sequence, kv head, 128 packed rows; float32: 32) over the
+//            tiles that some of them see; with q_norm, back through it in the registers that sum dq
+//            up, and the block's part of the weight's gradient into the workspace.
 //            4. With q_norm: the sum of these parts, in a fixed order.
-// Mask       Kernel 2 reads the rows of a block that do not see the tile as
-// zeros: they add nothing
-//            whatever they hold, and scores need no mask. Kernel 3 masks as the
-//            forward (cross_attention_block.cuh).
-// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible
-// tile once per block of
-//            rows, and the rows that see a tile once per 128 of its keys, from
-//            L2 after the first. 512 rows, 4 tiles, 32 heads of 128, bf16: 188
-//            GFLOP, 0.24 ms at 790 TFLOP/s.
-// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v
-// and grad_out may be
+// Mask       Kernel 2 reads the rows of a block that do not see the tile as zeros: they add nothing
+//            whatever they hold, and scores need no mask. Kernel 3 masks as the forward
+//            (cross_attention_block.cuh).
+// Traffic    q, out and grad_out once for kernel 1, then K and V of a visible tile once per block
+//            of rows, and the rows that see a tile once per 128 of its keys, from L2 after the
+//            first. 512 rows, 4 tiles, 32 heads of 128, bf16: 188 GFLOP, 0.24 ms at 790 TFLOP/s.
+// Aliasing   The gradients and the workspace overlap nothing. Rows of q, k, v and grad_out may be
 //            strided but start on 16 bytes.
 
 #include "attention.cuh"

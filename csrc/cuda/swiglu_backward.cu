@@ -5,8 +5,7 @@
 // Precision  float32, each result rounded once. The sigmoid of 16-bit elements as in silu.cuh.
 // Traffic    5 * rows * dim elements. 2048 x 14336 bf16: 294 MB, 68 us at 4.3 TB/s.
 // Launch     On Hopper before the previous kernel has ended (hopper.cuh: the rule).
-// Aliasing   The result may overlap neither input. Rows of both may be strided and of any
-// alignment.
+// Aliasing   The result may overlap neither input. Rows of both may be strided, of any alignment.
 
 #include "../swiglu.h"
 #include "dispatch.cuh"
