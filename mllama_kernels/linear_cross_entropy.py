@@ -34,9 +34,10 @@ def linear_cross_entropy(
 
     The largest buffer has 256 MB, whatever the number of rows. With gradients the forward turns each
     chunk of rows into the gradient of its logits and multiplies that with the weight; the backward
-    only scales, without a host sync, unless the weight needs a gradient too: it then makes the logits
-    once more, a chunk of classes at a time, so that every element of both gradients comes from one
-    matrix product and is never summed up in 16 bits.
+    only scales, without a host sync, unless the weight needs a gradient too. If one chunk holds all
+    rows, it is kept for that. Otherwise the backward makes the logits once more, a chunk of classes at a
+    time, so that every element of both gradients comes from one matrix product and is never summed up
+    in 16 bits.
 
     Args:
         x: (..., E), float32, float16 or bfloat16 (float64 on CPU).
@@ -51,8 +52,9 @@ def linear_cross_entropy(
         float32 (float64 for float64): (), or with "none" the shape of labels, 0 where ignored. "mean"
         of nothing is NaN with gradients 0, as in PyTorch.
     Backward:
-        saves the gradient by x before its scaling; for a weight that needs a gradient also x, weight,
-        labels, and of each row the largest logit and the sum of exponentials.
+        saves the gradient by x before its scaling; for a weight that needs a gradient also x and the
+        gradient of the logits, if that is one chunk, or else weight, labels, and of each row the largest
+        logit and the sum of exponentials.
     Raises:
         RuntimeError: naming what was given and what is expected; for a label that is no class on CPU.
             On CUDA, where looking would mean to wait, such a row's loss and gradient are NaN.
@@ -70,7 +72,8 @@ def linear_cross_entropy(
             f"{tuple(x.shape[:-1])}, got {tuple(labels.shape)}"
         )
     masked_token = ignore_index if masked_token is None else masked_token
-    loss, _, _ = torch.ops.mllama_kernels.linear_cross_entropy(
+    logits_bytes = labels.numel() * _padded(weight.shape[0]) * x.dtype.itemsize
+    loss, *_ = torch.ops.mllama_kernels.linear_cross_entropy(
         x.reshape(labels.numel(), x.shape[-1]),
         weight,
         labels.reshape(-1),
@@ -79,6 +82,7 @@ def linear_cross_entropy(
         label_smoothing,
         z_loss,
         torch.is_grad_enabled() and x.requires_grad,
+        torch.is_grad_enabled() and weight.requires_grad and bool(logits_bytes <= CHUNK_BYTES),
         CHUNK_BYTES,
     )
     loss = loss.view(labels.shape)
@@ -87,6 +91,11 @@ def linear_cross_entropy(
     is_target = (labels != ignore_index) & (labels != masked_token)
     total = loss.where(is_target, 0).sum()  # without targets 0 / 0, but no infinite gradient
     return total / is_target.sum() if reduction == "mean" else total
+
+
+def _padded(vocab: int) -> int:
+    """Elements from one row of logits to the next: rows start on 16 bytes in every dtype."""
+    return -(-vocab // 8) * 8
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -102,11 +111,16 @@ def _fake(
     label_smoothing: float,
     z_loss: float,
     with_grad_x: bool,
+    with_grad_logits: bool,
     chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = x.shape
+    vocab = weight.shape[0]
     loss, sums = (x.new_empty(*s, rows, dtype=_statistics_dtype(x)) for s in ((), (2,)))
-    return loss, sums, x.new_empty(rows if with_grad_x else 0, width)
+    grad_x = x.new_empty(rows if with_grad_x else 0, width)
+    if not with_grad_logits:
+        return loss, sums, grad_x, x.new_empty(0, vocab)
+    return loss, sums, grad_x, x.new_empty(rows, _padded(vocab))[:, :vocab]
 
 
 def _backward_fake(
@@ -116,18 +130,20 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, labels, *options, with_grad_x, chunk_bytes = inputs
-    _, sums, grad_x = output
+    x, weight, labels, *options, with_grad_x, with_grad_logits, chunk_bytes = inputs
+    _, sums, grad_x, grad_logits = output
     ctx.options = (*options, chunk_bytes)
     ctx.set_materialize_grads(False)
-    for_weight = (x, weight, labels, sums) if ctx.needs_input_grad[1] else (None,) * 4
+    for_weight: tuple[Tensor, ...] = ()
+    if ctx.needs_input_grad[1]:
+        for_weight = (x, grad_logits) if with_grad_logits else (x, weight, labels, sums)
     ctx.save_for_backward(grad_x if with_grad_x else None, *for_weight)
 
 
 def _backward(
-    ctx: Any, grad_loss: Tensor | None, grad_sums: Tensor | None, grad_grad_x: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if grad_sums is not None or grad_grad_x is not None:
+    if any(grad is not None for grad in grads):
         _dispatch.no_double_backward("linear_cross_entropy")
     unscaled, *for_weight = ctx.saved_tensors
     grad_x = grad_weight = None
@@ -136,11 +152,14 @@ def _backward(
             if unscaled is None:
                 raise RuntimeError("linear_cross_entropy: with_grad_x was False in the forward")
             grad_x = (unscaled * grad_loss.unsqueeze(-1)).to(unscaled.dtype)
-        if ctx.needs_input_grad[1]:
+        if len(for_weight) == 2:
+            x, grad_logits = for_weight
+            grad_weight = grad_logits.t() @ (x * grad_loss.unsqueeze(-1)).to(x.dtype)
+        elif for_weight:
             grad_weight = torch.ops.mllama_kernels.linear_cross_entropy_backward(
                 grad_loss, *for_weight, *ctx.options
             )
-    return grad_x, grad_weight, *(None,) * 7
+    return grad_x, grad_weight, *(None,) * 8
 
 
 _dispatch.register("linear_cross_entropy", _fake, setup_context=_setup_context, backward=_backward)

@@ -216,8 +216,11 @@ def saved_by(run: Callable[[], Any]) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_only_what_is_asked_for(device):
-    """Each gradient alone has the bits it has beside the other; a frozen weight is not kept."""
+@pytest.mark.parametrize("one_chunk", [True, False])
+def test_only_what_is_asked_for(device, monkeypatch, one_chunk):
+    """Each gradient alone has the bits it has beside the other; for a frozen weight nothing is kept."""
+    if not one_chunk:
+        set_chunk_bytes(monkeypatch, 11 * 96 * 2 - 1)
     x, weight, labels = make(11, 8, 90, torch.bfloat16, device)
     both = gradients(OP, (x, weight, labels), [torch.tensor(2.0, device=device)])
     for index in range(2):
@@ -225,7 +228,8 @@ def test_only_what_is_asked_for(device):
         args[index] = args[index].detach().clone().requires_grad_()
         saved = saved_by(lambda args=args: (2 * OP(*args, labels)).backward())
         assert args[index].grad.equal(both[index])
-        assert (weight.shape in saved) == (index == 1)
+        assert (weight.shape in saved) == (index == 1 and not one_chunk)
+        assert ((11, 90) in saved) == (index == 1 and one_chunk)
     x.requires_grad_(), weight.requires_grad_()
     with torch.no_grad():
         assert not OP(x, weight, labels).requires_grad
@@ -266,20 +270,23 @@ def test_strided_and_torch_machinery(device):
     assert OP(x[0], weight, labels[0] * 0, reduction="none").shape == ()
     options = (-100, -100, 0.1, 1e-3)
     x.requires_grad_(), weight.requires_grad_()
-    args = (x, weight, labels, *options, True, 3000)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.mllama_kernels.linear_cross_entropy.default
-    torch.library.opcheck(op, args, test_utils=tests)
-    # The rest of the checks would differentiate by all results.
+    for kept in (False, True):
+        args = (x, weight, labels, *options, True, kept, 3000)
+        torch.library.opcheck(op, args, test_utils=tests)
+        # The rest of the checks would differentiate by all results.
+        opcheck("linear_cross_entropy", (x.detach(), weight.detach(), *args[2:]))
     x, weight = x.detach(), weight.detach()
-    opcheck("linear_cross_entropy", (x, weight, *args[2:]))
     sums = torch.rand(2, 24, device=device)
     opcheck("linear_cross_entropy_backward", (sums[0], x, weight, labels, sums, *options, 3000))
     assert_compiles(OP, x.detach(), weight.detach(), labels, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("chunk_rows", [2, 6])
 @pytest.mark.parametrize("options", [*OPTIONS, {"reduction": "none"}, {"reduction": "sum"}])
-def test_trains(device, options):
+def test_trains(device, monkeypatch, options, chunk_rows):
+    set_chunk_bytes(monkeypatch, chunk_rows * 24 * 8)  # of float64, for gradcheck
     x, weight, labels = make(6, 8, 20, torch.float32, device)
     labels = without_ignored(labels, options)
     assert_gradcheck(lambda x, w: OP(x, w, labels, **options), x, weight)

@@ -74,17 +74,17 @@ void check_labels(const Checker& c, const Tensor& labels, const CrossEntropyTerm
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const Tensor& weight,
-                                                        const Tensor& labels_in,
-                                                        int64_t ignore_index, int64_t masked_token,
-                                                        double label_smoothing, double z_loss,
-                                                        bool with_grad_x, int64_t chunk_bytes) {
+// with_grad_logits: all rows at once, and what they leave in the logits' place for the backward.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& x, const Tensor& weight, const Tensor& labels_in, int64_t ignore_index,
+    int64_t masked_token, double label_smoothing, double z_loss, bool with_grad_x,
+    bool with_grad_logits, int64_t chunk_bytes) {
   const Checker c{"linear_cross_entropy", x, "x"};
   LinearCrossEntropyParams p{};
   p.terms = checked_terms(c, x, weight, labels_in, ignore_index, masked_token, label_smoothing,
                           z_loss, chunk_bytes);
   p.dtype = c.dtype();
-  p.with_grad = with_grad_x;
+  p.with_grad = with_grad_x || with_grad_logits;
   const Tensor labels = torch::stable::contiguous(labels_in);
   check_labels(c, labels, p.terms);
   const int64_t rows = x.size(0), vocab = p.terms.vocab;
@@ -92,10 +92,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const T
   const Tensor loss = torch::stable::new_empty(x, {rows}, statistics);
   const Tensor sums = torch::stable::new_empty(x, {2, rows}, statistics);
   const Tensor grad_x = torch::stable::new_empty(x, {with_grad_x ? rows : 0, x.size(1)});
-  if (rows == 0) return {loss, sums, grad_x};
   const int64_t line = round_up(vocab, kVectorElements);
-  const int64_t chunk = chunk_of(rows, line, element_size(p.dtype), chunk_bytes);
+  const int64_t chunk =
+      with_grad_logits ? rows : chunk_of(rows, line, element_size(p.dtype), chunk_bytes);
   const Tensor buffer = columns_of(torch::stable::new_empty(x, {chunk, line}), vocab);
+  const Tensor grad_logits = with_grad_logits ? buffer : torch::stable::new_empty(x, {0, vocab});
+  if (rows == 0) return {loss, sums, grad_x, grad_logits};
   const Tensor to_logits = torch::stable::transpose(weight, 0, 1);
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     p.rows = std::min(chunk, rows - begin);
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x, const T
     launch(c, p, linear_cross_entropy_cpu, MLLAMA_CUDA(linear_cross_entropy_cuda));
     if (with_grad_x) multiply(logits, weight, rows_of(grad_x, begin, p.rows));
   }
-  return {loss, sums, grad_x};
+  return {loss, sums, grad_x, grad_logits};
 }
 
 Tensor linear_cross_entropy_backward(const Tensor& grad_loss_in, const Tensor& x,
@@ -162,8 +164,8 @@ Tensor linear_cross_entropy_backward(const Tensor& grad_loss_in, const Tensor& x
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, "
-      "int masked_token, float label_smoothing, float z_loss, bool with_grad_x, int chunk_bytes) "
-      "-> (Tensor, Tensor, Tensor)");
+      "int masked_token, float label_smoothing, float z_loss, bool with_grad_x, "
+      "bool with_grad_logits, int chunk_bytes) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, "
       "Tensor sums, int ignore_index, int masked_token, float label_smoothing, float z_loss, "
