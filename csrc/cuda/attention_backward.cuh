@@ -220,16 +220,15 @@ __device__ __forceinline__ void grade_rows(typename Config::Scores& grads,
   }
 }
 
-// Every warp starts the copies of its own rows, eight lanes to a row; source(row) is null for rows
-// that are zero.
+// Every warp starts the copies of its own rows; source(row) is null for rows that are zero.
 template <typename Config, typename Source>
 __device__ __forceinline__ void copy_own_rows(char* tile, const Source& source) {
   using Layout = typename Config::QueryLayout;
   const uint32_t address = shared_address(tile);
-  for_own_rows<Config>([&](int row, int lane) {
+  for_own_rows<Config, 1, Layout::kRowLanes>([&](int row, int lane) {
     const typename Config::T* const from = source(row);
 #pragma unroll
-    for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
+    for (int chunk = lane; chunk < Layout::kChunks; chunk += Layout::kRowLanes) {
       cp_async_16(address + Layout::offset(row, chunk), from + chunk * Layout::kChunkElements,
                   from != nullptr);
     }
@@ -280,11 +279,11 @@ __device__ __forceinline__ void store_sums(const typename Config::Sums& sums, fl
     }
   }
   __syncwarp();
-  for_own_rows<Config>([&](int row, int lane) {
+  for_own_rows<Config, 1, Layout::kRowLanes>([&](int row, int lane) {
     T* const to = target(row);
     if (to == nullptr) return;
 #pragma unroll
-    for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
+    for (int chunk = lane; chunk < Layout::kChunks; chunk += Layout::kRowLanes) {
       store_vec_if(true, to + chunk * Layout::kChunkElements,
                    load_vec(reinterpret_cast<const T*>(tile + Layout::offset(row, chunk))));
     }

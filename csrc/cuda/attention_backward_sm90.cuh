@@ -202,14 +202,16 @@ struct BackwardProducts {
   }
 };
 
-// The copying warps' way through a block: row(r, lane) for each of the warp's 16 rows, 8 lanes to a
-// row.
-template <typename F>
-__device__ __forceinline__ void for_copied_rows(int warps_that_compute, const F& f) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize - warps_that_compute;
+// The copying warps' way through a block: f(row, lane of kRowLanes) for each of the warp's 16 rows.
+template <typename Config, typename F>
+__device__ __forceinline__ void for_copied_rows(const F& f) {
+  constexpr int kLanes = Config::StageLayout::kRowLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize - Config::kWarps;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll 1  // registers are few
-  for (int i = 0; i < 16; i += 4) f(warp * 16 + i + lane / 8, lane % 8);
+  for (int i = 0; i < 16; i += kWarpSize / kLanes) {
+    f(warp * 16 + i + lane / kLanes, lane % kLanes);
+  }
 }
 
 // As in attention_backward_keys.cuh. Warps that copy do not return.
@@ -231,12 +233,12 @@ __device__ __forceinline__ void add_up_keys(const KeyTile<typename Config::T>& k
       const uint32_t q_tile = shared_address(tiles.first(stage));
       const uint32_t grad_tile = shared_address(tiles.second(stage));
       const uint32_t statistics = shared_address(tiles.row_statistics(stage));
-      for_copied_rows(Config::kWarps, [&](int row, int lane) {
+      for_copied_rows<Config>([&](int row, int lane) {
         const T *q = nullptr, *grad = nullptr;
         const float2* from = nullptr;
         const bool found = rows.find(block, row, q, grad, from);
 #pragma unroll
-        for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
+        for (int chunk = lane; chunk < Layout::kChunks; chunk += Layout::kRowLanes) {
           const int place = Layout::offset(row, chunk), element = chunk * Layout::kChunkElements;
           cp_async_16(q_tile + place, q + element, found);
           cp_async_16(grad_tile + place, grad + element, found);
@@ -304,11 +306,11 @@ __device__ __forceinline__ void add_up_queries(const BackwardRows<typename Confi
       using Layout = typename Config::StageLayout;
       const auto copy = [&](char* tile, const RowRun<T>& run, int first) {
         const uint32_t address = shared_address(tile);
-        for_copied_rows(Config::kWarps, [&](int row, int lane) {
+        for_copied_rows<Config>([&](int row, int lane) {
           const bool valid = row - first < run.count;
           const T* const source = valid ? run.base + (row - first) * run.stride : rows.q;
 #pragma unroll
-          for (int chunk = lane; chunk < Layout::kChunks; chunk += 8) {
+          for (int chunk = lane; chunk < Layout::kChunks; chunk += Layout::kRowLanes) {
             cp_async_16(address + Layout::offset(row, chunk),
                         source + chunk * Layout::kChunkElements, valid);
           }

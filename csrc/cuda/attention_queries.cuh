@@ -44,14 +44,14 @@ struct QueryRows {
 
 // A query policy has load<Config>(tile, rows): every warp fills its own Config::kRowsPerWarp rows
 // of the tile, eight lanes to a row, by ordinary stores or asynchronous copies. Rows behind the end
-// read as zero. Calls f(row, lane of the eight) for the row and those 4, 8, ... behind it, kAhead
-// in all, whose loads f may then issue together.
-template <typename Config, int kAhead = 1, typename F>
+// read as zero. Calls f(row, lane of kLanes) for the row and those 4, 8, ... behind it, kAhead in
+// all, whose loads f may then issue together.
+template <typename Config, int kAhead = 1, int kLanes = 8, typename F>
 __device__ __forceinline__ void for_own_rows(const F& f) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll 1  // once per thread block: registers matter more
-  for (int i = 0; i < Config::kRowsPerWarp; i += 4 * kAhead)
-    f(warp * Config::kRowsPerWarp + i + lane / 8, lane % 8);
+  for (int i = 0; i < Config::kRowsPerWarp; i += kWarpSize / kLanes * kAhead)
+    f(warp * Config::kRowsPerWarp + i + lane / kLanes, lane % kLanes);
 }
 
 struct PlainQuery {

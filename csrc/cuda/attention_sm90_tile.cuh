@@ -19,6 +19,8 @@ struct PanelLayout {
   static constexpr int kPanelBytes = attention_sm90_panel_bytes(kHeadDim);
   static constexpr int kPanelChunks = kPanelBytes / 16;
   static constexpr int kPanels = kChunks / kPanelChunks;
+  // Lanes to a row in a copy, so that what 8 of them copy at a time lies in different banks.
+  static constexpr int kRowLanes = kPanelChunks;
   static constexpr int kPanelPitch = kRows * kPanelBytes;
   static constexpr int kBytes = kPanels * kPanelPitch;
   static_assert(kPanelPitch % (8 * kPanelBytes) == 0, "panels must start where a pattern starts");

@@ -16,6 +16,7 @@ template <typename T, int kHeadDim>
 struct TileLayout {
   static constexpr int kChunkElements = Vec<T>::kSize;
   static constexpr int kChunks = kHeadDim / kChunkElements;
+  static constexpr int kRowLanes = 8;  // what they copy of a row at a time lies in different banks
   static constexpr int kStride = attention_tile_stride(kHeadDim, sizeof(T));
   static constexpr bool kSwizzled = attention_tile_swizzled(kHeadDim, sizeof(T));
 
