@@ -6,48 +6,38 @@ simulator counts beyond 1.1 times their sum fails. Likewise every conflict of sh
 reason. Shapes marked * are cut down, for the simulator's sake; the kernels and their tiles are
 those of the full shape.
 
-To add a case, yield it from one of the functions below, or from a new one listed in SOURCES.
+To add a case, yield it from one of the functions below or of static_gradients.py, or from a new one
+listed in SOURCES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 import mllama_kernels as ours
-
-E, INTERMEDIATE, HQ, HKV, D = 4096, 14336, 32, 8, 128
-VISION_WIDTH, VISION_HEADS, VISION_DIM, PATCH, TILE = 1280, 16, 80, 14, 560
-TILES, TILE_TOKENS = 4, 1601
-VOCABULARY = 128256
-MULTIPROCESSORS = {80: 108, 90: 132}  # as static.py has them presented
-BF16 = torch.bfloat16
-
-
-@dataclass
-class Case:
-    op: str
-    shape: str
-    run: Callable[[], object]
-    floor: int  # bytes
-    again: dict[str, int] = field(default_factory=dict)  # reason to bytes
-    # Why shared accesses take more wavefronts than they must, and how many more, as a share of all.
-    conflicts: tuple[str, float] = ("", 0.0)
-    flops: int = 0  # useful ones, where products bound the kernel
-    architectures: tuple[int, ...] = (80, 90)
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def rand(*shape: int) -> Tensor:
-    """From -2 to 2, in steps of 1/64: the same numbers on every machine, for how often a softmax's
-    maximum moves depends on them."""
-    return (torch.randint(-128, 129, shape) / 64).to(BF16)
+from benchmarks import static_gradients
+from benchmarks.static_case import (
+    HKV,
+    HQ,
+    INTERMEDIATE,
+    MULTIPROCESSORS,
+    PATCH,
+    TILE,
+    TILE_TOKENS,
+    TILES,
+    VISION_DIM,
+    VISION_HEADS,
+    VISION_WIDTH,
+    VOCABULARY,
+    Case,
+    D,
+    E,
+    angles,
+    rand,
+    size,
+)
 
 
 def elementwise(arch: int) -> Iterator[Case]:
@@ -91,70 +81,6 @@ def elementwise(arch: int) -> Iterator[Case]:
         lambda: ours.swiglu(gate_up),
         floor=size(gate_up) * 3 // 2,
     )
-
-
-def gradients(arch: int) -> Iterator[Case]:
-    """The backward kernels of the elementwise ops and norms."""
-    ops = torch.ops.mllama_kernels
-    rows, blocks, teams = 4096, 128, 2
-    weight, gate = rand(E), rand(1)
-    x, total, grad, grad_total = (rand(rows, E) for _ in range(4))
-    shape = f"{rows} x {E}"
-    again = {
-        "weight, per team of threads, from L2": (blocks * teams - 1) * size(weight),
-        "partial rows of its gradient written and read, from L2": 2 * blocks * E * 4,
-    }
-    yield Case(
-        "rms_norm_backward",
-        shape,
-        lambda: ops.rms_norm_backward(grad, x, weight, 1e-5),
-        floor=3 * size(x) + 2 * size(weight),
-        again=again,
-    )
-    yield Case(
-        "add_rms_norm_backward",
-        shape,
-        lambda: ops.add_rms_norm_backward(grad, grad_total, total, weight, 1e-5, None, None, None),
-        floor=4 * size(x) + 2 * size(weight),
-        again=again,
-    )
-    yield Case(
-        "add_rms_norm_backward",
-        f"{shape}, gate",
-        lambda: ops.add_rms_norm_backward(grad, grad_total, total, weight, 1e-5, x, gate, None),
-        floor=6 * size(x) + 2 * size(weight, gate),
-        again=again,
-    )
-    heads, head_grad, head_weight = rand(2048, HQ, D), rand(2048, HQ, D), rand(D)
-    blocks, teams = 256, 32
-    yield Case(
-        "rms_norm_backward",
-        f"2048 x {HQ} x {D}",
-        lambda: ops.rms_norm_backward(head_grad, heads, head_weight, 1e-5),
-        floor=3 * size(heads) + 2 * size(head_weight),
-        again={
-            "weight, per team of threads, from L2": (blocks * teams - 1) * size(head_weight),
-            "partial rows of its gradient written and read, from L2": 2 * blocks * D * 4,
-        },
-    )
-    yield Case(
-        "gated_residual_backward",
-        shape,
-        lambda: ops.gated_residual_backward(grad, x, gate, None),
-        floor=3 * size(x) + 2 * size(gate),
-    )
-    gate_up, grad_out = rand(1024, 2 * INTERMEDIATE), rand(1024, INTERMEDIATE)
-    yield Case(
-        "swiglu_backward",
-        f"1024 x {INTERMEDIATE}",
-        lambda: ops.swiglu_backward(grad_out, gate_up),
-        floor=2 * size(gate_up) + size(grad_out),
-    )
-
-
-def angles(length: int) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(length).unsqueeze(-1) * 500000.0 ** (-torch.arange(0, D, 2) / D)
-    return angle.cos().to(BF16), angle.sin().to(BF16)
 
 
 def self_attention(arch: int) -> Iterator[Case]:
@@ -377,34 +303,14 @@ def decoding(arch: int) -> Iterator[Case]:
     )
 
 
-def training(arch: int) -> Iterator[Case]:
-    """The cross entropy of the head; the products around it are the library's."""
-    rows, width = 16, 8
-    x, weight = rand(rows, width), rand(VOCABULARY, width)
-    labels = torch.randint(0, VOCABULARY, (rows,))
-    logits = rows * VOCABULARY * 2
-    shared = {80: 163, 90: 227}[arch] * 1024 - 640
-    yield Case(
-        "linear_cross_entropy",
-        f"loss and gradient, {rows}* x {VOCABULARY}",
-        lambda: torch.ops.mllama_kernels.linear_cross_entropy(
-            x, weight, labels, -100, -100, 0.0, 0.0, True, logits
-        ),
-        floor=2 * logits,
-        again={"what of a row shared memory does not hold, from L2": logits - rows * shared},
-    )
-    sums = torch.ones(2, rows)
-    yield Case(
-        "linear_cross_entropy_backward",
-        f"{rows}* x {VOCABULARY}",
-        lambda: torch.ops.mllama_kernels.linear_cross_entropy_backward(
-            sums[0], x, weight, labels, sums, -100, -100, 0.0, 0.0, logits
-        ),
-        floor=2 * logits,
-    )
-
-
-SOURCES = (elementwise, gradients, self_attention, cross_attention, vision, decoding, training)
+SOURCES = (
+    elementwise,
+    self_attention,
+    cross_attention,
+    vision,
+    decoding,
+    *static_gradients.SOURCES,
+)
 
 
 def cases(arch: int) -> Iterator[Case]:
