@@ -30,7 +30,7 @@ class Goal:
 
     Attributes:
         what: as it stands in the table.
-        op: of the row, or "model".
+        op: of the row, or "model" or "training".
         shape: sizes by which the row is found; it may have more.
         measure: one of MEASURES. "share" is of the floor made of this machine's own ceilings.
         peers: beginnings of the names of the peers that a ratio is against; the fastest of them counts.
@@ -74,22 +74,44 @@ def _norm(op: str) -> list[Goal]:
     ]
 
 
-def _training(op: str) -> list[Goal]:
+def _norm_training(op: str) -> list[Goal]:
     shape, peers = {"rows": 16384} | PASS, ("torch.compile", "liger")
-    on_cpu = {"rows": 2048} | PASS
     return [
         Goal(f"`{op}`, forward and backward, 16384 rows", op, shape, "share", 0.88),
         Goal("same, torch.compile or liger", op, shape, "ratio", 1.05, peers=peers),
-        Goal(
-            f"CPU, bfloat16: `{op}`, forward and backward, against PyTorch",
-            op,
-            on_cpu,
-            "ratio",
-            1,
-            CPU,
-            "bfloat16",
-            ("pytorch", "torch.compile"),
-        ),
+    ]
+
+
+def _attention_training(tokens: int) -> list[Goal]:
+    """A forward at 580 TFLOP/s and a backward at 480, of whose products the forward has two of seven."""
+    op, shape = "rotary_attention", {"tokens": tokens} | PASS
+    what = f"`{op}`, forward and backward, {tokens} tokens"
+    return [
+        Goal(what, op, shape, "tflops", 505),
+        Goal("same, SDPA's flash backend", op, shape, "ratio", 1.5, peers=("sdpa flash",)),
+    ]
+
+
+def _at_least_even(dtype: str) -> list[Goal]:
+    """Of every op that trains, against the fastest peer."""
+    ops = ("rms_norm", "add_rms_norm", "gated_residual", "swiglu", "rotary_attention")
+    ops += ("cross_attention", "vision_attention", "patch_embed")
+    rows = [(f"`{op}`, forward and backward", op, PASS) for op in ops]
+    for head in ("frozen", "trained"):
+        op = "linear_cross_entropy"
+        rows.append((f"`{op}` and gradients, {head} head", op, {"head": head}))
+    anyone = ("",)
+    return [
+        Goal(f"CPU, {dtype}: {what}, fastest peer", op, shape, "ratio", 1, CPU, dtype, anyone)
+        for what, op, shape in rows
+    ]
+
+
+def _step(dtype: str, device: str, targets: dict[str, float]) -> list[Goal]:
+    where = f"CPU, {dtype}: " if device == CPU else "11B "
+    return [
+        Goal(f"{where}training step, {peer}", "training", {}, "ratio", x, device, dtype, (peer,))
+        for peer, x in targets.items()
     ]
 
 
@@ -135,8 +157,8 @@ _MASKED_CUDNN = ("sdpa cudnn, mask",)
 GOALS: tuple[Goal, ...] = (
     *_norm("rms_norm"),
     *_norm("add_rms_norm"),
-    *_training("rms_norm"),
-    *_training("add_rms_norm"),
+    *_norm_training("rms_norm"),
+    *_norm_training("add_rms_norm"),
     *(goal for size in ((4096, 580), (8192, 610), (16384, 630)) for goal in _prefill(*size)),
     _decode(1, 1024, 7),
     _decode(1, 8192, 12.5),
@@ -183,14 +205,27 @@ GOALS: tuple[Goal, ...] = (
     Goal("same, `transformers`", "model", _MODEL, "token_ratio", 3, peers=_STOCK),
     Goal("11B first token, image and 32 tokens", "model", _FIRST, "first_token_ms", 38),
     Goal("same, `transformers`", "model", _FIRST, "first_token_ratio", 2.5, peers=_STOCK),
+    *_attention_training(4096),
+    *_attention_training(16384),
+    *_step("bfloat16", GPU, {"transformers sdpa": 1.3, "liger-kernel": 1.15}),
     *_on_cpu("bfloat16"),
     *_on_cpu("float32"),
+    *_at_least_even("bfloat16"),
+    *_at_least_even("float32"),
+    *_step("bfloat16", CPU, {"transformers sdpa": 1}),
+    *_step("float32", CPU, {"transformers sdpa": 1}),
 )
+
+
+def part_of(goal: Goal) -> str:
+    """The part of a run that a goal is about."""
+    return goal.op if goal.op in ("model", "training") else "ops"
 
 
 def find(run: dict[str, Any], goal: Goal, shape: dict[str, Any]) -> dict[str, Any] | None:
     """The row of a run that a goal is about."""
-    rows = run["model"] if goal.op == "model" else [r for r in run["rows"] if r["op"] == goal.op]
+    of_op = [r for r in run["rows"] if r["op"] == goal.op]
+    rows = of_op if part_of(goal) == "ops" else run[part_of(goal)]
     fits = (r for r in rows if r["dtype"] == goal.dtype and shape.items() <= r["shape"].items())
     return next(fits, None)
 

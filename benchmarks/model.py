@@ -39,7 +39,7 @@ class Layers:
     global_: int
     taps: tuple[int, ...]
 
-    def configs(self) -> dict[str, Any]:
+    def configs(self, vocabulary: int = VOCAB) -> dict[str, Any]:
         """Keyword arguments of MllamaConfig, ours or that of `transformers`."""
         rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -55,8 +55,10 @@ class Layers:
             "num_hidden_layers": self.text,
             "cross_attention_layers": list(self.cross),
             "rope_parameters": rope,
+            "vocab_size": vocabulary,
+            "pad_token_id": min(PAD, vocabulary - 1),
         }
-        return {"vision_config": vision, "text_config": text, "image_token_index": VOCAB}
+        return {"vision_config": vision, "text_config": text, "image_token_index": vocabulary}
 
 
 FULL = Layers(40, (3, 8, 13, 18, 23, 28, 33, 38), 32, 8, (3, 7, 15, 23, 30))
@@ -104,15 +106,19 @@ def fill(model: nn.Module) -> None:
                 piece.copy_(values[: len(piece)])
 
 
-def build(layers: Layers, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def build(
+    layers: Layers, dtype: torch.dtype, device: torch.device, vocabulary: int = VOCAB
+) -> tuple[Any, Any]:
     """Our model and that of `transformers` over the same parameters."""
     import transformers
 
     with torch.device("meta"):
         mine = mllama.MllamaForConditionalGeneration(
-            mllama.MllamaConfig(**layers.configs()), backend="kernels", semantics="transformers"
+            mllama.MllamaConfig(**layers.configs(vocabulary)),
+            backend="kernels",
+            semantics="transformers",
         )
-        config = transformers.MllamaConfig(**layers.configs())
+        config = transformers.MllamaConfig(**layers.configs(vocabulary))
         config._attn_implementation = "sdpa"
         theirs = transformers.MllamaForConditionalGeneration(config)
     mine = mine.to(dtype).to_empty(device=device).eval()

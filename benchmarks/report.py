@@ -21,6 +21,7 @@ from benchmarks.machine import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DTYPES = ("bfloat16", "float32", "float16")  # the README shows the first
+PARTS = ("ops", "model", "training")
 BEGIN, END = "<!-- speed: made by `python -m benchmarks.report` -->", "<!-- end of speed -->"
 
 
@@ -37,7 +38,8 @@ def committed(folder: Path = RESULTS) -> list[Path]:
 
 def read(paths: list[Path]) -> list[dict[str, Any]]:
     """The runs, oldest first, each with its ``file``."""
-    runs = [json.loads(path.read_text()) | {"file": path.name} for path in paths]
+    early = {"training": []}  # older files have no such part
+    runs = [early | json.loads(path.read_text()) | {"file": path.name} for path in paths]
     return sorted(runs, key=lambda run: run["started"])
 
 
@@ -98,9 +100,13 @@ def ceilings_in_words(run: dict[str, Any]) -> str:
     return ", ".join(parts + products)
 
 
+def all_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*run["rows"], *run["model"], *run["training"]]
+
+
 def load_in_words(run: dict[str, Any]) -> str:
     """How busy a CPU was: figures of a machine that did other work as well are no absolute ones."""
-    loads = [row["state"]["before"].get("load") for row in [*run["rows"], *run["model"]]]
+    loads = [row["state"]["before"].get("load") for row in all_rows(run)]
     known = [load for load in loads if load is not None]
     if not known:
         return ""
@@ -160,10 +166,30 @@ def model_table(run: dict[str, Any]) -> str:
     return table([*header, "ours is faster", "memory"], cells)
 
 
+def training_table(run: dict[str, Any]) -> str:
+    cells = []
+    for row in run["training"]:
+        for impl in row["impls"]:
+            if impl["status"] != "timed":
+                continue
+            cells.append(
+                [
+                    f"{impl['name']}, {sizes(row['shape'])}",
+                    row["dtype"],
+                    time_of(impl["us"]["median"]),
+                    f"{impl['share_of_floor']:.0%}",
+                    times(impl["ours_is_faster"]) if impl["name"] != OURS else "",
+                    f"{impl['peak_gib']:g} GiB" if "peak_gib" in impl else "",
+                ]
+            )
+    header = ["training step", "dtype", "time", "of floor", "ours is faster", "memory"]
+    return table(header, cells)
+
+
 def not_run(run: dict[str, Any]) -> str:
     """The peers that gave no time, once per reason."""
     reasons: dict[str, set[str]] = {}
-    for row in [*run["rows"], *run["model"]]:
+    for row in all_rows(run):
         for impl in row["impls"]:
             if impl["status"] != "timed":
                 text = f"{impl['status']}: {impl['reason']}"
@@ -189,6 +215,10 @@ Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_word
 
 {model_table(run) if run["model"] else "Not part of this run."}
 
+## Training
+
+{training_table(run) if run["training"] else "Not part of this run."}
+
 ## Not timed
 
 {not_run(run)}
@@ -198,7 +228,7 @@ Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_word
 def goal_table(runs: list[dict[str, Any]]) -> str:
     rows = []
     for goal in goals.GOALS:
-        part = "model" if goal.op == "model" else "ops"
+        part = goals.part_of(goal)
         value = goals.value_of(goal, newest(runs, goal.device, part))
         sign = ">=" if goals.MEASURES[goal.measure][1] else "<="
         measured = ["", ""]
@@ -215,7 +245,11 @@ def run_section(run: dict[str, Any], parts: list[str]) -> str:
 floors that shares are of.{load_in_words(run)} [All of this run](benchmarks/results/{name}.md)."""
     if "ops" in parts and (RESULTS / f"{name}.svg").exists():
         text += f"\n\n![times faster than PyTorch](benchmarks/results/{name}.svg)"
-    tables = {"ops": lambda: op_table(run, DTYPES[:1]), "model": lambda: model_table(run)}
+    tables = {
+        "ops": lambda: op_table(run, DTYPES[:1]),
+        "model": lambda: model_table(run),
+        "training": lambda: training_table(run),
+    }
     return "\n\n".join([text, *(tables[part]() for part in parts)])
 
 
@@ -225,7 +259,7 @@ def readme_section(runs: list[dict[str, Any]]) -> str:
         "Ratios are how many times faster ours is: the median of interleaved rounds and their range."
     ]
     for kind in (goals.GPU, goals.CPU):
-        found = {part: newest(runs, kind, part) for part in ("ops", "model")}
+        found = {part: newest(runs, kind, part) for part in PARTS}
         if kind == goals.GPU and not any(found.values()):
             texts.append("There is no GPU run yet: the GPU goals below have no figures.")
         for run in runs:

@@ -1,9 +1,10 @@
 """Times ops and the model beside their peers and writes one JSON file.
 
-    python -m benchmarks.run [OP ... | ops | model] [--device cpu|cuda] [--dtype NAME ...] [--quick]
+    python -m benchmarks.run [OP ... | ops | model | training] [--device ...] [--dtype ...] [--quick]
 
-Without a name all ops and the model are run. The file is benchmarks/results/<machine>-<date>.json, or
---output; `python -m benchmarks.report` and `python -m benchmarks.plot` read it.
+Without a name all ops, the model and a training step are run. The file is
+benchmarks/results/<machine>-<date>.json, or --output; `python -m benchmarks.report` and
+`python -m benchmarks.plot` read it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, ceilings, machine, model
+from benchmarks import cases, ceilings, machine, model, training_step
 from benchmarks.case import OURS, Setting
 from benchmarks.measure import Plan, add_floor, measure
 from benchmarks.timing import keep_freed_memory
@@ -34,9 +35,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
     )
-    names = [*cases.MODULES, "ops", "model"]
+    names = [*cases.MODULES, "ops", "model", "training"]
     parser.add_argument(
-        "what", nargs="*", metavar="OP|ops|model", help=f"any of {', '.join(names)}"
+        "what", nargs="*", metavar="OP|ops|model|training", help=f"any of {', '.join(names)}"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -59,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def line(row: dict[str, Any]) -> str:
     """One row on the terminal."""
     sizes = " ".join(f"{name}={size}" for name, size in row["shape"].items())
-    head = f"{row['op']:24}{sizes:44}{row['dtype']:9}"
+    head = f"{row['op']:24}{sizes:60} {row['dtype']:9}"
     mine = next(impl for impl in row["impls"] if impl["name"] == OURS)
     if mine["status"] != "timed":
         return f"{head} {mine['status']}: {mine['reason']}"
@@ -75,7 +76,13 @@ class ResultFile:
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
-        self.document: dict[str, Any] = {**head, "skipped": {}, "rows": [], "model": []}
+        self.document: dict[str, Any] = {
+            **head,
+            "skipped": {},
+            "rows": [],
+            "model": [],
+            "training": [],
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, part: str, row: dict[str, Any]) -> None:
@@ -86,7 +93,7 @@ class ResultFile:
     def hold_against(self, ceiling: dict[str, float]) -> None:
         """The ceilings of this run, and every row's share of its floor under them."""
         self.document["ceilings"] = ceiling
-        for row in self.document["rows"]:
+        for row in [*self.document["rows"], *self.document["training"]]:
             add_floor(row, ceiling)
         for row in self.document["model"]:
             model.add_floor(row)
@@ -119,6 +126,13 @@ def run_model(device: torch.device, options: argparse.Namespace, results: Result
     for row in model.run(device, dtypes, options.quick, options.seed):
         results.add("model", row)
         print(model.line(row), flush=True)
+
+
+def run_training(device: torch.device, options: argparse.Namespace, results: ResultFile) -> None:
+    dtypes = [getattr(torch, name) for name in options.dtype if name != "float16"]
+    for row in training_step.run(device, dtypes, options.quick, options.seed):
+        results.add("training", row)
+        print(line(row), flush=True)
 
 
 def slug(described: dict[str, Any]) -> str:
@@ -157,16 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     results = ResultFile(path, {**head, "ceilings": ceiling})
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
     ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
-    with_model = not options.what or "model" in options.what
     run_ops(ops, device, options, results)
-    if with_model:
-        run_model(device, options, results)
+    wholes = {"model": run_model, "training": run_training}
+    wanted = [name for name in wholes if not options.what or name in options.what]
+    for name in wanted:
+        wholes[name](device, options, results)
     results.hold_against(ceilings.higher(ceiling, ceilings.measure(device, dtypes)))
     seconds = round(time.perf_counter() - clock)
-    parts = ["ops"] * (len(ops) == len(cases.MODULES)) + ["model"] * with_model
+    parts = ["ops"] * (len(ops) == len(cases.MODULES)) + wanted
     results.write(seconds=seconds, parts=[] if options.quick else parts)
     print(f"{seconds} s; written to {results.path}")
-    rows = [*results.document["rows"], *results.document["model"]]
+    rows = [row for part in ("rows", "model", "training") for row in results.document[part]]
     failed = [row for row in rows if row["impls"][0]["status"] != "timed"]
     for row in failed:
         print(f"not measured: {row.get('op', 'model')} {row['shape']}: {row['impls'][0]['reason']}")
