@@ -234,6 +234,14 @@ def to(batch: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
     }
 
 
+def with_gates_as_one(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients, those of all gates as one: each is one sum of terms that cancel, with any relative
+    error, but not all of them do at once."""
+    single = [name for name, grad in grads.items() if grad.numel() == 1]
+    found = {name: grad for name, grad in grads.items() if name not in single}
+    return found | {"gates": torch.cat([grads[name].flatten() for name in single])}
+
+
 def assert_close(
     actual: Tensor, expected: Tensor, where: Tensor | None = None, rtol: float = 1e-4
 ) -> None:

@@ -64,7 +64,7 @@ def sample_run(kind: str = "cpu", **changes: object) -> dict:
     described = machine.describe(torch.device("cpu")) | {"kind": kind, "gpu": "GPU"}
     document = {
         "started": "2026-01-01T00:00:00+00:00",
-        "parts": ["ops", "model"],
+        "parts": ["ops", "model", "training"],
         "machine": described,
         "versions": machine.versions(),
         "commit": "abc",
@@ -73,6 +73,7 @@ def sample_run(kind: str = "cpu", **changes: object) -> dict:
         "skipped": {"sample": "no such op"},
         "rows": [row],
         "model": [],
+        "training": [],
         "file": "sample.json",
     }
     return json.loads(json.dumps(document)) | changes
