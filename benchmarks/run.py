@@ -171,15 +171,19 @@ def main(arguments: list[str] | None = None) -> int:
     results = ResultFile(path, {**head, "ceilings": ceiling})
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
     ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
+    parts: list[str] = []
     run_ops(ops, device, options, results)
-    wholes = {"model": run_model, "training": run_training}
-    wanted = [name for name in wholes if not options.what or name in options.what]
-    for name in wanted:
-        wholes[name](device, options, results)
+    if len(ops) == len(cases.MODULES):
+        parts.append("ops")
+    results.write(parts=[] if options.quick else parts)
+    for name, run_part in {"model": run_model, "training": run_training}.items():
+        if not options.what or name in options.what:
+            run_part(device, options, results)
+            parts.append(name)
+            results.write(parts=[] if options.quick else parts)
     results.hold_against(ceilings.higher(ceiling, ceilings.measure(device, dtypes)))
     seconds = round(time.perf_counter() - clock)
-    parts = ["ops"] * (len(ops) == len(cases.MODULES)) + wanted
-    results.write(seconds=seconds, parts=[] if options.quick else parts)
+    results.write(seconds=seconds)
     print(f"{seconds} s; written to {results.path}")
     rows = [row for part in ("rows", "model", "training") for row in results.document[part]]
     failed = [row for row in rows if row["impls"][0]["status"] != "timed"]

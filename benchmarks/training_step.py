@@ -195,8 +195,8 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
             record |= {"status": "unavailable", "reason": trainee.unavailable}
             continue
         try:
-            timed(trainee, batch)  # compiles, tunes and allocates
             if device.type == "cuda":
+                timed(trainee, batch)  # compiles, tunes and allocates
                 torch.cuda.reset_peak_memory_stats()
             step(trainee, batch)
             if device.type == "cuda":
