@@ -202,7 +202,6 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
             if device.type == "cuda":
                 record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             found = samples(trainee.model)
-            trainee.model.zero_grad(set_to_none=True)
             expected = found if expected is None else expected
             record["difference"] = significant(difference(found, expected), 3)
             if not record["difference"] <= model.TOLERANCE[mine.dtype]:
@@ -211,9 +210,11 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
                 continue
         except Exception as error:  # out of memory, a peer that does not compile
             record |= {"status": "failed", "reason": in_words(error)}
+            continue
+        finally:
+            trainee.model.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            continue
         runs.append((record, partial(timed, trainee, batch)))
     rows = interleave([run for _, run in runs], 5 if device.type == "cuda" else 3)
     times = {record["name"]: row for (record, _), row in zip(runs, rows)}

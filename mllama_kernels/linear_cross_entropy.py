@@ -72,7 +72,7 @@ def linear_cross_entropy(
             f"{tuple(x.shape[:-1])}, got {tuple(labels.shape)}"
         )
     masked_token = ignore_index if masked_token is None else masked_token
-    logits_bytes = labels.numel() * _padded(weight.shape[0]) * x.dtype.itemsize
+    logits_bytes = labels.numel() * _padded(weight.shape[:1].numel()) * x.dtype.itemsize
     loss, *_ = torch.ops.mllama_kernels.linear_cross_entropy(
         x.reshape(labels.numel(), x.shape[-1]),
         weight,

@@ -307,6 +307,8 @@ def test_errors(device):
     x, weight, labels = make(4, 8, 50, torch.float32, device)
     with pytest.raises(RuntimeError, match=r"weight must be \(V, 8\), got shape \(50, 7\)"):
         OP(x, weight[:, :7], labels)
+    with pytest.raises(RuntimeError, match=r"weight must be \(V, 8\), got shape \(\)"):
+        OP(x, weight[0, 0], labels)
     with pytest.raises(RuntimeError, match="weight must have the dtype of x, float32"):
         OP(x, weight.bfloat16(), labels)
     with pytest.raises(RuntimeError, match=r"labels must have shape \(4,\), got \(3,\)"):
