@@ -28,8 +28,8 @@ MLLAMA_INLINE void with_dtype(DType dtype, const F& f) {
 constexpr int64_t kGrainElements = 16384;
 
 // f(row, column, count) for blocks of columns within rows, so that one long row uses every thread.
-template <typename F>
-MLLAMA_INLINE void for_row_blocks(int64_t rows, int64_t dim, const F& f) {
+template <typename Stores, typename F>
+MLLAMA_INLINE void for_row_blocks(int64_t rows, int64_t dim, Stores stores, const F& f) {
   constexpr int64_t kColumns = 2048;
   const int64_t blocks = ceil_div(dim, kColumns);
   const int64_t grain = max<int64_t>(1, kGrainElements / min(kColumns, dim));
@@ -38,6 +38,7 @@ MLLAMA_INLINE void for_row_blocks(int64_t rows, int64_t dim, const F& f) {
       const int64_t column = task % blocks * kColumns;
       f(task / blocks, column, min(kColumns, dim - column));
     }
+    stores.finish();
   });
 }
 

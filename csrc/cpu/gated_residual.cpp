@@ -7,20 +7,22 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "rows.h"
+#include "stores.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-template <typename T>
-void run(const GatedResidualParams& p) {
+template <typename T, typename Stores>
+void run(const GatedResidualParams& p, Stores stores) {
   const Scalar<T> gate = tanh_gate<T>(p.gate);
   parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       gated_residual_row(static_cast<const T*>(p.x) + row * p.x_row_stride,
                          static_cast<const T*>(p.residual) + row * p.residual_row_stride, gate,
                          !p.row_mask || p.row_mask[row], static_cast<T*>(p.out) + row * p.dim,
-                         p.dim);
+                         p.dim, stores);
     }
+    stores.finish();
   });
 }
 
@@ -28,7 +30,10 @@ void run(const GatedResidualParams& p) {
 
 void gated_residual(const GatedResidualParams& p) {
   if (p.rows * p.dim == 0) return;
-  with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p); });
+  const int64_t row_bytes = p.dim * element_size(p.dtype);
+  with_stores(past_cache(3 * p.rows * row_bytes, row_bytes, p.out), [&](auto stores) {
+    with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
+  });
 }
 
 }  // namespace mllama::MLLAMA_ISA

@@ -8,12 +8,13 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "rows.h"
+#include "stores.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-template <typename T>
-void run(const GatedResidualBackwardParams& p) {
+template <typename T, typename Stores>
+void run(const GatedResidualBackwardParams& p, Stores stores) {
   const Scalar<T> gate = tanh_gate<T>(p.gate);
   const int64_t blocks = min(p.rows, kGatePartials);
   const int64_t grain = blocks ? max<int64_t>(1, row_grain(p.dim) * blocks / p.rows) : 1;
@@ -33,7 +34,7 @@ void run(const GatedResidualBackwardParams& p) {
         Vec<Partial<T>> row_sum = {};
         for_vectors(p.dim, [&](int64_t i, auto part) {
           const Vec<T> g = load(grad + i, part);
-          store(grad_x + i, g * gate, part);
+          stores.store(grad_x + i, g * gate, part);
           row_sum += __builtin_convertvector(g, Vec<Partial<T>>) *
                      __builtin_convertvector(load(x + i, part), Vec<Partial<T>>);
         });
@@ -41,6 +42,7 @@ void run(const GatedResidualBackwardParams& p) {
       }
       p.gate_partials[block] = sum_lanes(sum);
     }
+    stores.finish();
   });
   store_gate_gradient<T>(p.gate_partials, blocks, p.gate, p.grad_gate);
 }
@@ -48,7 +50,10 @@ void run(const GatedResidualBackwardParams& p) {
 }  // namespace
 
 void gated_residual_backward(const GatedResidualBackwardParams& p) {
-  with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p); });
+  const int64_t row_bytes = p.dim * element_size(p.dtype);
+  with_stores(past_cache(3 * p.rows * row_bytes, row_bytes, p.grad_x), [&](auto stores) {
+    with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
+  });
 }
 
 }  // namespace mllama::MLLAMA_ISA

@@ -3,14 +3,20 @@
 #pragma once
 
 #include "simd.h"
+#include "stores.h"
 
 namespace mllama::MLLAMA_ISA {
 
-// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum: four
-// chains hide the latency of the add, short ones keep the rounding error small.
+MLLAMA_INLINE void add(FVec& sum, FVec v) { sum += v; }
+MLLAMA_INLINE void add(DVec& sum, FVec v) { sum += __builtin_convertvector(v, DVec); }
+MLLAMA_INLINE void add(DVec& sum, DVec v) { sum += v; }
+
+// 1 / sqrt(mean(x^2) + eps) of a row in storage type T. Sums of 32 vectors, then their sum in
+// float64: four chains hide the latency of the add, short ones keep the rounding error small, which
+// the whole row would share.
 template <typename T>
 MLLAMA_INLINE double inverse_rms(const T* x, int64_t dim, double eps) {
-  Vec<T> total = {};
+  DVec total = {};
   int64_t i = 0;
   for (; i + 32 * kLanes <= dim; i += 32 * kLanes) {
     Vec<T> sums[4] = {};
@@ -18,25 +24,35 @@ MLLAMA_INLINE double inverse_rms(const T* x, int64_t dim, double eps) {
       const Vec<T> v = load(x + i + j * kLanes);
       sums[j % 4] += v * v;
     }
-    total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    add(total, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
+  Vec<T> rest = {};
   for_vectors(dim - i, [&](int64_t offset, auto part) {
     const Vec<T> v = load(x + i + offset, part);
-    total += v * v;
+    rest += v * v;
   });
-  return 1 / __builtin_sqrt((double)sum_lanes(total) / (double)dim + eps);
+  add(total, rest);
+  return 1 / __builtin_sqrt(sum_lanes(total) / (double)dim + eps);
 }
 
-// y = weight * round(x / rms). y may be x.
-template <typename T>
-MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, double eps) {
+// each(offset, part, x, y) for the vectors of a row and of y = weight * round(x / rms).
+template <typename T, typename F>
+MLLAMA_INLINE void normalize_row(const T* x, const T* weight, int64_t dim, double eps,
+                                 const F& each) {
   // The factor in two parts: all elements of the row would share its rounding error.
   const double factor = inverse_rms(x, dim, eps);
   const Scalar<T> high = (Scalar<T>)factor, low = (Scalar<T>)(factor - (double)high);
   for_vectors(dim, [&](int64_t i, auto part) {
     const Vec<T> v = load(x + i, part);
-    store(y + i, round_to<T>(v * high + v * low) * load(weight + i, part), part);
+    each(i, part, v, round_to<T>(v * high + v * low) * load(weight + i, part));
   });
+}
+
+// y = weight * round(x / rms). y may be x.
+template <typename T>
+MLLAMA_INLINE void rms_norm_row(const T* x, const T* weight, T* y, int64_t dim, double eps) {
+  normalize_row(x, weight, dim, eps,
+                [&](int64_t i, auto part, Vec<T>, Vec<T> normed) { store(y + i, normed, part); });
 }
 
 // silu(gate) * up, for the caller to round.
@@ -51,12 +67,12 @@ MLLAMA_INLINE Vec<T> gated_sum(Vec<T> x, Vec<T> residual, Scalar<T> gate, bool v
   return residual + round_to<T>((visible ? x : Vec<T>{}) * gate);
 }
 
-template <typename T>
+template <typename T, typename Stores>
 MLLAMA_INLINE void gated_residual_row(const T* x, const T* residual, Scalar<T> gate, bool visible,
-                                      T* out, int64_t dim) {
+                                      T* out, int64_t dim, Stores stores) {
   for_vectors(dim, [&](int64_t i, auto part) {
     const Vec<T> value = visible ? load(x + i, part) : Vec<T>{};
-    store(out + i, gated_sum<T>(value, load(residual + i, part), gate, visible), part);
+    stores.store(out + i, gated_sum<T>(value, load(residual + i, part), gate, visible), part);
   });
 }
 
@@ -91,10 +107,6 @@ struct PartialOf<F16> {
 };
 template <typename T>
 using Partial = typename PartialOf<T>::Type;
-
-MLLAMA_INLINE void add(FVec& sum, FVec v) { sum += v; }
-MLLAMA_INLINE void add(DVec& sum, FVec v) { sum += __builtin_convertvector(v, DVec); }
-MLLAMA_INLINE void add(DVec& sum, DVec v) { sum += v; }
 
 // (1 - tanh(gate)^2) times the sum of the partial sums, in their order, rounded.
 template <typename T>

@@ -7,18 +7,19 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "rows.h"
+#include "stores.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-template <typename T>
-void run(const SwigluParams& p) {
-  for_row_blocks(p.rows, p.dim, [&](int64_t row, int64_t column, int64_t count) {
+template <typename T, typename Stores>
+void run(const SwigluParams& p, Stores stores) {
+  for_row_blocks(p.rows, p.dim, stores, [&](int64_t row, int64_t column, int64_t count) {
     const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_row_stride + column;
     const T* up = gate + p.dim;
     T* out = static_cast<T*>(p.out) + row * p.dim + column;
     for_vectors(count, [&](int64_t i, auto part) {
-      store(out + i, swiglu_product<T>(load(gate + i, part), load(up + i, part)), part);
+      stores.store(out + i, swiglu_product<T>(load(gate + i, part), load(up + i, part)), part);
     });
   });
 }
@@ -27,7 +28,10 @@ void run(const SwigluParams& p) {
 
 void swiglu(const SwigluParams& p) {
   if (p.rows * p.dim == 0) return;
-  with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p); });
+  const int64_t row_bytes = p.dim * element_size(p.dtype);
+  with_stores(past_cache(3 * p.rows * row_bytes, row_bytes, p.out), [&](auto stores) {
+    with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
+  });
 }
 
 }  // namespace mllama::MLLAMA_ISA

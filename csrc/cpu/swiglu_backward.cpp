@@ -7,13 +7,14 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "simd.h"
+#include "stores.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-template <typename T>
-void run(const SwigluBackwardParams& p) {
-  for_row_blocks(p.rows, p.dim, [&](int64_t row, int64_t column, int64_t count) {
+template <typename T, typename Stores>
+void run(const SwigluBackwardParams& p, Stores stores) {
+  for_row_blocks(p.rows, p.dim, stores, [&](int64_t row, int64_t column, int64_t count) {
     const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_row_stride + column;
     const T* grad = static_cast<const T*>(p.grad_out) + row * p.grad_out_row_stride + column;
     T* grad_gate = static_cast<T*>(p.grad_gate_up) + row * 2 * p.dim + column;
@@ -23,8 +24,8 @@ void run(const SwigluBackwardParams& p) {
       // s and 1 - s from an exponential that cannot overflow.
       const Vec<T> e = exp(g < 0 ? g : -g), larger = (Scalar<T>)1 / (e + (Scalar<T>)1);
       const Vec<T> s = g < 0 ? e * larger : larger, rest = g < 0 ? larger : e * larger;
-      store(grad_gate + i, dy * up * (s + s * (g * rest)), part);
-      store(grad_gate + p.dim + i, dy * (g * s), part);
+      stores.store(grad_gate + i, dy * up * (s + s * (g * rest)), part);
+      stores.store(grad_gate + p.dim + i, dy * (g * s), part);
     });
   });
 }
@@ -33,7 +34,10 @@ void run(const SwigluBackwardParams& p) {
 
 void swiglu_backward(const SwigluBackwardParams& p) {
   if (p.rows * p.dim == 0) return;
-  with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p); });
+  const int64_t row_bytes = p.dim * element_size(p.dtype);
+  with_stores(past_cache(5 * p.rows * row_bytes, row_bytes, p.grad_gate_up), [&](auto stores) {
+    with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
+  });
 }
 
 }  // namespace mllama::MLLAMA_ISA

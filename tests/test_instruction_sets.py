@@ -1,0 +1,54 @@
+"""The CPU kernels as other machines run them: narrower vectors, and results written past the cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mllama_kernels._library as library
+
+TESTS = Path(__file__).parent
+# Ops whose kernels write past the cache, and the one with most code of its own per vector width.
+OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear")
+
+
+@pytest.mark.skipif(library.simulated, reason="there the CUDA kernels run")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"MLLAMA_KERNELS_CPU_ISA": "generic"},
+        {"MLLAMA_KERNELS_CPU_ISA": "avx2"},
+        {"MLLAMA_KERNELS_CPU_CACHE": "0"},
+        {"MLLAMA_KERNELS_CPU_ISA": "avx2", "MLLAMA_KERNELS_CPU_CACHE": "0"},
+    ],
+    ids=lambda setting: "-".join(setting.values()),
+)
+def test_ops(setting, request):
+    if "CPU_ISA" in "".join(setting) and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("there is one instruction set")
+    files = [str(TESTS / f"test_{op}.py") for op in OPS]
+    seed = str(request.config.getoption("--seed"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--seed",
+            seed,
+            *files,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **setting},
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
