@@ -263,6 +263,7 @@ def measure(
     device = mine.device
     before = machine.state(device)
     inputs = inputs_of(scenario, mine.dtype, device)
+    reader = ceilings.Reader(device)
     records, runs = [], []
     expected: Tensor | None = None
     for contestant in sorted(contestants(mine, theirs, quick), key=lambda c: c.name != PEER):
@@ -289,18 +290,23 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        runs.append((record, lambda c=contestant: generate(c, inputs, scenario.new)))
-    reader = ceilings.Reader(device)
-    *watches, read_gbps = interleave([*(run for _, run in runs), reader.round], ROUNDS)
+
+        def run(contestant: Contestant = contestant) -> tuple[Stopwatch, float]:
+            """And right after it GB/s of reading: on a shared machine that changes within seconds."""
+            return generate(contestant, inputs, scenario.new), reader.round()
+
+        runs.append((record, run))
+    rounds = interleave([run for _, run in runs], ROUNDS)
     reader.close()
     times = {
         record["name"]: {
-            "first_token": [w.first_token for w in row],
-            "token": [w.token for w in row],
+            "first_token": [watch.first_token for watch, _ in row],
+            "token": [watch.token for watch, _ in row],
         }
-        for (record, _), row in zip(runs, watches)
+        for (record, _), row in zip(runs, rounds)
     }
-    for record, _ in runs:
+    for (record, _), row in zip(runs, rounds):
+        record["read_gbps_rounds"] = [significant(rate) for _, rate in row]
         for what, seconds in times[record["name"]].items():
             record[f"{what}_ms"] = Spread.of([s * 1e3 for s in seconds]).to_json()
             record[f"{what}_rounds_ms"] = [significant(s * 1e3, 5) for s in seconds]
@@ -320,7 +326,6 @@ def measure(
         },
         "dtype": str(mine.dtype).removeprefix("torch."),
         "bytes_per_step": bytes_per_step(mine, scenario),
-        "read_gbps_rounds": [significant(rate) for rate in read_gbps],
         "state": {"before": before, "after": machine.state(device)},
         "impls": records,
     }
@@ -353,10 +358,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def add_floor(row: dict[str, Any]) -> None:
-    """The share of the read bandwidth that decoding reaches, within rounds: shared memory's changes."""
-    floors_ms = [row["bytes_per_step"] / (r * ceilings.GB) * 1e3 for r in row["read_gbps_rounds"]]
-    row["floor_token_ms"] = significant(median(floors_ms))
+    """The share of the read bandwidth that decoding reaches, each round against the reading after it."""
     for impl in row["impls"]:
         if impl["status"] == "timed":
+            rates = impl["read_gbps_rounds"]
+            floors_ms = [row["bytes_per_step"] / (rate * ceilings.GB) * 1e3 for rate in rates]
+            impl["floor_token_ms"] = significant(median(floors_ms))
             shares = ratios(impl["token_rounds_ms"], floors_ms)
             impl["share_of_floor"] = significant(shares.median, 3)
