@@ -51,7 +51,7 @@ void run(const GatedResidualBackwardParams& p, Stores stores) {
 
 void gated_residual_backward(const GatedResidualBackwardParams& p) {
   const int64_t row_bytes = p.dim * element_size(p.dtype);
-  with_stores(past_cache(3 * p.rows * row_bytes, row_bytes, p.grad_x), [&](auto stores) {
+  with_stores(past_cache(p.rows, row_bytes, p.grad_x), [&](auto stores) {
     with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
   });
 }

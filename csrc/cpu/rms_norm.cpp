@@ -68,8 +68,7 @@ void run(const RmsNormParams& p, Stores stores) {
 void rms_norm(const RmsNormParams& p) {
   if (p.outer * p.inner * p.dim == 0) return;
   const int64_t rows = p.outer * p.inner, row_bytes = p.dim * element_size(p.dtype);
-  const int64_t bytes = (p.residual ? 4 : 2) * rows * row_bytes;
-  with_stores(past_cache(bytes, row_bytes, p.y, p.residual_out), [&](auto stores) {
+  with_stores(past_cache(rows, row_bytes, p.y, p.residual_out), [&](auto stores) {
     with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
   });
 }

@@ -154,8 +154,7 @@ void run(const RmsNormBackwardParams& p, Stores stores) {
 
 void rms_norm_backward(const RmsNormBackwardParams& p) {
   const int64_t rows = p.outer * p.inner, row_bytes = p.dim * element_size(p.dtype);
-  const int64_t bytes = (p.grad_x ? 5 : 3) * rows * row_bytes;
-  with_stores(past_cache(bytes, row_bytes, p.grad_residual, p.grad_x), [&](auto stores) {
+  with_stores(past_cache(rows, row_bytes, p.grad_residual, p.grad_x), [&](auto stores) {
     with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
   });
 }

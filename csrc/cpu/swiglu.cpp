@@ -29,7 +29,7 @@ void run(const SwigluParams& p, Stores stores) {
 void swiglu(const SwigluParams& p) {
   if (p.rows * p.dim == 0) return;
   const int64_t row_bytes = p.dim * element_size(p.dtype);
-  with_stores(past_cache(3 * p.rows * row_bytes, row_bytes, p.out), [&](auto stores) {
+  with_stores(past_cache(p.rows, row_bytes, p.out), [&](auto stores) {
     with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
   });
 }

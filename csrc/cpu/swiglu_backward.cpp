@@ -35,7 +35,7 @@ void run(const SwigluBackwardParams& p, Stores stores) {
 void swiglu_backward(const SwigluBackwardParams& p) {
   if (p.rows * p.dim == 0) return;
   const int64_t row_bytes = p.dim * element_size(p.dtype);
-  with_stores(past_cache(5 * p.rows * row_bytes, row_bytes, p.grad_gate_up), [&](auto stores) {
+  with_stores(past_cache(2 * p.rows, row_bytes, p.grad_gate_up), [&](auto stores) {
     with_dtype(p.dtype, [&]<typename T>(Type<T>) { run<T>(p, stores); });
   });
 }
