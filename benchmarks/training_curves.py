@@ -1,9 +1,9 @@
 """Loss curves of the demo model trained on each backend, as one small file and a figure.
 
-python -m mllama.demo.train --out DIR --backend BACKEND --log BACKEND.jsonl    once per backend
-python -m benchmarks.training_curves reference.jsonl kernels.jsonl --output benchmarks/curves/demo.json
+python -m mllama.demo.train --out DIR --backend BACKEND --seed SEED --log BACKEND-SEED.jsonl    for each
+python -m benchmarks.training_curves *.jsonl --output benchmarks/curves/demo.json
 
-A run is called by the name of its log. The figure is benchmarks/curves/demo.svg.
+The figure is benchmarks/curves/demo.svg.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ COLORS = ("#9dbbdb", "#3b6ea8")
 def curves(logs: list[Path]) -> dict[str, Any]:
     """Mean losses of so many steps each, the accuracies at the end, and how far apart the curves come.
 
-    ``largest_gap`` is the largest difference of two runs at a point, relative to the higher one.
+    ``largest_gap`` is the largest difference of two runs of a seed at a point, relative to the higher one.
     """
-    runs = {}
+    seeds: dict[str, Any] = {}
     for log in logs:
+        backend, _, seed = log.stem.rpartition("-")
+        if not backend:
+            raise ValueError(f"{log.name}: expected a name like kernels-0.jsonl, BACKEND-SEED")
         entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         losses = [entry["loss"] for entry in entries if "loss" in entry]
         points = range(0, len(losses), STEPS_PER_POINT)
-        runs[log.stem] = {
+        seeds.setdefault(seed, {"runs": {}})["runs"][backend] = {
             "loss": [round(_mean(losses[i : i + STEPS_PER_POINT]), 4) for i in points],
             "accuracy": {e["dtype"]: e["accuracy"] for e in entries if "accuracy" in e},
         }
-    columns = zip(*(run["loss"] for run in runs.values()), strict=True)
-    gap = max((max(column) - min(column)) / max(column) for column in columns)
-    return {"steps_per_point": STEPS_PER_POINT, "largest_gap": round(gap, 4), "runs": runs}
+    for seed, result in seeds.items():
+        columns = list(zip(*(run["loss"] for run in result["runs"].values()), strict=True))
+        gap = max((max(column) - min(column)) / max(column) for column in columns)
+        seeds[seed] = {"largest_gap": round(gap, 4), **result}
+    return {"steps_per_point": STEPS_PER_POINT, "seeds": seeds}
 
 
 def _mean(values: list[float]) -> float:
@@ -48,16 +53,27 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "mllama-kernels"  # the same file from the same figures
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
-    for (name, run), color, width in zip(result["runs"].items(), COLORS, (4, 1.2)):
-        steps = [result["steps_per_point"] * (i + 1) for i in range(len(run["loss"]))]
-        axes.plot(steps, run["loss"], label=name, color=color, linewidth=width)
-    axes.set_yscale("log")
-    axes.set_xlabel("step", fontsize=8)
-    axes.set_ylabel(f"loss, mean of {result['steps_per_point']} steps", fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    figure, panels = pyplot.subplots(
+        1,
+        len(result["seeds"]),
+        figsize=(9, 3.2),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, (seed, drawn) in zip(panels[0], result["seeds"].items()):
+        for (name, run), color, width in zip(drawn["runs"].items(), COLORS, (4, 1.2)):
+            steps = [result["steps_per_point"] * (i + 1) for i in range(len(run["loss"]))]
+            right = run["accuracy"].get("torch.float32")
+            label = name if right is None else f"{name}: {right:.1%} right"
+            axes.plot(steps, run["loss"], label=label, color=color, linewidth=width)
+        axes.set_title(f"seed {seed}", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_xlabel("step", fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0][0].set_ylabel(f"loss, mean of {result['steps_per_point']} steps", fontsize=8)
     metadata = {"Date": None} if path.suffix == ".svg" else None
     figure.savefig(path, metadata=metadata, dpi=150)
     pyplot.close(figure)
@@ -74,9 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     figure = options.output.with_suffix(".svg")
     draw(result, figure)
-    accuracies = "; ".join(f"{name} {run['accuracy']}" for name, run in result["runs"].items())
     print(f"written to {options.output} and {figure}")
-    print(f"largest gap {result['largest_gap']:.1%}; accuracy: {accuracies}")
+    for seed, told in result["seeds"].items():
+        accuracies = "; ".join(f"{name} {run['accuracy']}" for name, run in told["runs"].items())
+        print(f"seed {seed}: largest gap {told['largest_gap']:.1%}; accuracy: {accuracies}")
     return 0
 
 

@@ -21,13 +21,13 @@ def write_log(path: Path, losses: list[float], accuracy: float) -> Path:
 def logs(tmp_path: Path) -> list[Path]:
     steps = range(2 * STEPS_PER_POINT + 5)
     return [
-        write_log(tmp_path / "reference.jsonl", [4.0 for _ in steps], 0.9),
-        write_log(tmp_path / "kernels.jsonl", [4.0 + (i >= STEPS_PER_POINT) for i in steps], 0.8),
+        write_log(tmp_path / "reference-7.jsonl", [4.0 for _ in steps], 0.9),
+        write_log(tmp_path / "kernels-7.jsonl", [4.0 + (i >= STEPS_PER_POINT) for i in steps], 0.8),
     ]
 
 
 def test_points_are_means_and_the_gap_is_told(logs: list[Path]) -> None:
-    result = curves(logs)
+    result = curves(logs)["seeds"]["7"]
     assert result["runs"]["reference"]["loss"] == [4.0, 4.0, 4.0]
     assert result["runs"]["kernels"]["loss"] == [4.0, 5.0, 5.0]
     assert result["runs"]["kernels"]["accuracy"] == {"torch.float32": 0.8}
@@ -35,6 +35,15 @@ def test_points_are_means_and_the_gap_is_told(logs: list[Path]) -> None:
     with pytest.raises(ValueError):
         write_log(logs[0], [4.0], 0.9)
         curves(logs)
+
+
+def test_each_seed_is_compared_with_itself(logs: list[Path], tmp_path: Path) -> None:
+    other = write_log(tmp_path / "kernels-8.jsonl", [1.0], 0.7)
+    seeds = curves([*logs, other])["seeds"]
+    assert list(seeds) == ["7", "8"] and seeds["7"]["largest_gap"] == 0.2
+    assert seeds["8"]["largest_gap"] == 0.0 and list(seeds["8"]["runs"]) == ["kernels"]
+    with pytest.raises(ValueError, match=r"log\.jsonl: expected a name like kernels-0\.jsonl"):
+        curves([write_log(tmp_path / "log.jsonl", [1.0], 0.7)])
 
 
 def test_file_and_figure(logs: list[Path], tmp_path: Path) -> None:
