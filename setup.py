@@ -23,6 +23,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch the library runs o
 MIN_TORCH, MIN_CUDA = (2, 11), (12, 8)
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The CPU kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
+ANY_ISA = ("dispatch.cpp", "last_cache.cpp")
 ISA_FLAGS = {"generic": ""}
 if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -200,7 +201,7 @@ def ninja_file(build: Path, output: Path) -> str:
         for source in sorted((csrc / "cuda").glob("*.cu"), key=lambda p: -p.stat().st_size):
             add("nvcc", source)
     for source in sorted((csrc / "cpu").glob("*.cpp")):
-        for isa, flags in ISA_FLAGS.items() if source.name != "dispatch.cpp" else [("", "")]:
+        for isa, flags in ISA_FLAGS.items() if source.name not in ANY_ISA else [("", "")]:
             add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
     for source in sorted((csrc / "bindings").glob("*.cpp")):
         add("cxx", source, f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")

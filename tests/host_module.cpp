@@ -1,6 +1,7 @@
 // The host-side C++ of the kernels as a Python module, so that pytest can call it.
 #include <pybind11/pybind11.h>
 
+#include "../csrc/cpu/last_cache.cpp"
 #include "../csrc/cuda/attention_backward_config.h"
 #include "../csrc/cuda/attention_config.h"
 #include "../csrc/cuda/attention_sm90_config.h"
@@ -10,8 +11,17 @@
 namespace py = pybind11;
 using namespace mllama;
 
+static int64_t threads = 1;
+int64_t mllama::num_threads() { return threads; }
+
 PYBIND11_MODULE(host_module, m) {
   m.def("ceil_div", &ceil_div<int64_t>);
+  m.def("bytes_of", [](const char* text) { return bytes_of(text); });
+  m.def("cores_of", [](const char* text) { return cores_of(text); });
+  m.def("last_cache_bytes", [](int64_t with_threads) {
+    threads = with_threads;
+    return last_cache_bytes();
+  });
   m.def("round_up", &round_up<int64_t>);
   m.def("attention_tile", [](int64_t head_dim, int64_t element_bytes, bool hides_rows) {
     const AttentionTile tile = attention_tile(head_dim, element_bytes, hides_rows);

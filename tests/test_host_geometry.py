@@ -1,4 +1,4 @@
-"""Host-side C++ of the CUDA kernels: tiles, shared memory, split geometry, choice of path."""
+"""Host-side C++ of the kernels: tiles, shared memory, split geometry, choice of path, caches."""
 
 from __future__ import annotations
 
@@ -171,3 +171,14 @@ def test_choice_of_the_decode_path(host):
 def test_integer_helpers(host):
     assert [host.ceil_div(n, 8) for n in (0, 1, 8, 9)] == [0, 1, 1, 2]
     assert [host.round_up(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+def test_last_cache(host):
+    assert host.bytes_of("32768K\n") == host.bytes_of("32M\n") == 32 << 20
+    assert host.bytes_of("512") == 512 and host.bytes_of("") == 0
+    assert host.cores_of("00000000,0000000f\n") == 4 and host.cores_of("3\n") == 2
+    assert host.cores_of("") == 0
+    one = host.last_cache_bytes(1)
+    assert 2**17 <= one <= 2**31
+    # Twice as many threads reach at most twice as much.
+    assert one <= host.last_cache_bytes(64) <= 2 * host.last_cache_bytes(32) <= 64 * one

@@ -1,14 +1,12 @@
 // The public CPU entry points: the widest instruction set this machine has, chosen once.
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <unistd.h>
-#endif
 
 #ifdef MLLAMA_X86
 #include <cpuid.h>
 #ifdef __linux__
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #endif
 
@@ -19,18 +17,6 @@
 namespace mllama {
 
 void out_of_memory() { throw std::bad_alloc(); }
-
-int64_t last_cache_bytes() {
-  static const int64_t bytes = [] {
-    // For tests: MLLAMA_KERNELS_CPU_CACHE=bytes, read once.
-    if (const char* wanted = getenv("MLLAMA_KERNELS_CPU_CACHE")) return atoll(wanted);
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0) return (long long)size;
-#endif
-    return 32LL << 20;
-  }();
-  return bytes;
-}
 
 #ifdef MLLAMA_X86
 namespace {

@@ -46,5 +46,5 @@ bool amx_available();  // bfloat16 tiles, on this machine and for this process
 
 namespace mllama {
 [[noreturn]] void out_of_memory();  // throws std::bad_alloc
-int64_t last_cache_bytes();         // of the cache before memory
+int64_t last_cache_bytes();         // of the cache before memory, as much as the threads reach
 }  // namespace mllama
