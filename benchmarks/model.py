@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -263,7 +264,6 @@ def measure(
     device = mine.device
     before = machine.state(device)
     inputs = inputs_of(scenario, mine.dtype, device)
-    reader = ceilings.Reader(device)
     records, runs = [], []
     expected: Tensor | None = None
     for contestant in sorted(contestants(mine, theirs, quick), key=lambda c: c.name != PEER):
@@ -290,13 +290,14 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
+        runs.append((record, contestant))
+    reader = ceilings.Reader(device)  # not before: what it reads would count as peak memory
 
-        def run(contestant: Contestant = contestant) -> tuple[Stopwatch, float]:
-            """And right after it GB/s of reading: on a shared machine that changes within seconds."""
-            return generate(contestant, inputs, scenario.new), reader.round()
+    def run(contestant: Contestant) -> tuple[Stopwatch, float]:
+        """And right after it GB/s of reading: on a shared machine that changes within seconds."""
+        return generate(contestant, inputs, scenario.new), reader.round()
 
-        runs.append((record, run))
-    rounds = interleave([run for _, run in runs], ROUNDS)
+    rounds = interleave([partial(run, contestant) for _, contestant in runs], ROUNDS)
     reader.close()
     times = {
         record["name"]: {

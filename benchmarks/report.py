@@ -100,13 +100,6 @@ def ceilings_in_words(run: dict[str, Any]) -> str:
     return ", ".join(parts + products)
 
 
-def ceilings_from(run: dict[str, Any]) -> str:
-    """Where the ceilings were measured: a run that was cut short has those afterwards from another."""
-    if after := run.get("ceilings_after"):
-        return f"This run was cut short. Ceilings of this machine, the higher of before it and of {after}"
-    return "Ceilings of this machine in the same run"
-
-
 def all_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [*run["rows"], *run["model"], *run["training"]]
 
@@ -212,7 +205,7 @@ def run_report(run: dict[str, Any]) -> str:
 
 {machine_in_words(run)}. Made from [`{run["file"]}`]({run["file"]}), which has every round and error.
 
-{ceilings_from(run)}: {ceilings_in_words(run)}.{load_in_words(run)}
+Ceilings of this machine in the same run: {ceilings_in_words(run)}.{load_in_words(run)}
 
 ## Ops
 

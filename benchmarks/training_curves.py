@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("logs", type=Path, nargs="+", help="of python -m mllama.demo.train --log")
     parser.add_argument("--output", type=Path, required=True, help="RESULT.json")
     options = parser.parse_args(arguments)
-    result = curves(options.logs)
+    try:
+        result = curves(options.logs)
+    except ValueError as error:
+        parser.error(str(error))
     options.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     figure = options.output.with_suffix(".svg")
     draw(result, figure)

@@ -48,7 +48,7 @@ def test_ops(setting, request):
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, **setting},
+        env={**os.environ, **setting, "CUDA_VISIBLE_DEVICES": ""},
         cwd=TESTS.parent,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -52,3 +52,11 @@ def test_file_and_figure(logs: list[Path], tmp_path: Path) -> None:
     assert main([*map(str, logs), "--output", str(output)]) == 0
     assert json.loads(output.read_text()) == curves(logs)
     assert "<svg" in output.with_suffix(".svg").read_text()
+
+
+def test_a_name_without_a_seed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = write_log(tmp_path / "log.jsonl", [1.0], 0.7)
+    with pytest.raises(SystemExit):
+        main([str(log), "--output", str(tmp_path / "result.json")])
+    assert "log.jsonl: expected a name like kernels-0.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()

@@ -5,8 +5,7 @@
 //            this part of them stays in L1 for all rows of x: up to max_tile() of those at once,
 //            with all sums in registers, 24 of the 32 (12 of 16).
 // Prefetch   what each stream reads kChain vectors later, to L2: the hardware's own prefetching
-//            stops at the end of each 4 KB page. Streams that go on from row to row kept 94 to 98 %
-//            of the speed of reading where eight neighbouring rows at a time had 87 to 96 %.
+//            stops at the end of each 4 KB page, which neighbouring rows would reach together.
 // Precision  each lane adds chains of kChain products in float32 (float64 for float64); chains and
 //            then lanes are added in order. That order depends on k alone, so a row has the same
 //            bits in any batch. With AVX512-BF16, bfloat16 products are added in pairs and

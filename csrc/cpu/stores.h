@@ -2,9 +2,9 @@
 //
 // A result about as large as the last cache is gone from there by the time it is read. Written
 // through the cache all the same, each of its lines is read from memory first; stores past the
-// caches write whole lines and read nothing: 1.1 to 1.8 times as fast where memory is the bound. A
-// smaller result is written through the cache, where its memory often is from the last use. The
-// bound is that of glibc's memcpy, three quarters of the cache.
+// caches write whole lines and read nothing. A smaller result is written through the cache, where
+// its memory often is from the last use. The bound is that of glibc's memcpy, three quarters of the
+// cache.
 #pragma once
 
 #include "kernels.h"
