@@ -247,6 +247,25 @@ def test_decode_over_many_tiles(device, dtype):
     assert_no_worse(out, reference.cross_attention, q, k, v, mask, **kwargs)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize(
+    "head", grid([(9, 9, 64)], [(36, 12, 128), (17, 17, 80), (32, 8, 128), (10, 5, 72)])
+)
+def test_decode_of_many_heads(device, dtype, tokens, head):
+    """More key heads than a CPU task takes at once, tiles that end within and at the end of its splits."""
+    heads, kv_heads, dim = head
+    if dim % 16 and device.type == "cuda":
+        pytest.skip("head_dim of the CPU kernels alone")
+    for keys in (131, 256):
+        q, k, v, mask = make((2, tokens, 2, keys, heads, kv_heads, dim), dtype, device)
+        out = mllama_kernels.cross_attention(q, k, v, mask)
+        assert_no_worse(out, reference.cross_attention, q, k, v, mask)
+        q = q[:, :1]
+        one = mllama_kernels.cross_attention(q, k, v, mask[:, :1])
+        assert_no_worse(one, reference.cross_attention, q, k, v, mask[:, :1])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 512])

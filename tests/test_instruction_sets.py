@@ -13,8 +13,8 @@ import pytest
 import mllama_kernels._library as library
 
 TESTS = Path(__file__).parent
-# Ops whose kernels write past the cache, and the one with most code of its own per vector width.
-OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear")
+# Ops whose kernels write past the cache, and those with most code of their own per vector width.
+OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear", "cross_attention")
 
 
 @pytest.mark.skipif(library.simulated, reason="there the CUDA kernels run")

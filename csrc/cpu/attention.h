@@ -74,19 +74,24 @@ MLLAMA_INLINE void store_lse(const AttentionTask& task, int64_t r, double maximu
 template <typename T>
 void attend(const AttentionTask& task, Scratch& scratch);
 
-// A task of at most kFewRows rows (a decode step) is bound by reading its keys: they are streamed
-// once, unpacked, in splits of kSplitKeys that threads share, and the splits are merged in order.
+// Tasks of at most kFewRows rows (a decode step) are bound by reading their keys: those are
+// streamed once, unpacked, in splits of kSplitKeys that threads share, for up to kSplitHeads key
+// heads together, and the splits are merged in order.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kSplitKeys = 512;
+constexpr int64_t kSplitKeys = 128;
+constexpr int64_t kSplitHeads = 8;
 
 int64_t count_splits(const AttentionTask& task);
 // In elements of the compute type.
 MLLAMA_INLINE int64_t split_size(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
-// Maximum, sum and unnormalised output of each row over one split.
+// Maximum, sum and unnormalised output of each row over one split, for tasks that differ in their
+// key head alone; those of task i at result + i * head_stride.
 template <typename T>
-void attend_split(const AttentionTask& task, int64_t split, Scalar<T>* result, Scratch& scratch);
+void attend_split(const AttentionTask* tasks, int64_t heads, int64_t split, Scalar<T>* result,
+                  int64_t head_stride, Scratch& scratch);
 // The task's output from its splits, `stride` elements apart.
 template <typename T>
-void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t stride);
+void merge_splits(const AttentionTask& task, const Scalar<T>* results, int64_t stride,
+                  Scratch& scratch);
 
 }  // namespace mllama::MLLAMA_ISA

@@ -64,35 +64,43 @@ class AttentionDriver {
 
   void run_splits() const {
     Scratch shared;
-    const int64_t sequences = source_.batch() * source_.kv_heads();
-    const int64_t stride = split_size(few_rows_, source_.head_dim());
-    S* results = shared.take<S>(sequences * few_splits_ * stride);
-    parallel_for(0, sequences * few_splits_, 1, [&](int64_t begin, int64_t end) {
+    const int64_t heads = source_.kv_heads(), chunks = ceil_div(heads, kSplitHeads);
+    const int64_t stride = split_size(few_rows_, source_.head_dim()),
+                  head_stride = few_splits_ * stride;
+    S* results = shared.take<S>(source_.batch() * heads * head_stride);
+    parallel_for(0, source_.batch() * chunks * few_splits_, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      for (int64_t i = begin; i < end; ++i) {
-        for_few(i / few_splits_, scratch, [&](const AttentionTask& task) {
-          if (i % few_splits_ >= count_splits(task)) return;
-          attend_split<T>(task, i % few_splits_, results + i * stride, scratch);
-        });
+      for (int64_t i = begin, next; i < end; i = next) {
+        const int64_t b = i / few_splits_ / chunks, first = i / few_splits_ % chunks * kSplitHeads;
+        const int64_t split = i % few_splits_;
+        next = min(end, i - split + few_splits_);
+        if (!has_few(b)) continue;
+        const Scratch::Mark mark(scratch);
+        const int64_t count = min(kSplitHeads, heads - first);
+        AttentionTask tasks[kSplitHeads];
+        for (int64_t h = 0; h < count; ++h) tasks[h] = whole_task(b, first + h, scratch);
+        const int64_t last = min(split + next - i, count_splits(tasks[0]));
+        for (int64_t s = split; s < last; ++s) {
+          attend_split<T>(tasks, count, s, results + (b * heads + first) * head_stride + s * stride,
+                          head_stride, scratch);
+        }
       }
     });
-    parallel_for(0, sequences, 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, source_.batch() * heads, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t i = begin; i < end; ++i) {
-        for_few(i, scratch, [&](const AttentionTask& task) {
-          merge_splits<T>(task, results + i * few_splits_ * stride, stride);
-        });
+        if (!has_few(i / heads)) continue;
+        const Scratch::Mark mark(scratch);
+        merge_splits<T>(whole_task(i / heads, i % heads, scratch), results + i * head_stride,
+                        stride, scratch);
       }
     });
   }
 
-  template <typename F>
-  void for_few(int64_t sequence, Scratch& scratch, const F& f) const {
-    const int64_t b = sequence / source_.kv_heads(), h = sequence % source_.kv_heads();
-    const int64_t tokens = source_.tokens(b);
-    if (tokens <= 0 || !is_few(tokens)) return;
-    const Scratch::Mark mark(scratch);
-    f(source_.make_task(b, h, 0, tokens, scratch));
+  bool has_few(int64_t b) const { return source_.tokens(b) > 0 && is_few(source_.tokens(b)); }
+
+  AttentionTask whole_task(int64_t b, int64_t h, Scratch& scratch) const {
+    return source_.make_task(b, h, 0, source_.tokens(b), scratch);
   }
 
   const Source& source_;

@@ -261,6 +261,38 @@ MLLAMA_INLINE auto sum_lanes(V v) {
 MLLAMA_INLINE float sum_lanes(FVec v) { return _mm512_reduce_add_ps((__m512)v); }
 #endif
 
+// The sum of each of kLanes vectors.
+template <typename V>
+MLLAMA_INLINE V sum_each(const V (&v)[kLanes]) {
+  V sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum_lanes(v[i]);
+  return sums;
+}
+#if defined(__AVX512F__)
+// Halves of pairs are added, then quarters, eighths and sixteenths: 15 sums in place of 64.
+MLLAMA_INLINE FVec sum_each(const FVec (&v)[kLanes]) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int low = i % 4 + i / 4 * 8;
+    const __m512 x = (__m512)v[low], y = (__m512)v[low + 4];
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                         _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                         _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+  }
+  return (FVec)_mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88),
+                             _mm512_shuffle_ps(c[0], c[1], 0xdd));
+}
+#endif
+
 template <typename V>
 MLLAMA_INLINE auto max_lanes(V v) {
   auto best = v[0];
