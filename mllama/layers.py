@@ -90,7 +90,7 @@ class FusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., sum of the outputs)."""
         if all(map(is_plain, self.linears)):
-            return F.linear(x, self.weight)
+            return _product(x, self.weight, None)
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -131,14 +131,51 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` is its weight's product and nothing else: no adapter, bias, hook or
-    replaced forward, and no other kind of tensor (quantised, sharded) as the weight."""
+def is_plain(linear: nn.Module, *, or_biased: bool = False) -> bool:
+    """Whether calling ``linear`` is its weight's product and nothing else: no adapter, hook or replaced
+    forward, no bias unless that is allowed, and no other kind of tensor (quantised, sharded) as the
+    weight."""
     if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):
         return False
     if type(linear) is FusedLinear:
         return all(map(is_plain, linear.linears))
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.bias is None
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        return False
+    return or_biased or linear.bias is None
+
+
+# oneDNN's F.linear, which PyTorch has for its own compiler; None where it was built without.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_LARGE_PRODUCT = 1 << 23  # multiply-adds from which that is worth its 20 us of overhead
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)``.
+
+    On a CPU PyTorch gives only 16-bit products to oneDNN and those of float32 to the BLAS, which is the
+    slower of the two (MKL on Zen 4: 2 to 3 times at 17 to 64 rows, 1.2 times at thousands). oneDNN sums in
+    longer chains, so its rounding error is up to 2.2 times MKL's, and its product has no gradient.
+    """
+    if (
+        _ONEDNN_LINEAR is not None
+        and torch.backends.mkldnn.enabled
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and type(x) is Tensor
+        and x.numel() * weight.shape[0] >= _LARGE_PRODUCT
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def multiply(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)`` for any number of rows."""
+    if type(linear) is nn.Linear and is_plain(linear, or_biased=True):
+        return _product(x, linear.weight, linear.bias)
+    return linear(x)
 
 
 def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | None:
@@ -156,7 +193,7 @@ def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | No
 def project(ops: Ops, linear: nn.Module, x: Tensor) -> Tensor:
     """``linear`` of x (B, L, in), in the way that is best for the number of rows."""
     y = _skinny(ops, linear, x.flatten(0, 1))
-    return linear(x) if y is None else y.unflatten(0, x.shape[:2])
+    return multiply(linear, x) if y is None else y.unflatten(0, x.shape[:2])
 
 
 class ResidualStream:
@@ -182,7 +219,7 @@ class ResidualStream:
             )
             if y is not None:
                 return y
-        y = linear(self.norm(norm))
+        y = multiply(linear, self.norm(norm))
         return self._ops.swiglu(y) if swiglu else y
 
     def add(
@@ -198,7 +235,7 @@ class ResidualStream:
         if y is not None:
             self._x = y
         else:
-            self._delta, self._gate, self._row_mask = linear(x), gate, row_mask
+            self._delta, self._gate, self._row_mask = multiply(linear, x), gate, row_mask
 
     def norm(self, norm: RMSNorm) -> Tensor:
         """The normalised stream."""

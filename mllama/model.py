@@ -18,7 +18,7 @@ from mllama.checks import (
 )
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
-from mllama.layers import is_plain, project
+from mllama.layers import is_plain, multiply, project
 from mllama.loss import IGNORED, causal_lm_loss, targets_of
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
@@ -67,12 +67,12 @@ class MllamaModel(MllamaPreTrainedModel):
         images = (t.flatten(0, 1) for t in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
         states = self.vision_model.encode(*images).flatten(0, 1)
         if self.semantics.imageless_rows == "leak":
-            return ImageTiles.of_states(self.multi_modal_projector(states), batch)
+            return ImageTiles.of_states(multiply(self.multi_modal_projector, states), batch)
         keep = ((aspect_ratio_mask != 0) & (aspect_ratio_ids > 0).unsqueeze(-1)).flatten(1)
         if cross_attention_mask is not None:
             shown = (cross_attention_mask == 1).any(1).flatten(1)
             keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
-        kept = self.multi_modal_projector(states[keep.flatten()])
+        kept = multiply(self.multi_modal_projector, states[keep.flatten()])
         return ImageTiles(kept, ImageTiles.table_of(keep))
 
     def forward(

@@ -13,7 +13,7 @@ from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.checks import check_images
 from mllama.config import MllamaVisionConfig
-from mllama.layers import FusedLinear, Recomputing
+from mllama.layers import FusedLinear, Recomputing, multiply
 from mllama.outputs import VisionOutput
 from mllama.semantics import SemanticsLike
 
@@ -58,7 +58,7 @@ class MllamaVisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return multiply(self.fc2, F.gelu(multiply(self.fc1, x)))
 
 
 class MllamaVisionAttention(nn.Module):
@@ -75,7 +75,7 @@ class MllamaVisionAttention(nn.Module):
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(self.qkv_proj(x))
         )
-        return self.o_proj(self.ops.vision_attention(q, k, v, padding).flatten(2))
+        return multiply(self.o_proj, self.ops.vision_attention(q, k, v, padding).flatten(2))
 
 
 class MllamaVisionEncoderLayer(nn.Module):
