@@ -285,7 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=2600, help="optimiser steps")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="optimiser steps before the practice"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, pictures and questions")
     parser.add_argument(
         "--backend",
