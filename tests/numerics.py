@@ -43,6 +43,7 @@ def assert_no_worse(
     reference: Callable[..., Any],
     *args: Any,
     k: float = 2.0,
+    largest: float | None = None,
     **kwargs: Any,
 ) -> None:
     """Error against float64 is at most k times plain PyTorch's in the same dtype, or that of `compare`."""
@@ -52,7 +53,7 @@ def assert_no_worse(
         actual, exact, plain = (actual,), (exact,), (plain,)
     assert len(actual) == len(exact)
     for a, e, p in zip(actual, exact, plain):
-        compare(a, e, p, k)
+        compare(a, e, p, k, largest)
 
 
 def compare(
