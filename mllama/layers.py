@@ -1,4 +1,4 @@
-"""Building blocks of both towers: fused projections, norms, and the pending residual."""
+"""Building blocks of both towers: projections and their products, norms, and the pending residual."""
 
 from __future__ import annotations
 
@@ -152,9 +152,9 @@ _LARGE_PRODUCT = 1 << 23  # multiply-adds from which that is worth its 20 us of 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``.
 
-    On a CPU PyTorch gives only 16-bit products to oneDNN and those of float32 to the BLAS, which is the
-    slower of the two (MKL on Zen 4: 2 to 3 times at 17 to 64 rows, 1.2 times at thousands). oneDNN sums in
-    longer chains, so its rounding error is up to 2.2 times MKL's, and its product has no gradient.
+    On a CPU PyTorch gives only 16-bit products to oneDNN and those of float32 to the BLAS, which can be much
+    the slower (see benchmarks/README.md). oneDNN sums in longer chains, so its rounding error is up to 2.2
+    times MKL's, and its product has no gradient.
     """
     if (
         _ONEDNN_LINEAR is not None

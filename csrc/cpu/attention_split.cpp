@@ -2,7 +2,7 @@
 //
 // Order      Runs of kRun keys, all heads of a run before the next: where the heads of a token lie
 //            side by side, as in the tiles of an image, memory is read from end to end. Head after
-//            head would look up every page once for each head, and reach half the bandwidth.
+//            head would look up every page once for each head.
 // Tiling     Up to kRowStep query rows share each key and value vector that is loaded. A step of
 //            the scores is kLanes dot products, added up together.
 // Traffic    keys and values once: 2 * keys * head_dim elements for each key head; all else is in
