@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 384;
 constexpr int64_t kSubRows = 32;
+constexpr int64_t kAhead = 12;  // rows of keys and values that are fetched before they are packed
 constexpr int64_t kStep = 2 * kLanes;  // keys that the softmax takes at a time
 static_assert(kBlockKeys % kStep == 0 && kBlockKeys % 32 == 0,
               "a block is whole vectors and whole tiles");
@@ -104,10 +105,15 @@ class TaskRunner {
 
   void block(const Segment& segment, int64_t begin, int64_t n) {
     if (!find_limits(segment, begin, n)) return;
-    const auto key = [&](int64_t j) { return segment.k.row(begin + j); };
-    const auto value = [&](int64_t j) { return segment.v.row(begin + j); };
-    Gemm::template pack_transposed<T>(key, n, task_.head_dim, keys_);
-    Gemm::template pack<T>(value, n, task_.head_dim, values_);
+    // Rows lie a stride apart, which the hardware's own prefetching does not follow.
+    const auto reader = [=, this](const KeyRows& rows) {
+      return [=, this](int64_t j) {
+        prefetch(rows.row(begin + min(j + kAhead, n - 1)), task_.head_dim * (int64_t)sizeof(T));
+        return rows.row(begin + j);
+      };
+    };
+    Gemm::template pack_transposed<T>(reader(segment.k), n, task_.head_dim, keys_);
+    Gemm::template pack<T>(reader(segment.v), n, task_.head_dim, values_);
     for (int64_t first = 0; first < rows_; first += kSubRows) {
       int64_t longest = 0;
       for (int64_t r = 0; r < kSubRows; ++r) longest = max<int64_t>(longest, limit_[first + r]);

@@ -179,8 +179,7 @@ class SplitRunner {
     const int64_t bytes = dim_ * (int64_t)sizeof(T);
     for (int64_t j = keys * h / heads_; j < keys * (h + 1) / heads_; ++j) {
       for (int64_t g = 0; g < heads_; ++g) {
-        const char* row = (segment(g).*rows).row(begin_ + first + j);
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+        prefetch((segment(g).*rows).row(begin_ + first + j), bytes);
       }
     }
   }
