@@ -5,7 +5,15 @@ from __future__ import annotations
 import numerics
 import pytest
 import torch
-from numerics import FLOATS, assert_compiles, grid, opcheck, randn
+from numerics import (
+    FLOATS,
+    assert_compiles,
+    assert_same_bits_on_any_threads,
+    grid,
+    opcheck,
+    randn,
+    several_blocks,
+)
 
 import mllama_kernels
 import mllama_kernels._library as library
@@ -223,6 +231,14 @@ def test_batch_invariant_and_repeatable(device, dtype, rows):
     out = mllama_kernels.cross_attention(q, k, v, mask)
     assert torch.equal(mllama_kernels.cross_attention(q, k, v, mask), out)
     assert torch.equal(mllama_kernels.cross_attention(q[2:], k[2:], v[2:], mask[2:]), out[2:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, several_blocks()])
+def test_bits_do_not_depend_on_threads(device, dtype, rows):
+    """They set how many rows a task has."""
+    q, k, v, mask = make((1, rows, 3, 40, 4, 2, 64), dtype, device)
+    assert_same_bits_on_any_threads(lambda: (mllama_kernels.cross_attention(q, k, v, mask),))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -8,10 +8,12 @@ from numerics import (
     FLOATS,
     assert_compiles,
     assert_no_worse,
+    assert_same_bits_on_any_threads,
     compare,
     grid,
     opcheck,
     randn,
+    several_blocks,
     to_double,
 )
 
@@ -68,6 +70,13 @@ def test_packed_equals_each_sequence_alone(device, dtype):
     last = slice(int(bounds[-2]), total)
     alone = mllama_kernels.rotary_attention(*(t[last].unsqueeze(0) for t in (q, k, v, cos, sin)))
     assert torch.equal(out[last], alone[0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_do_not_depend_on_threads(device, dtype):
+    """They set how many rows a task has."""
+    args = make((1, several_blocks(), 4, 2, 64), dtype, device)
+    assert_same_bits_on_any_threads(lambda: (mllama_kernels.rotary_attention(*args),))
 
 
 class Paged:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn
+from numerics import (
+    FLOATS,
+    assert_compiles,
+    assert_no_worse,
+    assert_same_bits_on_any_threads,
+    grid,
+    opcheck,
+    randn,
+    several_blocks,
+)
 
 import mllama_kernels
 from mllama_kernels import reference
@@ -87,6 +96,14 @@ def test_batch_invariant_and_repeatable(device, dtype):
     out = mllama_kernels.vision_attention(q, k, v)
     assert torch.equal(mllama_kernels.vision_attention(q, k, v), out)
     assert torch.equal(mllama_kernels.vision_attention(q[1:], k[1:], v[1:]), out[1:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bits_do_not_depend_on_threads(device, dtype):
+    """They set how many rows a task has."""
+    q, k, v = make(1, several_blocks(), 2, 80, dtype, device)
+    padding = torch.rand(q.shape[:2], device=device) < 0.3
+    assert_same_bits_on_any_threads(lambda: (mllama_kernels.vision_attention(q, k, v, padding),))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

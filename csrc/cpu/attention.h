@@ -7,6 +7,7 @@
 // its neighbours, nor the batch, nor the number of threads.
 #pragma once
 
+#include "../common.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -55,11 +56,16 @@ MLLAMA_INLINE void prefetch(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-// Rows that one task should have at most: keys are packed once for all of them.
+// Rows that one task has at most: keys are packed once for all of them.
 constexpr int64_t kTaskRows = 1024;
 
-// Query tokens of one task.
-MLLAMA_INLINE int64_t task_tokens(int64_t group) { return max<int64_t>(1, kTaskRows / group); }
+// Query tokens of one task, for the attention of `sets` sequences and key heads. Fewer rows than
+// kTaskRows where threads would go without a task or wait for the last.
+MLLAMA_INLINE int64_t task_tokens(int64_t sets, int64_t tokens, int64_t group) {
+  int64_t rows = kTaskRows;
+  while (rows > 128 && sets * ceil_div(tokens * group, rows) < 4 * num_threads()) rows /= 2;
+  return max<int64_t>(1, rows / group);
+}
 
 // Position of the i-th task of `count` chunks: 0, count - 1, 1, ... so that threads which take
 // equal runs of causal chunks get equal work.

@@ -46,20 +46,20 @@ class AttentionDriver {
   bool is_few(int64_t tokens) const { return tokens * source_.group() <= kFewRows; }
 
   void run_blocks() const {
-    const int64_t chunk_tokens = task_tokens(source_.group()),
+    const int64_t heads = source_.kv_heads(), sets = source_.batch() * heads;
+    const int64_t chunk_tokens = task_tokens(sets, longest_, source_.group()),
                   chunks = ceil_div(longest_, chunk_tokens);
-    parallel_for(
-        0, source_.batch() * source_.kv_heads() * chunks, 1, [&](int64_t begin, int64_t end) {
-          Scratch scratch;
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / chunks / source_.kv_heads(), h = i / chunks % source_.kv_heads();
-            const int64_t first = interleaved_chunk(i % chunks, chunks) * chunk_tokens;
-            const int64_t tokens = min(chunk_tokens, source_.tokens(b) - first);
-            if (tokens <= 0 || is_few(source_.tokens(b))) continue;
-            const Scratch::Mark mark(scratch);
-            attend<T>(source_.make_task(b, h, first, tokens, scratch), scratch);
-          }
-        });
+    parallel_for(0, sets * chunks, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / chunks / heads, h = i / chunks % heads;
+        const int64_t first = interleaved_chunk(i % chunks, chunks) * chunk_tokens;
+        const int64_t tokens = min(chunk_tokens, source_.tokens(b) - first);
+        if (tokens <= 0 || is_few(source_.tokens(b))) continue;
+        const Scratch::Mark mark(scratch);
+        attend<T>(source_.make_task(b, h, first, tokens, scratch), scratch);
+      }
+    });
   }
 
   void run_splits() const {

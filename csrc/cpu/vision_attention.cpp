@@ -11,7 +11,8 @@ namespace {
 
 template <typename T>
 void run(const VisionAttentionParams& p) {
-  const int64_t chunk_tokens = task_tokens(1), chunks = ceil_div(p.seqlen, chunk_tokens);
+  const int64_t chunk_tokens = task_tokens(p.batch * p.num_heads, p.seqlen, 1),
+                chunks = ceil_div(p.seqlen, chunk_tokens);
   parallel_for(0, p.batch * p.num_heads * chunks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i) {
