@@ -9,6 +9,7 @@
 #pragma once
 
 #include "simd.h"
+#include "transpose.h"
 
 namespace mllama::MLLAMA_ISA {
 
@@ -52,19 +53,13 @@ struct FmaGemm {
   static void pack_transposed(const Row& row, int64_t n, int64_t depth, S* out) {
     for (int64_t panel = 0; panel < n; panel += kPanel) {
       const int64_t width = min<int64_t>(kPanel, padded_columns(n - panel));
-      for (int64_t j = 0; j < width; ++j) {
-        S* column = out + j;
-        if (panel + j < n) {
-          const T* x = reinterpret_cast<const T*>(row(panel + j));
-          for_vectors(depth, [&](int64_t d, auto part) {
-            S values[kLanes];
-            store(values, load(x + d, part));
-            const int64_t count = min<int64_t>(kLanes, depth - d);
-            for (int64_t i = 0; i < count; ++i) column[(d + i) * width] = values[i];
-          });
-        } else {
-          for (int64_t d = 0; d < depth; ++d) column[d * width] = 0;
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const T* columns[kLanes];
+        const int64_t count = min<int64_t>(kLanes, n - panel - j);
+        for (int64_t i = 0; i < count; ++i) {
+          columns[i] = reinterpret_cast<const T*>(row(panel + j + i));
         }
+        pack_columns(columns, count, depth, width, out + j);
       }
       out += width * depth;
     }
@@ -106,6 +101,29 @@ struct FmaGemm {
   }
 
  private:
+  // One vector's width of a panel; zeros from column `count` on.
+  template <typename T>
+  static void pack_columns(const T* const* columns, int64_t count, int64_t depth, int64_t width,
+                           S* out) {
+    for_vectors(depth, [&](int64_t d, auto part) {
+      S block[kLanes][kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) store(block[i], load(columns[i] + d, part));
+      const int64_t rows = min<int64_t>(kLanes, depth - d);
+#ifdef __AVX512F__
+      if constexpr (sizeof(S) == 4) {
+        __m512i vectors[16];
+        memcpy(vectors, block, sizeof(block));
+        transpose(vectors);
+        for (int64_t i = 0; i < rows; ++i) memcpy(out + (d + i) * width, &vectors[i], 64);
+        return;
+      }
+#endif
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < kLanes; ++j) out[(d + i) * width + j] = block[j][i];
+      }
+    });
+  }
+
   template <int kWidth>
   static void step(const S* a, int64_t lda, const S* b, int64_t depth, S* c, int64_t ldc,
                    bool accumulate) {
