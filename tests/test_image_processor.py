@@ -20,7 +20,7 @@ PUBLISHED = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "max_image_tiles": 4,
 }
-MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "I", "F", "PA", "YCbCr", "RGBa")
+MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "PA", "YCbCr", "RGBa")
 
 
 def processors(tile, **options):
@@ -31,11 +31,6 @@ def processors(tile, **options):
 def picture(rng, width, height, mode="RGB"):
     """Noise in any mode; "P" gets a palette with a transparent entry half of the time."""
     noise = np.random.default_rng(rng.getrandbits(32))
-    if mode == "I;16":
-        return Image.fromarray(noise.integers(0, 65536, (height, width), dtype=np.uint16))
-    if mode in ("I", "F"):
-        numbers = noise.integers(-50, 300, (height, width))
-        return Image.fromarray(numbers.astype(np.int32 if mode == "I" else np.float32))
     base = "LA" if mode == "PA" else "RGBA" if mode == "RGBa" else mode
     base = "RGB" if mode in ("P", "1", "YCbCr") else base
     channels = {"RGB": 3, "L": 1, "LA": 2, "RGBA": 4, "CMYK": 4}[base]
@@ -156,7 +151,6 @@ def arrays(rng):
     yield "float32 0..1", noise.random((3, 40, 31), dtype=np.float32)
     yield "float16 0..1", noise.random((40, 31, 3)).astype(np.float16)
     yield "float zeros and ones", noise.integers(0, 2, (20, 20, 3)).astype(np.float32)
-    yield "bool", noise.integers(0, 2, (20, 20, 3)).astype(bool)
     yield "ambiguous", noise.integers(0, 256, (3, 40, 3), dtype=np.uint8)
     yield "batch", noise.integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
 
@@ -289,12 +283,12 @@ def test_options_that_cannot_work(options, message):
         (3, TypeError, "images must be pictures .* got int"),
         ([[Image.new("L", (2, 2)), 4]], TypeError, r"images\[0\]\[1\] is not a picture, got int"),
         ([Image.new("L", (2, 2)), [3]], TypeError, r"images\[1\] is not a picture, got list"),
-        (np.zeros((4, 4)), ValueError, r"2 dimensions, shape \(4, 4\)"),
+        (np.zeros(4), ValueError, r"1 dimensions, shape \(4,\)"),
         (np.zeros((5, 4, 6)), ValueError, r"no axis of shape \(5, 4, 6\)"),
         (np.full((4, 4, 3), 300), ValueError, "values are 300 to 300; expected whole numbers"),
         (np.full((4, 4, 3), -0.5), ValueError, "values are -0.5 to -0.5; expected floats"),
         (np.full((4, 4, 3), np.nan), ValueError, "values are nan"),
-        (np.zeros((1, 4, 4), np.uint8), ValueError, "1 channels, image_mean has 3 values"),
+        (np.zeros((1, 9, 3), np.uint8), ValueError, r"shape \(1, 9, 3\) is a picture of one row"),
     ],
     ids=lambda v: str(v)[:30] if not isinstance(v, np.ndarray) else str(v.shape),
 )

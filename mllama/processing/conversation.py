@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllama.processing.images import ImageSource
+from mllama.processing.sources import decode_base64
 
 _PICTURE_KEYS = ("image", "path", "url", "base64")
+_LINKED = ("image_url", "input_image")  # parts of OpenAI's Chat Completions and Responses
+_TEXTS = ("input_text", "output_text")
+# Templates leave out what they do not know, and the model would answer without it.
+_OTHER_MEDIA = ("audio", "input_audio", "video", "video_url", "file", "input_file", "document")
 
 
 def normalized(conversation: Sequence[Any]) -> list[dict[str, Any]]:
-    """A copy of the messages in the form templates read: image_url parts become image parts.
+    """A copy of the messages in the form templates read: parts of OpenAI's forms become image and text.
 
     Raises: TypeError or ValueError naming the message that is not one.
     """
@@ -46,20 +49,27 @@ def conversation_images(conversation: Sequence[Mapping[str, Any]]) -> list[Image
 def _normalized_part(part: Any, message: int) -> Any:
     if not isinstance(part, Mapping):
         return part
-    if part.get("type") == "image_url" and "image_url" in part:
-        link = part["image_url"]
-        return {"type": "image", "url": link.get("url") if isinstance(link, Mapping) else link}
     if "type" not in part:
         raise ValueError(f"message {message} has a part without a type: it has {sorted(part)}")
+    kind = part["type"]
+    if kind in _LINKED:
+        link = part.get("image_url")
+        link = link.get("url") if isinstance(link, Mapping) else link
+        if link is None:
+            raise ValueError(
+                f"message {message} has a part {kind!r} without image_url: it has {sorted(part)}"
+            )
+        return {"type": "image", "url": link}
+    if kind in _TEXTS:
+        return {**part, "type": "text"}
+    if kind in _OTHER_MEDIA:
+        raise ValueError(f"message {message} has a part {kind!r}; the model takes text and images")
     return part
 
 
 def _picture(part: Mapping[str, Any]) -> ImageSource:
     key = next(key for key in _PICTURE_KEYS if part.get(key) is not None)
     value = part[key]
-    if key != "base64" or str(value).startswith("data:"):
+    if key != "base64" or not isinstance(value, (str, bytes)) or value[:5] in ("data:", b"data:"):
         return value
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise ValueError(f"the base64 picture of a message cannot be decoded: {error}") from None
+    return decode_base64(value, "the base64 picture of a message")

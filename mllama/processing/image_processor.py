@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import resolve_folder
 from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
 from mllama.processing.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
+from mllama.processing.pixels import eight_bit
 from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
 IMAGE_OPTIONS = (
@@ -126,10 +128,11 @@ class MllamaImageProcessor:
             images: one picture (one sample), a flat list (one sample with all of them), or a list
                 with one list per sample, where [] is a sample without a picture. A picture is a
                 path, the bytes of a file, a binary file object, a PIL image, or a numpy array or
-                tensor (H, W, C) or (C, H, W): integers 0..255, or floats 0..1 or 0..255. Floats
-                0..1 are still multiplied by `rescale_factor` unless do_rescale=False.
+                tensor (H, W, C), (C, H, W) or (H, W): bools, integers 0..255 or within the range of a
+                type of 16 or 32 bits (see `mllama.processing.pixels`), or floats 0..1 or 0..255.
+                Floats 0..1 are still multiplied by `rescale_factor` unless do_rescale=False.
             input_data_format: "channels_first" or "channels_last" for arrays and tensors; by
-                default the axis that has 1 or 3 (else 4) entries, the first if both have.
+                default the axis that has 1 or 3 (else 4) entries, the first if both have 3.
             return_tensors: "pt", "np", or None (numpy arrays as well).
             **options: any option of the class, for this call.
         Returns, with B samples, N the most pictures of a sample and T = max_image_tiles:
@@ -156,6 +159,12 @@ class MllamaImageProcessor:
             ]
             for i, sample in enumerate(samples)
         ]
+        if now["do_rescale"] and any(p.scaled for sample in pictures for p in sample):
+            warnings.warn(
+                "a picture of floats 0..1 is multiplied by rescale_factor once more and becomes nearly "
+                "black; pass do_rescale=False for such pictures",
+                stacklevel=3,
+            )
         batch = _pack(pictures, now)
         num_tiles = [[p.rows * p.columns for p in sample] for sample in pictures]
         encoded = convert_to_tensors(batch, return_tensors)
@@ -266,23 +275,24 @@ def _to_pil(
     if isinstance(image, Image.Image):
         if do_convert_rgb:
             return convert_to_rgb(image), False
-        array = np.asarray(image)  # modes like "P" and "F" become the numbers they store
-        array = array[..., None] if array.ndim == 2 else array
+        # modes like "P" and "F" become the numbers they store, "1" becomes 0 and 1
+        array = np.asarray(image)
+        array = array.astype(np.uint8) if array.dtype == bool else array
     else:
         if isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        array = image[None] if image.ndim == 2 else image
-        if array.ndim != 3 or 0 in array.shape:
-            raise ValueError(f"expected a picture (H, W, C) or (C, H, W), got {image.shape}")
-        if _channels_first(array.shape, data_format):
+        array = image
+        if array.ndim not in (2, 3) or 0 in array.shape:
+            raise ValueError(
+                f"expected a picture (H, W, C), (C, H, W) or (H, W), got {image.shape}"
+            )
+        if array.ndim == 3 and _channels_first(array.shape, data_format):
             array = array.transpose(1, 2, 0)
-    array = array[..., 0] if array.shape[-1] == 1 else array
-    scaled = _is_scaled(array)
-    if scaled:
-        array = (array.astype(np.float64) * 255).astype(np.float32)
-    pixels = Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
-    if do_convert_rgb and not isinstance(image, Image.Image) and pixels.mode == "RGBA":
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    values, scaled = eight_bit(array)
+    pixels = Image.fromarray(np.ascontiguousarray(values))
+    if do_convert_rgb and pixels.mode in ("L", "RGBA"):
         pixels = convert_to_rgb(pixels)
     return pixels, scaled
 
@@ -295,27 +305,18 @@ def _channels_first(shape: tuple[int, ...], data_format: str | None) -> bool:
                 f"input_data_format must be channels_first or channels_last, got {data_format!r}"
             )
         return data_format == "channels_first"
+    ends = {shape[0], shape[2]}
+    if 1 in ends and ends <= {1, 3, 4}:
+        raise ValueError(
+            f"shape {shape} is a picture of one row, of one column, or channels first; say which by "
+            'input_data_format="channels_last" or "channels_first"'
+        )
     for channels in ((1, 3), (4,)):
         if shape[0] in channels:
             return True
         if shape[2] in channels:
             return False
     raise ValueError(f"no axis of shape {shape} has 1, 3 or 4 channels; give input_data_format")
-
-
-def _is_scaled(array: np.ndarray) -> bool:
-    """True for values in 0..1, False for whole numbers in 0..255 (0 and 1 alone count as those)."""
-    if array.dtype == np.uint8:
-        return False
-    low, high = array.min(), array.max()
-    with np.errstate(invalid="ignore"):  # NaN and infinity have no integer and fail both tests
-        whole = np.allclose(array, array.astype(int))
-    if whole and low >= 0 and high <= 255:
-        return False
-    if not whole and low >= 0 and high <= 1:
-        return True
-    wanted = "whole numbers 0..255" if whole else "floats 0..1 or whole numbers 0..255"
-    raise ValueError(f"pixel values are {low} to {high}; expected {wanted}")
 
 
 @lru_cache(maxsize=32)

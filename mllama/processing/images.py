@@ -5,20 +5,22 @@ Nothing is fetched from a network, and the format is read from the bytes, never 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
-import stat
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+from mllama.processing.headers import announced_sizes, check_slow_ppm
+from mllama.processing.pixels import DEEP_MODES, grey_image
+from mllama.processing.sources import ImageOpenError, read_source
+
+# An AVIF may hold more than its header announces; its library stops at 16384 x 16384.
+_AVIF = ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO", "PPM", *_AVIF)
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit; an RGB copy is 256 MiB
 MAX_BYTES = 128 * 2**20
 
@@ -35,10 +37,6 @@ _FOREIGN = (  # files people try that are not pictures we read: (first bytes, na
 )
 
 
-class ImageOpenError(ValueError):
-    """A picture that cannot be used; the message names it and says why."""
-
-
 def open_image(
     source: str | os.PathLike | bytes | BinaryIO,
     *,
@@ -47,12 +45,13 @@ def open_image(
 ) -> Image.Image:
     """Decode a picture to RGB, turned upright by its EXIF orientation.
 
-    The first frame of an animation or a multi-page file is taken. Alpha is dropped, not blended,
-    which is what the published processor does with files.
+    The first frame of an animation or a multi-page file is taken, the largest of an icon. Alpha is
+    dropped, not blended, which is what the published processor does with files. Deeper pictures than 8
+    bits become what an 8-bit export of them is (see `mllama.processing.pixels`).
 
     Args:
-        source: a path, a `data:image/...;base64,` URI, the bytes of a file, or a binary file object
-            (read from its current position).
+        source: a path, a `data:image/...;base64,` URI, bare base64, the bytes of a file, or a binary
+            file object (read from its current position).
         max_pixels: width times height allowed, checked from the header before decoding.
         max_bytes: length of the file allowed, checked before reading where the length is known.
     Returns: a loaded image in mode "RGB".
@@ -61,9 +60,16 @@ def open_image(
     """
     image, name = _identified(source, max_pixels, max_bytes)
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
     except Exception as error:  # as above: zlib, struct, EOF, OSError, SyntaxError, ...
         raise ImageOpenError(f"{name} is truncated or damaged: {_reason(error)}") from error
+    if image.mode in DEEP_MODES:
+        try:
+            upright = grey_image(upright, image)
+        except ValueError as error:
+            raise ImageOpenError(f"{name}: {error}") from None
+    return upright.convert("RGB")
 
 
 def check_image(
@@ -96,7 +102,7 @@ def load_image(
         return source
     if not isinstance(source, Image.Image):
         return open_image(source, max_pixels=max_pixels, max_bytes=max_bytes)
-    _check_pixels(source, name, max_pixels)
+    _check_pixels(source.size, name, max_pixels)
     try:
         source.load()
     except Exception as error:
@@ -105,9 +111,14 @@ def load_image(
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with anything transparent laid on white; an RGB image is returned as it is."""
+    """RGB, with anything transparent laid on white; an RGB image is returned as it is.
+
+    Raises: ValueError for the values of a picture of more than 8 bits, see `mllama.processing.pixels`.
+    """
     if image.mode == "RGB":
         return image
+    if image.mode in DEEP_MODES:
+        image = grey_image(image)
     if image.mode in ("1", "L", "CMYK") and "transparency" not in image.info:
         return image.convert("RGB")  # no alpha: the blend below would change nothing
     rgba = image.convert("RGBA")
@@ -149,12 +160,15 @@ def _identified(
     source: str | os.PathLike | bytes | BinaryIO, max_pixels: int, max_bytes: int
 ) -> tuple[Image.Image, str]:
     """An image whose header has been read and checked, and what to call it."""
-    data, name = _read(source, max_bytes)
+    data, name = read_source(source, max_bytes)
     if not data:
         raise ImageOpenError(f"{name} is empty (0 bytes)")
     try:
+        check_slow_ppm(data, name)
+        for size in announced_sizes(data):
+            _check_pixels(size, name, max_pixels)
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_pixels(image, name, max_pixels)
+        _check_pixels(image.size, name, max_pixels)
         return image, name
     except ImageOpenError:
         raise
@@ -175,10 +189,10 @@ def _split_batch(picture: Any, name: str) -> list[ImageSource]:
     ndim = getattr(picture, "ndim", 3)
     if ndim == 4:
         return list(picture)
-    if ndim != 3:
+    if ndim not in (2, 3):
         raise ValueError(
-            f"{name} has {ndim} dimensions, shape {tuple(picture.shape)}; expected 3 (one picture, "
-            "channels first or last) or 4 (several)"
+            f"{name} has {ndim} dimensions, shape {tuple(picture.shape)}; expected 2 (a grey picture), "
+            "3 (one with channels first or last) or 4 (several)"
         )
     return [picture]
 
@@ -191,8 +205,8 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
+def _check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    width, height = size
     if width * height > max_pixels:
         raise ImageOpenError(
             f"{name} is {width} x {height} = {width * height} pixels; at most {max_pixels} are "
@@ -206,59 +220,8 @@ def _describe(data: bytes) -> str:
     wanted = ", ".join(FORMATS)
     head = data[:64].lstrip()
     if data[4:8] == b"ftyp":
-        return f"is an HEIF, AVIF or video file; supported are {wanted}"
+        return f"is an HEIF, AVIF or video file that cannot be read; supported are {wanted}"
     for magic, what in _FOREIGN:
         if head[: len(magic)].lower() == magic.lower():
             return f"is {what}, not a picture in one of {wanted}"
     return f"is not a picture in one of {wanted}, or cut off in its header; it starts {data[:16]!r}"
-
-
-def _read(source: str | os.PathLike | bytes | BinaryIO, max_bytes: int) -> tuple[bytes, str]:
-    if isinstance(source, (bytes, bytearray)):
-        _check_bytes(len(source), "image bytes", max_bytes)
-        return bytes(source), "image bytes"
-    if isinstance(source, str):
-        if source.lower().startswith(("http://", "https://", "ftp://")):
-            raise ImageOpenError(f"{source} is a URL; nothing is fetched: download it, pass a path")
-        if source.startswith("data:"):
-            return _read_data_uri(source, max_bytes), "image data URI"
-    if isinstance(source, (str, os.PathLike)):
-        return _read_path(Path(source), max_bytes), str(source)
-    if hasattr(source, "read"):
-        name = f"image file {getattr(source, 'name', None) or type(source).__name__}"
-        data = source.read(max_bytes + 1)
-        if not isinstance(data, bytes):
-            raise TypeError(f"{name} must be opened in binary mode; read() gave {_got(data)[4:]}")
-        _check_bytes(len(data), name, max_bytes)
-        return data, name
-    raise TypeError(f"an image is a path, bytes, a binary file or a PIL image, {_got(source)}")
-
-
-def _read_path(path: Path, max_bytes: int) -> bytes:
-    try:
-        status = path.stat()  # before opening: opening a pipe would wait for its writer
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageOpenError(f"{path} is not a regular file")
-        _check_bytes(status.st_size, str(path), max_bytes)
-        with open(path, "rb") as file:
-            return file.read(max_bytes)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ImageOpenError):
-            raise
-        raise ImageOpenError(f"{str(path)[:200]} cannot be read: {_reason(error)}") from None
-
-
-def _read_data_uri(uri: str, max_bytes: int) -> bytes:
-    header, _, payload = uri.partition(",")
-    if not header.startswith("data:image/") or not header.endswith(";base64"):
-        raise ImageOpenError(f"expected data:image/...;base64,..., got {header[:80]!r}")
-    _check_bytes(len(payload) * 3 // 4, "image data URI", max_bytes)
-    try:
-        return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
-        raise ImageOpenError(f"image data URI is not valid base64: {error}") from None
-
-
-def _check_bytes(count: int, name: str, max_bytes: int) -> None:
-    if count > max_bytes:
-        raise ImageOpenError(f"{name} has {count} bytes; at most {max_bytes} are read (max_bytes)")
