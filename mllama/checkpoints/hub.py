@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
 # Exactly one slash, no path syntax: what the hub accepts as a repository id.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
@@ -24,19 +25,33 @@ _PATTERNS = [
 ]
 
 
-def resolve_folder(name_or_path: str | os.PathLike[str]) -> Path:
+# What `huggingface_hub` takes of a call; each of these at None or False is its default.
+_HUB_OPTIONS = ("token", "revision", "cache_dir", "local_files_only", "force_download")
+DOWNLOAD_OPTIONS = frozenset((*_HUB_OPTIONS, "subfolder"))
+
+
+def resolve_folder(
+    name_or_path: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any
+) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache).
 
     A name is looked up on the hub only if it is no existing path and has the form "owner/name".
 
+    Args:
+        subfolder: where in the folder or repository the checkpoint is.
+        options: for a hub id, as `huggingface_hub` takes them: token, revision, cache_dir,
+            local_files_only, force_download.
     Raises:
         FileNotFoundError: a path that does not exist.
         NotADirectoryError: a path that is a file.
         ModuleNotFoundError: a hub id without `huggingface_hub`.
+        ValueError: a subfolder that is none.
     """
+    if subfolder and ((part := PurePath(subfolder)).is_absolute() or ".." in part.parts):
+        raise ValueError(f"subfolder must be a path below the checkpoint's, got {subfolder!r}")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return path
+        return _below(path, subfolder)
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; expected the folder of a checkpoint")
     name = os.fspath(name_or_path)
@@ -51,4 +66,15 @@ def resolve_folder(name_or_path: str | os.PathLike[str]) -> Path:
             f"there is no folder {name}; to download it as a hub id, install huggingface_hub: "
             f"pip install 'mllama-kernels[hub]'"
         ) from None
-    return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    given = {key: options[key] for key in _HUB_OPTIONS if options.get(key) not in (None, False)}
+    if options.get("token") is False:  # no token, not even the one that is stored
+        given["token"] = False
+    patterns = [f"{PurePosixPath(subfolder) / p}" if subfolder else p for p in _PATTERNS]
+    return _below(Path(snapshot_download(name, allow_patterns=patterns, **given)), subfolder)
+
+
+def _below(folder: Path, subfolder: str | None) -> Path:
+    path = folder / subfolder if subfolder else folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} has no folder {subfolder}")
+    return path

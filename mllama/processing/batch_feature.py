@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,30 +38,69 @@ class BatchFeature(dict[str, Any]):
         return self
 
 
-def convert_to_tensors(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    """Turn lists and arrays into the container asked for.
+def convert_to_tensors(
+    data: Mapping[str, Any],
+    return_tensors: str | None,
+    device: str | torch.device | None = None,
+) -> BatchFeature:
+    """Turn lists, arrays and tensors into the container asked for; integers become int64.
 
     Args:
-        data: (nested) lists of integers, numpy arrays or tensors.
+        data: (nested) lists of numbers, numpy arrays, tensors, or lists of those of one shape.
         return_tensors: "pt" for torch tensors, "np" for numpy arrays, None to leave all as it is.
-    Raises: ValueError for another name, or for rows of unequal length.
+        device: where torch tensors go.
+    Raises: ValueError for another name, for rows of unequal length, or a device without "pt".
     """
+    if return_tensors not in ("pt", "np", None):
+        raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}')
+    if device is not None and return_tensors != "pt" and torch.device(device).type != "cpu":
+        raise ValueError(f'device {str(device)!r} needs return_tensors="pt"')
     if return_tensors is None:
         return BatchFeature(data)
-    if return_tensors not in ("pt", "np"):
-        raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}')
-    converted = BatchFeature()
-    for name, value in data.items():
-        array = value if isinstance(value, np.ndarray) else _rectangular(name, value)
-        converted[name] = torch.from_numpy(array) if return_tensors == "pt" else array
-    return converted
+    if return_tensors == "np":
+        return BatchFeature({name: _array(name, value) for name, value in data.items()})
+    tensors = BatchFeature({name: _tensor(name, value) for name, value in data.items()})
+    return tensors if device is None else tensors.to(device)
 
 
-def _rectangular(name: str, rows: list[Any]) -> np.ndarray:
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1:
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        _check_rows(name, [tuple(v.shape) for v in value])
+        return torch.stack(list(value))
+    tensor = torch.from_numpy(_array(name, value))
+    is_list = not isinstance(value, np.ndarray)
+    return tensor.float() if is_list and tensor.dtype == torch.float64 else tensor
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if any(isinstance(v, (np.ndarray, torch.Tensor)) for v in value):
+        arrays = [_array(name, v) for v in value]
+        _check_rows(name, [array.shape for array in arrays])
+        return np.stack(arrays)
+    if any(isinstance(row, (list, tuple)) for row in value):
+        _check_rows(name, [(len(row),) for row in value])
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name} has nested rows of unequal length, which make no tensor"
+        ) from None
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {array.dtype} values, which make no tensor")
+    return array.astype(np.int64) if array.dtype.kind in "iu" or not array.size else array
+
+
+def _check_rows(name: str, shapes: list[tuple[int, ...]]) -> None:
+    if len(set(shapes)) > 1:
+        lengths = sorted({shape[0] if len(shape) == 1 else shape for shape in shapes})
         raise ValueError(
             f"{name} has rows of {lengths[0]} to {lengths[-1]} entries, which make no tensor; "
             "pass padding=True, or return_tensors=None for lists"
         )
-    return np.asarray(rows, dtype=np.int64)

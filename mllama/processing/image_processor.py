@@ -20,27 +20,21 @@ import torch
 from PIL import Image
 
 from mllama.checkpoints.checkpoint import read_json
-from mllama.checkpoints.hub import resolve_folder
+from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
 from mllama.processing.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
+from mllama.processing.options import IMAGE_OPTIONS, refuse_foreign
 from mllama.processing.pixels import eight_bit
 from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
-IMAGE_OPTIONS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_pad",
-    "max_image_tiles",
-)
+IMAGE_LIMITS = ("max_pixels", "max_bytes")
 _CONFIG_FILE = "preprocessor_config.json"
 _NESTED_CONFIG_FILE = "processor_config.json"
+_META_PARAMS = "params.json"
+_META_STATISTICS = {  # fixed in Meta's code
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 
 class MllamaImageProcessor:
@@ -120,6 +114,7 @@ class MllamaImageProcessor:
         *,
         input_data_format: str | None = None,
         return_tensors: str | None = None,
+        device: str | torch.device | None = None,
         **options: Any,
     ) -> BatchFeature:
         """Turn pictures into the image inputs of the model.
@@ -134,7 +129,9 @@ class MllamaImageProcessor:
             input_data_format: "channels_first" or "channels_last" for arrays and tensors; by
                 default the axis that has 1 or 3 (else 4) entries, the first if both have 3.
             return_tensors: "pt", "np", or None (numpy arrays as well).
-            **options: any option of the class, for this call.
+            device: where the tensors of "pt" go.
+            **options: any option of the class, for this call; others of `transformers` where they change
+                nothing.
         Returns, with B samples, N the most pictures of a sample and T = max_image_tiles:
             pixel_values: (B, N, T, C, t, t) float32; absent tiles and pictures are zero.
             aspect_ratio_ids: (B, N) int64; 0 where a sample has no such picture.
@@ -142,13 +139,10 @@ class MllamaImageProcessor:
             num_tiles: list of lists of int, real tiles of each picture; never a tensor.
         Raises: ImageOpenError, ValueError or TypeError naming the picture or the option.
         """
-        unknown = sorted(set(options) - set(IMAGE_OPTIONS))
-        if unknown:
-            raise TypeError(
-                f"unknown image option {unknown[0]!r}; there are {', '.join(IMAGE_OPTIONS)}"
-            )
-        now = {name: getattr(self, name) for name in IMAGE_OPTIONS}
-        now = _checked(**{**now, **{k: v for k, v in options.items() if v is not None}})
+        others = {k: v for k, v in options.items() if k not in IMAGE_OPTIONS}
+        refuse_foreign(others, "image option", IMAGE_OPTIONS)
+        chosen = {k: v for k, v in options.items() if k in IMAGE_OPTIONS and v is not None}
+        now = _checked(**{**{name: getattr(self, name) for name in IMAGE_OPTIONS}, **chosen})
         samples = nest_images(images)
         if not any(samples):
             raise ValueError("no picture given: images is empty, or every sample in it is")
@@ -167,7 +161,7 @@ class MllamaImageProcessor:
             )
         batch = _pack(pictures, now)
         num_tiles = [[p.rows * p.columns for p in sample] for sample in pictures]
-        encoded = convert_to_tensors(batch, return_tensors)
+        encoded = convert_to_tensors(batch, return_tensors, device)
         encoded["num_tiles"] = num_tiles
         return encoded
 
@@ -199,33 +193,48 @@ class MllamaImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> MllamaImageProcessor:
-        """Read a checkpoint folder or hub id; `options` override what its file says.
+        """Read a checkpoint folder or hub id.
 
-        Reads `image_processor` in processor_config.json, else preprocessor_config.json.
+        Reads `image_processor` in processor_config.json, else preprocessor_config.json, else what
+        params.json in Meta's folder `original/` says.
+        Args:
+            **options: of the class, before what the file says; for a hub id token, revision, cache_dir,
+                local_files_only, force_download, subfolder.
         Raises: FileNotFoundError or ValueError naming the folder or the file.
         """
-        folder = resolve_folder(folder)
+        download = {k: options.pop(k) for k in DOWNLOAD_OPTIONS if k in options}
+        folder = resolve_folder(folder, **{k: v for k, v in download.items() if v is not None})
         nested = folder / _NESTED_CONFIG_FILE
         if nested.is_file():
             config = read_json(nested).get("image_processor")
             if config is not None:
                 return cls.from_dict(config, **options)
         flat = folder / _CONFIG_FILE
-        if not flat.is_file():
-            raise FileNotFoundError(f"{folder} has no {_CONFIG_FILE} or {_NESTED_CONFIG_FILE}")
-        return cls.from_dict(read_json(flat), **options)
+        if flat.is_file():
+            return cls.from_dict(read_json(flat), **options)
+        for meta in (folder / _META_PARAMS, folder / "original" / _META_PARAMS):
+            if meta.is_file():
+                return cls.from_dict(_from_params(meta), **options)
+        raise FileNotFoundError(
+            f"{folder} has no {_CONFIG_FILE} or {_NESTED_CONFIG_FILE}, and no original/{_META_PARAMS}; copy "
+            "one from the checkpoint that the weights come from, such as "
+            "meta-llama/Llama-3.2-11B-Vision-Instruct, or pass image_processor="
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as stored in preprocessor_config.json."""
         config = {name: getattr(self, name) for name in IMAGE_OPTIONS}
         return {**config, "image_processor_type": "MllamaImageProcessor"}
 
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
     def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
         """Write preprocessor_config.json into `folder`, made if needed; returns the path."""
         path = Path(folder) / _CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(self.to_json_string(), encoding="utf-8")
         return [str(path)]
 
     def __repr__(self) -> str:
@@ -240,6 +249,16 @@ class _Picture:
         self.scaled = scaled  # came as floats 0..1
         self.rows = rows
         self.columns = columns
+
+
+def _from_params(path: Path) -> dict[str, Any]:
+    params = read_json(path)
+    params = params.get("model", params)
+    size = params.get("vision_chunk_size")
+    if not isinstance(size, int):
+        raise ValueError(f"{path} has no vision_chunk_size: not a Llama 3.2 Vision model")
+    tiles = params.get("vision_max_num_chunks", 4)
+    return {**_META_STATISTICS, "size": size, "max_image_tiles": tiles}
 
 
 def _checked(**options: Any) -> dict[str, Any]:

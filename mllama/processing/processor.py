@@ -8,35 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllama.checkpoints.checkpoint import read_json
-from mllama.checkpoints.hub import resolve_folder
 from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
-from mllama.processing.chat_template import render_chat_template, template_variables
-from mllama.processing.conversation import conversation_images, normalized
-from mllama.processing.image_processor import IMAGE_OPTIONS, MllamaImageProcessor
+from mllama.processing.conversation import conversation_images
+from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.image_spans import cross_attention_mask
 from mllama.processing.images import nest_images
+from mllama.processing.options import CallOptions, call_options, is_option
+from mllama.processing.plain_text import escaped, unused_marks, well_formed
+from mllama.processing.processor_files import read_parts, write_processor
+from mllama.processing.prompts import assistant_masks, write_prompts
+from mllama.processing.templates import Templates, chosen_template, parsed_templates
 from mllama.processing.tokenizer import MllamaTokenizer
-
-_TEXT_OPTIONS = (
-    "add_special_tokens",
-    "padding",
-    "truncation",
-    "max_length",
-    "pad_to_multiple_of",
-    "padding_side",
-    "return_attention_mask",
-)
-_IMAGE_OPTIONS = (*IMAGE_OPTIONS, "input_data_format")
 
 
 class MllamaProcessor:
     """An image processor and a tokenizer under one call.
 
     Args:
-        image_processor: turns pictures into tiles.
+        image_processor: turns pictures into tiles; those of `transformers` work as well.
         tokenizer: turns text into ids; those of `transformers` work as well.
-        chat_template: a jinja2 template; default the tokenizer's, if it has one.
+        chat_template: a jinja2 template, or a dict of named ones; default the tokenizer's, if it has one.
     Raises: ValueError when the tokenizer has no image token.
     """
 
@@ -44,17 +35,23 @@ class MllamaProcessor:
         self,
         image_processor: MllamaImageProcessor,
         tokenizer: MllamaTokenizer,
-        chat_template: str | None = None,
+        chat_template: Templates | None = None,
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
-        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        template = chat_template or getattr(tokenizer, "chat_template", None)
+        self.chat_template = parsed_templates(template, "the processor")
         self.image_token: str = getattr(tokenizer, "image_token", None) or "<|image|>"
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
         unknown = getattr(tokenizer, "unk_token_id", None)
         if self.image_token_id is None or self.image_token_id == unknown:
             raise ValueError(f"the tokenizer has no image token {self.image_token!r}")
         self.bos_token: str | None = tokenizer.bos_token
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Names of the parts."""
+        return ["image_processor", "tokenizer"]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -68,8 +65,7 @@ class MllamaProcessor:
         text: str | Sequence[str] | None = None,
         *,
         return_tensors: str | None = None,
-        text_kwargs: Mapping[str, Any] | None = None,
-        images_kwargs: Mapping[str, Any] | None = None,
+        escape_special_tokens: bool = False,
         **options: Any,
     ) -> BatchFeature:
         """Prepare a batch; everything is checked before a picture is opened.
@@ -82,12 +78,17 @@ class MllamaProcessor:
         Args:
             images: as `MllamaImageProcessor.preprocess`: a picture, a list for one sample, or one
                 list per sample, [] where it has none.
-            text: a prompt or a list of prompts, with one image token per picture.
+            text: a prompt or a list of prompts, with one image token per picture. Lone surrogates in
+                it become U+FFFD.
             return_tensors: "pt", "np", or None (lists and numpy arrays).
-            text_kwargs, images_kwargs: options below as dictionaries.
-            **options: add_special_tokens, padding, truncation, max_length, pad_to_multiple_of,
-                padding_side, return_attention_mask (see `MllamaTokenizer`), and the options of the
-                image processor.
+            escape_special_tokens: the texts are somebody's words: special tokens in them, the image
+                token too, are encoded as plain text, and the pictures stand in front.
+            **options: of the tokenizer (add_special_tokens, padding, truncation, max_length,
+                pad_to_multiple_of, padding_side, return_attention_mask, return_token_type_ids,
+                return_special_tokens_mask, return_offsets_mapping, return_length, see
+                `MllamaTokenizer`) and of the image processor; device, where the image inputs go;
+                text_kwargs, images_kwargs and common_kwargs, the same in dictionaries. What else
+                `transformers` takes is accepted where it changes nothing.
         Returns, as far as images and text were given: input_ids and attention_mask (B, L) int64;
             pixel_values (B, N, T, 3, t, t) float32; aspect_ratio_ids (B, N) int64;
             aspect_ratio_mask (B, N, T) int64; cross_attention_mask (B, L, N, T) int64.
@@ -95,30 +96,52 @@ class MllamaProcessor:
             truncation would cut an image token off; TypeError for unknown options; ImageOpenError
             and others for the pictures.
         """
-        text_options = _grouped("text_kwargs", _TEXT_OPTIONS, text_kwargs, options)
-        image_options = _grouped("images_kwargs", _IMAGE_OPTIONS, images_kwargs, options)
-        _refuse_unknown(options)
+        call = call_options(return_tensors, options)
         if images is None and text is None:
             raise ValueError("give images, text or both")
         samples = None if images is None else nest_images(images)
+        if text is None:
+            return self._batch(samples, None, call)
+        texts, mark = [well_formed(item) for item in _text_list(text)], None
+        if escape_special_tokens:
+            [mark] = unused_marks(texts, 1)
+            counts = [len(sample) for sample in samples or [[]] * len(texts)]
+            if len(counts) != len(texts):
+                raise ValueError(f"{len(texts)} texts came with {len(counts)} lists of pictures")
+            words = escaped(texts, self._special_tokens(), mark)
+            texts = [self.image_token * count + item for count, item in zip(counts, words)]
+        return self._batch(samples, texts, call, mark)
+
+    def _batch(
+        self,
+        samples: list[list[Any]] | None,
+        texts: list[str] | None,
+        call: CallOptions,
+        mark: str | None = None,
+    ) -> BatchFeature:
         data: dict[str, Any] = {}
-        if text is not None:
-            texts = _text_list(text)
+        if texts is not None:
             _check_counts(texts, samples, self.image_token)
             samples = samples if samples and any(samples) else None
             texts = [self.with_bos(t) for t in texts]
-            text_options.setdefault("add_special_tokens", self.bos_token is None)
-            data.update(self.tokenizer(texts, **text_options))
+            options = {"add_special_tokens": self.bos_token is None, **call.text}
+            if mark is not None:
+                options["escape_mark"] = mark
+            data.update(self.tokenizer(texts, **options))
             self._check_not_cut(texts, data["input_ids"])
-        if samples is not None:
-            encoded = self.image_processor(samples, **image_options)
-            num_tiles = encoded.pop("num_tiles")
-            if text is not None:
-                data["cross_attention_mask"] = cross_attention_mask(
-                    data["input_ids"], num_tiles, self.image_token_id, encoded.pixel_values.shape[2]
-                )
-            data.update(encoded)
-        return convert_to_tensors(data, return_tensors)
+        if samples is None:
+            return convert_to_tensors(data, call.return_tensors)
+        options = dict(call.images)
+        device = options.pop("device", None)
+        encoded = dict(self.image_processor(samples, **options))
+        num_tiles = encoded.pop("num_tiles")
+        if texts is not None:
+            slots = len(encoded["pixel_values"][0][0])
+            data["cross_attention_mask"] = cross_attention_mask(
+                data["input_ids"], num_tiles, self.image_token_id, slots
+            )
+        made = convert_to_tensors(encoded, call.return_tensors, device)
+        return BatchFeature({**convert_to_tensors(data, call.return_tensors), **made})
 
     def apply_chat_template(
         self,
@@ -128,10 +151,12 @@ class MllamaProcessor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = None,
+        escape_special_tokens: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -141,53 +166,67 @@ class MllamaProcessor:
             conversation: messages {"role", "content"}, or a list of conversations. Content is a
                 string or a list of parts: {"type": "text", "text": ...} and {"type": "image"},
                 which with tokenize=True carries the picture under "image", "path", "url" (no
-                network) or "base64"; OpenAI's "image_url" parts are understood.
-            chat_template: a template instead of the processor's.
+                network) or "base64"; OpenAI's parts "image_url", "input_image" and "input_text" are
+                understood.
+            chat_template: a template instead of the processor's, or the name of one of them.
             tools, documents, add_generation_prompt, continue_final_message: see
                 `mllama.processing.chat_template.render_chat_template`.
+            return_assistant_tokens_mask: with return_dict, also return assistant_masks (B, L), 1 on the
+                tokens of what the template has inside `{% generation %}`.
             tokenize: return ids instead of text.
             return_dict: with tokenize, return everything `__call__` returns, pictures included.
             return_tensors: "pt", "np" or None.
+            escape_special_tokens: with tokenize, special tokens in messages, tools and documents, the
+                image token too, are encoded as plain text; those of the template stay.
             processor_kwargs: options for `__call__`.
             **kwargs: variables of the template, such as date_string; names that the template does
                 not read and `__call__` knows, such as padding, go there.
         Returns: a string (a list for a batch); with tokenize input_ids, or the whole batch.
         Raises: jinja2.TemplateError for what the template refuses; otherwise as `__call__`.
         """
-        template = chat_template or self.chat_template
-        if template is None:
-            raise ValueError("this processor has no chat template; pass chat_template")
-        if not conversation:
-            raise ValueError("the conversation is empty")
-        batched = isinstance(conversation[0], (list, tuple))
-        conversations = [normalized(c) for c in (conversation if batched else [conversation])]
-        call_options = dict(processor_kwargs or {})
-        reads = template_variables(template)
-        for name in [n for n in kwargs if n in (*_TEXT_OPTIONS, *_IMAGE_OPTIONS)]:
-            if name not in reads:
-                call_options[name] = kwargs.pop(name)
-        ignored = sorted(set(kwargs) - reads - set(self.tokenizer.special_tokens_map))
-        if ignored:
-            raise TypeError(f"neither the template nor the processor knows {ignored[0]!r}")
-        prompts = [
-            render_chat_template(
-                template,
-                messages,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **{**self.tokenizer.special_tokens_map, **kwargs},
+        source = chosen_template(self.chat_template, chat_template)
+        options = dict(processor_kwargs or {})
+        escape = escape_special_tokens or bool(options.pop("escape_special_tokens", False))
+        if escape and not tokenize:
+            raise ValueError(
+                "escape_special_tokens needs tokenize=True: in text, plain and special look the same"
             )
-            for messages in conversations
-        ]
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError(
+                "return_assistant_tokens_mask needs tokenize=True and return_dict=True"
+            )
+        prompts = write_prompts(
+            source,
+            conversation,
+            special=self._special_tokens() if escape else None,
+            with_spans=return_assistant_tokens_mask,
+            is_option=is_option,
+            tokens=self.tokenizer.special_tokens_map,
+            variables=kwargs,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        options |= prompts.options
         if not tokenize:
-            return prompts if batched else prompts[0]
-        images = [conversation_images(messages) for messages in conversations]
-        if return_tensors is not None:
-            call_options["return_tensors"] = return_tensors
-        batch = self(images if any(images) else None, prompts, **call_options)
-        return batch if return_dict else batch["input_ids"]
+            return prompts.texts if prompts.batched else prompts.texts[0]
+        wants_offsets = options.get("return_offsets_mapping")
+        if return_assistant_tokens_mask:
+            options["return_offsets_mapping"] = True
+        call = call_options(return_tensors, options)
+        images = [conversation_images(messages) for messages in prompts.conversations]
+        samples = nest_images(images) if any(images) else None
+        batch = self._batch(samples, prompts.texts, call, prompts.mark)
+        if prompts.spans is None:
+            return batch if return_dict else batch["input_ids"]
+        shifts = [len(self.with_bos(text)) - len(text) for text in prompts.texts]
+        masks = assistant_masks(batch["offset_mapping"], prompts.spans, shifts)
+        if not wants_offsets:
+            del batch["offset_mapping"]
+        return BatchFeature(
+            {**batch, **convert_to_tensors({"assistant_masks": masks}, call.return_tensors)}
+        )
 
     def with_bos(self, text: str) -> str:
         """The text as it is tokenized: behind leading image tokens begin-of-text, if it holds none."""
@@ -223,46 +262,69 @@ class MllamaProcessor:
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **image_options: Any) -> MllamaProcessor:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        tokenizer: MllamaTokenizer | None = None,
+        image_processor: MllamaImageProcessor | None = None,
+        chat_template: Templates | None = None,
+        **options: Any,
+    ) -> MllamaProcessor:
         """Read the tokenizer, the image processor and the chat template of a folder or hub id.
 
-        The template is the first of: `chat_template` in processor_config.json,
-        chat_template.json, chat_template.jinja, `chat_template` in tokenizer_config.json.
-        Args: image_options: options of the image processor that override its file.
-        Raises: FileNotFoundError or ValueError naming the file.
-        """
-        folder = resolve_folder(folder)
-        image_processor = MllamaImageProcessor.from_pretrained(folder, **image_options)
-        tokenizer = MllamaTokenizer.from_pretrained(folder)
-        return cls(image_processor, tokenizer, _read_template(folder))
+        The template is the first of: `chat_template` in processor_config.json, chat_template.json,
+        chat_template.jinja with additional_chat_templates/, `chat_template` in tokenizer_config.json. In
+        Meta's folder `original/` the tokenizer is tokenizer.model and the tiles are as params.json says.
 
-    def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
-        """Write everything that `from_pretrained`, and `transformers` 4 and 5, read."""
-        folder = Path(folder)
-        written = [
-            *self.tokenizer.save_pretrained(folder),
-            *self.image_processor.save_pretrained(folder),
-        ]
-        nested = self.image_processor.to_dict()
-        files = {
-            "processor_config.json": {
-                "image_processor": nested,
-                "processor_class": "MllamaProcessor",
-            }
+        Args:
+            tokenizer, image_processor, chat_template: used instead of those of the folder.
+            **options: of the image processor (size, max_image_tiles, ...) and of the tokenizer
+                (padding_side, model_max_length, pad_token, ...) that override their files; token, revision,
+                cache_dir, local_files_only, force_download and subfolder for hub ids; use_fast and
+                trust_remote_code, which change nothing here.
+        Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
+        """
+        parts = read_parts(
+            pretrained_model_name_or_path, image_processor, tokenizer, chat_template, options
+        )
+        return cls(*parts)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False
+    ) -> list[str]:
+        """Write everything that `from_pretrained`, and `transformers` 4 and 5, read.
+
+        Raises: ValueError for push_to_hub=True.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub is not had here; use huggingface_hub's upload_folder")
+        return write_processor(self, Path(save_directory))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of processor_config.json."""
+        return {
+            "image_processor": self.image_processor.to_dict(),
+            "processor_class": "MllamaProcessor",
         }
-        if self.chat_template is not None:
-            files["chat_template.json"] = {"chat_template": self.chat_template}
-            path = folder / "chat_template.jinja"
-            path.write_text(self.chat_template, encoding="utf-8")
-            written.append(str(path))
-        for name, content in files.items():
-            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-            written.append(str(folder / name))
-        return written
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write `to_json_string` to a file."""
+        Path(json_file_path).write_text(self.to_json_string(), encoding="utf-8")
 
     def __repr__(self) -> str:
         return f"MllamaProcessor({self.image_processor!r}, {self.tokenizer!r})"
+
+    def _special_tokens(self) -> list[str]:
+        if not isinstance(self.tokenizer, MllamaTokenizer):
+            kind = type(self.tokenizer).__name__
+            raise ValueError(f"escape_special_tokens needs a MllamaTokenizer, this one is a {kind}")
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special]
 
     def _check_not_cut(self, texts: list[str], input_ids: list[list[int]]) -> None:
         for i, (text, ids) in enumerate(zip(texts, input_ids)):
@@ -284,52 +346,19 @@ def _text_list(text: str | Sequence[str]) -> list[str]:
 
 def _check_counts(texts: list[str], samples: list[list[Any]] | None, image_token: str) -> None:
     tokens = [text.count(image_token) for text in texts]
+    words = "; escape_special_tokens=True makes those in somebody's words plain text"
     if samples is None:
         if any(tokens):
-            raise ValueError(f"the texts have {tokens} image tokens, and no picture was given")
+            raise ValueError(
+                f"the texts have {tokens} image tokens, and no picture was given{words}"
+            )
         return
     pictures = [len(sample) for sample in samples]
     if tokens != pictures:
-        hint = ""
+        hint = words
         if sum(tokens) == sum(pictures):
             hint = "; pass one list of pictures per text, [] where a text has none"
         raise ValueError(
             f"the texts have {tokens} image tokens ({image_token}), their pictures number "
             f"{pictures}{hint}"
         )
-
-
-def _grouped(
-    group: str,
-    names: tuple[str, ...],
-    given: Mapping[str, Any] | None,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """Options of one kind, from a dictionary and from keywords; the latter leave `options`."""
-    chosen = dict(given or {})
-    unknown = sorted(set(chosen) - set(names))
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r} in {group}; there are {', '.join(names)}")
-    for name in [n for n in options if n in names]:
-        if name in chosen:
-            raise TypeError(f"{name} was given twice, in {group} and as a keyword")
-        chosen[name] = options.pop(name)
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    if options:
-        known = ", ".join((*_TEXT_OPTIONS, *_IMAGE_OPTIONS))
-        raise TypeError(f"unknown option {next(iter(options))!r}; there are {known}")
-
-
-def _read_template(folder: Path) -> str | None:
-    for name in ("processor_config.json", "chat_template.json"):
-        path = folder / name
-        template = read_json(path).get("chat_template") if path.is_file() else None
-        if template is not None:
-            if not isinstance(template, str):
-                raise ValueError(f"{path}: chat_template must be a string")
-            return template
-    path = folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -6,7 +6,6 @@ padding side, maximum length), padding, truncation and tensors, as `transformers
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,35 +13,30 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from mllama.checkpoints.checkpoint import read_json
-from mllama.checkpoints.hub import resolve_folder
 from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
+from mllama.processing.options import refuse_foreign
+from mllama.processing.plain_text import well_formed
+from mllama.processing.rows import Row, pieced_rows, whole_rows
+from mllama.processing.special_tokens import SpecialTokens
+from mllama.processing.templates import Templates
+from mllama.processing.tokenizer_files import UNLIMITED, read_tokenizer, write_tokenizer
 
-_UNLIMITED = int(1e30)  # what transformers writes where no maximum length is known
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-# Entries of a tokenizer_config.json that are written anew, or that name code or files.
-_NOT_KEPT = ("added_tokens_decoder", "auto_map", "backend", "chat_template", "tokenizer_file")
+_FILLS = {"special_tokens_mask": 1, "offset_mapping": (0, 0)}  # of padding; 0 for the others
 
 
-class MllamaTokenizer:
+class MllamaTokenizer(SpecialTokens):
     """A `tokenizers.Tokenizer` with named special tokens, padding and truncation.
 
     Args:
         backend: the tokenizer proper; its own padding and truncation settings are switched off.
         special_tokens: names to tokens, for instance {"bos_token": "<|begin_of_text|>"}.
+        extra_special_tokens: special tokens without a name.
         model_max_length: length that truncation=True cuts to.
         padding_side, truncation_side: "right" or "left".
-        chat_template: a jinja2 template, see `mllama.processing.chat_template`.
+        split_special_tokens: read special tokens in texts as plain text, unless a call says otherwise.
+        chat_template: a jinja2 template, or named ones, see `mllama.processing.templates`.
         config: further entries of tokenizer_config.json, kept for `save_pretrained`.
     Raises: ValueError for a special token that the backend does not have, or a wrong side.
     """
@@ -54,74 +48,24 @@ class MllamaTokenizer:
         backend: Tokenizer,
         special_tokens: Mapping[str, str],
         *,
-        model_max_length: int = _UNLIMITED,
+        extra_special_tokens: Iterable[str] = (),
+        model_max_length: int = UNLIMITED,
         padding_side: str = "right",
         truncation_side: str = "right",
-        chat_template: str | None = None,
+        split_special_tokens: bool = False,
+        chat_template: Templates | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
-        self.backend_tokenizer = backend
-        self.special_tokens_map: dict[str, str] = {}
-        for name, token in special_tokens.items():
-            self._set_special_token(name, token)
+        super().__init__(backend, special_tokens, extra_special_tokens)
         self.model_max_length = model_max_length
         self.padding_side = _checked_side("padding_side", padding_side)
         self.truncation_side = _checked_side("truncation_side", truncation_side)
+        self.split_special_tokens = split_special_tokens
         self.chat_template = chat_template
-        self._config = dict(config or {})
-
-    def __getattr__(self, name: str) -> Any:
-        # bos_token, bos_token_id, and so on for every named token; None where one is not set.
-        tokens = self.__dict__.get("special_tokens_map", {})
-        key = name.removesuffix("_id")
-        if key in tokens or key in _NAMED:
-            token = tokens.get(key)
-            wants_id = key != name and token is not None
-            return self.backend_tokenizer.token_to_id(token) if wants_id else token
-        raise AttributeError(f"MllamaTokenizer has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _NAMED:  # tokenizer.pad_token = tokenizer.eos_token
-            self._set_special_token(name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _set_special_token(self, name: str, token: str) -> None:
-        if not isinstance(token, str) or self.backend_tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{name} is {token!r}, which the tokenizer does not have")
-        self.special_tokens_map[name] = token
-
-    def __len__(self) -> int:
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens without the added ones."""
-        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """Ids of the named special tokens."""
-        return [self.backend_tokenizer.token_to_id(t) for t in self.special_tokens_map.values()]
-
-    def get_vocab(self) -> dict[str, int]:
-        """All tokens and their ids."""
-        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Id of a token, or the list of ids; the unknown token's id, else None, for a stranger."""
-        if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in tokens]
-        index = self.backend_tokenizer.token_to_id(tokens)
-        return self.unk_token_id if index is None else index
-
-    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> Any:
-        """Token of an id, or the list of tokens; None for an id outside the vocabulary."""
-        if isinstance(ids, int):
-            return self.backend_tokenizer.id_to_token(ids)
-        return [self.backend_tokenizer.id_to_token(int(index)) for index in ids]
+        self.config = dict(config or {})
+        self._plain: tuple[int, Tokenizer] | None = None
 
     def __call__(
         self,
@@ -134,12 +78,19 @@ class MllamaTokenizer:
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
-        return_attention_mask: bool = True,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        split_special_tokens: bool | None = None,
+        escape_mark: str | None = None,
+        **others: Any,
     ) -> BatchFeature:
         """Tokenise one text or a batch.
 
         Args:
-            text: a string, or a list of them.
+            text: a string, or a list of them; lone surrogates count as U+FFFD.
             add_special_tokens: let the tokenizer's post-processor add what it adds (for Llama 3,
                 bos in front).
             padding: False or "do_not_pad"; True or "longest" of the batch; "max_length".
@@ -150,12 +101,23 @@ class MllamaTokenizer:
             pad_to_multiple_of: pad further, to a multiple of this.
             padding_side: "right" or "left" instead of the tokenizer's.
             return_tensors: "pt", "np", or None for lists.
-            return_attention_mask: also return attention_mask.
+            return_attention_mask: also return attention_mask; False leaves it out.
+            return_token_type_ids: also return token_type_ids, zeros for one text per row.
+            return_special_tokens_mask: also return special_tokens_mask, 1 on what `add_special_tokens`
+                and padding added.
+            return_offsets_mapping: also return offset_mapping, (begin, end) of every token in its text.
+            return_length: also return length, of every row, padding included.
+            split_special_tokens: read special tokens in the text as plain text.
+            escape_mark: a character that is left out of the text; a special token that it stands in is
+                plain text. Offsets do not count it.
+            **others: further arguments of `transformers`' tokenizers, where they change nothing.
         Returns: input_ids and attention_mask, (B, L) int64 where tensors; for one text and
             return_tensors=None plain lists without the batch axis.
         Raises: TypeError for a text of another kind; ValueError for unknown strategies, padding
-            without a pad token, or rows of unequal length where a tensor is wanted.
+            without a pad token, or rows of unequal length where a tensor is wanted, and for options of
+            `transformers` that are not had here.
         """
+        refuse_foreign(others)
         texts = [text] if isinstance(text, str) else list(text)
         for i, item in enumerate(texts):
             if not isinstance(item, str):
@@ -165,23 +127,38 @@ class MllamaTokenizer:
         if max_length is not None and padding is False and truncation is None:
             truncation = True
         limit = self._truncation_limit(truncation, max_length)
-        encodings = self._encode(texts, add_special_tokens, limit)
-        rows = {"input_ids": [e.ids for e in encodings]}
-        rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        texts = [well_formed(item) for item in texts]
+        made = self._rows(texts, add_special_tokens, split, escape_mark)
+        if limit is not None:
+            made = [row.truncated(limit, self.truncation_side) for row in made]
+        rows: dict[str, list[Any]] = {"input_ids": [row.input_ids for row in made]}
+        if return_token_type_ids:
+            rows["token_type_ids"] = [row.token_type_ids for row in made]
+        if return_attention_mask is not False:
+            rows["attention_mask"] = [[1] * len(row.input_ids) for row in made]
+        if return_special_tokens_mask:
+            rows["special_tokens_mask"] = [row.special_tokens_mask for row in made]
+        if return_offsets_mapping:
+            rows["offset_mapping"] = [row.offset_mapping for row in made]
         target = self._padded_length(padding, max_length, rows["input_ids"])
         if target is not None:
             side = _checked_side("padding_side", padding_side or self.padding_side)
-            for name, fill in (("input_ids", self._pad_id()), ("attention_mask", 0)):
-                rows[name] = [_pad(r, target, fill, side, pad_to_multiple_of) for r in rows[name]]
-        if not return_attention_mask:
-            del rows["attention_mask"]
+            fills = {**_FILLS, "input_ids": self._pad_id()}
+            for name, row in rows.items():
+                fill = fills.get(name, 0)
+                rows[name] = [_pad(r, target, fill, side, pad_to_multiple_of) for r in row]
+        lengths = [len(row) for row in rows["input_ids"]]
         if isinstance(text, str) and return_tensors is None:
-            return BatchFeature({name: row[0] for name, row in rows.items()})
+            single = {name: row[0] for name, row in rows.items()}
+            return BatchFeature({**single, "length": lengths} if return_length else single)
+        if return_length:
+            rows["length"] = lengths
         return convert_to_tensors(rows, return_tensors)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of one text."""
-        return self(text, add_special_tokens=add_special_tokens).input_ids
+    def encode(self, text: str, **options: Any) -> Any:
+        """Ids of one text; options as those of a call."""
+        return self(text, **options).input_ids
 
     def decode(
         self,
@@ -217,64 +194,22 @@ class MllamaTokenizer:
         return [text] if isinstance(text, str) else text
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> MllamaTokenizer:
-        """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json of a folder.
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> MllamaTokenizer:
+        """Read the tokenizer of a folder or hub id: tokenizer.json, or Meta's tokenizer.model.
 
-        The first must be there. Nothing that the files name is imported or run.
-        Raises: FileNotFoundError or ValueError naming the file.
+        Nothing that the files name is imported or run.
+
+        Args:
+            **options: arguments of the class and names of special tokens that override the files; and as
+                `transformers` takes them token, revision, cache_dir, local_files_only, force_download,
+                subfolder, use_fast, trust_remote_code.
+        Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
         """
-        folder = resolve_folder(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
-        try:
-            backend = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer: {error}") from None
-        config = _optional_json(folder / "tokenizer_config.json")
-        special: dict[str, str] = {}
-        for source in (_optional_json(folder / "special_tokens_map.json"), config):
-            extra = source.get("extra_special_tokens")
-            for name, token in {**source, **(extra if isinstance(extra, Mapping) else {})}.items():
-                content = _content(token)
-                if name.endswith("_token") and content:
-                    special[name] = content
-        options = {n: config.pop(n) for n in ("padding_side", "truncation_side") if n in config}
-        return cls(
-            backend,
-            special,
-            model_max_length=int(config.pop("model_max_length", None) or _UNLIMITED),
-            chat_template=_default_template(config.get("chat_template")),
-            config={k: v for k, v in config.items() if k not in (*_NOT_KEPT, *special)},
-            **options,
-        )
+        return cls(**read_tokenizer(folder, options))
 
     def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
         """Write the files that `from_pretrained`, and `transformers` 4 and 5, read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "MllamaProcessor",
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": self.model_input_names,
-            **self._config,
-            **self.special_tokens_map,
-            "model_max_length": self.model_max_length,
-            "padding_side": self.padding_side,
-            "truncation_side": self.truncation_side,
-        }
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        files = {
-            "tokenizer_config.json": config,
-            "special_tokens_map.json": self.special_tokens_map,
-        }
-        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        for name, content in files.items():
-            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-        return [str(folder / name) for name in ("tokenizer.json", *files)]
+        return write_tokenizer(self, Path(folder))
 
     def __repr__(self) -> str:
         return f"MllamaTokenizer({len(self)} tokens, {self.special_tokens_map})"
@@ -287,20 +222,24 @@ class MllamaTokenizer:
         if truncation not in (True, "longest_first", "only_first"):
             raise ValueError(f"truncation must be a bool or longest_first, got {truncation!r}")
         limit = self.model_max_length if max_length is None else max_length
-        return None if limit >= _UNLIMITED else limit
+        return None if limit >= UNLIMITED else limit
 
-    def _encode(self, texts: list[str], special: bool, limit: int | None) -> list[Encoding]:
-        encodings = self.backend_tokenizer.encode_batch(texts, add_special_tokens=special)
-        if limit is None or all(len(e) <= limit for e in encodings):
-            return encodings
-        # The special tokens count and stay: cut the text alone, then add them.
-        added = self.backend_tokenizer.num_special_tokens_to_add(False) if special else 0
-        if limit < added:
-            raise ValueError(f"max_length {limit} has no room for the {added} special tokens")
-        encodings = self.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        for encoding in encodings:
-            encoding.truncate(limit - added, direction=self.truncation_side)
-        return [self.backend_tokenizer.post_process(e, None, special) for e in encodings]
+    def _rows(self, texts: list[str], special: bool, split: bool, mark: str | None) -> list[Row]:
+        if not split and mark is None:
+            return whole_rows(self.backend_tokenizer, texts, special)
+        known = [t.content for t in self.added_tokens_decoder.values() if t.special]
+        recognised = [] if split else known
+        plain = self._plain_backend()
+        return pieced_rows(self.backend_tokenizer, plain, texts, special, recognised, mark or "")
+
+    def _plain_backend(self) -> Tokenizer:
+        """A copy that reads special tokens as text: other threads use the tokenizer as it is."""
+        size = len(self)
+        if self._plain is None or self._plain[0] != size:
+            copy = Tokenizer.from_str(self.backend_tokenizer.to_str())
+            copy.encode_special_tokens = True
+            self._plain = size, copy
+        return self._plain[1]
 
     def _padded_length(
         self, padding: bool | str, max_length: int | None, rows: list[list[int]]
@@ -311,7 +250,7 @@ class MllamaTokenizer:
             return max(len(row) for row in rows)
         if padding == "max_length":
             limit = self.model_max_length if max_length is None else max_length
-            return None if limit >= _UNLIMITED else limit
+            return None if limit >= UNLIMITED else limit
         raise ValueError(f'padding must be a bool, "longest" or "max_length", got {padding!r}')
 
     def _pad_id(self) -> int:
@@ -326,25 +265,8 @@ def _checked_side(name: str, side: str) -> str:
     return side
 
 
-def _pad(row: list[int], length: int, fill: int, side: str, multiple: int | None) -> list[int]:
+def _pad(row: list[Any], length: int, fill: Any, side: str, multiple: int | None) -> list[Any]:
     if multiple:
         length = -(-length // multiple) * multiple
     padding = [fill] * (length - len(row))
     return padding + row if side == "left" else row + padding
-
-
-def _content(token: Any) -> str | None:
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
-def _default_template(templates: Any) -> str | None:
-    """The template, or the one called "default" of a list of named ones."""
-    if isinstance(templates, list):
-        named = {t.get("name"): t.get("template") for t in templates if isinstance(t, Mapping)}
-        templates = named.get("default")
-    return templates if isinstance(templates, str) else None
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

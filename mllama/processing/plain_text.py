@@ -1,0 +1,78 @@
+"""Words of a user as text: whatever Unicode they hold, and with special tokens in them kept plain.
+
+Special tokens are plain where a mark stands inside them: the mark is a character of no meaning, which a chat
+template carries along and the tokenizer leaves out (see `MllamaTokenizer.__call__`). So a template's own
+tokens keep their ids, and no word of a message becomes one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+# Unicode's noncharacters for internal use: no text that is exchanged holds them.
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+# Entries of a content part that choose or hold a picture, and are not words.
+_NOT_WORDS = ("type", "image", "path", "url", "base64")
+
+
+def well_formed(text: str) -> str:
+    """The text with every lone surrogate replaced by U+FFFD and pairs of them joined, as browsers do."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def unused_marks(values: Any, count: int) -> list[str]:
+    """Marks that occur in none of the strings inside. Raises: ValueError when there are not so many."""
+    used: set[str] = set()
+    for text in _strings(values):
+        used |= set(_MARKS) & set(text)
+    marks = [mark for mark in _MARKS if mark not in used]
+    if len(marks) < count:
+        raise ValueError("the text holds nearly all of the noncharacters U+FDD0 to U+FDEF")
+    return marks[:count]
+
+
+def escaped(value: Any, special_tokens: Collection[str], mark: str) -> Any:
+    """A copy in which no words, and no concatenation of them, hold a special token.
+
+    Args:
+        value: a string, or lists and dicts with strings inside, such as messages.
+        special_tokens: of the tokenizer.
+        mark: see `unused_marks`.
+    """
+    # Words could bring punctuation to a token: "<|" + "user" + "|>" is still the template's own.
+    signs = {
+        c for token in special_tokens for c in token if not (c.isalnum() or c.isspace() or c == "_")
+    }
+    breaks = re.compile("|".join(map(re.escape, sorted(signs)))) if signs else None
+    whole = re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None
+
+    def escape(item: Any) -> Any:
+        if isinstance(item, str):
+            text = well_formed(item)
+            text = breaks.sub(lambda m: m[0] + mark, text) if breaks else text
+            return whole.sub(lambda m: m[0][0] + mark + m[0][1:], text) if whole else text
+        if isinstance(item, Mapping):
+            is_part = "type" in item
+            return {
+                key: content if is_part and key in _NOT_WORDS else escape(content)
+                for key, content in item.items()
+            }
+        return [escape(content) for content in item] if isinstance(item, (list, tuple)) else item
+
+    return escape(value)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value.values()))

@@ -1,0 +1,78 @@
+"""The files of a processor, and which of the options of `from_pretrained` is for which part."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
+from mllama.processing.image_processor import IMAGE_LIMITS, MllamaImageProcessor
+from mllama.processing.options import IMAGE_OPTIONS
+from mllama.processing.templates import Templates, read_templates, write_templates
+from mllama.processing.tokenizer import MllamaTokenizer
+from mllama.processing.tokenizer_files import IDLE_OPTIONS, TOKENIZER_OPTIONS
+
+if TYPE_CHECKING:
+    from mllama.processing.processor import MllamaProcessor
+
+_IMAGES = (*IMAGE_OPTIONS, *IMAGE_LIMITS)
+
+
+def read_parts(
+    name: str | os.PathLike,
+    image_processor: MllamaImageProcessor | None,
+    tokenizer: MllamaTokenizer | None,
+    chat_template: Templates | None,
+    options: Mapping[str, Any],
+) -> tuple[MllamaImageProcessor, MllamaTokenizer, Templates | None]:
+    """The parts of the processor in a folder or hub id, but for those that are given.
+
+    Raises: FileNotFoundError or ValueError naming the file; TypeError for an option that is unknown, or of a
+        part that is given.
+    """
+    known = (*_IMAGES, *TOKENIZER_OPTIONS, *DOWNLOAD_OPTIONS, *IDLE_OPTIONS)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    for_images = _chosen(options, _IMAGES, "image_processor", image_processor)
+    for_text = _chosen(options, TOKENIZER_OPTIONS, "tokenizer", tokenizer)
+    download = {n: v for n, v in options.items() if n in DOWNLOAD_OPTIONS and v is not None}
+    folder = resolve_folder(name, **download)
+    if image_processor is None:
+        image_processor = MllamaImageProcessor.from_pretrained(folder, **for_images)
+    if tokenizer is None:
+        tokenizer = MllamaTokenizer.from_pretrained(folder, **for_text)
+    return image_processor, tokenizer, chat_template or read_templates(folder)
+
+
+def write_processor(processor: MllamaProcessor, folder: Path) -> list[str]:
+    """Write all files of the parts, the templates and processor_config.json; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    templates, legacy = write_templates(folder, processor.chat_template)
+    written = [
+        *processor.tokenizer.save_pretrained(folder),
+        *processor.image_processor.save_pretrained(folder),
+        *templates,
+    ]
+    files = {"processor_config.json": processor.to_dict()}
+    if legacy is not None:
+        files["chat_template.json"] = {"chat_template": legacy}
+    for name, content in files.items():
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+        written.append(str(folder / name))
+    return written
+
+
+def _chosen(
+    options: Mapping[str, Any], names: tuple[str, ...], part: str, given: Any
+) -> dict[str, Any]:
+    chosen = {name: value for name, value in options.items() if name in names and value is not None}
+    if chosen and given is not None:
+        raise TypeError(
+            f"{min(chosen)} is for the {part} of the folder, and {part}= was given instead"
+        )
+    return chosen

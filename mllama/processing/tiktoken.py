@@ -1,0 +1,99 @@
+"""Meta's tokenizer.model as a `tokenizers.Tokenizer` with the ids of the published tokenizer.json."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+# Llama 3's words, numbers of up to three digits, punctuation and blanks (public in Meta's tokenizer.py).
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_FIRST = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+)
+_RESERVED = 256  # special tokens behind the words; the image token is the first row after them
+NAMED_TOKENS = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "pad_token": "<|finetune_right_pad_id|>",
+}
+MAX_LENGTH = 131072
+
+
+def read_tiktoken(path: Path) -> Tokenizer:
+    """The tokenizer of a file with one token (base64) and its rank per line.
+
+    Raises: ValueError naming the file and the line.
+    """
+    ranks = _ranks(path)
+    letters = _byte_letters()
+    names = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges: list[tuple[str, str]] = []
+    for token in ranks:  # in the order of their ranks
+        parts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [(a, b) for a, b in parts if a in ranks and b in ranks]
+        known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(names[a], names[b]) for a, b in known]
+    vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    reserved = [f"<|reserved_special_token_{i + 2}|>" for i in range(_RESERVED - len(_FIRST))]
+    special = [*_FIRST, *reserved, "<|image|>"]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    bos = (_FIRST[0], len(ranks))
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
+            ),
+        ]
+    )
+    return tokenizer
+
+
+def _ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            ranks[base64.b64decode(encoded, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path} is not a tiktoken file: line {number} is not a base64 token and its rank"
+            ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
+        raise ValueError(
+            f"{path} is not a tiktoken file: its ranks do not count from 0 without gaps"
+        )
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _byte_letters() -> list[str]:
+    """The letter by which byte-level BPE writes each byte: itself if printable, else one from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
