@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
+from mllama.processing.images import check_image
+from mllama.processing.plain_text import from_command_line
 from mllama.semantics import PRESETS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -61,7 +63,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
     group.add_argument("--repetition-penalty", type=float, default=None, help="above 1 discourages")
     group.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     group.add_argument(
-        "--stop", action="append", default=None, help="text to stop at; may be repeated"
+        "--stop",
+        type=from_command_line,
+        action="append",
+        default=None,
+        help="text to stop at; may be repeated",
     )
 
 
@@ -92,6 +98,14 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_escape_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--escape-special-tokens",
+        action="store_true",
+        help="read special tokens in the words, such as <|image|>, as plain text",
+    )
+
+
 def load(
     folder: str, options: argparse.Namespace, adapter: Path | None = None
 ) -> tuple[MllamaForConditionalGeneration, MllamaProcessor]:
@@ -111,12 +125,26 @@ def load(
     return model, MllamaProcessor.from_pretrained(folder)
 
 
+def check_pictures(paths: Iterable[str | Path]) -> None:
+    """Look at pictures before a model is loaded. Raises: ImageOpenError for one that is not there or none."""
+    for path in paths:
+        check_image(path)
+
+
 def chat_inputs(
-    processor: MllamaProcessor, messages: list[dict[str, Any]], device: torch.device
+    processor: MllamaProcessor,
+    messages: list[dict[str, Any]],
+    device: torch.device,
+    escape_special_tokens: bool = False,
 ) -> dict[str, Any]:
     """A conversation as the model's inputs, ready for the assistant's turn."""
     batch = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        escape_special_tokens=escape_special_tokens,
     )
     return {name: value.to(device) for name, value in batch.items()}
 

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
+from mllama.processing.plain_text import from_command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", default=None, help="a picture of your own (the model knows shapes)"
     )
-    parser.add_argument("--question", action="append", default=None, help="may be repeated")
+    parser.add_argument(
+        "--question", type=from_command_line, action="append", default=None, help="may be repeated"
+    )
     parser.add_argument("--seed", type=int, default=None, help="which picture to render; none: any")
     parser.add_argument("--out", default=None, help="where to write the rendered picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
@@ -38,11 +41,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         path = Path(options.image)
         asked = asked or [("Describe the picture.", None)]
-    print(f"picture: {path}", file=sys.stderr if options.json else sys.stdout)
     model, processor = load(str(checkpoint_path()), options)
+    # Nothing is printed before it is known that every question can be asked.
+    turns = [[user_turn(question, [str(path)])] for question, _ in asked]
+    prepared = [chat_inputs(processor, turn, model.device) for turn in turns]
+    shown = from_command_line(str(path))
+    print(f"picture: {shown}", file=sys.stderr if options.json else sys.stdout)
     answers = []
-    for question, expected in asked:
-        inputs = chat_inputs(processor, [user_turn(question, [str(path)])], model.device)
+    for (question, expected), inputs in zip(asked, prepared):
         ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         new = ids[0, inputs["input_ids"].shape[1] :]
         answer = processor.decode(new, skip_special_tokens=True).strip()
@@ -56,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     if options.json:
         result = {
-            "picture": str(path),
+            "picture": shown,
             "backend": model.backend,
             "seconds": seconds,
             "answers": answers,

@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mllama import MllamaForConditionalGeneration, MllamaProcessor
+from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
+from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.hub import resolve_folder
 from mllama.commands.common import add_semantics_argument
+from mllama.processing.tiktoken import MAX_LENGTH
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
-from mllama.training.encoding import Example, read_examples
+from mllama.training.encoding import read_examples
 from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.loop import Trainer
 from mllama.training.options import TrainingOptions
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     if training.lora_rank:
         require_peft()
     processor = MllamaProcessor.from_pretrained(options.model)
-    limit = training.max_length or sys.maxsize
+    limit = _longest(options, training)
     examples = read_examples(options.data, processor, limit)
     held_out = read_examples(options.eval_data, processor, limit) if options.eval_data else []
     folder = RunFolder(options.output, _asked(options, training), options.resume)
@@ -96,8 +98,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     torch.manual_seed(training.seed)
     model, autocast = _load(options, training)
-    _check_lengths(model, options.data, examples)
-    _check_lengths(model, options.eval_data, held_out)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     learner = add_adapters(model, training, options.model) if training.lora_rank else model
@@ -119,12 +119,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_lengths(model: Any, path: Path, examples: Sequence[Example]) -> None:
-    fits = model.config.text_config.max_position_embeddings
-    longest = max(examples, key=lambda example: len(example.input_ids), default=None)
-    if longest is not None and len(longest.input_ids) > fits:
-        count = len(longest.input_ids)
-        raise ValueError(f"{path}, line {longest.line}: {count} tokens, the model takes {fits}")
+def _longest(options: argparse.Namespace, training: TrainingOptions) -> int:
+    """Tokens that a conversation may have: what was asked for, and what the model takes."""
+    path = resolve_folder(options.model) / "config.json"
+    takes = MAX_LENGTH  # Meta's own layout has no config.json
+    if path.is_file():
+        takes = MllamaConfig.from_dict(read_json(path)).text_config.max_position_embeddings
+    return min(training.max_length or takes, takes)
 
 
 def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, Any]:

@@ -8,14 +8,17 @@ import time
 
 from mllama.commands.common import (
     add_adapter_argument,
+    add_escape_argument,
     add_model_arguments,
     add_sampling_arguments,
     chat_inputs,
+    check_pictures,
     echo,
     load,
     sampling_options,
     user_turn,
 )
+from mllama.processing.plain_text import from_command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_adapter_argument(parser)
     parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
-    parser.add_argument("--prompt", required=True, help="the question or instruction")
+    parser.add_argument(
+        "--prompt", type=from_command_line, required=True, help="the question or instruction"
+    )
     parser.add_argument(
         "--raw",
         action="store_true",
         help="continue the prompt as it is, one <|image|> in it per picture, without the chat template "
         "(base models)",
     )
+    add_escape_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     add_sampling_arguments(parser, max_new_tokens=512)
     add_model_arguments(parser)
@@ -38,12 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
+    check_pictures(options.image)
     model, processor = load(options.model, options, options.adapter)
+    escape = options.escape_special_tokens
     if options.raw or processor.chat_template is None:
-        batch = processor(images=options.image or None, text=options.prompt, return_tensors="pt")
+        batch = processor(
+            images=options.image or None,
+            text=options.prompt,
+            return_tensors="pt",
+            escape_special_tokens=escape,
+        )
         inputs = {name: value.to(model.device) for name, value in batch.items()}
     else:
-        inputs = chat_inputs(processor, [user_turn(options.prompt, options.image)], model.device)
+        turn = user_turn(options.prompt, options.image)
+        inputs = chat_inputs(processor, [turn], model.device, escape)
     if not options.json:
         echo(model.stream(**inputs, tokenizer=processor, **sampling))
         return 0

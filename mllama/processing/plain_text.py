@@ -26,6 +26,14 @@ def well_formed(text: str) -> str:
     return text
 
 
+def from_command_line(text: str) -> str:
+    """An argument as text: its bytes that are no UTF-8 become U+FFFD, a cut character becomes one."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return well_formed(text)
+
+
 def unused_marks(values: Any, count: int) -> list[str]:
     """Marks that occur in none of the strings inside. Raises: ValueError when there are not so many."""
     used: set[str] = set()

@@ -13,6 +13,7 @@ Other keys of a line are ignored; blank lines too.
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,47 +54,47 @@ class Conversation:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """All conversations of a file; the pictures are looked at, but not decoded.
+    """All conversations of a file. Raises: as `read_each`."""
+    return read_each(path, lambda conversation: conversation)
 
-    Raises: DataError with every fault found; FileNotFoundError and other OSErrors for the file itself.
+
+def read_each(path: Path, make: Callable[[Conversation], _Result]) -> list[_Result]:
+    """``make(conversation)`` of every line of a file; the pictures are looked at, but not decoded.
+
+    Raises: DataError with every fault found, ``make``'s ValueErrors too; FileNotFoundError and other
+        OSErrors for the file itself.
     """
-    seen: dict[Path, str | None] = {}
-
-    def conversation(number: int, text: str) -> Conversation:
-        messages, images = _parsed(text, path.parent)
-        for image in images:
-            if image not in seen:
-                seen[image] = _fault(image)
-            if seen[image]:
-                raise ValueError(seen[image])
-        return Conversation(number, messages, images)
-
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    numbered = [(number, text) for number, text in lines if text.strip()]
+    lines = enumerate(path.read_bytes().removeprefix(BOM_UTF8).splitlines(), start=1)
+    numbered = [(number, line) for number, line in lines if line.strip()]
     if not numbered:
         raise DataError(path, ["it is empty: one conversation per line is expected"])
-    return collect(path, numbered, conversation)
-
-
-def collect(
-    path: Path, numbered: list[tuple[int, Any]], make: Callable[[int, Any], _Result]
-) -> list[_Result]:
-    """``make(number, item)`` of every numbered line. Raises: DataError with the faults of all lines."""
+    seen: dict[Path, str | None] = {}
     made, problems = [], []
-    for number, item in numbered:
+    for number, line in numbered:
+        faults = []
         try:
-            made.append(make(number, item))
+            messages, images = _parsed(line, path.parent)
+            for image in dict.fromkeys(images):
+                if image not in seen:
+                    seen[image] = _fault(image)
+                faults += [seen[image]] if seen[image] else []
+            made.append(make(Conversation(number, messages, images)))
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
+            faults.append(str(error))
+        problems += [f"line {number}: {fault}" for fault in faults]
     if problems:
         raise DataError(path, problems)
     return made
 
 
-def _parsed(text: str, folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+def _parsed(line: bytes, folder: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     try:
         entry = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if not isinstance(messages, list) or not messages:

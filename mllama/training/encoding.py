@@ -9,7 +9,7 @@ from typing import Any
 from mllama.loss import IGNORED
 from mllama.processing.processor import MllamaProcessor
 
-from .conversations import Conversation, collect, read_conversations
+from .conversations import Conversation, read_each
 
 _MARKS = ("0", "1")  # they differ in their first and in their last character
 
@@ -33,18 +33,17 @@ class Example:
 def read_examples(path: Path, processor: MllamaProcessor, max_length: int) -> list[Example]:
     """The conversations of a data file, encoded.
 
-    Raises: DataError with every fault: those of the file, conversations that the chat template refuses,
-        and those longer than ``max_length`` tokens.
+    Raises: DataError with every fault: those of the file and its pictures, conversations that the chat
+        template refuses, and those longer than ``max_length`` tokens.
     """
 
-    def example(_: int, conversation: Conversation) -> Example:
+    def example(conversation: Conversation) -> Example:
         encoded = encode(processor, conversation)
         if len(encoded.input_ids) > max_length:
             raise ValueError(f"{len(encoded.input_ids)} tokens, at most {max_length} are taken")
         return encoded
 
-    conversations = read_conversations(path)
-    return collect(path, [(c.line, c) for c in conversations], example)
+    return read_each(path, example)
 
 
 def encode(processor: MllamaProcessor, conversation: Conversation) -> Example:
