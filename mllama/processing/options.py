@@ -108,7 +108,11 @@ def call_options(return_tensors: str | None, options: Mapping[str, Any]) -> Call
         "text": _taken("text_kwargs", _TEXT, given["text_kwargs"], flat, common),
         "images": _taken("images_kwargs", _IMAGE, given["images_kwargs"], flat, common),
     }
-    kinds = [return_tensors, *(group.get("return_tensors") for group in given.values())]
+    kinds = [
+        return_tensors,
+        flat.pop("return_tensors", None),
+        *(group.get("return_tensors") for group in given.values()),
+    ]
     asked = {kind for kind in kinds if kind is not None}
     if len(asked) > 1:
         raise TypeError(f"return_tensors was given twice: {', '.join(sorted(map(repr, asked)))}")

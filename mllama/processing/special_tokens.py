@@ -75,8 +75,10 @@ class SpecialTokens:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The named special tokens, then the extra ones, each once."""
-        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
+        """The named special tokens in the order of `NAMED`, then the others, each once."""
+        named = self.special_tokens_map
+        first = [named[name] for name in NAMED if name in named]
+        return list(dict.fromkeys([*first, *named.values(), *self.extra_special_tokens]))
 
     @property
     def all_special_ids(self) -> list[int]:
