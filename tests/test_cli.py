@@ -6,7 +6,9 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -107,6 +109,79 @@ def test_failures_exit_with_1_and_one_message(capsys, extra, message):
     model = [] if "--model" in extra else ["--model", str(checkpoint_path())]
     code, out, err = run(capsys, "generate", *model, *extra)
     assert code == 1 and out == "" and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "cut", "black"])
+@pytest.mark.parametrize("options", [[], ["--json"], ["--question", "Which?"]], ids=str)
+def test_demo_prints_nothing_before_a_bad_picture(capsys, picture, tmp_path, kind, options):
+    path = tmp_path / "bad.png"
+    if kind == "text":
+        path.write_text("no picture")
+    elif kind == "cut":  # which its header does not tell
+        data = Path(picture).read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "black":
+        Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(path)
+    code, out, err = run(capsys, "demo", "--image", str(path), *options)
+    assert code == 1 and out == "" and "bad.png" in err and "Traceback" not in err
+
+
+def test_demo_prints_nothing_before_a_bad_question(capsys, picture):
+    options = ["--question", "What?", "--question", "What is <|image|>?"]
+    code, out, err = run(capsys, "demo", "--image", picture, *options)
+    assert code == 1 and out == "" and "image tokens" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_pictures_are_looked_at_before_the_model_is_loaded(capsys, command):
+    asked = ["--prompt", "x"] if command == "generate" else []
+    options = ["--model", "/nowhere", "--image", "missing.png", *asked]
+    code, out, err = run(capsys, command, *options)
+    assert code == 1 and out == "" and "missing.png cannot be read" in err
+
+
+CUT = b"caf\xc3".decode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize("prompt", [CUT, "lone \ud800", "what is <|image|>?"], ids=ascii)
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=str)
+def test_words_of_the_command_line(capsys, prompt, raw):
+    base = ["generate", "--model", str(checkpoint_path()), "--greedy", "--max-new-tokens", "3"]
+    base += ["--json", *raw]
+    code, out, err = run(capsys, *base, "--prompt", prompt, "--escape-special-tokens")
+    assert code == 0, err
+    escaped = json.loads(out)
+    code, out, err = run(capsys, *base, "--prompt", prompt)
+    if "<|image|>" in prompt:
+        assert code == 1 and out == "" and "escape_special_tokens" in err
+        return
+    clean = run(
+        capsys, *base, "--prompt", prompt.replace("\udcc3", "\ufffd").replace("\ud800", "\ufffd")
+    )
+    assert code == 0 and clean[0] == 0
+    for name in ("text", "prompt_tokens"):
+        assert json.loads(out)[name] == json.loads(clean[1])[name] == escaped[name]
+
+
+def test_a_path_may_be_of_any_bytes(capsys, picture, tmp_path):
+    path = tmp_path / f"{CUT}.png"
+    Path(picture).rename(path)
+    code, out, _ = run(capsys, "demo", "--image", str(path), "--question", "How many shapes?")
+    assert code == 0 and "caf\ufffd.png" in out
+    code, out, _ = run(capsys, "demo", "--image", str(path), "--question", CUT, "--json")
+    assert code == 0 and json.loads(out)["picture"].endswith("caf\ufffd.png")
+
+
+def test_chat_reads_lines_of_any_bytes(capsys, monkeypatch, picture, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    lines = f"/image {bad}\n/image {picture}\nHow many caf".encode() + b"\xc3\n/quit\n"
+    stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    base = ["chat", "--model", str(checkpoint_path()), "--greedy", "--device", "cpu"]
+    code, out, err = run(capsys, *base)
+    assert code == 0 and len(out.splitlines()) == 1
+    assert "bad.png is not a picture" in err
 
 
 def test_chat_keeps_the_conversation(capsys, monkeypatch, picture):

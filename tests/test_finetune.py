@@ -225,6 +225,55 @@ def test_all_faults_come_in_one_message(data: Path) -> None:
     assert len(caught.value.problems) == 30
 
 
+def test_faults_of_every_kind_come_together(capsys: Any, data: Path) -> None:
+    (data.parent / "bad.png").write_text("no picture")
+    lines = [json.dumps({"messages": c}) for c in (
+        conversation("photos/0.png"),
+        conversation("missing.png", "bad.png"),
+        conversation(answer="<|image|>"),
+        [{"role": "system", "content": "x"}, *conversation("missing.png")],
+        conversation(answer="blue " * 200),
+    )]  # fmt: skip
+    raw = [line.encode() for line in lines]
+    raw += [b"{", b'{"messages": "caf\xc3"}', b"[]"]
+    data.write_bytes(b"\n".join(raw))
+    assert finetune(data, data.parent / "out", "--max-length", "100") == 1
+    told = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
+    assert [re.search(r"- line (\d+): (.{12})", line).groups() for line in told] == [
+        ("2", f"{data.parent}/missing.png"[:12]),
+        ("2", f"{data.parent}/bad.png"[:12]),
+        ("3", "its text has"),
+        ("4", f"{data.parent}/missing.png"[:12]),
+        ("4", "the chat tem"),
+        ("5", told[5].partition(": ")[2][:12]),
+        ("6", "not JSON: Ex"),
+        ("7", "not UTF-8: i"),
+        ("8", 'expected {"m'),
+    ]
+    assert "tokens, at most 100 are taken" in told[5] and not (data.parent / "out").exists()
+
+
+def test_conversations_longer_than_the_model_takes(capsys: Any, data: Path) -> None:
+    write(data, conversation(), conversation(answer="blue " * 9000), "{")
+    assert finetune(data, data.parent / "out") == 1
+    err = capsys.readouterr().err
+    assert re.search(r"line 2: \d+ tokens, at most \d+ are taken\n.*line 3: not JSON", err), err
+
+
+def test_lines_of_any_unicode(processor: MllamaProcessor, tmp_path: Path) -> None:
+    """Separators of Unicode inside a text end no line, lone surrogates are read as in use."""
+    text, clean = "a\u2028b\x85c \ud800", "a\u2028b\x85c \ufffd"
+    path = tmp_path / "data.jsonl"
+    for words, name in ((text, "one"), (clean, "other")):
+        entry = {"messages": [said("user", words), said("assistant", words)]}
+        line = json.dumps(entry, ensure_ascii=words == text)
+        path.write_bytes(b"\xef\xbb\xbf" + line.encode().replace(b"\\u2028", "\u2028".encode()))
+        (example,) = read_examples(path, processor, 1000)
+        if name == "one":
+            first = example
+    assert first.input_ids == example.input_ids and first.labels == example.labels
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
