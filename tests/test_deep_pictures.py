@@ -61,6 +61,24 @@ def tiff(rows, kind=1, photometric=1, order="<"):
     return magic + struct.pack(f"{order}I", offset + len(extra)) + body + extra + directory
 
 
+def tiff_of_12_bits(grey):
+    """Two values in three bytes."""
+    wide = (grey.astype(np.uint16) * 16 + 7).reshape(len(grey), -1, 2)
+    first, second = wide[..., 0], wide[..., 1]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=2)
+    data = bytearray(tiff(grey))
+    body = packed.astype(np.uint8).tobytes()
+    header = bytes(data[:8]), bytes(data[8 + grey.size :])
+    directory = bytearray(header[1])
+    for i in range(2, len(directory) - 4, 12):
+        tag = struct.unpack("<H", directory[i : i + 2])[0]
+        if tag == 258:
+            directory[i + 8 : i + 10] = struct.pack("<H", 12)
+        elif tag == 279:
+            directory[i + 8 : i + 12] = struct.pack("<I", len(body))
+    return header[0][:4] + struct.pack("<I", 8 + len(body)) + body + bytes(directory)
+
+
 def saved(image, kind):
     buffer = io.BytesIO()
     image.save(buffer, kind)
@@ -172,10 +190,16 @@ def test_values_outside_their_range_are_named(array, message):
         data = png(16, 0, array)
     else:
         return
-    with pytest.raises(ImageOpenError, match=f"image bytes: .*{message}"):
+    with pytest.raises(ImageOpenError, match=rf"image bytes \(.*\): .*{message}"):
         open_image(data)
     with pytest.raises(ValueError, match=rf"images\[0\]\[0\]: .*{message}"):
         PROCESSOR(Image.open(io.BytesIO(data)))
+
+
+def test_a_tiff_of_12_bits():
+    grey = GREY[:, :36]
+    got = open_image(tiff_of_12_bits(grey))
+    assert np.array_equal(np.asarray(got)[..., 0], grey)
 
 
 def test_a_black_picture_of_16_bits_is_black():

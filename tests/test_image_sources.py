@@ -124,6 +124,14 @@ def test_messages_stay_short(name):
         assert len(str(error.value)) < 400
 
 
+def test_strings_are_told_apart_in_linear_time():
+    start = time.perf_counter()
+    for text in (" " * 300_000 + "!", "A" * 300_000 + "!", "=" * 300_000, "A\n" * 150_000):
+        with pytest.raises(ImageOpenError):
+            open_image(text)
+    assert time.perf_counter() - start < 1
+
+
 def test_a_file_goes_before_base64(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = base64.b64encode(b"GIF89a" + bytes(60)).decode().replace("/", "_").rstrip("=")

@@ -379,3 +379,15 @@ def test_what_is_no_token(call, error, message):
     with pytest.raises(error, match=message):
         call(tokenizer)
     assert len(tokenizer) == size
+
+
+def test_special_tokens_by_id_and_none():
+    ours, theirs = pair()
+    for tokenizer in (ours.tokenizer, theirs.tokenizer):
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+        tokenizer.eos_token = None
+    assert ours.tokenizer.special_tokens_map == theirs.tokenizer.special_tokens_map
+    assert ours.tokenizer.eos_token_id is None is theirs.tokenizer.eos_token_id
+    assert ours.tokenizer.pad_token == EOT == theirs.tokenizer.pad_token
+    with pytest.raises(ValueError, match="pad_token_id is 99999, which is no token's id"):
+        ours.tokenizer.pad_token_id = 99999

@@ -20,6 +20,7 @@ _PATTERNS = [
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "*.safetensors",
     "model.safetensors.index.json",
 ]

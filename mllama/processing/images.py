@@ -64,12 +64,11 @@ def open_image(
         upright = ImageOps.exif_transpose(image)
     except Exception as error:  # as above: zlib, struct, EOF, OSError, SyntaxError, ...
         raise ImageOpenError(f"{name} is truncated or damaged: {_reason(error)}") from error
-    if image.mode in DEEP_MODES:
-        try:
-            upright = grey_image(upright, image)
-        except ValueError as error:
-            raise ImageOpenError(f"{name}: {error}") from None
-    return upright.convert("RGB")
+    try:
+        deep = image.mode in DEEP_MODES
+        return (grey_image(upright, image) if deep else upright).convert("RGB")
+    except ValueError as error:
+        raise ImageOpenError(f"{name} ({image.mode}): {error}") from None
 
 
 def check_image(

@@ -62,6 +62,8 @@ def grey_image(image: Image.Image, opened: Image.Image | None = None) -> Image.I
     stored = np.asarray(image)
     if image.mode == "I":
         stored = stored.astype(_stored_type(opened))
+    elif image.mode.startswith("I;16") and _tag(opened, _SAMPLE_BITS) == 12:
+        stored = stored << 4
     if image.mode == "F" and stored.min() >= 0 and stored.max() <= 1:
         values = np.rint(stored.astype(np.float64) * 255).astype(np.uint8)
     else:
@@ -93,10 +95,8 @@ def _stored_type(image: Image.Image) -> str:
     """The type of the numbers that Pillow gives as int32."""
     if image.format in ("PNG", "PPM"):
         return "uint16"
-    bits, kind = _tag(image, _SAMPLE_BITS), _tag(image, _SAMPLE_FORMAT)
-    if bits is None:
-        return "int32"
-    return f"{'int' if kind == 2 else 'uint'}{bits}"
+    bits, kind = _tag(image, _SAMPLE_BITS), _tag(image, _SAMPLE_FORMAT) or 1
+    return f"{'uint' if kind == 1 else 'int'}{bits}" if bits in (16, 32) else "int32"
 
 
 def _tag(image: Image.Image, tag: int) -> int | None:

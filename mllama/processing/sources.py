@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 _REMOTE = re.compile(r"(https?|ftp|s3|gs|hf)://", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-=\s]+")
 _FIRST_BYTES = re.compile(  # of the formats that are read
     rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF|BM|II\*\x00|MM\x00\*|\x00\x00\x01\x00|P[1-6Ff]\s|....ftyp",
     re.DOTALL,

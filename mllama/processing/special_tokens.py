@@ -53,12 +53,21 @@ class SpecialTokens:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in NAMED:  # tokenizer.pad_token = tokenizer.eos_token
-            self._set_special_token(name, value)
-        else:
+        key = name.removesuffix("_id")
+        if key not in NAMED:
             super().__setattr__(name, value)
+        elif key != name and value is not None:  # tokenizer.pad_token_id = 5
+            token = self.backend_tokenizer.id_to_token(value)
+            if token is None:
+                raise ValueError(f"{name} is {value}, which is no token's id")
+            self._set_special_token(key, token)
+        else:  # tokenizer.pad_token = tokenizer.eos_token
+            self._set_special_token(key, value)
 
-    def _set_special_token(self, name: str, token: str) -> None:
+    def _set_special_token(self, name: str, token: str | None) -> None:
+        if token is None:
+            self.special_tokens_map.pop(name, None)
+            return
         if not isinstance(token, str) or self.backend_tokenizer.token_to_id(token) is None:
             raise ValueError(
                 f"{name} is {token!r}, which the tokenizer does not have; add_special_tokens adds one"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.checkpoint import read_json
+from mllama.processing.sources import shown
 
 Templates = str | dict[str, str]
 _FILE, _FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -33,7 +34,9 @@ def chosen_template(templates: Templates | None, chosen: str | None) -> str:
         if "{{" in chosen or "{%" in chosen:
             return chosen
         known = f"there are {', '.join(named)}" if named else "there are none by name"
-        raise ValueError(f"no chat template is called {chosen!r}, and it is none itself; {known}")
+        raise ValueError(
+            f"no chat template is called {shown(chosen)!r}, and it is none itself; {known}"
+        )
     if isinstance(templates, str):
         return templates
     if "default" in named:
