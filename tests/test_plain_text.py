@@ -215,6 +215,22 @@ def test_marks_that_the_text_holds_are_not_taken():
     assert escaped(part, [IMAGE], "#") == {"type": "image", "url": "<|image|>.png", "text": "<#"}
 
 
+@pytest.mark.parametrize("how", ["tojson(ensure_ascii=True)", "urlencode"])
+def test_a_template_that_writes_words_otherwise_is_refused(how):
+    ours, _ = pair()
+    template = "{{ messages[0].content | " + how + " }}"
+    options = {"tokenize": True, "escape_special_tokens": True}
+    with pytest.raises(
+        ValueError, match="in ASCII or as a URL, which escape_special_tokens cannot"
+    ):
+        ours.apply_chat_template([{"role": "user", "content": "a <|image|>"}], template, **options)
+    for words in ("a b", "\\ufdd0 %EF%B7%91"):
+        got = ours.apply_chat_template([{"role": "user", "content": words}], template, **options)
+        assert got == ours.apply_chat_template(
+            [{"role": "user", "content": words}], template, tokenize=True
+        )
+
+
 def test_truncation_and_offsets_of_escaped_words():
     ours, _ = pair(True)
     words = f"what {IMAGE} is it?"

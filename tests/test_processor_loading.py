@@ -381,6 +381,18 @@ def test_what_is_no_token(call, error, message):
     assert len(tokenizer) == size
 
 
+def test_extra_special_tokens_of_a_folder(folder):
+    got = MllamaTokenizer.from_pretrained(folder, extra_special_tokens=[EOT, "<new>"])
+    assert got.extra_special_tokens == [EOT, "<new>"]
+    assert got.convert_tokens_to_ids("<new>") == len(got) - 1
+    got = MllamaProcessor.from_pretrained(folder, extra_special_tokens={"image_token": IMAGE})
+    assert got.tokenizer.image_token == IMAGE and got.tokenizer.extra_special_tokens == []
+    with pytest.raises(
+        ValueError, match="extra_special_tokens is '<new>', which the tokenizer does"
+    ):
+        MllamaTokenizer(backend(False), {}, extra_special_tokens=["<new>"])
+
+
 def test_special_tokens_by_id_and_none():
     ours, theirs = pair()
     for tokenizer in (ours.tokenizer, theirs.tokenizer):

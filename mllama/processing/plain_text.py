@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 # Unicode's noncharacters for internal use: no text that is exchanged holds them.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -38,11 +39,19 @@ def unused_marks(values: Any, count: int) -> list[str]:
     """Marks that occur in none of the strings inside. Raises: ValueError when there are not so many."""
     used: set[str] = set()
     for text in _strings(values):
-        used |= set(_MARKS) & set(text)
+        used |= {mark for mark in _MARKS if mark in text or any(f in text for f in _forms(mark))}
     marks = [mark for mark in _MARKS if mark not in used]
     if len(marks) < count:
         raise ValueError("the text holds nearly all of the noncharacters U+FDD0 to U+FDEF")
     return marks[:count]
+
+
+def check_marked(text: str, mark: str) -> None:
+    """Raises: ValueError for a text in which a template has written the mark by other characters."""
+    if any(form in text for form in _forms(mark)):
+        raise ValueError(
+            "the chat template writes words in ASCII or as a URL, which escape_special_tokens cannot follow"
+        )
 
 
 def escaped(value: Any, special_tokens: Collection[str], mark: str) -> Any:
@@ -74,6 +83,10 @@ def escaped(value: Any, special_tokens: Collection[str], mark: str) -> Any:
         return [escape(content) for content in item] if isinstance(item, (list, tuple)) else item
 
     return escape(value)
+
+
+def _forms(mark: str) -> tuple[str, ...]:
+    return f"\\u{ord(mark):04x}", f"\\u{ord(mark):04X}", quote(mark)
 
 
 def _strings(value: Any) -> Iterator[str]:

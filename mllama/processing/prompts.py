@@ -15,7 +15,7 @@ from mllama.processing.chat_template import (
     template_variables,
 )
 from mllama.processing.conversation import normalized
-from mllama.processing.plain_text import escaped, unused_marks
+from mllama.processing.plain_text import check_marked, escaped, unused_marks
 
 _Spans = list[tuple[int, int]]
 
@@ -91,11 +91,14 @@ def write_prompts(
         for name in ("tools", "documents"):
             arguments[name] = escaped(arguments.get(name), special, mark)
     given |= arguments
-    if not with_spans:
+    spans = None
+    if with_spans:
+        pairs = [render_with_spans(template, messages, marks, **given) for messages in written]
+        texts, spans = [text for text, _ in pairs], [found for _, found in pairs]
+    else:
         texts = [render_chat_template(template, messages, **given) for messages in written]
-        return Prompts(texts, conversations, batched, options, mark, None)
-    pairs = [render_with_spans(template, messages, marks, **given) for messages in written]
-    texts, spans = [text for text, _ in pairs], [found for _, found in pairs]
+    for text in texts if mark else ():
+        check_marked(text, mark)
     return Prompts(texts, conversations, batched, options, mark, spans)
 
 

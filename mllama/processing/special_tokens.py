@@ -38,9 +38,12 @@ class SpecialTokens:
     ) -> None:
         self.backend_tokenizer = backend
         self.special_tokens_map: dict[str, str] = {}
-        self.extra_special_tokens: list[str] = list(extra_special_tokens)
+        self.extra_special_tokens: list[str] = []
         for name, token in special_tokens.items():
             self._set_special_token(name, token)
+        for token in extra_special_tokens:
+            self._check_token("extra_special_tokens", token)
+            self.extra_special_tokens.append(token)
 
     def __getattr__(self, name: str) -> Any:
         # bos_token, bos_token_id, and so on for every named token; None where one is not set.
@@ -68,11 +71,14 @@ class SpecialTokens:
         if token is None:
             self.special_tokens_map.pop(name, None)
             return
+        self._check_token(name, token)
+        self.special_tokens_map[name] = token
+
+    def _check_token(self, name: str, token: Any) -> None:
         if not isinstance(token, str) or self.backend_tokenizer.token_to_id(token) is None:
             raise ValueError(
                 f"{name} is {token!r}, which the tokenizer does not have; add_special_tokens adds one"
             )
-        self.special_tokens_map[name] = token
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)

@@ -205,7 +205,12 @@ class MllamaTokenizer(SpecialTokens):
                 subfolder, use_fast, trust_remote_code.
         Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
         """
-        return cls(**read_tokenizer(folder, options))
+        arguments = read_tokenizer(folder, options)
+        extra = arguments.pop("extra_special_tokens")
+        tokenizer = cls(**arguments)
+        if extra:  # those that the vocabulary does not have are added, as transformers does
+            tokenizer.add_special_tokens({"extra_special_tokens": extra})
+        return tokenizer
 
     def save_pretrained(self, folder: str | os.PathLike) -> list[str]:
         """Write the files that `from_pretrained`, and `transformers` 4 and 5, read."""

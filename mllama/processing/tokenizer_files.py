@@ -48,6 +48,8 @@ def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[
     folder = resolve_folder(name, **{k: v for k, v in given.items() if k in DOWNLOAD_OPTIONS})
     arguments = _stored(folder)
     special = {**arguments["special_tokens"], **{n: given[n] for n in NAMED if n in given}}
+    if isinstance(given.get("extra_special_tokens"), Mapping):  # transformers 4 gives them names
+        special |= given.pop("extra_special_tokens")
     chosen = {n: given[n] for n in (*TOKENIZER_OPTIONS, "chat_template") if n in given}
     return {
         **arguments,
