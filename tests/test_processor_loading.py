@@ -110,9 +110,8 @@ def test_every_argument_of_transformers_is_taken(folder):
     for name, parameter in published.items():
         if name not in ("pretrained_model_name_or_path", "kwargs"):
             MllamaProcessor.from_pretrained(folder, **{name: parameter.default})
-    for kind in (MllamaProcessor, MllamaTokenizer):
+    for kind in (MllamaProcessor, MllamaTokenizer, MllamaImageProcessor):
         kind.from_pretrained(folder, use_fast=False, trust_remote_code=True, revision="main")
-    MllamaImageProcessor.from_pretrained(folder, token="secret", revision="main")
 
 
 def test_subfolder(folder):

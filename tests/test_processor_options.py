@@ -418,6 +418,8 @@ def test_the_pipeline_takes_our_processor():
                 pipe(text=chat, **options),
                 pipe(text=chat, return_full_text=False, **options),
                 pipe(images=[image], text=f"{IMAGE}what is it?", **options),
+                pipe(text=[chat, chat], **options),
+                pipe(text=chat, processor_kwargs={"add_special_tokens": False}, **options),
             ]
         )
     assert str(answers[0]) == str(answers[1])

@@ -106,6 +106,12 @@ def add_escape_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_pictures(paths: Iterable[str | Path]) -> None:
+    """Look at pictures before a model is loaded. Raises: ImageOpenError for one that is not there or none."""
+    for path in paths:
+        check_image(path)
+
+
 def load(
     folder: str, options: argparse.Namespace, adapter: Path | None = None
 ) -> tuple[MllamaForConditionalGeneration, MllamaProcessor]:
@@ -123,12 +129,6 @@ def load(
 
         merge_adapter(model, adapter)
     return model, MllamaProcessor.from_pretrained(folder)
-
-
-def check_pictures(paths: Iterable[str | Path]) -> None:
-    """Look at pictures before a model is loaded. Raises: ImageOpenError for one that is not there or none."""
-    for path in paths:
-        check_image(path)
 
 
 def chat_inputs(

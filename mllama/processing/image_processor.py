@@ -23,7 +23,7 @@ from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
 from mllama.processing.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
-from mllama.processing.options import IMAGE_OPTIONS, refuse_foreign
+from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS, refuse_foreign
 from mllama.processing.pixels import eight_bit
 from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
@@ -199,10 +199,11 @@ class MllamaImageProcessor:
         params.json in Meta's folder `original/` says.
         Args:
             **options: of the class, before what the file says; for a hub id token, revision, cache_dir,
-                local_files_only, force_download, subfolder.
+                local_files_only, force_download, subfolder; use_fast and trust_remote_code, without effect.
         Raises: FileNotFoundError or ValueError naming the folder or the file.
         """
         download = {k: options.pop(k) for k in DOWNLOAD_OPTIONS if k in options}
+        options = {k: v for k, v in options.items() if k not in IDLE_OPTIONS}
         folder = resolve_folder(folder, **{k: v for k, v in download.items() if v is not None})
         nested = folder / _NESTED_CONFIG_FILE
         if nested.is_file():

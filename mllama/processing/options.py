@@ -19,6 +19,9 @@ IMAGE_OPTIONS = (
     "do_pad",
     "max_image_tiles",
 )
+# Of from_pretrained, taken for code that was written for transformers: there is one kind of each part, and no
+# code of a checkpoint is run.
+IDLE_OPTIONS = ("use_fast", "trust_remote_code", "proxies", "resume_download")
 _TEXT = (
     "add_special_tokens",
     "padding",

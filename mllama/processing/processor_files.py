@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.image_processor import IMAGE_LIMITS, MllamaImageProcessor
-from mllama.processing.options import IMAGE_OPTIONS
+from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS
 from mllama.processing.templates import Templates, read_templates, write_templates
 from mllama.processing.tokenizer import MllamaTokenizer
-from mllama.processing.tokenizer_files import IDLE_OPTIONS, TOKENIZER_OPTIONS
+from mllama.processing.tokenizer_files import TOKENIZER_OPTIONS
 
 if TYPE_CHECKING:
     from mllama.processing.processor import MllamaProcessor

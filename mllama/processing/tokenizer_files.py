@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
+from mllama.processing.options import IDLE_OPTIONS
 from mllama.processing.special_tokens import NAMED
 from mllama.processing.templates import parsed_templates
 from mllama.processing.tiktoken import MAX_LENGTH, NAMED_TOKENS, read_tiktoken
@@ -28,8 +29,6 @@ TOKENIZER_OPTIONS = (
     "extra_special_tokens",
     *NAMED,
 )
-# Taken for the sake of code that was written for transformers: there is one kind, and no code is run.
-IDLE_OPTIONS = ("use_fast", "trust_remote_code", "proxies", "resume_download")
 # Entries of a tokenizer_config.json that are written anew, or that name code or files.
 _NOT_KEPT = ("added_tokens_decoder", "auto_map", "backend", "chat_template", "tokenizer_file")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
