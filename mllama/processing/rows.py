@@ -93,9 +93,8 @@ def pieced_rows(
     before, after = _added(backend) if add_special_tokens else (Row(), Row())
     rows = []
     for text in texts:
-        pieces = (
-            re.split(f"({pattern})", text) if pattern else [text]
-        )  # every second one is special
+        # Every second piece is a special token.
+        pieces = re.split(f"({pattern})", text) if pattern else [text]
         row, start = before.part(range(len(before.input_ids))), 0
         for number, piece in enumerate(pieces):
             words = piece.replace(mark, "") if mark else piece
