@@ -23,7 +23,7 @@ from processor_helpers import (
     picture,
     transformers,
 )
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.processor import MllamaProcessor
@@ -31,6 +31,7 @@ from mllama.processing.tiktoken import read_tiktoken
 from mllama.processing.tokenizer import MllamaTokenizer
 
 utils = pytest.importorskip("transformers.processing_utils")
+TikTokenConverter = pytest.importorskip("transformers.convert_slow_tokenizer").TikTokenConverter
 SAY = "{{ bos_token }}" + "{% for m in messages %}{{ m.content }}{% endfor %}"
 NAMED = {"default": TEMPLATE, "rag": SAY + "|rag", "tool_use": SAY + "|tools"}
 
@@ -228,12 +229,10 @@ def llama_words():
 
 
 def read_words():
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(transformers.convert_slow_tokenizer.Regex(pattern), "isolated"),
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -262,10 +261,9 @@ def test_metas_folder_is_read(tmp_path, where, monkeypatch):
         assert got.tokenizer(text, add_special_tokens=False).input_ids == tokenizer.encode(text).ids
         assert got.decode(got.tokenizer(text).input_ids, skip_special_tokens=True) == text
     assert got.tokenizer("x").input_ids[0] == size
-    converter = transformers.convert_slow_tokenizer.TikTokenConverter
     ranks = {base64.b64decode(t): int(r) for t, r in (line.split() for line in lines.splitlines())}
-    monkeypatch.setattr(converter, "load_tiktoken_bpe", staticmethod(lambda _: ranks))
-    theirs = converter("x").converted()
+    monkeypatch.setattr(TikTokenConverter, "load_tiktoken_bpe", staticmethod(lambda _: ranks))
+    theirs = TikTokenConverter("x").converted()
     for text in texts:
         assert theirs.encode(text).ids == got.tokenizer(text, add_special_tokens=False).input_ids
     image = picture(rng)
