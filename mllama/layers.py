@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mllama.backend import Ops
+from mllama.products import product
 from mllama_kernels.skinny_linear import MAX_ROWS
 
 
@@ -90,7 +90,7 @@ class FusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., sum of the outputs)."""
         if all(map(is_plain, self.linears)):
-            return _product(x, self.weight, None)
+            return product(x, self.weight, None)
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
     def split(self, y: Tensor) -> tuple[Tensor, ...]:
@@ -144,37 +144,10 @@ def is_plain(linear: nn.Module, *, or_biased: bool = False) -> bool:
     return or_biased or linear.bias is None
 
 
-# oneDNN's F.linear, which PyTorch has for its own compiler; None where it was built without.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_LARGE_PRODUCT = 1 << 23  # multiply-adds from which that is worth its 20 us of overhead
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear(x, weight, bias)``.
-
-    On a CPU PyTorch gives only 16-bit products to oneDNN and those of float32 to the BLAS, which can be much
-    the slower (see benchmarks/README.md). oneDNN sums in longer chains, so its rounding error is up to 2.2
-    times MKL's, and its product has no gradient.
-    """
-    if (
-        _ONEDNN_LINEAR is not None
-        and torch.backends.mkldnn.enabled
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and type(x) is Tensor
-        and x.numel() * weight.shape[0] >= _LARGE_PRODUCT
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    ):
-        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
 def multiply(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)`` for any number of rows."""
     if type(linear) is nn.Linear and is_plain(linear, or_biased=True):
-        return _product(x, linear.weight, linear.bias)
+        return product(x, linear.weight, linear.bias)
     return linear(x)
 
 

@@ -1,4 +1,4 @@
-"""Products of many rows: by oneDNN where that is the faster library, else by the module's own call."""
+"""Products of many rows: by oneDNN or in float32 where that is quicker, else by the module's own call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from numerics import randn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mllama.layers import _ONEDNN_LINEAR, FusedLinear, multiply
+from mllama import products
+from mllama.layers import FusedLinear, multiply
+from mllama.products import _ONEDNN_LINEAR
 
 pytestmark = pytest.mark.skipif(_ONEDNN_LINEAR is None, reason="PyTorch was built without oneDNN")
 CPU = torch.device("cpu")
@@ -75,6 +77,7 @@ def test_of_a_fused_linear_too():
 
 def test_all_else_is_the_modules_own_call(monkeypatch):
     linear, x = make(bias=True), randn(128, 256, dtype=torch.float32, device=CPU)
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
 
     def is_own_call(module: nn.Module, x: Tensor) -> bool:
         with Calls() as calls:
@@ -108,3 +111,72 @@ def test_compiled():
     compiled = torch.compile(multiply, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(linear, x), linear(x))
+
+
+@pytest.fixture
+def lacks_16_bits(monkeypatch):
+    """A CPU without instructions for 16-bit products, and panels of few rows."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(products, "_WORTH_DECODING", 0)
+    monkeypatch.setattr(products, "_PANEL_BYTES", 4 * 100 * 130)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 130), (2, 33, 130), (1, 130), (0, 130), (19, 1)])
+@pytest.mark.parametrize("out", [1, 100, 257])
+def test_without_16_bit_instructions(lacks_16_bits, dtype, bias, shape, out):
+    """Result and gradients are the exact ones but for one rounding, and sums in float32 before it."""
+    width = shape[-1]
+    linear = nn.Linear(width, out, bias=bias).to(dtype)
+    for parameter in linear.parameters():
+        parameter.data = randn(*parameter.shape, dtype=dtype, device=CPU)
+    x = randn(*shape, dtype=dtype, device=CPU).requires_grad_()
+    wide = copy.deepcopy(linear).double()
+    wide_x = x.detach().double().requires_grad_()
+    y, want = multiply(linear, x), wide(wide_x)
+    assert y.grad_fn is not None and "Decoded" in type(y.grad_fn).__name__
+    grad = randn(*y.shape, dtype=dtype, device=CPU)
+    y.backward(grad)
+    want.backward(grad.double())
+    pairs = [(y, want, width), (x.grad, wide_x.grad, out)]
+    pairs += [
+        (p.grad, q.grad, x.numel() // width) for p, q in zip(linear.parameters(), wide.parameters())
+    ]
+    for got, exact, terms in pairs:
+        assert got.dtype == dtype and got.shape == exact.shape
+        half_ulp = torch.finfo(dtype).eps / 2 + terms * torch.finfo(torch.float32).eps / 2
+        assert (got - exact).norm() <= half_ulp * exact.norm()
+    with torch.inference_mode():
+        assert torch.equal(multiply(linear, x.detach()), y)
+    strided = x.detach().repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(multiply(linear, strided), y)
+
+
+def test_frozen_parts_without_16_bit_instructions(lacks_16_bits):
+    linear = nn.Linear(130, 100).bfloat16()
+    x = randn(64, 130, dtype=torch.bfloat16, device=CPU).requires_grad_()
+    linear.requires_grad_(False)
+    multiply(linear, x).sum().backward()
+    assert x.grad is not None and linear.weight.grad is None
+    linear.requires_grad_(True)
+    multiply(linear, x.detach()).sum().backward()
+    assert linear.weight.grad is not None and linear.bias.grad is not None
+
+
+def test_default_dtype_is_not_that_of_the_panels(lacks_16_bits):
+    linear, x = nn.Linear(130, 100).bfloat16(), randn(64, 130, dtype=torch.bfloat16, device=CPU)
+    want = multiply(linear, x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(multiply(linear, x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_this_cpu_multiplies(monkeypatch):
+    """As PyTorch decides it, which gives oneDNN nothing when that is switched off."""
+    assert products.multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert products.multiplies(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not products.multiplies(torch.bfloat16)

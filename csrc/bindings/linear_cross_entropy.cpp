@@ -2,7 +2,7 @@
 // and gradient by the kernel and multiplied on before the next takes its place.
 #include "../linear_cross_entropy.h"
 
-#include "checks.h"
+#include "product.h"
 
 namespace mllama {
 namespace {
@@ -10,25 +10,10 @@ namespace {
 constexpr int64_t kVectorElements = 8;  // rows of logits start on 16 bytes in every dtype
 constexpr int64_t kProductTile = 128;   // chunks are whole tiles of the matrix product
 
-// out = a b, in the dtype of all three.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's handle over
-}
-
-Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 0, begin, count);
-}
+Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) { return narrow(t, 0, begin, count); }
 
 // Columns of a buffer that has some to spare.
-Tensor columns_of(const Tensor& buffer, int64_t count) {
-  Tensor whole = buffer;
-  return torch::stable::narrow(whole, 1, 0, count);
-}
+Tensor columns_of(const Tensor& buffer, int64_t count) { return narrow(buffer, 1, 0, count); }
 
 // How many rows or classes of logits, each a line of so many elements, are made at once.
 int64_t chunk_of(int64_t lines, int64_t line_elements, int64_t element_size, int64_t chunk_bytes) {
