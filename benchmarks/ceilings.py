@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import interleave, make_timer
+from benchmarks.timing import interleave, make_timer, significant
 
 GB, TERA = 1e9, 1e12
+PROBE, PRODUCT_SECONDS = 256, 0.25  # a product of this size foretells what a larger one takes
 
 
 def _best(
@@ -67,11 +68,17 @@ def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
 
 
 def matmul(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """TFLOP/s of a large square product of random matrices."""
+    """TFLOP/s of a large square product of random matrices; on a slow CPU of a smaller one."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    seconds = _best(device, torch.matmul, [(a, b)], rounds)
-    return round(2 * n**3 / seconds / TERA, 3)
+
+    def rate(n: int, rounds: int) -> float:
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / _best(device, torch.matmul, [(a, b)], rounds)
+
+    if device.type == "cpu":
+        while n > PROBE and 2 * n**3 > PRODUCT_SECONDS * rate(PROBE, 1):
+            n //= 2
+    return significant(rate(n, rounds) / TERA, 3)
 
 
 def measure(
@@ -89,10 +96,18 @@ def higher(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
     return {name: max(a[name], b[name]) for name in a}
 
 
+def computes(dtype: str, ceilings: dict[str, float]) -> float:
+    """TFLOP/s that products of a dtype can reach: those of 16 bits also in float32, exactly."""
+    rates = [ceilings[f"matmul_tflops_{dtype}"]]
+    if dtype in ("bfloat16", "float16"):
+        rates.append(ceilings.get("matmul_tflops_float32", 0.0))
+    return max(rates)
+
+
 def floor(
     nbytes: int, flops: int, bound: str, dtype: str, ceilings: dict[str, float]
 ) -> tuple[float, str]:
     """Seconds that the bytes or the products take at the ceiling, whichever is longer, and which it is."""
     moving = nbytes / (ceilings[f"{bound}_gbps"] * GB)
-    computing = flops / (ceilings[f"matmul_tflops_{dtype}"] * TERA)
+    computing = flops / (computes(dtype, ceilings) * TERA)
     return (moving, bound) if moving >= computing else (computing, "matmul")

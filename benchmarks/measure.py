@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks import ceilings, machine
-from benchmarks.case import OURS, Arguments, Case, Impl
+from benchmarks.budget import Budget
+from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl
 from benchmarks.correctness import Gate
 from benchmarks.peers import backend_used, wrong_backend
 from benchmarks.timing import (
@@ -22,6 +23,8 @@ from benchmarks.timing import (
     significant,
 )
 
+INTERRUPTED = "the run was interrupted before"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,6 +33,8 @@ class Plan:
     Attributes:
         rounds: bursts per implementation; three where a burst takes more than ``patience`` seconds.
         seconds: length of a burst.
+        budget: of the case; when it is over, ours and plain PyTorch are still measured, in one round.
+        compiles: whether there is time for torch.compile.
     """
 
     device: torch.device
@@ -37,12 +42,22 @@ class Plan:
     seconds: float
     cold_bytes: int
     patience: float = 0.5
+    budget: Budget = field(default_factory=Budget)
+    compiles: bool = True
 
     @classmethod
-    def of(cls, device: torch.device, quick: bool) -> Plan:
+    def of(cls, device: torch.device, quick: bool, budget: Budget) -> Plan:
         gpu = device.type == "cuda"
         rounds = (5 if quick else 11) if gpu else (3 if quick else 5)
-        return cls(device, rounds, 0.005 if gpu else 0.03, machine.cold_bytes(device))
+        seconds = 0.005 if gpu else 0.03
+        return cls(
+            device,
+            rounds,
+            seconds,
+            machine.cold_bytes(device),
+            budget=budget,
+            compiles=gpu or not quick,
+        )
 
 
 def nbytes(args: Arguments) -> int:
@@ -70,6 +85,12 @@ class _Contestant:
         """Check it on the first copy and, if it is right and what it says it is, make its timer."""
         if self.impl.unavailable:
             return self.refuse("unavailable", self.impl.unavailable)
+        if plan.budget.interrupted:
+            return self.refuse("left out", INTERRUPTED)
+        if plan.budget.over and self.impl.name not in (OURS, PLAIN):
+            return self.refuse("left out", "no time was left")
+        if self.impl.name == "torch.compile" and not plan.compiles:
+            return self.refuse("left out", "compiling takes longer than a quick run")
         try:
             prepared = [self.impl.prepare(*args) for args in copies]
             output = self.impl.call(*prepared[0])
@@ -106,11 +127,14 @@ def _measure(case: Case, plan: Plan) -> dict[str, Any]:
     timed = [c for c in contestants if c.timer is not None]
     slowest = max((c.timer.once for c in timed), default=0.0)
     rounds = plan.rounds if slowest < plan.patience else min(3, plan.rounds)
-    times = interleave([c.timer.round for c in timed], rounds)
+    times = interleave([c.timer.round for c in timed], rounds, plan.budget)
     after = machine.state(plan.device)
     mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
     for contestant, one in zip(timed, times):
-        figures(contestant, one, mine, case)
+        if one:
+            figures(contestant, one, mine, case)
+        else:
+            contestant.refuse("left out", INTERRUPTED)
     return {
         "op": case.op,
         "shape": case.shape,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -19,69 +19,28 @@ from torch import Tensor, nn
 
 import mllama
 from benchmarks import ceilings, machine
+from benchmarks.budget import Budget
 from benchmarks.case import OURS
 from benchmarks.measure import in_words
-from benchmarks.shapes import HKV, TILE, TILE_TOKENS, TILES, VISION_WIDTH, VOCAB, D
+from benchmarks.scenario import (
+    FULL,
+    PAD,
+    REDUCED,
+    SMALL_VOCABULARY,
+    Layers,
+    Scenario,
+    fitting,
+    products,
+    scenarios,
+)
+from benchmarks.shapes import HKV, TILE, TILES, VOCAB, D
 from benchmarks.timing import Spread, interleave, ratios, significant
 
 PEER = "transformers sdpa"
-PAD, ALL_TILES, ROUNDS = 128004, 6, 5
+LEFT_OUT = "no time was left, or the run was interrupted"
+ALL_TILES, ROUNDS = 6, 5
 # Of the logits' norm: what summation order and the rounding of activations account for.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
-
-
-@dataclass(frozen=True)
-class Layers:
-    """How many layers of each kind; ``cross`` counts among ``text``, ``taps`` among ``local``."""
-
-    text: int
-    cross: tuple[int, ...]
-    local: int
-    global_: int
-    taps: tuple[int, ...]
-
-    def configs(self, vocabulary: int = VOCAB) -> dict[str, Any]:
-        """Keyword arguments of MllamaConfig, ours or that of `transformers`."""
-        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope |= {"original_max_position_embeddings": 8192}
-        vision = {
-            "image_size": TILE,
-            "num_hidden_layers": self.local,
-            "num_global_layers": self.global_,
-            "intermediate_layers_indices": list(self.taps),
-            "vision_output_dim": VISION_WIDTH * (1 + len(self.taps)),
-        }
-        text = {
-            "num_hidden_layers": self.text,
-            "cross_attention_layers": list(self.cross),
-            "rope_parameters": rope,
-            "vocab_size": vocabulary,
-            "pad_token_id": min(PAD, vocabulary - 1),
-        }
-        return {"vision_config": vision, "text_config": text, "image_token_index": vocabulary}
-
-
-FULL = Layers(40, (3, 8, 13, 18, 23, 28, 33, 38), 32, 8, (3, 7, 15, 23, 30))
-REDUCED = Layers(5, (3,), 1, 1, (0,))
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """One picture of four tiles per row, ``prompt`` tokens with it, ``new`` tokens after it."""
-
-    batch: int
-    prompt: int
-    new: int
-
-
-def scenarios(device: torch.device, quick: bool) -> list[Scenario]:
-    if device.type == "cpu":
-        return [Scenario(1, 32, 8)]
-    if quick:
-        return [Scenario(1, 32, 16), Scenario(1, 1024, 64)]
-    many = (Scenario(batch, 1024, 64) for batch in (8, 32))
-    return [Scenario(1, 32, 32), Scenario(1, 1024, 128), *many]
 
 
 @torch.no_grad()
@@ -108,18 +67,22 @@ def fill(model: nn.Module) -> None:
 
 
 def build(
-    layers: Layers, dtype: torch.dtype, device: torch.device, vocabulary: int = VOCAB
+    layers: Layers,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocabulary: int = VOCAB,
+    tile: int = TILE,
 ) -> tuple[Any, Any]:
     """Our model and that of `transformers` over the same parameters."""
     import transformers
 
     with torch.device("meta"):
         mine = mllama.MllamaForConditionalGeneration(
-            mllama.MllamaConfig(**layers.configs(vocabulary)),
+            mllama.MllamaConfig(**layers.configs(vocabulary, tile)),
             backend="kernels",
             semantics="transformers",
         )
-        config = transformers.MllamaConfig(**layers.configs(vocabulary))
+        config = transformers.MllamaConfig(**layers.configs(vocabulary, tile))
         config._attn_implementation = "sdpa"
         theirs = transformers.MllamaForConditionalGeneration(config)
     mine = mine.to(dtype).to_empty(device=device).eval()
@@ -128,15 +91,17 @@ def build(
     text = theirs.model.language_model
     text.rotary_emb = type(text.rotary_emb)(config.text_config).to(device)
     theirs.generation_config.eos_token_id = None  # random weights must not stop early
-    theirs.generation_config.pad_token_id = PAD
+    theirs.generation_config.pad_token_id = min(PAD, vocabulary - 1)
     return mine, theirs.eval()
 
 
-def inputs_of(scenario: Scenario, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def inputs_of(
+    scenario: Scenario, dtype: torch.dtype, device: torch.device, vocabulary: int = VOCAB
+) -> dict[str, Tensor]:
     """The picture comes first, so that the semantics of both models agree on every row."""
-    batch, prompt = scenario.batch, scenario.prompt
-    ids = torch.randint(1000, 100000, (batch, prompt))
-    ids[:, 0] = VOCAB
+    batch, prompt, tile = scenario.batch, scenario.prompt, scenario.tile
+    ids = torch.randint(1000, vocabulary * 3 // 4, (batch, prompt))
+    ids[:, 0] = vocabulary
     ones = torch.ones(batch, prompt, dtype=torch.int64)
     inputs = {
         "input_ids": ids,
@@ -146,7 +111,7 @@ def inputs_of(scenario: Scenario, dtype: torch.dtype, device: torch.device) -> d
         "cross_attention_mask": ones[..., None, None].expand(-1, -1, 1, TILES).contiguous(),
     }
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    pixels = torch.randn(batch, 1, TILES, 3, TILE, TILE, device=device, dtype=dtype)
+    pixels = torch.randn(batch, 1, TILES, 3, tile, tile, device=device, dtype=dtype)
     return inputs | {"pixel_values": pixels}
 
 
@@ -208,7 +173,12 @@ def contestants(mine: Any, theirs: Any, quick: bool) -> list[Contestant]:
     on_cpu = mine.device.type == "cpu"
     no_time = "compiling takes longer than all the rest of this run" if on_cpu or quick else None
     return [
-        Contestant(OURS, mine, {"eos_token_id": None, "pad_token_id": PAD}, lambda: None),
+        Contestant(
+            OURS,
+            mine,
+            {"eos_token_id": None, "pad_token_id": theirs.generation_config.pad_token_id},
+            lambda: None,
+        ),
         Contestant(PEER, theirs, {}, attention("sdpa")),
         Contestant(
             "transformers eager",
@@ -252,18 +222,24 @@ def bytes_per_step(model: Any, scenario: Scenario) -> int:
     weights = sum(p.numel() for name, p in named if not any(part in name for part in unused))
     context = scenario.prompt + scenario.new // 2
     keys = context * len(text.self_attention_layers)
-    keys += TILES * TILE_TOKENS * len(text.cross_attention_layers)
+    keys += scenario.picture_tokens * len(text.cross_attention_layers)
     return (weights + scenario.batch * keys * 2 * HKV * D) * model.dtype.itemsize
+
+
+def runs_flops(model: Any, scenario: Scenario) -> int:
+    """Of comparing both models and of one round, two forwards each; and as much beside products."""
+    return 2 * 2 * 2 * 2 * sum(products(model, scenario))
 
 
 @torch.no_grad()
 def measure(
-    mine: Any, theirs: Any, layers: Layers, scenario: Scenario, quick: bool
+    mine: Any, theirs: Any, layers: Layers, scenario: Scenario, quick: bool, budget: Budget
 ) -> dict[str, Any]:
     """The row of a scenario, ready for JSON; the peer comes first, to be compared with."""
     device = mine.device
     before = machine.state(device)
-    inputs = inputs_of(scenario, mine.dtype, device)
+    dtype_name = str(mine.dtype).removeprefix("torch.")
+    inputs = inputs_of(scenario, mine.dtype, device, mine.config.text_config.vocab_size)
     records, runs = [], []
     expected: Tensor | None = None
     for contestant in sorted(contestants(mine, theirs, quick), key=lambda c: c.name != PEER):
@@ -272,6 +248,10 @@ def measure(
         if contestant.unavailable:
             record |= {"status": "unavailable", "reason": contestant.unavailable}
             continue
+        if budget.interrupted or (budget.over and contestant.name not in (OURS, PEER)):
+            record |= {"status": "left out", "reason": LEFT_OUT}
+            continue
+        budget.say(f"model, {dtype_name}, batch {scenario.batch}: {contestant.name} is compared")
         try:
             contestant.enter()
             logits = contestant.model(**inputs, logits_to_keep=1).logits
@@ -295,10 +275,15 @@ def measure(
 
     def run(contestant: Contestant) -> tuple[Stopwatch, float]:
         """And right after it GB/s of reading: on a shared machine that changes within seconds."""
+        budget.say(f"model, {dtype_name}, batch {scenario.batch}: {contestant.name} generates")
         return generate(contestant, inputs, scenario.new), reader.round()
 
-    rounds = interleave([partial(run, contestant) for _, contestant in runs], ROUNDS)
+    rounds = interleave([partial(run, contestant) for _, contestant in runs], ROUNDS, budget)
     reader.close()
+    if not all(rounds):
+        for record, _ in runs:
+            record |= {"status": "left out", "reason": LEFT_OUT}
+        runs = []
     times = {
         record["name"]: {
             "first_token": [watch.first_token for watch, _ in row],
@@ -321,11 +306,9 @@ def measure(
             "batch": scenario.batch,
             "prompt": scenario.prompt,
             "new": scenario.new,
-            "tiles": TILES,
-            "text layers": layers.text,
-            "vision layers": layers.local + layers.global_,
+            **scenario.sizes(layers),
         },
-        "dtype": str(mine.dtype).removeprefix("torch."),
+        "dtype": dtype_name,
         "bytes_per_step": bytes_per_step(mine, scenario),
         "state": {"before": before, "after": machine.state(device)},
         "impls": records,
@@ -333,17 +316,33 @@ def measure(
 
 
 def run(
-    device: torch.device, dtypes: list[torch.dtype], quick: bool, seed: int
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    quick: bool,
+    seed: int,
+    budget: Budget,
+    tflops: Mapping[torch.dtype, float],
 ) -> Iterator[dict[str, Any]]:
-    """One row per dtype and scenario."""
+    """One row per dtype and scenario; a quick run on a CPU has smaller pictures where that one is slow."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers about its own calls
-    layers = REDUCED if device.type == "cpu" else FULL
-    for dtype in dtypes:
+    on_cpu = device.type == "cpu"
+    layers = REDUCED if on_cpu else FULL
+    vocabulary = SMALL_VOCABULARY if on_cpu and quick else VOCAB
+    for number, dtype in enumerate(dtypes):
+        if budget.interrupted:
+            return
         torch.manual_seed(seed)
-        mine, theirs = build(layers, dtype, device)
-        for scenario in scenarios(device, quick):
-            yield measure(mine, theirs, layers, scenario, quick)
-        del mine, theirs
+        chosen = scenarios(device, quick)
+        with budget.share(1 / (len(dtypes) - number)):
+            if on_cpu and quick:
+                seconds = budget.left
+                chosen = [fitting(layers, s, runs_flops, seconds, tflops[dtype]) for s in chosen]
+            budget.say(f"model, {dtype}: makes its weights; rows to come: {len(chosen)}")
+            mine, theirs = build(layers, dtype, device, vocabulary, chosen[0].tile)
+            for place, scenario in enumerate(chosen):
+                with budget.share(1 / (len(chosen) - place)):
+                    yield measure(mine, theirs, layers, scenario, quick, budget)
+            del mine, theirs
 
 
 def line(row: dict[str, Any]) -> str:

@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import cases, ceilings, machine, model, training_step
-from benchmarks.case import OURS, Setting
-from benchmarks.measure import Plan, add_floor, measure
+from benchmarks.budget import QUICK_SECONDS, Budget
+from benchmarks.case import OURS, Case, Setting
+from benchmarks.measure import INTERRUPTED, Plan, add_floor, measure
 from benchmarks.timing import keep_freed_memory
 from mllama_kernels import _library
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 FORMAT = 1
 DTYPES = ("bfloat16", "float32", "float16")
+# Of the time of a quick run, among the parts that were asked for.
+SHARES = {"ops": 0.4, "model": 0.35, "training": 0.25}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,7 +48,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="default: bfloat16; CPU: and float32"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"about {QUICK_SECONDS / 60:.0f} minutes at most: fewer shapes and rounds, smaller ones where "
+        "the machine is slow, and peers left out where no time is left",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: those of torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="where to write the results")
@@ -74,11 +84,12 @@ def line(row: dict[str, Any]) -> str:
 class ResultFile:
     """The document, written again after every row: a run that is cut short leaves what it has."""
 
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, head: dict[str, Any], budget: Budget) -> None:
+        self.path, self.budget = path, budget
         self.document: dict[str, Any] = {
             **head,
             "skipped": {},
+            "left_out": [],
             "rows": [],
             "model": [],
             "training": [],
@@ -89,6 +100,15 @@ class ResultFile:
         self.document[part].append(row)
         self.hold_against(self.document["ceilings"])
         self.write()
+
+    def leave_out(self, case: Case, reason: str) -> None:
+        self.document["left_out"].append({"case": str(case), "reason": reason})
+        self.budget.say(f"left out: {case}: {reason}")
+
+    def rates(self, dtypes: list[torch.dtype]) -> dict[torch.dtype, float]:
+        """TFLOP/s of the library's products, by which the time of a model is foretold."""
+        names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
+        return {d: self.document["ceilings"][f"matmul_tflops_{name}"] for d, name in names.items()}
 
     def hold_against(self, ceiling: dict[str, float]) -> None:
         """The ceilings of this run, and every row's share of its floor under them."""
@@ -103,10 +123,17 @@ class ResultFile:
         self.path.write_text(json.dumps(self.document, indent=1) + "\n")
 
 
-def run_ops(
+def foretold(case: Case, ceiling: dict[str, float]) -> float:
+    """Seconds of a case: every implementation a few times, and its exact result, by the rate of products."""
+    flops = case.flops * (4 * len(case.impls) + 4)
+    return flops / (ceiling[f"matmul_tflops_{case.dtype_name}"] * ceilings.TERA)
+
+
+def chosen_cases(
     names: list[str], device: torch.device, options: argparse.Namespace, results: ResultFile
-) -> None:
-    plan = Plan.of(device, options.quick)
+) -> list[Case]:
+    """What is measured; of each op in a quick run what there is time for, or its smallest case."""
+    plans = []
     for op in names:
         if reason := cases.missing(op):
             results.document["skipped"][op] = reason
@@ -114,23 +141,54 @@ def run_ops(
             continue
         for name in options.dtype:
             setting = Setting(device, getattr(torch, name), options.quick)
-            for case in cases.cases(op, setting):
-                torch.manual_seed(options.seed)
-                row = measure(case, plan)
-                results.add("rows", row)
-                print(line(row), flush=True)
+            plans.append(list(cases.cases(op, setting)))
+    if not results.budget.limited:
+        return [case for plan in plans for case in plan]
+    share = results.budget.left / max(1, sum(map(len, plans)))
+    chosen = []
+    for plan in plans:
+        seconds = {id(case): foretold(case, results.document["ceilings"]) for case in plan}
+        fits = [c for c in plan if seconds[id(c)] <= 3 * share]
+        fits = fits or [min(plan, key=lambda c: seconds[id(c)])]
+        for case in plan:
+            if case not in fits:
+                results.leave_out(case, f"would take about {seconds[id(case)]:.0f} s")
+        chosen += fits
+    return chosen
+
+
+def run_ops(
+    names: list[str], device: torch.device, options: argparse.Namespace, results: ResultFile
+) -> None:
+    budget = results.budget
+    plan = Plan.of(device, options.quick, budget)
+    chosen = chosen_cases(names, device, options, results)
+    for number, case in enumerate(chosen):
+        if budget.over:
+            results.leave_out(case, INTERRUPTED if budget.interrupted else "no time was left")
+            continue
+        budget.say(f"{number + 1} of {len(chosen)} cases: {case}")
+        torch.manual_seed(options.seed)
+        with budget.share(1 / (len(chosen) - number)):
+            row = measure(case, plan)
+        results.add("rows", row)
+        print(line(row), flush=True)
 
 
 def run_model(device: torch.device, options: argparse.Namespace, results: ResultFile) -> None:
     dtypes = [getattr(torch, name) for name in options.dtype]
-    for row in model.run(device, dtypes, options.quick, options.seed):
+    rates = results.rates(dtypes)
+    for row in model.run(device, dtypes, options.quick, options.seed, results.budget, rates):
         results.add("model", row)
         print(model.line(row), flush=True)
 
 
 def run_training(device: torch.device, options: argparse.Namespace, results: ResultFile) -> None:
     dtypes = [getattr(torch, name) for name in options.dtype if name != "float16"]
-    for row in training_step.run(device, dtypes, options.quick, options.seed):
+    rates = results.rates(dtypes)
+    for row in training_step.run(
+        device, dtypes, options.quick, options.seed, results.budget, rates
+    ):
         results.add("training", row)
         print(line(row), flush=True)
 
@@ -147,6 +205,13 @@ def default_path(described: dict[str, Any], started: datetime) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    budget = Budget(QUICK_SECONDS if options.quick else math.inf)
+    with budget.interruptible():
+        return measure_all(options, budget, " ".join(arguments or sys.argv[1:]))
+
+
+def measure_all(options: argparse.Namespace, budget: Budget, command: str) -> int:
+    """Everything that was asked for, and the exit status."""
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -158,38 +223,48 @@ def main(arguments: list[str] | None = None) -> int:
     head = {
         "format": FORMAT,
         "started": started.isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.run", *(arguments or sys.argv[1:])]),
+        "command": f"python -m benchmarks.run {command}",
         "parts": [],
         "seed": options.seed,
         "machine": described,
         "versions": machine.versions(),
         **machine.commit(),
     }
-    dtypes = [getattr(torch, name) for name in options.dtype]
-    ceiling = ceilings.measure(device, dtypes)
+    names = dict.fromkeys([*options.dtype, "float32"])  # by float32 16-bit products are judged too
+    dtypes = [getattr(torch, name) for name in names]
+    budget.say("what this machine can do at most: copying, reading, products")
+    ceiling = ceilings.measure(device, dtypes, 3 if options.quick else 7)
     path = options.output or default_path(described, started)
-    results = ResultFile(path, {**head, "ceilings": ceiling})
+    results = ResultFile(path, {**head, "ceilings": ceiling}, budget)
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
     ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
+    work = {"ops": partial(run_ops, ops)} if ops else {}
+    work |= {
+        name: run_part
+        for name, run_part in {"model": run_model, "training": run_training}.items()
+        if not options.what or name in options.what
+    }
     parts: list[str] = []
-    run_ops(ops, device, options, results)
-    if len(ops) == len(cases.MODULES):
-        parts.append("ops")
-    results.write(parts=[] if options.quick else parts)
-    for name, run_part in {"model": run_model, "training": run_training}.items():
-        if not options.what or name in options.what:
+    for name, run_part in work.items():
+        waiting = list(work)[list(work).index(name) :]
+        budget.say(f"{name}; to come: {', '.join(waiting[1:]) or 'nothing'}")
+        with budget.share(SHARES[name] / sum(SHARES[one] for one in waiting)):
             run_part(device, options, results)
+        if name != "ops" or len(ops) == len(cases.MODULES):
             parts.append(name)
-            results.write(parts=[] if options.quick else parts)
-    results.hold_against(ceilings.higher(ceiling, ceilings.measure(device, dtypes)))
+        results.write(parts=[] if options.quick or budget.interrupted else parts)
+    if not budget.over:
+        results.hold_against(
+            ceilings.higher(ceiling, ceilings.measure(device, dtypes, 3 if options.quick else 7))
+        )
     seconds = round(time.perf_counter() - clock)
-    results.write(seconds=seconds)
+    results.write(seconds=seconds, interrupted=budget.interrupted)
     print(f"{seconds} s; written to {results.path}")
     rows = [row for part in ("rows", "model", "training") for row in results.document[part]]
     failed = [row for row in rows if row["impls"][0]["status"] != "timed"]
     for row in failed:
         print(f"not measured: {row.get('op', 'model')} {row['shape']}: {row['impls'][0]['reason']}")
-    return 1 if failed else 0
+    return 1 if failed or budget.interrupted else 0
 
 
 if __name__ == "__main__":

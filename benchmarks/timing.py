@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.budget import Budget
+
 Measured = TypeVar("Measured")
 
 MOST_COPIES = 256
@@ -206,13 +208,23 @@ def make_timer(
     return (CudaTimer if device.type == "cuda" else CpuTimer)(call, copies, seconds)
 
 
-def interleave(rounds: Sequence[Callable[[], Measured]], count: int) -> list[list[Measured]]:
-    """``count`` rounds of A B C, C B A, A B C, ...: what disturbs the machine disturbs neighbours alike."""
+def interleave(
+    rounds: Sequence[Callable[[], Measured]], count: int, budget: Budget | None = None
+) -> list[list[Measured]]:
+    """``count`` rounds of A B C, C B A, A B C, ...: what disturbs the machine disturbs neighbours alike.
+
+    Under a budget there are fewer, but whole ones: one at least, and none only if it is interrupted.
+    """
     times: list[list[Measured]] = [[] for _ in rounds]
     for number in range(count):
         order = range(len(rounds))
+        this: dict[int, Measured] = {}
         for i in order if number % 2 == 0 else reversed(order):
-            times[i].append(rounds[i]())
+            if budget is not None and (budget.interrupted or (number and budget.over)):
+                return times
+            this[i] = rounds[i]()
+        for i, measured in this.items():
+            times[i].append(measured)
     return times
 
 

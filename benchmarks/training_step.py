@@ -8,7 +8,7 @@ memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, model
+from benchmarks.budget import Budget
 from benchmarks.case import OURS
 from benchmarks.measure import in_words
-from benchmarks.model import PEER, Layers, Scenario
-from benchmarks.shapes import HQ, TILE_TOKENS, TILES, VISION_DIM, VISION_HEADS, VOCAB, D
+from benchmarks.model import LEFT_OUT, PEER
+from benchmarks.scenario import FULL, SMALL_VOCABULARY, Layers, Scenario, fitting, products
+from benchmarks.shapes import VOCAB
 from benchmarks.timing import Spread, interleave, ratios, significant
 from benchmarks.training import ATTENTION_FLOPS
 
@@ -50,10 +52,8 @@ def scenarios(device: torch.device, quick: bool) -> list[Scenario]:
 def batch_of(
     scenario: Scenario, vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    batch = model.inputs_of(scenario, dtype, device)
-    ids = batch["input_ids"]
-    ids[:, 0] = vocabulary  # the picture's token, the only one that is no class
-    ids[:, 1:] %= vocabulary
+    batch = model.inputs_of(scenario, dtype, device, vocabulary)
+    ids = batch["input_ids"]  # the picture's token is the only one that is no class
     return batch | {"labels": ids.masked_fill(ids == vocabulary, IGNORED)}
 
 
@@ -165,25 +165,21 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def flops_per_step(trained: Any, scenario: Scenario) -> int:
     """Products of useful tokens: a weight's once forward and twice backward, attention's by its masks."""
-    text, vision = trained.config.text_config, trained.config.vision_config
-    tokens, tiles = scenario.prompt, TILES * TILE_TOKENS
-    products = 0
-    for name, parameter in trained.named_parameters():
-        if parameter.dim() < 2 or "embed" in name:
-            continue
-        of_picture = "vision" in name or "multi_modal" in name or "cross_attn.k_proj" in name
-        of_picture = of_picture or "cross_attn.v_proj" in name
-        products += parameter.numel() * (tiles if of_picture else tokens)
-    layers = vision.num_hidden_layers + vision.num_global_layers
-    attention = len(text.self_attention_layers) * HQ * D * tokens * tokens // 2
-    attention += len(text.cross_attention_layers) * HQ * D * tokens * tiles
-    attention += layers * VISION_HEADS * VISION_DIM * tiles * tiles
-    return scenario.batch * int(2 * 3 * products + 4 * ATTENTION_FLOPS * attention)
+    of_weights, attention = products(trained, scenario)
+    return scenario.batch * int(2 * 3 * of_weights + 4 * ATTENTION_FLOPS * attention)
 
 
-def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> dict[str, Any]:
+def runs_flops(trained: Any, scenario: Scenario) -> int:
+    """Of comparing the three models that run on a CPU, and of one round; and as much beside products."""
+    return 2 * 2 * 3 * flops_per_step(trained, scenario)
+
+
+def measure(
+    mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool, budget: Budget | None = None
+) -> dict[str, Any]:
     """A row without its shape, ready for JSON; the peer comes first, to be compared with."""
     device = mine.device
+    budget = budget or Budget()
     before = machine.state(device)
     records: list[dict[str, Any]] = []
     runs: list[tuple[dict[str, Any], Callable[[], float]]] = []
@@ -194,6 +190,10 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
         if trainee.unavailable:
             record |= {"status": "unavailable", "reason": trainee.unavailable}
             continue
+        if budget.interrupted or (budget.over and trainee.name not in (OURS, PEER)):
+            record |= {"status": "left out", "reason": LEFT_OUT}
+            continue
+        budget.say(f"training step, {mine.dtype}: {trainee.name} is compared")
         try:
             if device.type == "cuda":
                 timed(trainee, batch)  # compiles, tunes and allocates
@@ -216,7 +216,12 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         runs.append((record, partial(timed, trainee, batch)))
-    rows = interleave([run for _, run in runs], 5 if device.type == "cuda" else 3)
+    budget.say(f"training step, {mine.dtype}: rounds of {len(runs)} models")
+    rows = interleave([run for _, run in runs], 5 if device.type == "cuda" else 3, budget)
+    if not all(rows):
+        for record, _ in runs:
+            record |= {"status": "left out", "reason": LEFT_OUT}
+        runs = []
     times = {record["name"]: row for (record, _), row in zip(runs, rows)}
     for record, _ in runs:
         seconds = times[record["name"]]
@@ -234,24 +239,33 @@ def measure(mine: Any, theirs: Any, batch: dict[str, Tensor], quick: bool) -> di
 
 
 def run(
-    device: torch.device, dtypes: list[torch.dtype], quick: bool, seed: int
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    quick: bool,
+    seed: int,
+    budget: Budget,
+    tflops: Mapping[torch.dtype, float],
 ) -> Iterator[dict[str, Any]]:
-    """One row per dtype and scenario."""
+    """One row per dtype and scenario; a quick run on a CPU has smaller pictures where that one is slow."""
     on_cpu = device.type == "cpu"
-    layers = REDUCED if on_cpu else model.FULL
-    vocabulary = VOCAB // 16 if on_cpu else VOCAB
-    for dtype in dtypes:
+    layers = REDUCED if on_cpu else FULL
+    vocabulary = SMALL_VOCABULARY if on_cpu else VOCAB
+    for number, dtype in enumerate(dtypes):
+        if budget.interrupted:
+            return
         torch.manual_seed(seed)
-        mine, theirs = model.build(layers, dtype, device, vocabulary)
-        for scenario in scenarios(device, quick):
-            batch = batch_of(scenario, vocabulary, dtype, device)
-            row = measure(mine.train(), theirs.train(), batch, quick)
-            row["shape"] = {
-                "batch": scenario.batch,
-                "tokens": scenario.prompt,
-                "tiles": TILES,
-                "text layers": layers.text,
-                "vision layers": layers.local + layers.global_,
-            }
-            yield row | {"flops": flops_per_step(mine, scenario), "bytes": 0, "bound": "copy"}
-        del mine, theirs
+        chosen = scenarios(device, quick)
+        with budget.share(1 / (len(dtypes) - number)):
+            if on_cpu and quick:
+                seconds = budget.left
+                chosen = [fitting(layers, s, runs_flops, seconds, tflops[dtype]) for s in chosen]
+            budget.say(f"training step, {dtype}: makes its weights; rows to come: {len(chosen)}")
+            mine, theirs = model.build(layers, dtype, device, vocabulary, chosen[0].tile)
+            for place, scenario in enumerate(chosen):
+                batch = batch_of(scenario, vocabulary, dtype, device)
+                with budget.share(1 / (len(chosen) - place)):
+                    row = measure(mine.train(), theirs.train(), batch, quick, budget)
+                shape = {"batch": scenario.batch, "tokens": scenario.prompt}
+                row["shape"] = shape | scenario.sizes(layers)
+                yield row | {"flops": flops_per_step(mine, scenario), "bytes": 0, "bound": "copy"}
+            del mine, theirs

@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     peers,
     report,
     run,
+    scenario,
     timing,
     training,
 )
@@ -311,10 +312,10 @@ def test_every_goal_names_a_case_and_its_peers(op):
 
 def test_every_goal_of_the_model_names_a_scenario():
     for goal in [goal for goal in goals.GOALS if goal.op == "model"]:
-        layers = model.FULL if goal.device == "cuda" else model.REDUCED
+        layers = scenario.FULL if goal.device == "cuda" else scenario.REDUCED
         shapes = [
-            vars(scenario) | {"text layers": layers.text}
-            for scenario in model.scenarios(torch.device(goal.device), quick=True)
+            vars(one) | {"text layers": layers.text}
+            for one in scenario.scenarios(torch.device(goal.device), quick=True)
         ]
         assert any(goal.shape.items() <= shape.items() for shape in shapes), goal
 

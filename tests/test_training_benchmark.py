@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
 
 import mllama  # noqa: E402
-from benchmarks import goals, measure, model, report, training_step  # noqa: E402
+from benchmarks import goals, measure, report, scenario, training_step  # noqa: E402
 from benchmarks.case import OURS  # noqa: E402
 from benchmarks.model import PEER  # noqa: E402
 
@@ -64,7 +64,7 @@ def test_flops_are_those_of_the_matrices(tokens):
     with torch.device("meta"):
         meta = mllama.MllamaForConditionalGeneration(mllama.MllamaConfig(**layers.configs(1024)))
     few, many = (
-        training_step.flops_per_step(meta, model.Scenario(1, count, 0))
+        training_step.flops_per_step(meta, scenario.Scenario(1, count, 0))
         for count in (tokens, tokens + 1)
     )
     text = sum(
