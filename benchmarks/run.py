@@ -27,7 +27,7 @@ from benchmarks.budget import QUICK_SECONDS, Budget
 from benchmarks.case import OURS, Case, Setting
 from benchmarks.measure import INTERRUPTED, Plan, add_floor, measure
 from benchmarks.timing import keep_freed_memory
-from mllama_kernels import _library
+from mllama_kernels import _dispatch
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 FORMAT = 1
@@ -61,8 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := set(options.what) - set(names):
         parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if reason := _library.unavailable(options.device):
-        parser.error(f"the kernels cannot run on {options.device}: {reason}")
+    for op, reason in _dispatch.plain_ops(options.device).items():
+        parser.error(f"{op} cannot run on {options.device} as a kernel: {reason}")
     options.dtype = options.dtype or ["bfloat16", *["float32"] * (options.device == "cpu")]
     return options
 

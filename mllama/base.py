@@ -26,8 +26,8 @@ class MllamaPreTrainedModel(nn.Module):
 
     Args:
         config: the model's configuration; kept as a copy whose ``semantics`` are settled.
-        backend: "auto" (the kernels where the compiled library loads), "kernels" or "reference"; or
-            the ops of the model that this one is part of.
+        backend: "auto" (the kernels where there are any for the device), "kernels" or "reference"; or the
+            ops of the model that this one is part of.
         semantics: overrides the config's; see :mod:`mllama.semantics`.
     """
 
@@ -47,16 +47,27 @@ class MllamaPreTrainedModel(nn.Module):
         )
         self.config = dataclasses.replace(config, semantics=self.semantics)
         self._is_part = isinstance(backend, Ops)
-        self.ops: Ops = backend if isinstance(backend, Ops) else Ops(backend)
+        if isinstance(backend, Ops):
+            self.ops: Ops = backend
+        else:
+            self.ops = Ops(backend, torch.get_default_device())
 
     @property
     def backend(self) -> str:
-        """ "kernels" or "reference"; assigning changes the whole model it belongs to."""
-        return self.ops.backend
+        """What runs where the model is now, "kernels" or "reference"; assigning "auto", "kernels" or
+        "reference" changes the whole model it belongs to."""
+        return self.ops.backend_on(self.device)
 
     @backend.setter
     def backend(self, backend: str) -> None:
-        self.ops.select(backend)
+        self.ops.select(backend, self.device)
+
+    def _apply(self: _Model, fn: Any, recurse: bool = True) -> _Model:
+        """As for every module: here the model may have been moved to where its ops run otherwise."""
+        super()._apply(fn, recurse)
+        if not self._is_part:
+            self.ops.settle(self.device)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

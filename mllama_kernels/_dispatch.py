@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from mllama_kernels import _library, reference
+from mllama_kernels import _arguments, _library, reference
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,32 +32,63 @@ if not DISABLED <= set(_library.OPS):
 _LIBRARY = torch.library.Library("mllama_kernels", "FRAGMENT")
 
 
+def switched_off(op: str) -> str | None:
+    """The setting of the environment that asks for plain PyTorch in place of an op."""
+    if BACKEND == "reference":
+        return "MLLAMA_KERNELS_BACKEND=reference asks for plain PyTorch"
+    if op in DISABLED:
+        return f"MLLAMA_KERNELS_DISABLE={','.join(sorted(DISABLED))} asks for plain PyTorch"
+    return None
+
+
+def why_not(op: str, device: torch.device | str) -> str | None:
+    """Why an op does not run as a kernel on a device, or None where it does.
+
+    The one answer that dispatch, models, the self-check and everything that reports go by. On the meta
+    device an op with a kernel has its shapes from the kernel's fake.
+    """
+    kind = device if isinstance(device, str) else device.type
+    if BACKEND == "reference" or op in DISABLED:
+        return switched_off(op)
+    return _library.missing if kind == "meta" else _library.unavailable(kind)
+
+
+def plain_ops(device: torch.device | str) -> dict[str, str]:
+    """The ops that do not run as kernels on a device, each with the reason."""
+    reasons = {op: why_not(op, device) for op in _library.OPS}
+    return {op: reason for op, reason in reasons.items() if reason is not None}
+
+
+def has_ops(device: torch.device) -> bool:
+    """Whether code of others should call ops on a device: there are kernels, or plain PyTorch was asked
+    for in their place. Where neither is so, that code itself is the better choice."""
+    return BACKEND == "reference" or _library.unavailable(device.type) is None
+
+
 def public(kernel: Function) -> Function:
     """The public function of an op: the kernel, or the reference of the same name."""
     name = kernel.__name__
     plain = getattr(reference, name)
-    compiled = _library.missing is None
+    arguments = _arguments.Arguments(kernel)
+    lead_name = arguments.lead
 
     @functools.wraps(kernel)
-    def always_plain(*args: Any, **kwargs: Any) -> Any:
+    def op(*args: Any, **kwargs: Any) -> Any:
+        lead: Any = args[0] if args else kwargs.get(lead_name)
+        try:
+            reason = why_not(name, "cpu" if lead.is_cpu else lead.device.type)
+            if reason is None:
+                return kernel(*args, **kwargs)
+        except (
+            Exception
+        ):  # what is no tensor always ends here; looking before would cost every call
+            arguments.explain(args, kwargs)
+            raise
+        if BACKEND == "kernels" and switched_off(name) is None:
+            raise RuntimeError(f"mllama_kernels.{name} cannot run: {reason}")
         return plain(*args, **kwargs)
 
-    @functools.wraps(kernel)
-    def by_device(lead: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if compiled and lead.is_cpu:  # the shortest way, for the smallest ops
-            return kernel(lead, *args, **kwargs)
-        reason = _library.unavailable(lead.device.type) if lead.device.type != "meta" else None
-        if reason is None:
-            return kernel(lead, *args, **kwargs)
-        if BACKEND == "kernels":
-            raise RuntimeError(f"mllama_kernels.{name} cannot run: {reason}")
-        return plain(lead, *args, **kwargs)
-
-    if BACKEND == "reference" or name in DISABLED:
-        return always_plain  # type: ignore[return-value]
-    if _library.missing is None and _library.has_cuda and not _library.simulated:
-        return kernel  # nothing to fall back from: the op itself has the clear errors
-    return by_device  # type: ignore[return-value]
+    return op  # type: ignore[return-value]
 
 
 def register(

@@ -53,18 +53,20 @@ has_cuda = bool(build_info().get("cuda"))
 simulated = bool(build_info().get("simulated"))
 
 
-def unavailable(device_type: str) -> str | None:
-    """Why the kernels cannot run on a device, or None if they can."""
+def unavailable(device: str) -> str | None:
+    """Why this library has no kernels that run on a device ("cpu", "cuda:1"), or None. What the environment switches off is
+    not known here: `_dispatch.why_not` is what to ask."""
     if missing:
         return missing
-    if device_type == "cpu":
+    kind = device.partition(":")[0]
+    if kind == "cpu":
         return None
-    if device_type != "cuda":
-        return f"there are kernels for CPU and CUDA, none for {device_type}"
+    if kind != "cuda":
+        return f"there are kernels for CPU and CUDA, none for {kind}"
     if simulated:
         return "this build runs the CUDA kernels on CPU tensors (MLLAMA_KERNELS_SIMULATE=1)"
     if not has_cuda:
         return "the library was built without CUDA; reinstall with nvcc on PATH or CUDA_HOME set"
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_initialized() or torch.cuda.is_available()):  # the first is quicker
         return "torch sees no CUDA device"
     return None

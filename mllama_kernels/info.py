@@ -14,14 +14,6 @@ import torch
 from mllama_kernels import _dispatch, _library
 
 
-def _op_state(name: str, device_type: str) -> str:
-    if _dispatch.BACKEND == "reference":
-        return "plain PyTorch: MLLAMA_KERNELS_BACKEND=reference"
-    if name in _dispatch.DISABLED:
-        return "plain PyTorch: named in MLLAMA_KERNELS_DISABLE"
-    return _library.unavailable(device_type) or "available"
-
-
 def collect() -> dict[str, Any]:
     """What this installation is and can do, ready for JSON."""
     device = None
@@ -43,7 +35,8 @@ def collect() -> dict[str, Any]:
         "gpu": device,
         "backend": _dispatch.BACKEND,
         "ops": {
-            name: {kind: _op_state(name, kind) for kind in ("cpu", "cuda")} for name in _library.OPS
+            name: {kind: _dispatch.why_not(name, kind) or "available" for kind in ("cpu", "cuda")}
+            for name in _library.OPS
         },
     }
 

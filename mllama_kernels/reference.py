@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_kernels import reference_sampling
+from mllama_kernels._arguments import checked
 
 __all__ = [
     "add_rms_norm",
@@ -32,6 +33,7 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@checked
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """``weight * round(x / sqrt(mean(x^2) + eps))``; see :func:`mllama_kernels.rms_norm`."""
     wide = x.to(_statistics_dtype(x.dtype))
@@ -39,6 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return normalized.to(x.dtype) * weight
 
 
+@checked
 def gated_residual(
     x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -48,6 +51,7 @@ def gated_residual(
     return residual + gate.tanh() * x
 
 
+@checked
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -67,6 +71,7 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
+@checked
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :func:`mllama_kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -76,6 +81,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 _swiglu = swiglu  # an argument of skinny_linear has the name
 
 
+@checked
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -150,6 +156,7 @@ def _common_length(bounds: list[int], tokens: int) -> int | None:
     return lengths.pop() if len(lengths) == 1 and bounds[-1] == tokens else None
 
 
+@checked
 def rotary_attention(
     q: Tensor,
     k: Tensor,
@@ -184,6 +191,7 @@ def rotary_attention(
     return torch.cat([*rows, torch.zeros_like(q[bounds[-1] :])])
 
 
+@checked
 def rotary_attention_cached(
     q: Tensor,
     k: Tensor,
@@ -220,6 +228,7 @@ def rotary_attention_cached(
     return out
 
 
+@checked
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -272,6 +281,7 @@ def cross_attention(
     return torch.cat(out)
 
 
+@checked
 def vision_attention(
     q: Tensor,
     k: Tensor,
@@ -285,6 +295,7 @@ def vision_attention(
     return _attention(q, k, v, visible, softmax_scale)
 
 
+@checked
 def patch_embed(
     pixel_values: Tensor,
     aspect_ratio_ids: Tensor,
@@ -317,6 +328,7 @@ def patch_embed(
     return F.pad(x, (0, 0, 0, -tokens % pad_to))
 
 
+@checked
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -345,6 +357,7 @@ def linear_cross_entropy(
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+@checked
 def sample(
     logits: Tensor,
     seeds: Tensor,

@@ -80,6 +80,7 @@ def load_pretrained(
         CheckpointError: one error that lists every fault of the files and tensors.
         FileNotFoundError, ModuleNotFoundError: see `mllama.checkpoints.hub.resolve_folder`.
         ValueError: an unknown dtype, backend or semantics, or an impossible configuration.
+        RuntimeError: backend "kernels" where none can run, with the reason.
     """
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
     plan = _plan(cls, name_or_path, backend, semantics)
@@ -87,7 +88,9 @@ def load_pretrained(
     chosen = requested or _stored_dtype(
         plan.folder, plan.raw, plan.checkpoint, plan.sources.values()
     )
-    _materialise(model, chosen, torch.device(device) if device else torch.get_default_device())
+    target = torch.device(device) if device else torch.get_default_device()
+    model.ops.settle(target)
+    _materialise(model, chosen, target)
     _fill(model, plan.checkpoint, plan.sources)
     model.semantics_reason = plan.reason
     model.generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)

@@ -397,8 +397,8 @@ def _read_delay(device: torch.device) -> int:
 
 
 def _captures(model: Any, tokens: Tensor) -> bool:
-    """Whether decode steps are replayed as a graph; the reference ops read lengths on the host."""
-    return model.cuda_graph and model.backend == "kernels" and tokens.is_cuda
+    """Whether decode steps are replayed as a graph; ops in plain PyTorch read lengths on the host."""
+    return model.cuda_graph and tokens.is_cuda and not model.ops.plain_ops(model.device)
 
 
 def _cached_images(model: Any, cache: MllamaCache) -> int:

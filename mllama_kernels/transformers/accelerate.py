@@ -104,9 +104,10 @@ def accelerate(
         patch.install()
     replaced = plan.replaced()
     for device in sorted({p.device.type for p in target.parameters()} - {"meta"}):
-        why = None if _dispatch.BACKEND == "reference" else _library.unavailable(device)
-        if why:
-            plan.left[f"all on {device}"] = why
+        plain = _dispatch.plain_ops(device)
+        if len(plain) == len(_library.OPS):
+            plain = {"all": next(iter(plain.values()))}
+        plan.left |= {f"{op} on {device}": why for op, why in plain.items()}
     return Report(
         model=type(target).__name__,
         semantics=plan.semantics,

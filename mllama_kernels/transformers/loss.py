@@ -20,9 +20,9 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import mllama_kernels as ops
+from mllama_kernels._dispatch import has_ops
 from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.plan import Plan
-from mllama_kernels.transformers.support import has_kernels
 
 _OUTPUTS = {
     LlamaForCausalLM: CausalLMOutputWithPast,
@@ -58,7 +58,7 @@ def causal_lm_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         or model.loss_function is not ForCausalLMLoss
         or type(head) is not nn.Linear
         or head.bias is not None
-        or not (is_plain(head) and has_kernels(head.weight.device))
+        or not (is_plain(head) and has_ops(head.weight.device))
         or type(head.weight) not in (Tensor, nn.Parameter)
     ):
         return patch.original(*args, **kwargs)

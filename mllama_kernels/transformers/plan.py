@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama_kernels._dispatch import has_ops
 from mllama_kernels.transformers.patch import Patch, replaced_by_others
-from mllama_kernels.transformers.support import has_kernels, takes_heads
+from mllama_kernels.transformers.support import takes_heads
 
 
 class Plan:
@@ -53,7 +54,7 @@ class Plan:
     def takes_heads(self, op: str, head_dim: int, tower: nn.Module) -> bool:
         """Whether there are kernels for a head dimension where the tower is now."""
         device = next((p.device for p in tower.parameters()), torch.device("cpu"))
-        if op in self.ops and has_kernels(device) and not takes_heads(head_dim, device):
+        if op in self.ops and has_ops(device) and not takes_heads(head_dim, device):
             expected = "a multiple of 8" if device.type == "cpu" else "64, 80 or 128"
             self.left[op] = f"head dimension {head_dim}, the kernels take {expected}"
             return False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import mllama_kernels as ops
-from mllama_kernels import _dispatch, _library
+from mllama_kernels._dispatch import has_ops
 from mllama_kernels.skinny_linear import MAX_ROWS
 from mllama_kernels.transformers.patch import is_plain
 from mllama_kernels.transformers.rows import Sequences
@@ -16,20 +16,10 @@ NAME = "mllama_kernels"  # as an attn_implementation
 KNOWN_IMPLEMENTATIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", NAME}
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether ops run there as kernels, or plain PyTorch was asked for in their place. Where neither
-    is so, a module's own forward is the better choice."""
-    if _dispatch.BACKEND == "reference":
-        return True
-    if device.type == "cuda":
-        return _library.has_cuda and not _library.simulated
-    return device.type == "cpu" and _library.missing is None
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether ops run on tensors like these: plain, of one supported dtype."""
     lead = tensors[0]
-    if not has_kernels(lead.device):
+    if not has_ops(lead.device):
         return False
     dtypes = {torch.float32, torch.float16, torch.bfloat16}
     if lead.device.type == "cpu":
@@ -40,7 +30,7 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def takes_heads(head_dim: int, device: torch.device) -> bool:
-    if not has_kernels(device):
+    if not has_ops(device):
         return False
     return head_dim % 8 == 0 if device.type == "cpu" else head_dim in (64, 80, 128)
 

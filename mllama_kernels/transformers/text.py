@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 import mllama_kernels as ops
+from mllama_kernels._dispatch import has_ops
 from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.rows import (
     Sequences,
@@ -22,7 +23,6 @@ from mllama_kernels.transformers.support import (
     causal_attention,
     drops_out,
     full_attention,
-    has_kernels,
     has_many_rows,
     project,
     rotate,
@@ -66,7 +66,7 @@ def decoder_layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
 
 def mlp_forward(patch: Patch, x: Tensor) -> Tensor:
     mlp = patch.module
-    if not has_kernels(x.device):
+    if not has_ops(x.device):
         return patch.original(x)
     return project(mlp.down_proj, ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
 

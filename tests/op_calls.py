@@ -1,0 +1,180 @@
+"""One small call of every op, with every argument it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def arguments_of(name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Every argument of an op by name, in its order; none has its default value."""
+    return {key: _on(value, device) for key, value in _CALLS[name]().items()}
+
+
+def _on(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def _norm() -> dict[str, Any]:
+    return {"x": torch.randn(3, 64), "weight": torch.randn(64), "eps": 0.25}
+
+
+def _add_norm() -> dict[str, Any]:
+    mask = torch.tensor([True, False, True])
+    return {
+        "x": torch.randn(3, 64),
+        "residual": torch.randn(3, 64),
+        "weight": torch.randn(64),
+        "eps": 0.25,
+        "gate": torch.randn(1),
+        "row_mask": mask,
+    }
+
+
+def _gated_residual() -> dict[str, Any]:
+    call = _add_norm()
+    return {name: call[name] for name in ("x", "residual", "gate", "row_mask")}
+
+
+def _skinny_linear() -> dict[str, Any]:
+    return {
+        "x": torch.randn(3, 64),
+        "weight": torch.randn(32, 64),
+        "norm_weight": torch.randn(64),
+        "eps": 0.25,
+        "residual": torch.randn(3, 16),
+        "gate": torch.randn(1),
+        "row_mask": torch.tensor([True, False, True]),
+        "swiglu": True,
+        "weight_is_constant": True,
+    }
+
+
+def _heads(rows: int, heads: int) -> Tensor:
+    return torch.randn(rows, heads, 64)
+
+
+def _rotary(rows: int = 7) -> dict[str, Any]:
+    angle = torch.randn(rows, 32)
+    return {
+        "q": _heads(rows, 4),
+        "k": _heads(rows, 2),
+        "v": _heads(rows, 2),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+    }
+
+
+def _bounds() -> Tensor:
+    return torch.tensor([0, 3, 7], dtype=torch.int32)
+
+
+def _rotary_attention() -> dict[str, Any]:
+    options = {"softmax_scale": 0.2, "interleaved": True, "cu_seqlens": _bounds(), "max_seqlen": 4}
+    return {**_rotary(), **options}
+
+
+def _rotary_cached() -> dict[str, Any]:
+    return {
+        **_rotary(),
+        "k_cache": torch.randn(4, 2, 16, 64),
+        "v_cache": torch.randn(4, 2, 16, 64),
+        "page_table": torch.tensor([[0, 1], [3, 2]], dtype=torch.int32),
+        "cu_seqlens": _bounds(),
+        "cache_lens": torch.tensor([0, 5], dtype=torch.int32),
+        "max_seqlen": 4,
+        "softmax_scale": 0.2,
+        "interleaved": True,
+    }
+
+
+def _cross_attention() -> dict[str, Any]:
+    return {
+        "q": _heads(7, 4),
+        "k": torch.randn(3, 5, 2, 64),
+        "v": torch.randn(3, 5, 2, 64),
+        "tile_mask": torch.rand(7, 2) < 0.7,
+        "q_norm_weight": torch.randn(64),
+        "eps": 0.25,
+        "softmax_scale": 0.2,
+        "tile_table": torch.tensor([[0, 2], [1, -1]], dtype=torch.int32),
+        "cu_seqlens": _bounds(),
+        "max_seqlen": 4,
+    }
+
+
+def _vision_attention() -> dict[str, Any]:
+    q, k, v = torch.randn(3, 2, 9, 2, 64)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "padding": torch.rand(2, 9) < 0.3,
+        "softmax_scale": 0.2,
+    }
+
+
+def _patch_embed() -> dict[str, Any]:
+    images, tiles, size, patch, width, ratios = 2, 2, 28, 14, 64, 3
+    tokens = (size // patch) ** 2 + 1
+    return {
+        "pixel_values": torch.randn(images, tiles, 3, size, size),
+        "aspect_ratio_ids": torch.tensor([1, 2]),
+        "patch_weight": torch.randn(width, 3, patch, patch) / 24,
+        "class_embedding": torch.randn(width),
+        "position_embedding": torch.randn(tokens, width),
+        "position_gate": torch.randn(1),
+        "tile_position_embedding": torch.randn(ratios, tiles * tokens * width),
+        "pre_tile_embedding": torch.randn(ratios, tiles * width),
+        "pre_tile_gate": torch.randn(1),
+        "norm_weight": torch.randn(width),
+        "norm_bias": torch.randn(width),
+        "eps": 0.25,
+        "pad_to": 16,
+    }
+
+
+def _linear_cross_entropy() -> dict[str, Any]:
+    return {
+        "x": torch.randn(5, 64),
+        "weight": torch.randn(24, 64) / 8,
+        "labels": torch.tensor([3, 7, -1, 22, 9]),
+        "ignore_index": -1,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "reduction": "sum",
+        "masked_token": 22,
+    }
+
+
+def _sample() -> dict[str, Any]:
+    return {
+        "logits": torch.randn(3, 100),
+        "seeds": torch.tensor([3, 5, 8]),
+        "step": torch.tensor(2),
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "seen": torch.rand(3, 100) < 0.5,
+    }
+
+
+_CALLS = {
+    "rms_norm": _norm,
+    "add_rms_norm": _add_norm,
+    "gated_residual": _gated_residual,
+    "swiglu": lambda: {"gate_up": torch.randn(3, 64)},
+    "skinny_linear": _skinny_linear,
+    "rotary_attention": _rotary_attention,
+    "rotary_attention_cached": _rotary_cached,
+    "cross_attention": _cross_attention,
+    "vision_attention": _vision_attention,
+    "patch_embed": _patch_embed,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "sample": _sample,
+}
