@@ -131,6 +131,15 @@ def load(
     return model, MllamaProcessor.from_pretrained(folder)
 
 
+def what_runs(model: MllamaForConditionalGeneration) -> str:
+    """The backend where the model is, with the ops that it does not hold for."""
+    plain = model.ops.plain_ops(model.device)
+    if model.backend == "reference":
+        return f"reference on {model.device} ({next(iter(plain.values()))})"
+    but = f" (in plain PyTorch: {', '.join(plain)})" if plain else ""
+    return f"{model.backend} on {model.device}{but}"
+
+
 def chat_inputs(
     processor: MllamaProcessor,
     messages: list[dict[str, Any]],

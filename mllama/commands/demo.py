@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn
+from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn, what_runs
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.processing.plain_text import from_command_line
 
@@ -70,5 +70,5 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result, ensure_ascii=False))
     else:
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count:,} parameters, backend {model.backend} on {model.device}, {seconds:.1f} s")
+        print(f"{count:,} parameters, backend {what_runs(model)}, {seconds:.1f} s")
     return 0

@@ -19,7 +19,7 @@ from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import resolve_folder
-from mllama.commands.common import add_semantics_argument
+from mllama.commands.common import add_semantics_argument, what_runs
 from mllama.processing.tiktoken import MAX_LENGTH
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.encoding import read_examples
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     trainer = Trainer(learner.train(), processor, examples, held_out, training, autocast)
     print(
         f"{len(examples)} conversations, {trainer.steps} steps, {count:,} trained parameters, backend "
-        f"{model.backend} on {model.device}",
+        f"{what_runs(model)}",
         file=sys.stderr,
     )
     trainer.run(folder)

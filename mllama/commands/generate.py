@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         "text": processor.decode(new, skip_special_tokens=True),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": len(new),
+        "backend": model.backend,
         "seconds": round(time.perf_counter() - start, 3),
     }
     print(json.dumps(result, ensure_ascii=False))
