@@ -44,9 +44,19 @@ def build_info() -> dict[str, Any]:
     """Compiler, CUDA version and architectures of the compiled library; empty without one."""
     if path is None:
         return {}
-    function = ctypes.CDLL(str(path)).mllama_kernels_build_info
+    return json.loads(_text("build_info"))
+
+
+def instruction_set() -> str | None:
+    """What the CPU kernels use on this machine: generic, avx2, avx512, avx512 with amx; None without a
+    library. MLLAMA_KERNELS_CPU_ISA can ask for a narrower one."""
+    return None if path is None else _text("instruction_set")
+
+
+def _text(name: str) -> str:
+    function = getattr(ctypes.CDLL(str(path)), f"mllama_kernels_{name}")
     function.restype = ctypes.c_char_p
-    return json.loads(function().decode())
+    return function().decode()
 
 
 has_cuda = bool(build_info().get("cuda"))
@@ -54,8 +64,10 @@ simulated = bool(build_info().get("simulated"))
 
 
 def unavailable(device: str) -> str | None:
-    """Why this library has no kernels that run on a device ("cpu", "cuda:1"), or None. What the environment switches off is
-    not known here: `_dispatch.why_not` is what to ask."""
+    """Why this library has no kernels that run on a device ("cpu", "cuda:1"), or None.
+
+    What the environment switches off is not known here: `_dispatch.why_not` is what to ask.
+    """
     if missing:
         return missing
     kind = device.partition(":")[0]

@@ -12,6 +12,7 @@
 
 #include <new>
 
+#include "../build_info.h"
 #include "kernels.h"
 
 namespace mllama {
@@ -101,3 +102,12 @@ MLLAMA_DISPATCH(vision_attention, VisionAttentionParams)
 MLLAMA_DISPATCH(vision_attention_backward, VisionAttentionBackwardParams)
 
 }  // namespace mllama
+
+extern "C" const char* mllama_kernels_instruction_set() {
+#ifdef MLLAMA_X86
+  if (mllama::isa() == mllama::Isa::kAvx512)
+    return mllama::amx_available() ? "avx512 with amx" : "avx512";
+  if (mllama::isa() == mllama::Isa::kAvx2) return "avx2";
+#endif
+  return "generic";
+}
