@@ -39,6 +39,9 @@ def linear_cross_entropy(
     time, so that every element of both gradients comes from one matrix product and is never summed up
     in 16 bits.
 
+    The products are the library's, which sums in an order of its choice for the number of rows: the bits
+    of a row's loss and gradient may depend on what else is in the batch.
+
     Args:
         x: (..., E), float32, float16 or bfloat16 (float64 on CPU).
         weight: (V, E), dtype of x.

@@ -58,7 +58,8 @@ def patch_embed(
         saves the tokens before LayerNorm, M T P E elements, and of the inputs those it reads. Of what
         LayerNorm needs that is all: mean and deviation are recomputed. It computes the gradients that
         are asked for and no others; those of pixel_values and patch_weight are torch's matrix products
-        with the gradient of the patches. On CUDA E is at most 2560 for gradients.
+        with the gradient of the patches, so the bits of the gradient of pixel_values may depend on what
+        else is in the batch. On CUDA E is at most 2560 for gradients.
     Raises:
         RuntimeError: naming what was given and what is expected.
     Source:

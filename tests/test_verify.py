@@ -160,7 +160,7 @@ def test_plain_pytorch_in_the_place_of_a_kernel_is_named(model, inputs, monkeypa
 
 
 def test_ops_that_a_text_does_not_call_are_not_passed(model, inputs):
-    text = {"input_ids": inputs["input_ids"].clamp_max(100)}
+    text = {"input_ids": torch.randint(3, SHAPE.vocab, (1, 20))}
     rows = compare_ops(model, text)
     assert all(row.passed for row in rows)
     assert {"patch_embed", "vision_attention"} <= set(not_compared(rows))
