@@ -1,4 +1,4 @@
-"""The bits of a row, sequence or image do not depend on what else is in the batch, nor do those of its gradient.
+"""The bits of a row, sequence or image and of its gradient do not depend on what else is in the batch.
 
 Where the library multiplies, it chooses the order of its sums by the number of rows: `linear_cross_entropy`,
 and the gradient of `patch_embed` for the pixels, promise nothing."""

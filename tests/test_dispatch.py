@@ -49,16 +49,16 @@ def set_build(monkeypatch, kind: str) -> None:
         monkeypatch.setattr(_library, "missing", REASON)
     elif kind == "no such device":
         monkeypatch.setattr(_library, "unavailable", lambda kind: REASON)
-    elif kind == "cuda":
+    elif kind == "nvcc":
         monkeypatch.setattr(_library, "has_cuda", True)
 
 
-BUILDS = ("as built", "cuda", "reference", "disabled", "no library", "no such device")
+BUILDS = ("as built", "nvcc", "reference", "disabled", "no library", "no such device")
 
 
 @pytest.fixture(params=BUILDS)
 def build(request, monkeypatch):
-    if request.param in ("as built", "cuda") and _library.missing:
+    if request.param in ("as built", "nvcc") and _library.missing:
         pytest.fail(_library.missing)
     set_build(monkeypatch, request.param)
     return request.param
@@ -144,7 +144,7 @@ def test_a_kernel_runs_exactly_where_nothing_speaks_against_it(name, build):
     with Kernels() as ran:
         getattr(mllama_kernels, name)(**arguments_of(name))
     assert (name in ran.names) == (_dispatch.why_not(name, "cpu") is None)
-    assert (name in ran.names) == (build in ("as built", "cuda"))
+    assert (name in ran.names) == (build in ("as built", "nvcc"))
 
 
 @pytest.mark.parametrize("name", _library.OPS)
