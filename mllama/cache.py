@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mllama.config import MllamaTextConfig
-from mllama.tiles import TileMemory, TileView
+from mllama.tiles import LOOSE, PADDING, ImageTiles, TileMemory, TileView
 
 PAGE_SIZE = 64
 
@@ -41,9 +41,12 @@ class MllamaCache:
         columns: text columns seen so far, padding included: what `transformers` calls the sequence
             length. Kept on the host; no sequence is longer.
         tile_table: (B, T) int32; T grows when images are added.
+        tile_kinds: (B, T) int8, of which kind of image a tile is, see :mod:`mllama.tiles`; PADDING also
+            where the image is forgotten.
         memory: the tiles that the next token of each sequence sees without a mask of its own.
         texts: the tokens of each sequence, if ``generate`` has put them there; then it tells from
             them how much of the next prompt is here already.
+        prompt_lengths: then also how many of these tokens each sequence has read; it has made the rest.
         captured: the step that ``generate`` has captured on these tensors. It lives as long as the
             cache and stays behind when that is copied or pickled.
     """
@@ -89,31 +92,62 @@ class MllamaCache:
         self.tile_table = torch.empty(
             self.batch_size, 0, dtype=torch.int32, device=self.lengths.device
         )
+        self.tile_kinds = torch.empty_like(self.tile_table, dtype=torch.int8)
         self.memory = TileMemory()
         self.texts: list[list[int]] | None = None
+        self.prompt_lengths: list[int] | None = None
 
-    def truncate(self, lengths: list[int], offset: Tensor) -> None:
-        """Forget the tokens of each sequence after the first ``lengths[b]``; images stay.
+    def truncate(self, lengths: list[int], offset: Tensor | None = None) -> None:
+        """Forget the tokens of each sequence after the first ``lengths[b]``.
+
+        Images stay, and a ``cross_attention_mask`` for a forward still covers them. Without a mask the
+        next token sees what the last kept one saw. ``generate`` forgets the images whose token is gone.
 
         Args:
             offset: (B, 1) int64, how far the position of a sequence's next token is ahead of its
-                length: 0 unless padding was counted.
+                length: 0 unless padding was counted. By default as far as it is.
         """
+        if offset is None:
+            offset = self.next_position - self.lengths.unsqueeze(1)
         kept = torch.tensor(lengths, dtype=torch.int32)
         self.lengths.copy_(kept)
+        self.memory.truncate(self.lengths)
         self.next_position.copy_(self.lengths.unsqueeze(1) + offset)
         self.columns = max(lengths)
         if self.texts is not None:
             self.texts = [text[:length] for text, length in zip(self.texts, lengths)]
 
-    def mark_images(self) -> tuple[int, Tensor, TileMemory]:
+    def image_kinds(self, tiles_per_image: int) -> list[list[int]]:
+        """The kind of image at each place of each sequence.
+
+        Every forward with new images appends as many places to each sequence as the one with the most
+        needs; they are PADDING in the others.
+        """
+        return self.tile_kinds[:, ::tiles_per_image].tolist()
+
+    def keep_images(self, places: list[list[int]], tiles_per_image: int) -> None:
+        """Forget all images but those at the ``places`` of each sequence."""
+        count = 1 + max((place for row in places for place in row), default=-1)
+        kept = torch.zeros(self.batch_size, count, tiles_per_image, dtype=torch.bool)
+        for sequence, row in zip(kept, places):
+            sequence[row] = True
+        kept = kept.to(self.tile_kinds.device)
+        self.memory.keep_images(kept)
+        kinds = self.tile_kinds[:, : count * tiles_per_image]
+        self.tile_kinds = kinds.masked_fill(~kept.flatten(1), PADDING)
+        is_forgotten = (kinds != PADDING) & (self.tile_kinds == PADDING)
+        table = self.tile_table[:, : count * tiles_per_image]
+        self.tile_table = table.masked_fill(is_forgotten, -1)
+        self.num_tiles_stored = int(self.tile_table.max()) + 1 if count else 0
+
+    def mark_images(self) -> tuple[int, Tensor, Tensor, TileMemory]:
         """What restore_images() needs to forget the images that are added from here on."""
         memory = copy(self.memory)
         memory.view = memory.view.clone()  # settle() may write the next view over this one
-        return self.num_tiles_stored, self.tile_table, memory
+        return self.num_tiles_stored, self.tile_table, self.tile_kinds, memory
 
-    def restore_images(self, mark: tuple[int, Tensor, TileMemory]) -> None:
-        self.num_tiles_stored, self.tile_table, self.memory = mark
+    def restore_images(self, mark: tuple[int, Tensor, Tensor, TileMemory]) -> None:
+        self.num_tiles_stored, self.tile_table, self.tile_kinds, self.memory = mark
 
     def settle(self) -> None:
         """Move what a prefill has made anew to its place of the last settle(), if that fits.
@@ -191,8 +225,9 @@ class MllamaCache:
         pages[:, :, :first] = self._pages
         self._pages = pages
 
-    def add_tiles(self, table: Tensor, count: int, tokens_per_tile: int) -> None:
-        """Make room for ``count`` tiles whose (B, T) table of new entries, or -1, is ``table``."""
+    def add_tiles(self, tiles: ImageTiles) -> None:
+        """Make room for new tiles, one place each."""
+        table, (count, tokens_per_tile) = tiles.table, tiles.states.shape[:2]
         first, stored = self.num_tiles_stored, self._tiles
         if first + count > stored.shape[2] or tokens_per_tile != stored.shape[3]:
             layers, _, _, _, heads, head_dim = stored.shape
@@ -205,6 +240,10 @@ class MllamaCache:
         self.tile_table = torch.cat(
             [self.tile_table, torch.where(table >= 0, table + first, -1)], dim=1
         )
+        kinds = torch.full_like(table, LOOSE, dtype=torch.int8)
+        if tiles.kinds is not None:
+            kinds = tiles.kinds.repeat_interleave(table.shape[1] // tiles.kinds.shape[1], dim=1)
+        self.tile_kinds = torch.cat([self.tile_kinds, kinds], dim=1)
         self.num_tiles_stored = first + count
 
     def store_tiles(self, layer: int, k: Tensor, v: Tensor) -> None:

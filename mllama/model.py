@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
 from mllama.checks import (
+    TextInputs,
     check_cross_attention_mask,
     check_image_tokens,
     check_images,
@@ -23,7 +25,7 @@ from mllama.loss import IGNORED, causal_lm_loss, targets_of
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
 from mllama.text import MllamaTextModel
-from mllama.tiles import ImageTiles
+from mllama.tiles import IMAGE, LOOSE, ImageTiles
 from mllama.vision import MllamaVisionModel
 
 
@@ -56,24 +58,28 @@ class MllamaModel(MllamaPreTrainedModel):
         aspect_ratio_ids: Tensor,
         aspect_ratio_mask: Tensor,
         cross_attention_mask: Tensor | None = None,
+        has_tokens: bool = True,
     ) -> ImageTiles:
         """Vision tower and projector: the tiles that text may see.
 
-        Args: as in :meth:`forward`.
+        Args: as in :meth:`forward`, and
+            has_tokens: whether an image token stands for each image.
         Returns: all tiles when image-less rows leak, since those rows see them all; otherwise the tiles
             that belong to an image or that the mask shows to some token.
         """
-        batch = pixel_values.shape[0]
+        batch, is_image = pixel_values.shape[0], aspect_ratio_ids > 0
+        kinds = is_image.to(torch.int8) * (IMAGE if has_tokens else LOOSE)
         images = (t.flatten(0, 1) for t in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
         states = self.vision_model.encode(*images).flatten(0, 1)
         if self.semantics.imageless_rows == "leak":
-            return ImageTiles.of_states(multiply(self.multi_modal_projector, states), batch)
-        keep = ((aspect_ratio_mask != 0) & (aspect_ratio_ids > 0).unsqueeze(-1)).flatten(1)
+            projected = multiply(self.multi_modal_projector, states)
+            return ImageTiles.of_states(projected, batch, kinds)
+        keep = ((aspect_ratio_mask != 0) & is_image.unsqueeze(-1)).flatten(1)
         if cross_attention_mask is not None:
             shown = (cross_attention_mask == 1).any(1).flatten(1)
             keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
         kept = multiply(self.multi_modal_projector, states[keep.flatten()])
-        return ImageTiles(kept, ImageTiles.table_of(keep))
+        return ImageTiles(kept, ImageTiles.table_of(keep), kinds)
 
     def forward(
         self,
@@ -130,13 +136,29 @@ class MllamaModel(MllamaPreTrainedModel):
             if pixel_values is not None:
                 assert aspect_ratio_ids is not None and aspect_ratio_mask is not None
                 tiles = self.encode_images(
-                    pixel_values, aspect_ratio_ids, aspect_ratio_mask, cross_attention_mask
+                    pixel_values,
+                    aspect_ratio_ids,
+                    aspect_ratio_mask,
+                    cross_attention_mask,
+                    has_tokens=input_ids is not None,
                 )
             elif cross_attention_states is not None:
-                tiles = ImageTiles.of_states(cross_attention_states, text.batch)
+                tiles = ImageTiles.of_states(
+                    cross_attention_states, text.batch, self._kinds_of_states(text, new_tiles)
+                )
             return self.language_model.run(
                 text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
             )
+
+
+    def _kinds_of_states(self, text: TextInputs, new_tiles: int) -> Tensor | None:
+        """(B, images) kinds of images given as states: by the image tokens, where there is any."""
+        images, rest = divmod(new_tiles, self.config.vision_config.max_num_tiles)
+        if text.input_ids is None or rest:
+            return None
+        tokens = (text.input_ids == self.config.image_token_index).sum(1, keepdim=True)
+        of_tokens = (torch.arange(images, device=text.device) < tokens).to(torch.int8) * IMAGE
+        return torch.where(tokens.any(), of_tokens, LOOSE)
 
 
 class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):

@@ -44,6 +44,11 @@ class Packing:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls(batch, length, None, cu_seqlens, length)
 
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.batch * self.length if self.rows is None else self.rows.shape[0]
+
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, ...) to (N, ...)."""
         x = x.flatten(0, 1)

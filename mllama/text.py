@@ -273,7 +273,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         if cache is not None:
             cache.reserve(text.length)
             if tiles is not None:
-                cache.add_tiles(tiles.table, tiles.states.shape[0], tiles.states.shape[1])
+                cache.add_tiles(tiles)
         table = tiles.table if cache is None and tiles is not None else None
         if cache is not None and cache.num_tiles:
             table = cache.tile_table
@@ -285,6 +285,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 cross_attention_mask,
                 self.semantics,
                 cache.memory if cache is not None else None,
+                cache.lengths if cache is not None else None,
                 past=cache.columns if cache is not None else 0,
                 new_images=tiles is not None,
             )

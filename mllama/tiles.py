@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,11 @@ from torch import Tensor
 
 from mllama.packing import Packing
 from mllama.semantics import Semantics
+
+
+# What is at a place for an image of a sequence: nothing, where another one has more images; the image
+# of an image token; or an image that no token of the text stands for.
+PADDING, IMAGE, LOOSE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,20 @@ class ImageTiles:
         states: (n, P, E), one entry per kept tile.
         table: (B, T) int32, the entry of each tile of each sequence, or -1 where none is kept; the
             order of T is image, then tile.
+        kinds: (B, images) int8, PADDING, IMAGE or LOOSE; None: all are LOOSE.
     """
 
     states: Tensor
     table: Tensor
+    kinds: Tensor | None = None
 
     @classmethod
-    def of_states(cls, states: Tensor, batch: int) -> ImageTiles:
+    def of_states(
+        cls, states: Tensor, batch: int, kinds: Tensor | None = None
+    ) -> ImageTiles:
         """All tiles of ``cross_attention_states`` (B * images * tiles, P, E), batch-major."""
         table = torch.arange(states.shape[0], dtype=torch.int32, device=states.device)
-        return cls(states, table.view(batch, -1))
+        return cls(states, table.view(batch, -1), kinds)
 
     @staticmethod
     def table_of(keep: Tensor) -> Tensor:
@@ -80,8 +89,80 @@ class TileView:
         )
 
 
+# The place in its sequence of a column that has no token there.
+_NOWHERE = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What each column of one forward saw.
+
+    Attributes:
+        at: (B, L) int64, the place of each column's token in its sequence; _NOWHERE at padding and
+            for tokens that are forgotten.
+        seen: (B, L, T) bool, the tiles.
+        images: (B, L, M) bool, the images a mask has shown; M is 0 where there was no mask.
+    """
+
+    at: Tensor
+    seen: Tensor
+    images: Tensor
+
+    def first(self, lengths: Tensor) -> _Read:
+        """Without the tokens behind the first ``lengths`` (B,) of each sequence."""
+        return replace(self, at=self.at.masked_fill(self.at >= lengths.unsqueeze(1), _NOWHERE))
+
+    def within(self, kept: Tensor) -> _Read:
+        """With no other tiles in sight than those ``kept`` (B, M, tiles) bool."""
+        seen = self.seen[:, :, : kept[0].numel()]
+        images = self.images[:, :, : kept.shape[1]]
+        return _Read(
+            self.at,
+            seen & kept.flatten(1)[:, None, : seen.shape[2]],
+            images & kept.any(-1)[:, None, : images.shape[2]],
+        )
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What the latest token of each sequence saw: (B, T) tiles; the (B, M) images that a mask has shown
+    to any token; and whether what it saw was a mask's to say, (B,)."""
+
+    seen: Tensor
+    images: Tensor
+    is_masked: Tensor
+
+    @classmethod
+    def after(cls, before: _Sight | None, read: _Read) -> _Sight:
+        """A sequence may have no token in a forward; new images append columns."""
+        real = read.at != _NOWHERE
+        column = torch.arange(1, real.shape[1] + 1, device=real.device)
+        last = (real * column).amax(1)
+        index = (last - 1).clamp_min(0)[:, None, None].expand(-1, 1, read.seen.shape[2])
+        has_token = last.unsqueeze(1) > 0
+        seen = read.seen.gather(1, index).squeeze(1) & has_token
+        images = (read.images & real.unsqueeze(-1)).any(1)
+        is_masked = (last > 0) & (read.images.shape[2] > 0)
+        if before is not None:
+            tiles = max(seen.shape[1], before.seen.shape[1])
+            seen = torch.where(has_token, _widened(seen, tiles), _widened(before.seen, tiles))
+            most = max(images.shape[1], before.images.shape[1])
+            images = _widened(images, most) | _widened(before.images, most)
+            is_masked = torch.where(last > 0, is_masked, before.is_masked)
+        return cls(seen, images, is_masked)
+
+    def view(self, semantics: Semantics) -> TileView:
+        """For one more token of each sequence."""
+        after_mask = seen_after_prompt(self.seen, self.images, semantics)
+        seen = torch.where(self.is_masked.unsqueeze(1), after_mask, self.seen)
+        return TileView.of_seen(seen, semantics)
+
+
 class TileMemory:
     """What the next token of each sequence sees unless it comes with a mask of its own.
+
+    It remembers what every token saw that was read with a mask or with new images, so that it can go
+    back to an earlier one.
 
     Attributes:
         view: for one token per sequence, (B, T) and (B,).
@@ -89,27 +170,48 @@ class TileMemory:
 
     def __init__(self) -> None:
         self.view = TileView(None, None)
-        self._last_seen: Tensor | None = None  # (B, T)
-        self._images_seen: Tensor | None = None  # (B, M)
+        self._reads: tuple[_Read, ...] = ()
+        self._sight: _Sight | None = None
+        self._semantics = Semantics()
 
-    def remember(self, seen: Tensor, shown: Tensor, packing: Packing, semantics: Semantics) -> None:
+    def remember(
+        self,
+        seen: Tensor,
+        images: Tensor,
+        packing: Packing,
+        lengths: Tensor,
+        semantics: Semantics,
+    ) -> None:
         """Take over what the last real token of each sequence sees.
 
         Args:
-            seen: (N, T) bool per packed token.
-            shown: (B, L, M, tiles) bool, the same per column.
+            seen: (B, L, T) bool, the tiles that each column sees.
+            images: (B, L, M) bool, the images that a mask shows to it; M is 0 without a mask.
+            lengths: (B,) the tokens of each sequence so far.
         """
-        if not seen.shape[0]:
-            return  # nothing but padding
-        last = seen[(packing.cu_seqlens[1:] - 1).clamp_min(0)]
-        images = shown.any(-1).any(1)
-        if self._last_seen is not None and self._images_seen is not None:
-            # A sequence may have no token in this forward; new images append columns.
-            is_empty = packing.cu_seqlens.diff().unsqueeze(1) == 0
-            last = torch.where(is_empty, _widened(self._last_seen, last.shape[1]), last)
-            images = images | _widened(self._images_seen, images.shape[1])
-        self._last_seen, self._images_seen = last, images
-        self.view = TileView.of_seen(seen_after_prompt(last, images, semantics), semantics)
+        real = packing.unpack(torch.ones(1, dtype=torch.bool, device=seen.device).expand(packing.total))
+        at = (lengths.unsqueeze(1) + real.cumsum(1) - 1).masked_fill(~real, _NOWHERE)
+        read = _Read(at, seen, images)
+        self._reads, self._semantics = (*self._reads, read), semantics
+        self._sight = _Sight.after(self._sight, read)
+        self.view = self._sight.view(semantics)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what the tokens behind the first ``lengths`` (B,) of each sequence saw."""
+        self._recall(tuple(read.first(lengths) for read in self._reads))
+
+    def keep_images(self, kept: Tensor) -> None:
+        """Forget all tiles but those ``kept`` (B, M, tiles) bool, which are the first there are."""
+        self._recall(tuple(read.within(kept) for read in self._reads))
+
+    def _recall(self, reads: tuple[_Read, ...]) -> None:
+        if not reads:
+            return
+        self._reads, self._sight = reads, None
+        for read in reads:
+            self._sight = _Sight.after(self._sight, read)
+        assert self._sight is not None
+        self.view = self._sight.view(self._semantics)
 
 
 def _widened(mask: Tensor, columns: int) -> Tensor:
@@ -145,6 +247,7 @@ def view_of_tokens(
     cross_attention_mask: Tensor | None,
     semantics: Semantics,
     memory: TileMemory | None,
+    lengths: Tensor | None,
     past: int,
     new_images: bool,
 ) -> TileView:
@@ -154,24 +257,24 @@ def view_of_tokens(
         table: (B, T) of all tiles.
         cross_attention_mask: (B, L', M, tiles) or None.
         memory: of the cache, if there is one.
+        lengths: (B,) tokens in the cache, if there is one.
         past: text columns in the cache.
         new_images: whether some of the tiles are new in this forward.
     """
     if cross_attention_mask is not None:
         shown = rows_of_chunk(cross_attention_mask, past, packing.length)
-        seen = packing.pack(shown)
         if memory is not None:
-            memory.remember(
-                seen, shown.unflatten(-1, cross_attention_mask.shape[2:]), packing, semantics
-            )
-        return TileView.of_seen(seen, semantics)
+            images = shown.unflatten(-1, cross_attention_mask.shape[2:]).any(-1)
+            memory.remember(shown, images, packing, lengths, semantics)
+        return TileView.of_seen(packing.pack(shown), semantics)
     if memory is not None and not new_images:
         return memory.view.of_each_token(packing)
-    if semantics.imageless_rows == "leak":
-        view = TileView(None, None)
-    else:
-        # Every token sees all tiles of its sequence, and a sequence without images sees none.
-        view = TileView.of_seen(table >= 0, semantics)
+    # Every token sees all tiles of its sequence, and a sequence without images sees none, or all.
+    sees_all = semantics.imageless_rows == "leak"
+    seen = torch.ones_like(table, dtype=torch.bool) if sees_all else table >= 0
+    view = TileView.of_seen(None if sees_all else seen, semantics)
     if memory is not None:
+        columns = seen.unsqueeze(1).expand(-1, packing.length, -1)
+        memory.remember(columns, columns[:, :, :0], packing, lengths, semantics)
         memory.view = view
     return view.of_each_token(packing)

@@ -237,10 +237,15 @@ class _Run:
         self._captures = _captures(model, input_ids)
         self._borrows_cache = self._captures and cache is None and not returns_cache
         self.cache = model.new_cache(self.prompt.batch_size) if cache is None else cache
-        self._reused = self.prompt.reuse(self.cache)
+        prompt_only = model.semantics.decode_rows == "prompt_only"
+        self._reused = self.prompt.reuse(self.cache, answers_are_blind=prompt_only)
+        self._images = None
+        if (vision := getattr(model.config, "vision_config", None)) is not None:
+            tiles = vision.max_num_tiles
+            self._images = self.prompt.cached_images(self.cache, self._reused, tiles)
         # Positions count the tokens of a row; a forward outside may have counted padding as well.
         self._offset = self.cache.next_position - self.cache.lengths.unsqueeze(1)
-        self._inputs = self.prompt.new_inputs(self._reused, _cached_images(model, self.cache))
+        self._inputs = self.prompt.new_inputs(self._reused, self._images)
         self._inputs["position_ids"] += self._offset
         searched = text or self.plan.stop_strings
         self.condition = StopCondition(
@@ -271,9 +276,11 @@ class _Run:
     def _steps(self) -> Iterator[tuple[list[int], list[str]]]:
         cache, plan = self.cache, self.plan
         cache.truncate(self._reused, self._offset)
+        if self._images is not None:
+            self._images.forget_others(cache)
         images = cache.mark_images()
         try:
-            cache.reserve(self._inputs["input_ids"].shape[1] + plan.max_new_tokens)
+            cache.reserve(self._inputs["attention_mask"].shape[1] + plan.max_new_tokens)
             advance = self._decoder()
             step = advance.step if isinstance(advance, CapturedStep) else advance
             prefill = self._model(**self._inputs, past_key_values=cache, logits_to_keep=1)
@@ -315,7 +322,7 @@ class _Run:
             tiles = states.shape[0] // batch
         return Bucket(
             batch_size=batch,
-            capacity=rounded_capacity(inputs["input_ids"].shape[1] + self.plan.max_new_tokens),
+            capacity=rounded_capacity(inputs["attention_mask"].shape[1] + self.plan.max_new_tokens),
             tiles=tiles,
             is_masked=inputs.get("cross_attention_mask") is not None,
             sampling=self.plan.sampling,
@@ -348,8 +355,9 @@ class _Run:
             return
         texts = [(text + row)[:-1] for text, row in zip(self.prompt.texts, self.rows)]
         self.cache.truncate([len(text) for text in texts], self._offset)
-        self.cache.texts = texts
-        self.cache.columns = self.prompt.input_ids.shape[1] + max(map(len, self.rows)) - 1
+        self.cache.texts = texts if self.prompt.has_ids else None
+        self.cache.prompt_lengths = [len(text) for text in self.prompt.texts]
+        self.cache.columns = self.prompt.length + max(map(len, self.rows)) - 1
 
 
 class _TokenReader:
@@ -399,12 +407,6 @@ def _read_delay(device: torch.device) -> int:
 def _captures(model: Any, tokens: Tensor) -> bool:
     """Whether decode steps are replayed as a graph; ops in plain PyTorch read lengths on the host."""
     return model.cuda_graph and tokens.is_cuda and not model.ops.plain_ops(model.device)
-
-
-def _cached_images(model: Any, cache: MllamaCache) -> int:
-    """Places for images per row in the cache; 0 where images have no tokens to go by."""
-    vision = getattr(model.config, "vision_config", None)
-    return 0 if vision is None else cache.num_tiles // vision.max_num_tiles
 
 
 def _text_config(model: Any) -> MllamaTextConfig:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
+from mllama.generation.images import IMAGE_INPUTS, CachedImages, new_images
 
-_IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 MODEL_INPUTS = (
     "attention_mask",
-    *_IMAGE_INPUTS,
+    "inputs_embeds",
+    *IMAGE_INPUTS,
     "cross_attention_mask",
     "cross_attention_states",
 )
@@ -29,7 +30,7 @@ class Prompt:
     whose token is in the reused part are not computed again, whether passed again or not.
 
     Args:
-        input_ids: (B, L) int64.
+        input_ids: (B, L) int64; None where ``inputs`` has inputs_embeds, which then are all there is.
         inputs: those of MODEL_INPUTS that were given. A missing attention mask is made from
             ``pad_token_id`` as transformers does.
         image_token_id: None for a model without images.
@@ -37,38 +38,43 @@ class Prompt:
             padding in ``input_ids`` when there is no attention mask.
 
     Attributes:
-        input_ids: as given.
-        texts: the tokens of each row without padding.
+        input_ids: as given; (B, 0) for None.
+        length: L, the columns of the prompt.
+        has_ids: whether the tokens are known.
+        texts: the tokens of each row without padding; -1 for each that is not known.
 
     Raises: ValueError or TypeError naming the input, what was given and what is expected.
     """
 
     def __init__(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         inputs: Mapping[str, Any],
         *,
         image_token_id: int | None,
         pad_token_id: int | None,
         infer_padding: bool,
     ) -> None:
-        _check_ids(input_ids)
         self._inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._embeds = self._inputs.pop("inputs_embeds", None)
+        self.has_ids = input_ids is not None
+        ids = _checked_ids(input_ids, self._embeds)
         mask = self._inputs.pop("attention_mask", None)
         if mask is None:
-            padding = pad_token_id if infer_padding else None
-            mask = torch.ones_like(input_ids) if padding is None else input_ids != padding
-        if mask.shape != input_ids.shape:
+            padding = pad_token_id if infer_padding and self.has_ids else None
+            mask = torch.ones_like(ids) if padding is None else ids != padding
+        if mask.shape != ids.shape:
             raise ValueError(
-                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, "
                 f"got {tuple(mask.shape)}"
             )
-        self.input_ids = input_ids
+        self.input_ids = ids if self.has_ids else ids[:, :0]
+        self._ids, self.length = ids, ids.shape[1]
         self._pad = pad_token_id or 0
         self._image_token = image_token_id
         self._columns = [[i for i, real in enumerate(row) if real] for row in mask.tolist()]
         self.texts = [
-            [row[i] for i in columns] for row, columns in zip(input_ids.tolist(), self._columns)
+            [row[i] for i in columns] for row, columns in zip(ids.tolist(), self._columns)
         ]
         empty = [row for row, text in enumerate(self.texts) if not text]
         if empty:
@@ -84,17 +90,29 @@ class Prompt:
         """Tokens of the longest row."""
         return max(map(len, self.texts))
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether a cross_attention_mask says what each token sees."""
+        return "cross_attention_mask" in self._inputs
+
+    def image_tokens(self, row: int, begin: int = 0, end: int | None = None) -> int:
+        """How many image tokens a part of a row's text has."""
+        return self.texts[row][begin:end].count(self._image_token)
+
     def _check_cross_attention_mask(self) -> None:
-        mask, shape = self._inputs.get("cross_attention_mask"), tuple(self.input_ids.shape)
+        mask, shape = self._inputs.get("cross_attention_mask"), tuple(self._ids.shape)
         if mask is not None and (mask.dim() != 4 or tuple(mask.shape[:2]) != shape):
             raise ValueError(
                 f"cross_attention_mask must be {shape} by images by tiles, one row for every column "
                 f"of input_ids, got {tuple(mask.shape)}"
             )
 
-    def reuse(self, cache: MllamaCache) -> list[int]:
+    def reuse(self, cache: MllamaCache, answers_are_blind: bool) -> list[int]:
         """How many tokens of each row the cache holds already; at least one token stays new.
 
+        Args:
+            answers_are_blind: whether generated tokens see no image where the prompt had several. Read
+                again as a part of the next prompt they may see one, and are computed again.
         Raises: ValueError if the cache is of another batch or of other images.
         """
         if cache.batch_size != self.batch_size:
@@ -102,9 +120,10 @@ class Prompt:
                 f"past_key_values holds {cache.batch_size} sequences, input_ids has {self.batch_size}"
             )
         lengths = cache.lengths.tolist()
-        cached = cache.texts
-        if cached is None or [len(text) for text in cached] != lengths:  # filled by a forward
-            cached = [text[:length] for text, length in zip(self.texts, lengths)]
+        cached, read = cache.texts, cache.prompt_lengths
+        if not self.has_ids or cached is None or [len(text) for text in cached] != lengths:
+            # Filled by a forward, or with embeddings: what it holds is taken for the same text.
+            cached, read = [text[:length] for text, length in zip(self.texts, lengths)], None
             short = [row for row, length in enumerate(lengths) if length > len(self.texts[row])]
             if short:
                 raise ValueError(
@@ -118,84 +137,66 @@ class Prompt:
             if self._image_token in old[same:]:
                 raise ValueError(
                     f"row {row} of input_ids leaves the text in past_key_values at token {same}, "
-                    "before an image there: start without past_key_values"
+                    "before an image there: start without past_key_values, or truncate() it"
                 )
+            if read is not None and answers_are_blind and self.has_mask:
+                if self.image_tokens(row, 0, same) > 1:
+                    same = min(same, read[row])
             reused.append(same)
         return reused
 
-    def new_inputs(self, reused: list[int], cached_images: int) -> dict[str, Any]:
+    def cached_images(
+        self, cache: MllamaCache, reused: list[int], tiles_per_image: int
+    ) -> CachedImages:
+        """Where the cache has the images of the first ``reused`` tokens of each row.
+
+        Raises: ValueError if it does not have them.
+        """
+        return CachedImages.of(cache, tiles_per_image, *self._image_counts(reused))
+
+    def _image_counts(self, reused: list[int]) -> tuple[list[int], list[int]]:
+        """Image tokens of each row among the first ``reused`` tokens and behind them."""
+        old = [self.image_tokens(row, 0, count) for row, count in enumerate(reused)]
+        new = [self.image_tokens(row, count) for row, count in enumerate(reused)]
+        return old, new
+
+    def new_inputs(self, reused: list[int], images: CachedImages | None) -> dict[str, Any]:
         """The arguments of a forward pass over the tokens after the first ``reused`` of each row.
 
         Args:
             reused: per row, from reuse().
-            cached_images: image places per row in the cache, used or not.
+            images: from cached_images(); None for a model without image tokens, which is given the image
+                inputs as they are.
         """
         columns = [row[count:] for row, count in zip(self._columns, reused)]
         width = max(map(len, columns))
         index = torch.tensor([[-1] * (width - len(row)) + row for row in columns])
-        index = index.to(self.input_ids.device)
+        index = index.to(self._ids.device)
         real, index = index >= 0, index.clamp_min(0)
         past = torch.tensor(reused, device=index.device)[:, None]
+        if self._embeds is None:
+            text = {"input_ids": self._ids.gather(1, index).masked_fill(~real, self._pad)}
+        else:
+            rows = torch.arange(self.batch_size, device=index.device)[:, None]
+            text = {"inputs_embeds": self._embeds[rows, index]}
         return {
-            "input_ids": self.input_ids.gather(1, index).masked_fill(~real, self._pad),
+            **text,
             "attention_mask": real.long(),
             "position_ids": (past + real.cumsum(1) - 1).clamp_min(0),
-            **self._new_images(reused, cached_images, index, real),
+            **new_images(self._inputs, images, *self._image_counts(reused), index, real),
         }
 
-    def _images_in(self, begin: list[int], end: list[int | None]) -> list[int]:
-        token = self._image_token
-        return [text[b:e].count(token) for text, b, e in zip(self.texts, begin, end)]
 
-    def _new_images(
-        self, reused: list[int], cached_images: int, index: Tensor, real: Tensor
-    ) -> dict[str, Any]:
-        inputs = dict(self._inputs)
-        old = self._images_in([0] * self.batch_size, reused)
-        new = self._images_in(reused, [None] * self.batch_size)
-        if cached_images and "aspect_ratio_ids" in inputs:
-            given = (inputs["aspect_ratio_ids"] > 0).sum(1).tolist()
-            if given == [a + b for a, b in zip(old, new)] and any(old):
-                for name in _IMAGE_INPUTS:
-                    if name in inputs:
-                        inputs[name] = _shift_left(inputs[name], old, max(new))
-            elif given != new:
-                raise ValueError(
-                    f"the rows have {given} images in pixel_values; expected the {new} that are new "
-                    f"in input_ids, or those and the {old} in past_key_values"
-                )
-        if cached_images and not any(new):
-            inputs = {k: v for k, v in inputs.items() if k == "cross_attention_mask"}
-        mask = inputs.get("cross_attention_mask")
-        if mask is not None:
-            rows = index[:, :, None, None].expand(-1, -1, *mask.shape[2:])
-            mask = mask.gather(1, rows) * real[:, :, None, None]
-            most = max(a + b for a, b in zip(old, new))
-            if mask.shape[2] < most:
-                raise ValueError(
-                    f"cross_attention_mask covers {mask.shape[2]} images, input_ids has {most}"
-                )
-            if cached_images:
-                # Image j of a row is the j-th it ever had; in the cache each turn has its places.
-                seen_now = _shift_left(mask.transpose(1, 2), old, max(new)).transpose(1, 2)
-                places = mask.new_zeros(*mask.shape[:2], cached_images, mask.shape[3])
-                for row, count in enumerate(old):
-                    places[row, :, :count] = mask[row, :, :count]
-                mask = torch.cat([places, seen_now], dim=2)
-            inputs["cross_attention_mask"] = mask
-        return inputs
-
-
-def _shift_left(x: Tensor, by: list[int], keep: int) -> Tensor:
-    """x (B, M, ...) to (B, keep, ...): each row without its first by[b] entries, zeros after."""
-    out = x.new_zeros(x.shape[0], keep, *x.shape[2:])
-    for row, count in enumerate(by):
-        part = x[row, count : count + keep]
-        out[row, : len(part)] = part
-    return out
-
-
-def _check_ids(input_ids: Any) -> None:
+def _checked_ids(input_ids: Any, embeds: Any) -> Tensor:
+    """(B, L) int64; -1 where there are only embeddings."""
+    if embeds is not None:
+        if not isinstance(embeds, Tensor) or embeds.dim() != 3 or not embeds.is_floating_point():
+            got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise ValueError(f"inputs_embeds must be floating point (B, L, E), got {got}")
+        if input_ids is None:
+            input_ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    elif input_ids is None:
+        raise TypeError("generate() needs input_ids, (B, L) int64, or inputs_embeds")
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor (B, L), got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -204,3 +205,9 @@ def _check_ids(input_ids: Any) -> None:
         )
     if not input_ids.numel():
         raise ValueError(f"input_ids is empty: {tuple(input_ids.shape)}")
+    if embeds is not None and embeds.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"inputs_embeds must be {tuple(input_ids.shape)} by width, one for each of input_ids, got "
+            f"{tuple(embeds.shape)}"
+        )
+    return input_ids
