@@ -150,7 +150,6 @@ class MllamaModel(MllamaPreTrainedModel):
                 text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
             )
 
-
     def _kinds_of_states(self, text: TextInputs, new_tiles: int) -> Tensor | None:
         """(B, images) kinds of images given as states: by the image tokens, where there is any."""
         images, rest = divmod(new_tiles, self.config.vision_config.max_num_tiles)

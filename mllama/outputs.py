@@ -55,3 +55,22 @@ class CausalLMOutput(_Output):
     logits: Tensor | None = None
     past_key_values: MllamaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class GenerateOutput(_Output):
+    """What ``generate`` returns with return_dict_in_generate=True.
+
+    sequences: (B, L + new) int64, prompt and new tokens.
+    scores, logits: per new token (B, V) float32, with output_scores and output_logits.
+    attentions: None, no attention weights are formed.
+    hidden_states: per new token a tuple of (B, columns, E), with output_hidden_states.
+    past_key_values: all of it but the last token of each row, ready for the next turn.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
+    past_key_values: MllamaCache | None = None

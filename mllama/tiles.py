@@ -33,9 +33,7 @@ class ImageTiles:
     kinds: Tensor | None = None
 
     @classmethod
-    def of_states(
-        cls, states: Tensor, batch: int, kinds: Tensor | None = None
-    ) -> ImageTiles:
+    def of_states(cls, states: Tensor, batch: int, kinds: Tensor | None = None) -> ImageTiles:
         """All tiles of ``cross_attention_states`` (B * images * tiles, P, E), batch-major."""
         table = torch.arange(states.shape[0], dtype=torch.int32, device=states.device)
         return cls(states, table.view(batch, -1), kinds)
@@ -189,7 +187,9 @@ class TileMemory:
             images: (B, L, M) bool, the images that a mask shows to it; M is 0 without a mask.
             lengths: (B,) the tokens of each sequence so far.
         """
-        real = packing.unpack(torch.ones(1, dtype=torch.bool, device=seen.device).expand(packing.total))
+        real = packing.unpack(
+            torch.ones(1, dtype=torch.bool, device=seen.device).expand(packing.total)
+        )
         at = (lengths.unsqueeze(1) + real.cumsum(1) - 1).masked_fill(~real, _NOWHERE)
         read = _Read(at, seen, images)
         self._reads, self._semantics = (*self._reads, read), semantics

@@ -117,6 +117,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> type[RecordedGraph]:
     monkeypatch.setattr(RecordedGraph, "made", [])
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
@@ -188,6 +189,61 @@ def test_a_failed_capture_warns_and_goes_on(model: Any, recorded: type[RecordedG
     with pytest.warns(UserWarning, match="without a CUDA graph: .*cannot be captured"):
         actual = model.generate(**batch, max_new_tokens=12)
     assert actual.equal(expected)
+
+
+def test_a_capture_that_fails_at_its_end_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph ends the capture before it leaves its stream, so an error there leaves it current."""
+
+    class Stream(FakeStream):
+        def __init__(self, device: Any = None) -> None:
+            self.device = device
+
+    current = {"cuda:0": Stream("cuda:0"), "cuda:1": Stream("cuda:1")}
+    before, device = dict(current), ["cuda:0"]
+
+    def current_stream(where: Any = None) -> Stream:
+        return current[device[0] if where is None else "cuda:1"]
+
+    def set_stream(stream: Stream) -> None:
+        current[stream.device], device[0] = stream, stream.device
+
+    class BrokenGraph:
+        def __init__(self, graph: Any, stream: Stream, **_: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            set_stream(self.stream)
+
+        def __exit__(self, *exception: Any) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", BrokenGraph)
+
+    class Step:
+        tokens = torch.zeros(1)
+
+        def __call__(self, model: Any, cache: Any) -> None:
+            cache.columns += 1
+
+    class Cache:
+        columns = 7
+
+        def settle(self) -> None:
+            pass
+
+    captured, cache = CapturedStep(Step()), Cache()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            captured(None, cache)
+    assert [str(w.message)[:40] for w in caught] == ["decoding goes on without a CUDA graph: o"]
+    assert cache.columns == 10, "each of the three steps is one column"
+    assert current == before and device == ["cuda:0"]
 
 
 def test_the_stand_in_notices_a_value_from_the_host(

@@ -31,10 +31,51 @@ PIXELS = torch.zeros(1, 1, 4, 3, 28, 28)
         ({"max_length": 9, "max_new_tokens": 3}, ValueError, "max_new_tokens=3 or max_length=9"),
         ({"max_new_tokens": 1021}, ValueError, "max_new_tokens=1021 does not fit.* 1024 .*1020"),
         ({"max_length": 1025}, ValueError, "max_length=1025 does not fit"),
-        ({"temperature": 0.5}, ValueError, "temperature=0.5 needs do_sample=True"),
-        ({"do_sample": False, "top_p": 0.5}, ValueError, "top_p=0.5 needs do_sample=True"),
+        ({"num_beams": 4}, ValueError, r"accelerate\(\) on transformers' model has it"),
+        (
+            {"assistant_model": torch.nn.Identity()},
+            ValueError,
+            "assistant_model of type Identity is",
+        ),
+        ({"output_attentions": True}, ValueError, "output_attentions=True .*no attention weights"),
+        (
+            {"typical_p": 0.9},
+            ValueError,
+            r"typical_p=0.9 .*logits_processor=\[transformers.Typical",
+        ),
+        (
+            {"cache_implementation": "quantized"},
+            ValueError,
+            "'quantized' .*past_key_values=model.new",
+        ),
+        ({"position_ids": PROMPT}, ValueError, "position_ids of type Tensor is not supported"),
+        ({"temperature": -1}, ValueError, "temperature must be a number > 0"),
+        ({"num_return_sequences": 0}, ValueError, "num_return_sequences must be an integer >= 1"),
+        ({"min_new_tokens": -1}, ValueError, "min_new_tokens must be an integer >= 0"),
+        ({"no_repeat_ngram_size": 1.5}, ValueError, "no_repeat_ngram_size must be an integer"),
+        ({"bad_words_ids": [5]}, ValueError, "bad_words_ids must be a list of lists"),
+        ({"bad_words_ids": [[]]}, ValueError, "bad_words_ids must be a list of lists"),
+        ({"bad_words_ids": [[96]]}, ValueError, r"bad_words_ids must lie within 0\.\.95"),
+        ({"logits_processor": max}, TypeError, "logits_processor must be a list of callables"),
+        ({"stopping_criteria": [3]}, TypeError, "stopping_criteria must be a list of callables"),
+        ({"prefix_allowed_tokens_fn": [1]}, TypeError, "must be callable, got list"),
+        ({"return_dict_in_generate": "yes"}, ValueError, "must be True or False, got 'yes'"),
+        ({"generation_config": 3}, TypeError, "a mapping or a GenerationConfig, got int"),
+        (
+            {"generation_config": {"num_beans": 3}},
+            TypeError,
+            r"entries of generation_config \['num_b",
+        ),
+        (
+            {"generation_config": {"num_beams": 3}},
+            ValueError,
+            "num_beams=3 .*the call may override",
+        ),
+        ({"inputs": PROMPT}, TypeError, "give input_ids or inputs"),
+        ({"input_ids": None}, TypeError, "generate.. needs input_ids"),
+        ({"inputs_embeds": PROMPT}, ValueError, "inputs_embeds must be floating point"),
+        ({"inputs_embeds": torch.zeros(1, 3, 128)}, ValueError, r"inputs_embeds must be \(1, 4\)"),
         ({"do_sample": "yes"}, ValueError, "do_sample must be True or False, got 'yes'"),
-        ({"do_sample": True, "temperature": 0}, ValueError, "pass do_sample=False"),
         ({"do_sample": True, "min_p": 2}, ValueError, "min_p must be"),
         ({"repetition_penalty": -1}, ValueError, "repetition_penalty must be"),
         ({"seed": [1, 2]}, ValueError, r"seed must be an integer, or 1 .*\[1, 2\]"),
@@ -90,6 +131,12 @@ def test_more_bad_arguments(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
         script.model.stream(**script.say("a", "b"))
     with pytest.raises(TypeError, match=r"unknown arguments .'streamer'."):
         script.model.stream(**script.say("a"), streamer=Recorder())
+    with pytest.raises(
+        TypeError, match=r"unknown arguments .'output_scores'.: stream.. yields text"
+    ):
+        script.model.stream(**script.say("a"), output_scores=True, return_dict_in_generate=False)
+    with pytest.raises(ValueError, match=r"stream\(\) takes one row of input_ids, got 3"):
+        script.model.stream(**script.say("a"), num_return_sequences=3, do_sample=True)
     with pytest.raises(ValueError, match="need pad_token_id"):
         model.generation_config = {"do_sample": False}
         model.generate(PROMPT.repeat(2, 1), stop_strings="x", tokenizer=script.tokenizer)

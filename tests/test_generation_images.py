@@ -202,7 +202,9 @@ def test_states_without_image_tokens_stay_in_sight(answers: Answers) -> None:
         answers(first, past_key_values=cache)
         turn = whole if again else {k: v for k, v in whole.items() if k != "cross_attention_states"}
         assert answers(turn, past_key_values=cache).equal(expected)
-    with pytest.raises(ValueError, match="1 images per row and past_key_values 2, and no image tok"):
+    with pytest.raises(
+        ValueError, match="1 images per row and past_key_values 2, and no image tok"
+    ):
         answers(
             whole | {"cross_attention_states": states[:8], "cross_attention_mask": mask[:, :, :1]},
             past_key_values=cache,

@@ -54,7 +54,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int)
         "--max-new-tokens", type=positive, default=max_new_tokens, help="at most so many"
     )
     group.add_argument("--greedy", action="store_true", help="take the likeliest token")
-    group.add_argument("--temperature", type=float, default=None, help="divides the logits")
+    group.add_argument(
+        "--temperature", type=float, default=None, help="divides the logits; 0: --greedy"
+    )
     group.add_argument("--top-k", type=int, default=None, help="keep the k likeliest tokens")
     group.add_argument("--top-p", type=float, default=None, help="keep the likeliest mass p")
     group.add_argument(
@@ -77,6 +79,10 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in names}
     chosen["stop_strings"] = options.stop
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    if options.temperature == 0:  # the likeliest token, whatever else says how to draw
+        options.greedy = True
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            chosen.pop(name, None)
     sampled = {"temperature", "top_k", "top_p", "min_p", "seed"} & set(chosen)
     if options.greedy:
         if sampled:

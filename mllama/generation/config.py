@@ -1,14 +1,16 @@
-"""The options of ``generate``: their defaults from a checkpoint, and what a call makes of them."""
+"""A checkpoint's defaults, and the plan of one call: every option settled and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
-from mllama.generation.sampling import SamplingConfig
+from mllama.generation.options import Settings
+from mllama.generation.sampling import SamplingConfig, row_seeds
 
 # What transformers uses where neither the call nor the checkpoint says anything.
 _DEFAULT_NEW_TOKENS = 20
@@ -16,45 +18,6 @@ _DEFAULT_TOP_K = 50
 
 # The value at which each sampling option does nothing; None in a call means it.
 _NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
-# Options of transformers that are accepted at the only value there is here.
-_FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-
-
-class GenerationOptions(TypedDict, total=False):
-    """The keyword arguments of ``generate`` beside the model's inputs.
-
-    An option that is not given comes from the checkpoint's ``generation_config.json``, then from
-    the defaults of transformers: greedy, 20 new tokens, and top_k 50 when sampling. None turns an
-    option off.
-
-    max_new_tokens: how many tokens to add at most.
-    max_length: the same as a length of padded prompt and new tokens together; not both.
-    do_sample: sample; False takes the most likely token and allows none of the next four.
-    temperature, top_k, top_p, min_p, repetition_penalty: see
-        :class:`mllama.generation.sampling.SamplingConfig`.
-    seed: what sampling depends on. Row r of a batch uses seed + r, so that equal prompts give
-        different answers and a row's answer does not depend on the other rows; a list gives every
-        row its own. None draws a seed from torch's default generator.
-    eos_token_id: a stop token or several; [] or None for none.
-    pad_token_id: fills rows that finished early; by default the first stop token.
-    stop_strings: a string or several; a row ends with the token that completes one of them.
-    tokenizer: a processor or tokenizer, needed for stop_strings.
-    """
-
-    max_new_tokens: int | None
-    max_length: int | None
-    do_sample: bool | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | Sequence[int] | None
-    eos_token_id: int | Sequence[int] | None
-    pad_token_id: int | None
-    stop_strings: str | Sequence[str] | None
-    tokenizer: Any
 
 
 class GenerationConfig(dict[str, Any]):
@@ -79,97 +42,181 @@ class GenerationConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """What one call does, with every default filled in and every value checked."""
+    """What one call does, with every default filled in and every value checked.
+
+    Attributes:
+        max_new_tokens, min_new_tokens: without the prompt.
+        returns: of "scores", "logits" and "hidden_states" those that are kept.
+        returns_dict: whether a GenerateOutput is returned, with the cache.
+        others: as the options of the same names.
+    """
 
     max_new_tokens: int
+    min_new_tokens: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     stop_strings: tuple[str, ...]
     sampling: SamplingConfig
     seeds: list[int]
     tokenizer: Any
+    no_repeat_ngram_size: int
+    bad_words_ids: tuple[tuple[int, ...], ...]
+    prefix_allowed_tokens_fn: Callable[..., Any] | None
+    logits_processor: tuple[Callable[..., Any], ...]
+    stopping_criteria: tuple[Callable[..., Any], ...]
+    returns: frozenset[str]
+    returns_dict: bool
+
+    @property
+    def runs_python(self) -> bool:
+        """Whether Python code works on the logits or on the text between two steps."""
+        return bool(
+            (self.min_new_tokens and self.eos_token_ids)
+            or self.no_repeat_ngram_size
+            or self.bad_words_ids
+            or self.prefix_allowed_tokens_fn
+            or self.logits_processor
+            or self.stopping_criteria
+            or self.returns
+        )
 
 
 def make_plan(
-    defaults: Mapping[str, Any],
-    options: Mapping[str, Any],
+    settings: Settings,
     *,
     batch_size: int,
     prompt_length: int,
     text_length: int,
     max_text_length: int,
+    vocab_size: int,
 ) -> GenerationPlan:
     """Settle the options of a call.
 
     Args:
-        defaults: the checkpoint's.
-        options: those of the call, see GenerationOptions; a value of None is a choice, not a gap.
+        settings: from :func:`mllama.generation.options.settle`.
         batch_size: rows.
         prompt_length: of the padded prompt.
         text_length: of the longest row without padding.
         max_text_length: the model's context.
+        vocab_size: of the logits.
 
-    Raises: ValueError or TypeError naming an option that is unknown, out of range, contradicts
-        another one, or does not fit into the context.
+    Raises: ValueError or TypeError naming an option that is out of range, contradicts another one, or
+        does not fit into the context.
     """
-    unknown = set(options) - GenerationOptions.__annotations__.keys() - _FIXED.keys()
-    if unknown:
-        known = ", ".join(GenerationOptions.__annotations__)
-        raise TypeError(f"unknown arguments {sorted(unknown)}; options are {known}")
-    for name, value in _FIXED.items():
-        if options.get(name, value) not in (value, None):
-            raise ValueError(f"{name}={options[name]!r} is not supported, only {value!r}")
-
-    eos, pad_token_id = stop_token_ids(defaults, options)
-    stop_strings = _setting("stop_strings", defaults, options) or ()
+    eos, pad_token_id = stop_token_ids(settings)
+    stop_strings = settings["stop_strings"] or ()
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     if not all(isinstance(s, str) and s for s in stop_strings):
         raise ValueError(f"stop_strings must be non-empty strings, got {list(stop_strings)!r}")
-    tokenizer = options.get("tokenizer")
-    if stop_strings and tokenizer is None:
+    if stop_strings and settings["tokenizer"] is None:
         raise ValueError(f"stop_strings={list(stop_strings)!r} need tokenizer= to be found")
-    if stop_strings and batch_size > 1 and pad_token_id is None:
-        raise ValueError("stop_strings in a batch need pad_token_id for rows that end early")
-    sampling = _sampling(defaults, options)
+    criteria = _callables(settings, "stopping_criteria")
+    for name, ends_rows in (("stop_strings", stop_strings), ("stopping_criteria", criteria)):
+        if ends_rows and batch_size > 1 and pad_token_id is None:
+            raise ValueError(f"{name} in a batch need pad_token_id for rows that end early")
+    prefix = settings["prefix_allowed_tokens_fn"]
+    if prefix is not None and not callable(prefix):
+        raise TypeError(f"prefix_allowed_tokens_fn must be callable, got {type(prefix).__name__}")
+    sampling = _sampling(settings)
+    new_tokens = _new_tokens(settings, prompt_length, text_length, max_text_length)
     return GenerationPlan(
-        max_new_tokens=_new_tokens(defaults, options, prompt_length, text_length, max_text_length),
+        max_new_tokens=new_tokens,
+        min_new_tokens=_min_new_tokens(settings, prompt_length, new_tokens),
         eos_token_ids=eos,
         pad_token_id=pad_token_id,
         stop_strings=stop_strings,
         sampling=sampling,
-        seeds=_seeds(options.get("seed"), batch_size, sampling.do_sample),
-        tokenizer=tokenizer,
+        seeds=_seeds(settings["seed"], batch_size, sampling.do_sample),
+        tokenizer=settings["tokenizer"],
+        no_repeat_ngram_size=_count(settings, "no_repeat_ngram_size"),
+        bad_words_ids=_bad_words(settings["bad_words_ids"], vocab_size),
+        prefix_allowed_tokens_fn=prefix,
+        logits_processor=_callables(settings, "logits_processor"),
+        stopping_criteria=criteria,
+        returns=_returns(settings),
+        returns_dict=_flag(settings, "return_dict_in_generate"),
     )
 
 
-def stop_token_ids(
-    defaults: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[tuple[int, ...], int | None]:
+def stop_token_ids(settings: Settings) -> tuple[tuple[int, ...], int | None]:
     """The stop tokens, and the padding token: by default the first of them.
 
     Raises: ValueError naming the option.
     """
-    eos = _token_ids("eos_token_id", _setting("eos_token_id", defaults, options))
-    pad = _token_ids("pad_token_id", _setting("pad_token_id", defaults, options))
+    eos = _token_ids("eos_token_id", settings["eos_token_id"])
+    pad = _token_ids("pad_token_id", settings["pad_token_id"])
     if len(pad) > 1:
         raise ValueError(f"pad_token_id must be one token, got {list(pad)}")
     return eos, (pad or eos or (None,))[0]
 
 
-def _setting(name: str, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    return options[name] if name in options else defaults.get(name)
+def sequences_per_prompt(settings: Settings) -> int:
+    """num_return_sequences. Raises: ValueError if it is no number of samples."""
+    count = settings["num_return_sequences"]
+    if count is None:
+        return 1
+    if not _is_integer(count) or count < 1:
+        raise ValueError(f"num_return_sequences must be an integer >= 1, got {count!r}")
+    if count > 1 and not _sampling(settings, warn=False).do_sample:
+        raise ValueError(
+            f"num_return_sequences={count} is not supported in greedy decoding, where the answers would "
+            "be equal: pass do_sample=True"
+        )
+    return count
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(settings: Settings, name: str) -> int:
+    value = settings[name]
+    if value is not None and (not _is_integer(value) or value < 0):
+        raise ValueError(f"{name} must be an integer >= 0 (0: off), got {value!r}")
+    return value or 0
+
+
+def _flag(settings: Settings, name: str) -> bool:
+    value = settings[name]
+    if value not in (True, False, None):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _callables(settings: Settings, name: str) -> tuple[Callable[..., Any], ...]:
+    given = settings[name]
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or not all(map(callable, given)):
+        raise TypeError(f"{name} must be a list of callables, got {given!r}")
+    return tuple(given)
+
+
+def _bad_words(given: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    if not given:
+        return ()
+    words = list(given) if isinstance(given, list) else None
+    if words is None or not all(isinstance(word, list) and word for word in words):
+        raise ValueError(f"bad_words_ids must be a list of lists of token ids, got {given!r}")
+    if not all(_is_integer(t) and 0 <= t < vocab_size for word in words for t in word):
+        raise ValueError(f"bad_words_ids must lie within 0..{vocab_size - 1}, got {given!r}")
+    return tuple(dict.fromkeys(map(tuple, words)))
+
+
+def _returns(settings: Settings) -> frozenset[str]:
+    names = ("scores", "logits", "hidden_states")
+    wanted = frozenset(name for name in names if _flag(settings, f"output_{name}"))
+    if wanted and not settings["return_dict_in_generate"]:
+        flags = [f"output_{name}" for name in names if name in wanted]
+        warnings.warn(f"{flags} need return_dict_in_generate=True: ignored", stacklevel=5)
+        return frozenset()
+    return wanted
 
 
 def _new_tokens(
-    defaults: Mapping[str, Any],
-    options: Mapping[str, Any],
-    prompt_length: int,
-    text_length: int,
-    max_text_length: int,
+    settings: Settings, prompt_length: int, text_length: int, max_text_length: int
 ) -> int:
-    count, length = options.get("max_new_tokens"), options.get("max_length")
-    if count is not None and length is not None:
-        raise ValueError(f"give max_new_tokens={count} or max_length={length}, not both")
+    count, length = settings["max_new_tokens"], settings["max_length"]
     room = max_text_length - text_length
     if room < 1:
         raise ValueError(
@@ -177,11 +224,9 @@ def _new_tokens(
             "(max_position_embeddings): no room for a new token"
         )
     if count is None and length is None:
-        count, length = defaults.get("max_new_tokens"), defaults.get("max_length")
-        if count is None and length is None:
-            return min(_DEFAULT_NEW_TOKENS, room)
+        return min(_DEFAULT_NEW_TOKENS, room)
     name, value = ("max_length", length) if count is None else ("max_new_tokens", count)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     if count is None:
         count = length - prompt_length
@@ -197,32 +242,43 @@ def _new_tokens(
     return count
 
 
-def _sampling(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> SamplingConfig:
-    do_sample = _setting("do_sample", defaults, options)
-    if do_sample not in (True, False, None):
-        raise ValueError(f"do_sample must be True or False, got {do_sample!r}")
-    penalty = options.get("repetition_penalty", defaults.get("repetition_penalty"))
-    values: dict[str, Any] = {} if penalty is None else {"repetition_penalty": penalty}
-    if not do_sample:
-        for name, neutral in _NEUTRAL.items():
-            value = options.get(name)
-            if value is not None and value != neutral:
-                raise ValueError(f"{name}={value!r} needs do_sample=True, decoding is greedy")
-        return SamplingConfig(**values)
+def _min_new_tokens(settings: Settings, prompt_length: int, new_tokens: int) -> int:
+    count, length = _count(settings, "min_new_tokens"), _count(settings, "min_length")
+    if settings["min_new_tokens"] is None:
+        count = max(length - prompt_length, 0)
+    if count > new_tokens:
+        warnings.warn(
+            f"at least {count} new tokens are asked for and at most {new_tokens}", stacklevel=5
+        )
+    return count
+
+
+def _sampling(settings: Settings, warn: bool = True) -> SamplingConfig:
+    do_sample, penalty = _flag(settings, "do_sample"), settings["repetition_penalty"]
     fallback = {"top_k": _DEFAULT_TOP_K}
+    values: dict[str, Any] = {} if penalty is None else {"repetition_penalty": penalty}
     for name, neutral in _NEUTRAL.items():
-        if name in options:
-            value = options[name]
-        else:
-            value = defaults.get(name)
-            value = fallback.get(name) if value is None else value
+        value = settings[name] if name in settings else fallback.get(name)
         values[name] = neutral if value is None else value
-    return SamplingConfig(do_sample=True, **values)
+    is_greedy = values["temperature"] == 0 and not isinstance(values["temperature"], bool)
+    if is_greedy:
+        values["temperature"] = _NEUTRAL["temperature"]
+    checked = SamplingConfig(do_sample=True, **values)
+    if do_sample and not is_greedy:
+        return checked
+    idle = [
+        f"{name}={values[name]!r}"
+        for name, neutral in _NEUTRAL.items()
+        if name in settings.chosen and values[name] not in (neutral, fallback.get(name))
+    ]
+    if idle and warn and not is_greedy:
+        warnings.warn(f"{', '.join(idle)} without do_sample=True: decoding is greedy", stacklevel=5)
+    return SamplingConfig(repetition_penalty=checked.repetition_penalty)
 
 
 def _token_ids(name: str, value: int | Sequence[int] | None) -> tuple[int, ...]:
     ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not all(map(_is_integer, ids)):
         raise ValueError(f"{name} must be a token id or several, got {value!r}")
     return ids
 
@@ -231,8 +287,9 @@ def _seeds(seed: int | Sequence[int] | None, batch_size: int, do_sample: bool) -
     if seed is None:
         # Greedy decoding leaves the state of torch's generator alone.
         seed = int(torch.randint(2**62, ())) if do_sample else 0
-    if isinstance(seed, int):
-        return [seed + row for row in range(batch_size)]
-    if len(seed) != batch_size or not all(isinstance(s, int) for s in seed):
+    if _is_integer(seed):
+        return row_seeds(seed, batch_size)
+    is_list = isinstance(seed, list) and len(seed) == batch_size
+    if not is_list or not all(map(_is_integer, seed)):
         raise ValueError(f"seed must be an integer, or {batch_size} (one per row), got {seed!r}")
-    return list(seed)
+    return seed

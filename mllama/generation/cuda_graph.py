@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +49,11 @@ class DecodeStep:
 
     def accept(self, logits: Tensor) -> None:
         """Choose the next tokens from logits (B, V)."""
-        self.tokens.copy_(self.sampler(logits))
+        self.take(self.sampler(logits))
+
+    def take(self, tokens: Tensor) -> None:
+        """Go on with these tokens (B,)."""
+        self.tokens.copy_(tokens)
         self._input_ids.copy_(self.tokens.clamp_min(0).unsqueeze(1))  # a marker has no embedding
 
     def __call__(self, model: Any, cache: MllamaCache) -> None:
@@ -100,7 +106,7 @@ class CapturedStep:
             self._run_aside(model, cache)
 
     def _run_aside(self, model: Any, cache: MllamaCache) -> None:
-        """Run on the stream that will be captured, so that its memory is warm as well."""
+        """Run on the stream that will be captured: libraries keep a workspace for each stream."""
         current = torch.cuda.current_stream(self.step.tokens.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -108,20 +114,38 @@ class CapturedStep:
         current.wait_stream(self._stream)
 
     def _capture(self, model: Any, cache: MllamaCache) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, columns = torch.cuda.CUDAGraph(), cache.columns
         try:
             # Other threads may allocate and wait meanwhile, which the default mode would forbid them.
             with (
                 _capturing,
+                _streams_kept(self.step.tokens.device),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 self.step(model, cache)
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
+            cache.columns = columns  # a failed step may have been counted, and computed nothing
             self._run_aside(model, cache)
             return
         self._graph, self._fingerprint = graph, fingerprint(model, cache)
         graph.replay()  # a capture runs nothing on the device
+
+
+@contextmanager
+def _streams_kept(device: torch.device) -> Iterator[None]:
+    """Makes the same streams current again after an error.
+
+    torch.cuda.graph ends the capture before it leaves its stream. Where the capture is broken the first
+    raises, and the second does not come about.
+    """
+    streams = (torch.cuda.current_stream(device), torch.cuda.current_stream())
+    try:
+        yield
+    except BaseException:
+        for stream in streams:  # the last one's device becomes the current one
+            torch.cuda.set_stream(stream)
+        raise
 
 
 def captured_step(

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
-from mllama.generation.config import GenerationConfig, GenerationPlan, make_plan, stop_token_ids
+from mllama.generation.config import (
+    GenerationConfig,
+    GenerationPlan,
+    make_plan,
+    sequences_per_prompt,
+    stop_token_ids,
+)
 from mllama.generation.cuda_graph import CapturedStep, DecodeStep, captured_step
 from mllama.generation.idle import Bucket, IdleCaches, rounded_capacity
-from mllama.generation.prompt import MODEL_INPUTS, Prompt
+from mllama.generation.options import settle
+from mllama.generation.processors import GuidedSampler, Record
+from mllama.generation.prompt import MODEL_INPUTS, Prompt, repeated
+from mllama.generation.reader import TokenReader
 from mllama.generation.sampling import INVALID_TOKEN, Sampler
 from mllama.generation.stopping import StopCondition
 from mllama.generation.streaming import Streamer
+from mllama.outputs import GenerateOutput
 
 if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig
-
-
-@dataclass
-class GenerateOutput:
-    """What ``generate`` returns with return_dict_in_generate=True.
-
-    sequences: (B, L + new) int64, prompt and new tokens.
-    past_key_values: all of it but the last token of each row, ready for the next turn.
-    """
-
-    sequences: Tensor
-    past_key_values: MllamaCache
 
 
 class GenerationMixin:
@@ -114,44 +111,43 @@ class GenerationMixin:
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
+        generation_config: Any = None,
         *,
         past_key_values: MllamaCache | None = None,
         streamer: Streamer | None = None,
-        return_dict_in_generate: bool | None = False,
         **inputs_and_options: Any,
     ) -> Tensor | GenerateOutput:
         """Continue every row of a batch of prompts.
 
-        A row ends with a stop token, with the token that completes a stop string, or after
-        ``max_new_tokens``; what follows in the row is ``pad_token_id``.
+        A row ends with a stop token, with the token that completes a stop string, where a stopping
+        criterion says so, or after ``max_new_tokens``; what follows in the row is ``pad_token_id``.
 
         Args:
-            input_ids: (B, L) int64, the whole text of every row; padding may lie on either side.
+            input_ids: (B, L) int64, the whole text of every row; padding may lie on either side. The
+                keyword ``inputs`` means the same.
+            generation_config: options, as a mapping or an object of transformers; those of the call
+                itself go before.
             past_key_values: the cache of an earlier call, extended in place. As far as it agrees
                 with the text, nothing is computed again, and images in that part are not encoded
                 again whether they are passed again or not. It is taken for granted that they are
                 the same images. After an interrupt it holds the text so far and can be used on.
             streamer: gets put(input_ids), put() with the (B,) tokens of every step, and end(), all
                 on the host.
-            return_dict_in_generate: return a GenerateOutput with the cache.
             inputs_and_options: the inputs of the forward pass that a processor returns
                 (attention_mask, pixel_values, aspect_ratio_ids, aspect_ratio_mask,
-                cross_attention_mask, cross_attention_states), and the options of
-                :class:`mllama.generation.config.GenerationOptions`.
-        Returns: (B, L + new) int64 on the device of input_ids, or a GenerateOutput.
+                cross_attention_mask, cross_attention_states); inputs_embeds (B, L, E), read in place of
+                the embeddings of input_ids, which may be left out; and the options of
+                :class:`mllama.generation.options.GenerationOptions`. Callables among these run
+                between two steps, which are then not captured as a CUDA graph.
+        Returns: (B, L + new) int64 on the device of input_ids, or a GenerateOutput; the new tokens alone
+            without input_ids. B is num_return_sequences times as large where that is given.
         Raises: ValueError or TypeError before anything runs, naming the argument, what was given
             and what is expected; RuntimeError if the logits of a row are not finite.
         """
-        run = _Run(
-            self,
-            input_ids,
-            past_key_values,
-            inputs_and_options,
-            returns_cache=bool(return_dict_in_generate),
-        )
+        run = _Run(self, input_ids, past_key_values, generation_config, inputs_and_options)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
+            streamer.put(run.prompt.input_ids.cpu())
         try:
             with closing(run.steps()) as steps:
                 for tokens, _ in steps:
@@ -160,12 +156,12 @@ class GenerationMixin:
         finally:
             if streamer is not None:
                 streamer.end()
-        sequences = run.sequences()
-        return GenerateOutput(sequences, run.cache) if return_dict_in_generate else sequences
+        return run.output() if run.plan.returns_dict else run.sequences()
 
     def stream(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
+        generation_config: Any = None,
         *,
         tokenizer: Any,
         past_key_values: MllamaCache | None = None,
@@ -180,11 +176,16 @@ class GenerationMixin:
         Args:
             input_ids: (1, L) int64.
             tokenizer: a processor or tokenizer.
-            past_key_values, inputs_and_options: as for generate().
+            generation_config, past_key_values, inputs_and_options: as for generate(), without those
+                that say what it returns.
         Raises: as generate(), when called and not with the first piece.
         """
-        inputs_and_options["tokenizer"] = tokenizer
-        run = _Run(self, input_ids, past_key_values, inputs_and_options, text=True)
+        given = inputs_and_options.items()
+        if refused := [name for name, value in given if name in _OF_GENERATE and value]:
+            raise TypeError(f"unknown arguments {refused}: stream() yields text, see generate()")
+        options = {name: value for name, value in given if name not in _OF_GENERATE}
+        options |= dict.fromkeys(_OF_GENERATE - {"streamer"}) | {"tokenizer": tokenizer}
+        run = _Run(self, input_ids, past_key_values, generation_config, options, text=True)
         if run.prompt.batch_size != 1:
             raise ValueError(f"stream() takes one row of input_ids, got {run.prompt.batch_size}")
         return self._pieces(run)
@@ -199,26 +200,46 @@ class GenerationMixin:
             yield rest
 
 
+# What generate() returns besides tokens, or hands out meanwhile.
+_OF_GENERATE = frozenset(
+    ("streamer", "return_dict_in_generate")
+    + ("output_scores", "output_logits", "output_hidden_states")
+)
+
+
 class _Run:
     """One call of generate() or stream(): checked arguments, then the steps, then the result."""
 
     def __init__(
         self,
         model: Any,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         cache: MllamaCache | None,
-        arguments: Mapping[str, Any],
+        generation_config: Any,
+        arguments: dict[str, Any],
         *,
         text: bool = False,
-        returns_cache: bool = False,
     ) -> None:
+        if "inputs" in arguments:
+            if input_ids is not None:
+                raise TypeError("give input_ids or inputs, which means the same, not both")
+            arguments, input_ids = dict(arguments), arguments["inputs"]
+            del arguments["inputs"]
         inputs = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
         options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
         config = _text_config(model)
         self._model, self._vocab_size = model, config.vocab_size
-        if isinstance(input_ids, Tensor) and input_ids.device != model.device:
-            raise ValueError(f"input_ids is on {input_ids.device}, the model on {model.device}")
-        eos, pad = stop_token_ids(model.generation_config, options)
+        for name, value in {"input_ids": input_ids, **inputs}.items():
+            if (
+                name in ("input_ids", "inputs_embeds")
+                and isinstance(value, Tensor)
+                and value.device != model.device
+            ):
+                raise ValueError(f"{name} is on {value.device}, the model on {model.device}")
+        settings = settle(model.generation_config, generation_config, options)
+        if (copies := sequences_per_prompt(settings)) > 1:
+            input_ids, inputs = repeated(input_ids, inputs, copies)
+        eos, pad = stop_token_ids(settings)
         self.prompt = Prompt(
             input_ids,
             inputs,
@@ -227,15 +248,17 @@ class _Run:
             infer_padding=pad is not None and pad not in eos,
         )
         self.plan: GenerationPlan = make_plan(
-            model.generation_config,
-            options,
+            settings,
             batch_size=self.prompt.batch_size,
-            prompt_length=input_ids.shape[1],
+            prompt_length=self.prompt.length,
             text_length=self.prompt.text_length,
             max_text_length=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
         )
-        self._captures = _captures(model, input_ids)
-        self._borrows_cache = self._captures and cache is None and not returns_cache
+        self._record = Record(self.plan.returns)
+        self._guide: GuidedSampler | None = None
+        self._captures = not self.plan.runs_python and _captures(model, self.prompt.input_ids)
+        self._borrows_cache = self._captures and cache is None and not self.plan.returns_dict
         self.cache = model.new_cache(self.prompt.batch_size) if cache is None else cache
         prompt_only = model.semantics.decode_rows == "prompt_only"
         self._reused = self.prompt.reuse(self.cache, answers_are_blind=prompt_only)
@@ -283,18 +306,23 @@ class _Run:
             cache.reserve(self._inputs["attention_mask"].shape[1] + plan.max_new_tokens)
             advance = self._decoder()
             step = advance.step if isinstance(advance, CapturedStep) else advance
-            prefill = self._model(**self._inputs, past_key_values=cache, logits_to_keep=1)
+            forward = self._record.forward_of(self._model)
+            prefill = forward(**self._inputs, past_key_values=cache, logits_to_keep=1)
             step.accept(prefill.logits[:, -1])
-            reader = _TokenReader(step.tokens)
+            delay = 0 if self._guide is not None else _read_delay(step.tokens.device)
+            reader = TokenReader(step.tokens, delay)
             for made in range(1, plan.max_new_tokens + 1):
                 reader.request()
                 is_last = made == plan.max_new_tokens
                 while reader.waiting > (0 if is_last else reader.delay):
-                    yield self._take(reader.read())
+                    tokens, pieces = self._take(reader.read())
+                    if self._guide is not None:
+                        self._end_rows(step, tokens)
+                    yield tokens, pieces
                     if all(self.condition.finished):
                         return
                 if not is_last:
-                    advance(self._model, cache)
+                    advance(forward, cache)
         finally:
             self._settle(images)
 
@@ -306,12 +334,40 @@ class _Run:
         prompt = self.prompt.input_ids
         return torch.cat([prompt, torch.tensor(rows, dtype=prompt.dtype).to(prompt.device)], dim=1)
 
+    def output(self) -> GenerateOutput:
+        """The sequences, what was kept of the steps, and the cache."""
+        record, states = self._record, self._record.hidden_states
+        if states:
+            prompt = (self.prompt.in_columns(state, self._reused) for state in states[0])
+            states = (tuple(prompt), *states[1:])
+        return GenerateOutput(
+            sequences=self.sequences(),
+            scores=record.scores,
+            logits=record.logits,
+            hidden_states=states,
+            past_key_values=self.cache,
+        )
+
     def _decoder(self) -> DecodeStep | CapturedStep:
         prompt, plan = self.prompt, self.plan
-        kind = (plan.sampling, prompt.input_ids, self._vocab_size, plan.seeds, self._model.ops)
+        rest = (prompt.input_ids, self._vocab_size, plan.seeds, self._model.ops)
         if self._captures:
-            return captured_step(self.cache, *kind)
-        return DecodeStep(Sampler(*kind), prompt.batch_size, prompt.input_ids.device)
+            return captured_step(self.cache, plan.sampling, *rest)
+        sampler: Any
+        if plan.runs_python:
+            unpenalised = Sampler(replace(plan.sampling, repetition_penalty=1.0), *rest)
+            self._guide = GuidedSampler(unpenalised, plan, prompt.input_ids, self._record)
+            sampler = self._guide
+        else:
+            sampler = Sampler(plan.sampling, *rest)
+        return DecodeStep(sampler, prompt.batch_size, prompt.input_ids.device)
+
+    def _end_rows(self, step: DecodeStep, tokens: list[int]) -> None:
+        """End the rows that a stopping criterion says, and go on with padding in those that ended."""
+        chosen = torch.tensor(tokens, device=step.tokens.device)
+        step.take(chosen)
+        for row, ends in enumerate(self._guide.extend(chosen)):
+            self.condition.finished[row] |= ends
 
     def _bucket(self) -> Bucket:
         batch, device, inputs = self.prompt.batch_size, self._model.device, self._inputs
@@ -358,46 +414,6 @@ class _Run:
         self.cache.texts = texts if self.prompt.has_ids else None
         self.cache.prompt_lengths = [len(text) for text in self.prompt.texts]
         self.cache.columns = self.prompt.length + max(map(len, self.rows)) - 1
-
-
-class _TokenReader:
-    """Copies the tokens of each step to the host.
-
-    On CUDA it reads one step late: the copy of a step is awaited only when the next step has been
-    enqueued, so that the device always has work.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
-        self.delay = _read_delay(tokens.device)
-        self._slots = deque(
-            torch.empty_like(tokens, device="cpu", pin_memory=tokens.is_cuda)
-            for _ in range(self.delay + 1)
-        )
-        self._requests: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-
-    @property
-    def waiting(self) -> int:
-        """Steps requested and not yet read."""
-        return len(self._requests)
-
-    def request(self) -> None:
-        """Start copying the tokens of the latest step."""
-        slot = self._slots.popleft()
-        slot.copy_(self._tokens, non_blocking=True)
-        event = None
-        if self._tokens.is_cuda:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._tokens.device))
-        self._requests.append((slot, event))
-
-    def read(self) -> list[int]:
-        """The tokens of the oldest step that was requested."""
-        slot, event = self._requests.popleft()
-        if event is not None:
-            event.synchronize()
-        self._slots.append(slot)
-        return slot.tolist()
 
 
 def _read_delay(device: torch.device) -> int:

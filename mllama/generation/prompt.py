@@ -168,11 +168,7 @@ class Prompt:
             images: from cached_images(); None for a model without image tokens, which is given the image
                 inputs as they are.
         """
-        columns = [row[count:] for row, count in zip(self._columns, reused)]
-        width = max(map(len, columns))
-        index = torch.tensor([[-1] * (width - len(row)) + row for row in columns])
-        index = index.to(self._ids.device)
-        real, index = index >= 0, index.clamp_min(0)
+        real, index = self._new_columns(reused)
         past = torch.tensor(reused, device=index.device)[:, None]
         if self._embeds is None:
             text = {"input_ids": self._ids.gather(1, index).masked_fill(~real, self._pad)}
@@ -185,6 +181,41 @@ class Prompt:
             "position_ids": (past + real.cumsum(1) - 1).clamp_min(0),
             **new_images(self._inputs, images, *self._image_counts(reused), index, real),
         }
+
+    def _new_columns(self, reused: list[int]) -> tuple[Tensor, Tensor]:
+        """(B, width) which columns of a forward over the new part are real, and where they come from."""
+        columns = [row[count:] for row, count in zip(self._columns, reused)]
+        width = max(map(len, columns))
+        index = torch.tensor([[-1] * (width - len(row)) + row for row in columns])
+        index = index.to(self._ids.device)
+        return index >= 0, index.clamp_min(0)
+
+    def in_columns(self, x: Tensor, reused: list[int]) -> Tensor:
+        """x (B, width, E) of that forward in the columns of the prompt, zero at padding; as it is where
+        a part of the prompt was reused."""
+        if any(reused) or x.shape[1] == self.length:
+            return x
+        real, index = self._new_columns(reused)
+        rows = torch.arange(self.batch_size, device=x.device)[:, None].expand_as(index)
+        out = x.new_zeros(self.batch_size, self.length, x.shape[2])
+        out[rows[real], index[real]] = x[real]
+        return out
+
+
+def repeated(
+    input_ids: Tensor | None, inputs: Mapping[str, Any], copies: int
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Every prompt ``copies`` times, one after the other."""
+
+    def repeat(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if name == "cross_attention_states":  # all images of the batch in a row
+            given = inputs.get("inputs_embeds") if input_ids is None else input_ids
+            return x.unflatten(0, (len(given), -1)).repeat_interleave(copies, 0).flatten(0, 1)
+        return x.repeat_interleave(copies, 0)
+
+    return repeat("input_ids", input_ids), {name: repeat(name, x) for name, x in inputs.items()}
 
 
 def _checked_ids(input_ids: Any, embeds: Any) -> Tensor:

@@ -16,7 +16,28 @@ from torch import Tensor
 import mllama_kernels
 from mllama_kernels.reference_sampling import INVALID_TOKEN
 
-__all__ = ["INVALID_TOKEN", "Sampler", "SamplingConfig"]
+__all__ = ["INVALID_TOKEN", "Sampler", "SamplingConfig", "row_seeds"]
+
+_WORD = 2**64 - 1
+# An odd number with no pattern in its bits, other than the one that spreads the steps of a stream.
+_ROW_STRIDE = 0xD1B54A32D192ED03
+
+
+def row_seeds(seed: int, rows: int) -> list[int]:
+    """The seed of each row of a batch: the first row's is ``seed`` itself.
+
+    The others are hashes of seed and row, so that no row repeats one of a batch with another seed.
+    ``generate(..., seed=[row_seeds(11, 3)[2]])`` repeats row 2 of seed 11 alone.
+    """
+    return [seed, *(_mix(_mix(seed) + row * _ROW_STRIDE) for row in range(1, rows))]
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    x &= _WORD
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
+    return x ^ x >> 31
 
 
 @dataclass(frozen=True)
