@@ -71,6 +71,7 @@ PIXELS = torch.zeros(1, 1, 4, 3, 28, 28)
             ValueError,
             "num_beams=3 .*the call may override",
         ),
+        ({"past_key_values": [1]}, TypeError, r"must come from new_cache\(\) or a model, got list"),
         ({"inputs": PROMPT}, TypeError, "give input_ids or inputs"),
         ({"input_ids": None}, TypeError, "generate.. needs input_ids"),
         ({"inputs_embeds": PROMPT}, ValueError, "inputs_embeds must be floating point"),

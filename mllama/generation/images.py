@@ -110,7 +110,10 @@ def _without_old(
     states = inputs.get("cross_attention_states")
     if "aspect_ratio_ids" in inputs:
         given = (inputs["aspect_ratio_ids"] > 0).sum(1).tolist()
-        if given == [a + b for a, b in zip(old, new)]:
+        if not cached.has_tokens:
+            _expect_same(given, [len(row) for row in cached.places], "pixel_values")
+            skip = [0] * len(new)
+        elif given == [a + b for a, b in zip(old, new)]:
             skip = list(old)
         elif given == list(new):
             skip = [0] * len(new)
@@ -143,12 +146,7 @@ def _images_to_skip(
 ) -> list[int]:
     """How many images per row of ``cross_attention_states``, ``given`` for every row, the cache has."""
     if not cached.has_tokens:
-        if given != cached.count:
-            raise ValueError(
-                f"cross_attention_states has {given} images per row and past_key_values {cached.count}, "
-                "and no image token in input_ids says which of them are new: start without "
-                "past_key_values"
-            )
+        _expect_same(given, cached.count, "cross_attention_states")
         return [0] * len(old)
     is_all = given == max(a + b for a, b in zip(old, new))
     is_new = given == max(new)
@@ -162,6 +160,15 @@ def _images_to_skip(
             "start without past_key_values"
         )
     return list(old) if is_all else [0] * len(old)
+
+
+def _expect_same(given: Any, held: Any, name: str) -> None:
+    """Without image tokens the images have to be those in the cache."""
+    if given != held:
+        raise ValueError(
+            f"{name} has {given} images per row and past_key_values {held}, and no image token in "
+            "input_ids says which of them are new: start without past_key_values"
+        )
 
 
 def _at_places(mask: Tensor, cached: CachedImages, most_new: int) -> Tensor:

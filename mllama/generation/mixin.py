@@ -108,7 +108,6 @@ class GenerationMixin:
         """The inputs of one forward; generate() prepares its own, wrappers such as PEFT's ask for this."""
         return {"input_ids": input_ids, **inputs}
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -149,7 +148,7 @@ class GenerationMixin:
         if streamer is not None:
             streamer.put(run.prompt.input_ids.cpu())
         try:
-            with closing(run.steps()) as steps:
+            with torch.no_grad(), closing(run.steps()) as steps:
                 for tokens, _ in steps:
                     if streamer is not None:
                         streamer.put(torch.tensor(tokens))
@@ -236,6 +235,9 @@ class _Run:
                 and value.device != model.device
             ):
                 raise ValueError(f"{name} is on {value.device}, the model on {model.device}")
+        if cache is not None and not isinstance(cache, MllamaCache):
+            kind = type(cache).__name__
+            raise TypeError(f"past_key_values must come from new_cache() or a model, got {kind}")
         settings = settle(model.generation_config, generation_config, options)
         if (copies := sequences_per_prompt(settings)) > 1:
             input_ids, inputs = repeated(input_ids, inputs, copies)

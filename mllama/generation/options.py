@@ -152,6 +152,7 @@ REFUSED: dict[str, str] = {
     "max_time": "pass stopping_criteria=[transformers.MaxTimeCriteria(...)]",
     "position_ids": "positions count the tokens of attention_mask",
     "token_type_ids": "the model has none",
+    "full_text_row_masked_out_mask": "it follows from cross_attention_mask",
     "labels": "generate() computes no loss",
     "logits_to_keep": "generate() keeps those of the last column",
 }
@@ -200,7 +201,7 @@ def settle(
         if options.get(few) is not None and options.get(length) is not None:
             raise ValueError(f"give {few}={options[few]} or {length}={options[length]}, not both")
     if unknown := _unknown(checkpoint):
-        warnings.warn(f"the model's generation_config has unknown {unknown}: ignored", stacklevel=5)
+        warnings.warn(f"the model's generation_config has unknown {unknown}: ignored", stacklevel=4)
     merged: dict[str, Any] = {}
     for layer in ({k: v for k, v in checkpoint.items() if v is not None}, config, options):
         for pair in _PAIRS:
