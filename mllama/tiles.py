@@ -11,7 +11,6 @@ from torch import Tensor
 from mllama.packing import Packing
 from mllama.semantics import Semantics
 
-
 # What is at a place for an image of a sequence: nothing, where another one has more images; the image
 # of an image token; or an image that no token of the text stands for.
 PADDING, IMAGE, LOOSE = 0, 1, 2
@@ -198,20 +197,20 @@ class TileMemory:
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what the tokens behind the first ``lengths`` (B,) of each sequence saw."""
-        self._recall(tuple(read.first(lengths) for read in self._reads))
+        reads = tuple(read.first(lengths) for read in self._reads)
+        if not all(new.at.equal(old.at) for new, old in zip(reads, self._reads)):
+            self._recall(reads)
 
     def keep_images(self, kept: Tensor) -> None:
         """Forget all tiles but those ``kept`` (B, M, tiles) bool, which are the first there are."""
         self._recall(tuple(read.within(kept) for read in self._reads))
 
     def _recall(self, reads: tuple[_Read, ...]) -> None:
-        if not reads:
-            return
         self._reads, self._sight = reads, None
         for read in reads:
             self._sight = _Sight.after(self._sight, read)
-        assert self._sight is not None
-        self.view = self._sight.view(self._semantics)
+        if self._sight is not None:
+            self.view = self._sight.view(self._semantics)
 
 
 def _widened(mask: Tensor, columns: int) -> Tensor:

@@ -96,6 +96,17 @@ def test_sampling_is_repeatable_by_seed(capsys, picture):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_temperature_0_is_greedy(capsys, monkeypatch, picture):
+    base = ["generate", "--model", str(checkpoint_path()), "--image", picture, "--device", "cpu"]
+    base += ["--prompt", "Describe the picture.", "--max-new-tokens", "12"]
+    expected = run(capsys, *base, "--greedy")
+    for extra in (["0"], ["0.0", "--greedy"], ["0", "--top-p", "0.9", "--seed", "3"]):
+        assert run(capsys, *base, "--temperature", *extra) == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {picture}\nDescribe the picture.\n"))
+    chat = ["chat", "--model", str(checkpoint_path()), "--device", "cpu", "--max-new-tokens", "12"]
+    assert run(capsys, *chat, "--temperature", "0")[:2] == (0, expected[1])
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

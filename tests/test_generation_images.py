@@ -89,6 +89,23 @@ class Answers:
         self.model, self.device = model, device
         self.options = {"max_new_tokens": tokens, "eos_token_id": [], "pad_token_id": PAD_TOKEN}
 
+    def fresh(self, batch: dict[str, Tensor]) -> Tensor:
+        """The answers to whole texts, which the next ones are compared with."""
+        kept = {"return_dict_in_generate": True, "output_logits": True}
+        output = self.model.generate(**to(batch, self.device), **self.options, **kept)
+        self._logits = torch.stack(output.logits, 1)
+        self._expected = output.sequences[:, batch["input_ids"].shape[1] :]
+        return self._expected
+
+    def agree(self, answers: Tensor) -> bool:
+        """Whether answers are the expected ones, up to where the two best logits are a rounding apart."""
+        for answer, expected, logits in zip(answers, self._expected, self._logits):
+            if len(differing := (answer != expected).nonzero()):
+                best, second = logits[differing[0, 0]].topk(2).values.tolist()
+                if best - second > 1e-5 * logits.abs().max():
+                    return False
+        return True
+
     def __call__(self, batch: dict[str, Tensor], **options: Any) -> Tensor:
         length = batch["input_ids"].shape[1]
         return self.model.generate(**to(batch, self.device), **self.options, **options)[:, length:]
@@ -124,12 +141,12 @@ def test_a_cached_turn_is_answered_as_the_whole_text(
         for talk in talks:
             talk.add(rng, rng.randint(0, 2))
         whole = batch_of(talks)
-        expected = answers(whole)
+        expected = answers.fresh(whole)
         given = whole if rng.random() < 0.5 else batch_of(talks, skip=old)
         if rng.random() < 0.3 and old == [0] * len(old):
             given = as_states(answers.model, to(given, answers.device))
-        assert answers(given, past_key_values=cache).equal(expected), f"turn {turn}"
-        assert answers.alone(talks).equal(expected), f"turn {turn}"
+        assert answers.agree(answers(given, past_key_values=cache)), f"turn {turn}"
+        assert answers.agree(answers.alone(talks)), f"turn {turn}"
         for talk, answer in zip(talks, expected.tolist()):
             talk.tokens += answer
         earlier.append((talks, cache.lengths.tolist()))
@@ -147,8 +164,8 @@ def test_rows_that_always_see_a_picture_do_so_with_the_semantics_of_transformers
     for turn in range(4):
         for row, talk in enumerate(talks):
             talk.add(rng, 1 if not turn else int(turn == row + 1), first=not turn)
-        expected = answers(batch_of(talks))
-        assert answers(batch_of(talks), past_key_values=cache).equal(expected), f"turn {turn}"
+        expected = answers.fresh(batch_of(talks))
+        assert answers.agree(answers(batch_of(talks), past_key_values=cache)), f"turn {turn}"
         for talk, answer in zip(talks, expected.tolist()):
             talk.tokens += answer
 
@@ -161,10 +178,10 @@ def test_pictures_of_different_rows_as_states(answers: Answers) -> None:
         for talk, count in zip(talks, pictures):
             talk.add(rng, count)
         whole = batch_of(talks)
-        expected = answers(whole)
+        expected = answers.fresh(whole)
         states = as_states(answers.model, to(whole, answers.device))
-        assert answers(states).equal(expected)
-        assert answers(states, past_key_values=cache).equal(expected)
+        assert answers.agree(answers(states))
+        assert answers.agree(answers(states, past_key_values=cache))
         for talk, answer in zip(talks, expected.tolist()):
             talk.tokens += answer
 
@@ -196,12 +213,12 @@ def test_states_without_image_tokens_stay_in_sight(answers: Answers) -> None:
     mask[0, :, 1], mask[1, 5:, 0] = 0, 0
     whole = {"input_ids": ids, "cross_attention_states": states, "cross_attention_mask": mask}
     first = whole | {"input_ids": ids[:, :7], "cross_attention_mask": mask[:, :7]}
-    expected = answers(whole)
+    answers.fresh(whole)
     for again in (True, False):
         cache = answers.model.new_cache(2)
         answers(first, past_key_values=cache)
         turn = whole if again else {k: v for k, v in whole.items() if k != "cross_attention_states"}
-        assert answers(turn, past_key_values=cache).equal(expected)
+        assert answers.agree(answers(turn, past_key_values=cache))
     with pytest.raises(
         ValueError, match="1 images per row and past_key_values 2, and no image tok"
     ):
@@ -228,10 +245,33 @@ def test_without_a_mask_the_next_token_sees_what_the_last_kept_one_saw(answers: 
     cache.truncate(kept)
     talks = [Talk([*text, 9, 8], talk.pictures[:n]) for text, talk, n in zip(texts, talks, (0, 1))]
     whole = batch_of(talks)
-    expected = answers(whole)
+    answers.fresh(whole)
     text_alone = {name: whole[name] for name in ("input_ids", "attention_mask")}
-    assert answers(text_alone, past_key_values=cache).equal(expected)
+    assert answers.agree(answers(text_alone, past_key_values=cache))
     assert cache.num_tiles == 4, "the picture of the forgotten turn is forgotten"
+
+
+def test_the_beginning_of_the_text_is_answered_again(answers: Answers) -> None:
+    """Also where it ends with an image, which is read again, and where the rest has others."""
+    rng = random.Random(13)
+    talks, cache, texts = [Talk(), Talk()], answers.model.new_cache(2), []
+    for pictures in ((1, 1), (0, 2), (1, 0)):
+        for talk, count in zip(talks, pictures):
+            talk.tokens.append(rng.randrange(FIRST_TEXT_TOKEN, SHAPE.vocab))
+            talk.add(rng, count)
+        talks[0].tokens.append(IMAGE)
+        talks[0].pictures.append(
+            (1, torch.randn(4, 3, SIDE, SIDE) * torch.eye(4)[0].view(4, 1, 1, 1))
+        )
+        texts.append(batch_of(talks))
+        expected = answers.fresh(texts[-1])
+        assert answers.agree(answers(texts[-1], past_key_values=cache))
+        for talk, answer in zip(talks, expected.tolist()):
+            talk.tokens += answer
+    for turn in (2, 2, 1, 0, 1, 2):
+        batch = texts[turn]
+        answers.fresh(batch)
+        assert answers.agree(answers(batch, past_key_values=cache)), f"turn {turn}"
 
 
 def test_forward_on_a_cache_sees_the_pictures_at_their_places(answers: Answers) -> None:

@@ -79,16 +79,12 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in names}
     chosen["stop_strings"] = options.stop
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if options.temperature == 0:  # the likeliest token, whatever else says how to draw
-        options.greedy = True
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            chosen.pop(name, None)
     sampled = {"temperature", "top_k", "top_p", "min_p", "seed"} & set(chosen)
-    if options.greedy:
-        if sampled:
-            raise ValueError(
-                f"--greedy and --{min(sampled).replace('_', '-')} contradict each other"
-            )
+    is_cold = options.temperature == 0  # the likeliest token, however the others say to draw
+    if options.greedy and (contrary := sampled - ({"temperature"} if is_cold else set())):
+        raise ValueError(f"--greedy and --{min(contrary).replace('_', '-')} contradict each other")
+    if options.greedy or is_cold:
+        chosen = {name: value for name, value in chosen.items() if name not in sampled}
         chosen["do_sample"] = False
     elif sampled:
         chosen["do_sample"] = True

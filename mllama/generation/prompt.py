@@ -134,7 +134,7 @@ class Prompt:
         for row, (old, new) in enumerate(zip(cached, self.texts)):
             limit = min(len(old), len(new) - 1)
             same = next((i for i in range(limit) if old[i] != new[i]), limit)
-            if self._image_token in old[same:]:
+            if same < limit and self._image_token in old[same:]:  # not only the beginning of it
                 raise ValueError(
                     f"row {row} of input_ids leaves the text in past_key_values at token {same}, "
                     "before an image there: start without past_key_values, or truncate() it"
