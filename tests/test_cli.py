@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mllama import cli
+from mllama.commands import chat
 from mllama.demo import checkpoint_path, is_right, sample_picture
 from mllama_kernels import reference
 
@@ -205,6 +206,28 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, picture):
     )
     assert code == 0 and "no such file: nothing.png" in err
     assert len(out.splitlines()) == 2 and all(out.splitlines())
+
+
+def test_a_turn_that_fails_leaves_no_picture_behind(capsys, monkeypatch, tmp_path):
+    for seed in (3, 8):
+        sample_picture(seed)[0].save(tmp_path / f"{seed}.png")
+    command = ["chat", "--model", str(checkpoint_path()), "--greedy", "--device", "cpu"]
+    turns = [f"/image {tmp_path / f'{seed}.png'}\nDescribe the picture.\n" for seed in (3, 8)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(turns[1]))
+    _, expected, _ = run(capsys, *command)
+    echo, left = chat.echo, ["the first answer breaks off"]
+
+    def broken(pieces):
+        if left:
+            next(pieces)
+            pieces.close()
+            raise RuntimeError(left.pop())
+        return echo(pieces)
+
+    monkeypatch.setattr(chat, "echo", broken)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(turns)))
+    code, out, err = run(capsys, *command)
+    assert code == 0 and "breaks off" in err and out == expected
 
 
 def test_info_of_a_checkpoint(capsys):

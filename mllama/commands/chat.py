@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
             print(_HELP, file=sys.stderr)
         elif line:
             messages.append(user_turn(from_command_line(line), images))
+            kept = cache.lengths.tolist()
             try:
                 escape = options.escape_special_tokens
                 inputs = chat_inputs(processor, messages, model.device, escape)
@@ -93,6 +94,9 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{error}", file=sys.stderr)
                 messages.pop()
                 images = []
+                cache.truncate(
+                    kept
+                )  # or the next picture in this place would pass for the one here
             else:
                 messages.append({"role": "assistant", "content": answer})
                 images = []
