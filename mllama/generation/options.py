@@ -116,6 +116,9 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "begin_suppress_tokens": (([],), _processor("SuppressTokensAtBeginLogitsProcessor")),
     "token_healing": ((False,), _ACCELERATE),
     "guidance_scale": ((1,), _ACCELERATE),
+    "generation_kwargs": (({},), "give the options themselves"),
+    "use_model_defaults": ((True,), "the model's generation_config always fills the gaps"),
+    "return_legacy_cache": ((False,), "the cache that is returned is a MllamaCache"),
     "return_dict": ((True,), "generate() returns what return_dict_in_generate says"),
 }
 
@@ -150,6 +153,8 @@ REFUSED: dict[str, str] = {
     "forced_eos_token_id": _processor("ForcedEOSTokenLogitsProcessor"),
     "exponential_decay_length_penalty": _processor("ExponentialDecayLengthPenalty"),
     "max_time": "pass stopping_criteria=[transformers.MaxTimeCriteria(...)]",
+    "forced_decoder_ids": "pass prefix_allowed_tokens_fn=",
+    "cache_position": "the cache counts",
     "position_ids": "positions count the tokens of attention_mask",
     "token_type_ids": "the model has none",
     "full_text_row_masked_out_mask": "it follows from cross_attention_mask",
