@@ -94,9 +94,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{error}", file=sys.stderr)
                 messages.pop()
                 images = []
-                cache.truncate(
-                    kept
-                )  # or the next picture in this place would pass for the one here
+                cache.truncate(kept)  # else another picture here would pass for this turn's
             else:
                 messages.append({"role": "assistant", "content": answer})
                 images = []
