@@ -3,7 +3,9 @@
 
 namespace mllama {
 
-const char* cuda_error_text(int status);  // "cudaErrorInvalidValue: invalid argument"
+// "cudaErrorInvalidValue: invalid argument", with the reason where the kernels' host code knows it.
+// The runtime forgets the error: nobody else has it reported as their own.
+const char* take_cuda_error(int status);
 
 }  // namespace mllama
 

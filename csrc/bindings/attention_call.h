@@ -63,19 +63,31 @@ Results results(const Checker& c, const Tensor& q, const Tensor& grad_out, const
   c.typed(lse, "lse", p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   c.sizes(lse, "lse", lse_sizes);
   const int64_t n = q.dim() - 1;
-  const bool rows = grad_out.stride(n) == 1;
-  Results r{aligned(rows ? grad_out : torch::stable::contiguous(grad_out)),
-            aligned(torch::stable::contiguous(out)), torch::stable::contiguous(lse)};
+  Results r{aligned(with_contiguous_rows(grad_out)), aligned(torch::stable::contiguous(out)),
+            torch::stable::contiguous(lse)};
   p.grad_out = r.grad_out.const_data_ptr();
-  p.grad_out_batch_stride = n == 3 ? r.grad_out.stride(0) : 0;
-  p.grad_out_token_stride = r.grad_out.stride(n - 2);
-  p.grad_out_head_stride = r.grad_out.stride(n - 1);
+  p.grad_out_batch_stride = n == 3 ? stride(r.grad_out, 0) : 0;
+  p.grad_out_token_stride = stride(r.grad_out, n - 2);
+  p.grad_out_head_stride = stride(r.grad_out, n - 1);
   p.out = const_cast<void*>(r.out.const_data_ptr());  // read alone
   p.lse = const_cast<void*>(r.lse.const_data_ptr());
   return r;
 }
 
 // ---------------------------------------------------------------- rotary_attention
+
+// Tables of angles: rows at one stride, each on a 16-byte boundary.
+inline Tensor table(const Checker& c, const Tensor& t, const char* what) {
+  check(t.dim() == 2 || t.dim() == 3, c.op, what, " must have 2 or 3 dimensions, got shape ",
+        shape(t));
+  const bool uniform = t.dim() == 2 || joint_stride(t, 0);
+  return uniform && rows_contiguous(t) ? aligned(t) : torch::stable::contiguous(t);
+}
+
+// Between the rows of such a table.
+inline int64_t table_stride(const Tensor& t) {
+  return t.dim() == 2 ? stride(t, 0) : joint_stride(t, 0).value();
+}
 
 // q, k, v of rotary attention: dense (B, L, H, D) or packed (N, H, D).
 inline RotaryAttentionParams rotary_params(const Checker& c, const Tensor& q, const Tensor& k,
@@ -114,30 +126,22 @@ inline RotaryAttentionParams rotary_params(const Checker& c, const Tensor& q, co
   p.num_q_heads = heads;
   p.num_kv_heads = kv_heads;
   p.head_dim = d;
-  p.q_batch_stride = packed ? 0 : q.stride(0);
-  p.q_token_stride = q.stride(n - 2);
-  p.q_head_stride = q.stride(n - 1);
-  p.k_batch_stride = packed ? 0 : k.stride(0);
-  p.k_token_stride = k.stride(n - 2);
-  p.k_head_stride = k.stride(n - 1);
-  p.v_batch_stride = packed ? 0 : v.stride(0);
-  p.v_token_stride = v.stride(n - 2);
-  p.v_head_stride = v.stride(n - 1);
+  p.q_batch_stride = packed ? 0 : stride(q, 0);
+  p.q_token_stride = stride(q, n - 2);
+  p.q_head_stride = stride(q, n - 1);
+  p.k_batch_stride = packed ? 0 : stride(k, 0);
+  p.k_token_stride = stride(k, n - 2);
+  p.k_head_stride = stride(k, n - 1);
+  p.v_batch_stride = packed ? 0 : stride(v, 0);
+  p.v_token_stride = stride(v, n - 2);
+  p.v_head_stride = stride(v, n - 1);
   p.cos_rows = packed ? cos.size(0) : cos.size(0) * cos.size(1);
-  p.cos_row_stride = cos.stride(cos.dim() - 2);
-  p.sin_row_stride = sin.stride(sin.dim() - 2);
+  p.cos_row_stride = table_stride(cos);
+  p.sin_row_stride = table_stride(sin);
   p.softmax_scale = softmax_scale;
   p.interleaved = interleaved;
   p.dtype = c.dtype();
   return p;
-}
-
-// Tables of angles: rows at one stride, each on a 16-byte boundary.
-inline Tensor table(const Checker& c, const Tensor& t, const char* what) {
-  check(t.dim() == 2 || t.dim() == 3, c.op, what, " must have 2 or 3 dimensions, got shape ",
-        shape(t));
-  const bool uniform = t.dim() == 2 || t.size(0) == 1 || t.stride(0) == t.stride(1) * t.size(1);
-  return uniform && t.stride(t.dim() - 1) == 1 ? aligned(t) : torch::stable::contiguous(t);
 }
 
 struct RotaryCall {
@@ -174,8 +178,12 @@ inline RotaryCall rotary_call(const Checker& c, const Tensor& q, const Tensor& k
 
 // Dense k, v (B, T, P, H, D) as slots (B * T, P, H, D): one stride must reach every tile.
 inline Tensor slots(const Tensor& t) {
-  const bool uniform = t.size(0) <= 1 || t.stride(0) == t.stride(1) * t.size(1);
-  return aligned(uniform && t.stride(4) == 1 ? t : torch::stable::contiguous(t));
+  return aligned(joint_stride(t, 0) && rows_contiguous(t) ? t : torch::stable::contiguous(t));
+}
+
+// Between such slots, or those of a pool (num_slots, P, H, D).
+inline int64_t slot_stride(const Tensor& t) {
+  return t.dim() == 4 ? stride(t, 0) : joint_stride(t, 0).value();
 }
 
 struct CrossCall {
@@ -259,15 +267,15 @@ inline CrossCall cross_call(const Checker& c, const Tensor& q_in, const Tensor& 
   p.num_q_heads = heads;
   p.num_kv_heads = kv_heads;
   p.head_dim = d;
-  p.q_batch_stride = packed ? 0 : q.stride(0);
-  p.q_token_stride = q.stride(n - 2);
-  p.q_head_stride = q.stride(n - 1);
-  p.k_slot_stride = k.stride(m - 3);
-  p.k_token_stride = k.stride(m - 2);
-  p.k_head_stride = k.stride(m - 1);
-  p.v_slot_stride = v.stride(m - 3);
-  p.v_token_stride = v.stride(m - 2);
-  p.v_head_stride = v.stride(m - 1);
+  p.q_batch_stride = packed ? 0 : stride(q, 0);
+  p.q_token_stride = stride(q, n - 2);
+  p.q_head_stride = stride(q, n - 1);
+  p.k_slot_stride = slot_stride(k);
+  p.k_token_stride = stride(k, m - 2);
+  p.k_head_stride = stride(k, m - 1);
+  p.v_slot_stride = slot_stride(v);
+  p.v_token_stride = stride(v, m - 2);
+  p.v_head_stride = stride(v, m - 1);
   p.eps = eps;
   p.softmax_scale = softmax_scale;
   p.dtype = c.dtype();
@@ -313,15 +321,15 @@ inline VisionCall vision_call(const Checker& c, const Tensor& q_in, const Tensor
   p.seqlen = q.size(1);
   p.num_heads = q.size(2);
   p.head_dim = q.size(3);
-  p.q_batch_stride = q.stride(0);
-  p.q_token_stride = q.stride(1);
-  p.q_head_stride = q.stride(2);
-  p.k_batch_stride = k.stride(0);
-  p.k_token_stride = k.stride(1);
-  p.k_head_stride = k.stride(2);
-  p.v_batch_stride = v.stride(0);
-  p.v_token_stride = v.stride(1);
-  p.v_head_stride = v.stride(2);
+  p.q_batch_stride = stride(q, 0);
+  p.q_token_stride = stride(q, 1);
+  p.q_head_stride = stride(q, 2);
+  p.k_batch_stride = stride(k, 0);
+  p.k_token_stride = stride(k, 1);
+  p.k_head_stride = stride(k, 2);
+  p.v_batch_stride = stride(v, 0);
+  p.v_token_stride = stride(v, 1);
+  p.v_head_stride = stride(v, 2);
   p.padding_batch_stride = p.seqlen;
   p.softmax_scale = softmax_scale;
   p.dtype = c.dtype();

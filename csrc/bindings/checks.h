@@ -1,6 +1,6 @@
-// What the bindings of all ops share: argument checks, strides, and the launch on a tensor's
-// device. With bindings.cpp and bindings_backward.cpp the only code that knows torch. LibTorch
-// stable ABI, so one binary serves every torch from 2.11 on.
+// What the bindings of all ops share: argument checks and the launch on a tensor's device. With
+// bindings.cpp and bindings_backward.cpp the only code that knows torch. LibTorch stable ABI, so
+// one binary serves every torch from 2.11 on.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -21,6 +21,7 @@
 
 #include "../build_info.h"
 #include "../common.h"
+#include "strides.h"
 
 #ifdef MLLAMA_WITH_CUDA
 // Weak: CPU builds of torch have no CUDA streams, yet must load a library that was built with CUDA.
@@ -41,7 +42,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace mllama {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 template <typename... Args>
@@ -137,8 +137,8 @@ struct Checker {
   }
 
   void last_contiguous(const Tensor& t, const char* what) const {
-    check(t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1, op, what,
-          " must be contiguous in its last dimension, got stride ", t.stride(t.dim() - 1));
+    check(rows_contiguous(t), op, what, " must be contiguous in its last dimension, got stride ",
+          stride(t, t.dim() - 1));
   }
 
   void head_dim(int64_t d) const {
@@ -162,55 +162,6 @@ struct Checker {
   }
 };
 
-// The kernels move 16 bytes at a time: every row of an attention operand starts on a 16-byte
-// boundary.
-inline Tensor aligned(const Tensor& t) {
-  const int64_t unit = 16 / static_cast<int64_t>(t.element_size());
-  bool good = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    good = good && (t.size(i) <= 1 || t.stride(i) % unit == 0);
-  if (good) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
-
-// The leading dimensions of tensors of one shape, merged to (outer, inner); false if two do not
-// suffice.
-struct Rows {
-  int64_t outer = 1, inner = 1;
-  std::vector<int64_t> outer_stride, inner_stride;
-};
-
-inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels, Rows& rows) {
-  struct Level {
-    int64_t size;
-    std::vector<int64_t> strides;
-  };
-  std::vector<Level> found;  // innermost first
-  const Tensor& lead = *tensors.front();
-  for (int64_t i = lead.dim() - 2; i >= 0; --i) {
-    if (lead.size(i) == 1) continue;
-    Level level{lead.size(i), {}};
-    for (const Tensor* t : tensors) level.strides.push_back(t->stride(i));
-    bool merge = !found.empty();
-    for (size_t t = 0; merge && t < level.strides.size(); ++t) {
-      merge = level.strides[t] == found.back().strides[t] * found.back().size;
-    }
-    if (merge) {
-      found.back().size *= level.size;
-    } else {
-      found.push_back(level);
-    }
-  }
-  if (static_cast<int64_t>(found.size()) > levels) return false;
-  const std::vector<int64_t> none(tensors.size(), 0);
-  if (found.size() == 1 && levels == 2) found.insert(found.begin(), Level{1, none});
-  rows.inner = found.empty() ? 1 : found[0].size;
-  rows.inner_stride = found.empty() ? none : found[0].strides;
-  rows.outer = found.size() < 2 ? 1 : found[1].size;
-  rows.outer_stride = found.size() < 2 ? none : found[1].strides;
-  return true;
-}
-
 // Runs the CPU or the CUDA function on the device of `lead`, on its current stream.
 template <typename Params>
 void launch(const Checker& c, const Params& p, void (*cpu)(const Params&),
@@ -231,7 +182,7 @@ void launch(const Checker& c, const Params& p, void (*cpu)(const Params&),
           "no current CUDA stream on device ", index);
     status = cuda(p, static_cast<CUstream_st*>(stream));
   }
-  check(status == 0, c.op, "the CUDA launch failed: ", cuda_error_text(status));
+  if (status != 0) check(false, c.op, "the CUDA launch failed: ", take_cuda_error(status));
 #endif
 }
 

@@ -19,8 +19,7 @@ void run_rms_norm(const Checker& c, Tensor x, OptionalTensor residual, const Opt
   const Tensor w = torch::stable::contiguous(weight);
   Rows rows;
   const auto strided = [&] {
-    return x.stride(x.dim() - 1) == 1 &&
-           (!residual || residual->stride(residual->dim() - 1) == 1) &&
+    return rows_contiguous(x) && (!residual || rows_contiguous(*residual)) &&
            (residual ? merge_rows({&x, &*residual}, 2, rows) : merge_rows({&x}, 2, rows));
   };
   if (!strided()) {
@@ -103,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_rms_norm_backward(
     for (const Tensor& t : tensors) pointers.push_back(&t);
     return merge_rows(pointers, 2, rows);
   };
-  for (const Tensor& t : tensors) strided = strided && t.stride(t.dim() - 1) == 1;
+  for (const Tensor& t : tensors) strided = strided && rows_contiguous(t);
   if (!strided || !merged()) {
     for (Tensor& t : tensors) t = torch::stable::contiguous(t);
     merged();
@@ -172,8 +171,7 @@ Tensor gated_residual(const Tensor& x_in, const Tensor& residual_in, const Tenso
   check(x.dim() >= 1, c.op, "x must have at least one dimension");
   check_residual(c, x, residual, gate, row_mask);
   Rows rows;
-  if (x.stride(x.dim() - 1) != 1 || residual.stride(x.dim() - 1) != 1 ||
-      !merge_rows({&x, &residual}, 1, rows)) {
+  if (!rows_contiguous(x) || !rows_contiguous(residual) || !merge_rows({&x, &residual}, 1, rows)) {
     x = torch::stable::contiguous(x);
     residual = torch::stable::contiguous(residual);
     merge_rows({&x, &residual}, 1, rows);
@@ -207,7 +205,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad_out_in, co
   c.sizes(grad_out, "grad_out", std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   check_gate(c, x, "x", gate, row_mask);
   Rows rows;
-  if (grad_out.stride(last) != 1 || x.stride(last) != 1 || !merge_rows({&grad_out, &x}, 1, rows)) {
+  if (!rows_contiguous(grad_out) || !rows_contiguous(x) || !merge_rows({&grad_out, &x}, 1, rows)) {
     grad_out = torch::stable::contiguous(grad_out);
     x = torch::stable::contiguous(x);
     merge_rows({&grad_out, &x}, 1, rows);
@@ -239,7 +237,7 @@ Tensor swiglu(const Tensor& gate_up_in) {
   check(gate_up.dim() >= 1 && gate_up.size(gate_up.dim() - 1) % 2 == 0, c.op,
         "gate_up must have an even last dimension, got shape ", shape(gate_up));
   Rows rows;
-  if (gate_up.stride(gate_up.dim() - 1) != 1 || !merge_rows({&gate_up}, 1, rows)) {
+  if (!rows_contiguous(gate_up) || !merge_rows({&gate_up}, 1, rows)) {
     gate_up = torch::stable::contiguous(gate_up);
     merge_rows({&gate_up}, 1, rows);
   }
@@ -268,7 +266,7 @@ Tensor swiglu_backward(const Tensor& grad_out_in, const Tensor& gate_up_in) {
   c.floating(grad_out, "grad_out");
   c.sizes(grad_out, "grad_out", sizes);
   Rows rows;
-  if (grad_out.stride(last) != 1 || gate_up.stride(last) != 1 ||
+  if (!rows_contiguous(grad_out) || !rows_contiguous(gate_up) ||
       !merge_rows({&grad_out, &gate_up}, 1, rows)) {
     grad_out = torch::stable::contiguous(grad_out);
     gate_up = torch::stable::contiguous(gate_up);

@@ -37,7 +37,7 @@ Tensor sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& ste
     c.sizes(*seen_in, "seen", {p.rows, p.vocab});
     if (repetition_penalty != 1) seen = torch::stable::contiguous(*seen_in);
   }
-  const Tensor logits = logits_in.stride(1) == 1 ? logits_in : torch::stable::contiguous(logits_in);
+  const Tensor logits = with_contiguous_rows(logits_in);
   const Tensor seeds = torch::stable::contiguous(seeds_in);
   Tensor tokens = torch::stable::new_empty(seeds, {p.rows});
   p.logits = logits.const_data_ptr();
@@ -45,7 +45,7 @@ Tensor sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& ste
   p.step = step.const_data_ptr<int64_t>();
   p.seen = static_cast<const bool*>(data(seen));
   p.tokens = tokens.mutable_data_ptr<int64_t>();
-  p.logits_row_stride = logits.stride(0);
+  p.logits_row_stride = stride(logits, 0);
   p.top_k = top_k;
   p.drop_share = 1 - top_p;
   p.min_weight = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(min_p * kMaxWeight)));

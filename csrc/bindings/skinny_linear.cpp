@@ -34,7 +34,7 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
   if (residual_in) {
     c.floating(*residual_in, "residual");
     c.sizes(*residual_in, "residual", {rows, n});
-    residual = residual_in->stride(1) == 1 ? *residual_in : torch::stable::contiguous(*residual_in);
+    residual = with_contiguous_rows(*residual_in);
   }
   if (gate) {
     c.floating(*gate, "gate");
@@ -45,7 +45,7 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
     c.sizes(*row_mask_in, "row_mask", {rows});
     row_mask = torch::stable::contiguous(*row_mask_in);
   }
-  const Tensor x = x_in.stride(1) == 1 ? x_in : torch::stable::contiguous(x_in);
+  const Tensor x = with_contiguous_rows(x_in);
   Tensor out = torch::stable::new_empty(x, {rows, n});
   SkinnyLinearParams p{};
   p.x = x.const_data_ptr();
@@ -58,9 +58,9 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
   p.rows = rows;
   p.n = n;
   p.k = k;
-  p.x_row_stride = x.stride(0);
-  p.weight_row_stride = weight.stride(0);
-  p.residual_row_stride = residual ? residual->stride(0) : 0;
+  p.x_row_stride = stride(x, 0);
+  p.weight_row_stride = stride(weight, 0);
+  p.residual_row_stride = residual ? stride(*residual, 0) : 0;
   p.eps = eps;
   p.swiglu = swiglu;
   p.weight_is_constant = weight_is_constant;
