@@ -1,12 +1,16 @@
 // The host-side C++ of the kernels as a Python module, so that pytest can call it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../csrc/cpu/last_cache.cpp"
 #include "../csrc/cuda/attention_backward_config.h"
 #include "../csrc/cuda/attention_config.h"
 #include "../csrc/cuda/attention_sm90_config.h"
 #include "../csrc/cuda/cross_attention_sm90.h"
+#include "../csrc/cuda/rotary_attention_sm90.h"
 #include "../csrc/cuda/split_kv.h"
+#include "../csrc/cuda/tensor_map_dims.h"
+#include "../csrc/cuda/vision_attention_sm90.h"
 
 namespace py = pybind11;
 using namespace mllama;
@@ -58,6 +62,38 @@ PYBIND11_MODULE(host_module, m) {
   m.def("cluster_blocks", &cluster_blocks);
   m.def("cluster_slice_log2", &cluster_slice_log2);
   m.def("cluster_merge_bytes", &cluster_merge_bytes);
+  m.def("mappable", &mappable);
+  m.def("tensor_map_fault", [](std::array<std::array<int64_t, 3>, 3> dims, int64_t element_bytes) {
+    const auto dim = [&](int i) { return TensorMapDim{dims[i][0], dims[i][1], dims[i][2]}; };
+    return tensor_map_fault({dim(0), dim(1), dim(2)}, element_bytes);
+  });
+  // Strides of batch (or slot), token and head, of values alone: sm_90a's prefill of each
+  // attention.
+  m.def("uses_sm90", [](int64_t batch_stride, int64_t token_stride, int64_t head_stride) {
+    VisionAttentionParams vision{};
+    vision.dtype = DType::kBFloat16;
+    vision.batch = vision.seqlen = vision.num_heads = 2;
+    vision.head_dim = 64;
+    vision.q_batch_stride = vision.k_batch_stride = 256;
+    vision.q_token_stride = vision.k_token_stride = 128;
+    vision.q_head_stride = vision.k_head_stride = 64;
+    RotaryAttentionParams rotary{};
+    rotary.dtype = DType::kBFloat16;
+    rotary.batch = rotary.max_seqlen = rotary.num_kv_heads = 2;
+    rotary.head_dim = 64;
+    CrossAttentionParams cross{};
+    cross.dtype = DType::kBFloat16;
+    cross.num_slots = cross.tile_tokens = cross.num_kv_heads = 2;
+    cross.head_dim = 64;
+    cross.k_slot_stride = 256;
+    cross.k_token_stride = 128;
+    cross.k_head_stride = 64;
+    vision.v_batch_stride = rotary.v_batch_stride = cross.v_slot_stride = batch_stride;
+    vision.v_token_stride = rotary.v_token_stride = cross.v_token_stride = token_stride;
+    vision.v_head_stride = rotary.v_head_stride = cross.v_head_stride = head_stride;
+    return py::make_tuple(uses_vision_sm90(vision), uses_rotary_sm90(rotary),
+                          uses_cross_sm90(cross));
+  });
   m.def("rotary_uses_split_kv",
         [](bool paged, int64_t max_seqlen, int64_t num_q_heads, int64_t num_kv_heads) {
           static const int32_t table = 0;

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sysconfig
-from pathlib import Path
 from types import ModuleType
 
+import host_build
 import pytest
 
-TESTS = Path(__file__).parent
 SHARED_MEMORY_SM86 = 99 * 1024  # what one block may ask for on sm_86 and sm_89, the least of all
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    import pybind11
-
-    output = (
-        tmp_path_factory.mktemp("host") / f"host_module{sysconfig.get_config_var('EXT_SUFFIX')}"
-    )
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", *includes]
-    subprocess.run([*command, str(TESTS / "host_module.cpp"), "-o", str(output)], check=True)
-    spec = importlib.util.spec_from_file_location("host_module", output)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return host_build.build("host_module", tmp_path_factory.mktemp("host"))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -78,6 +62,27 @@ def test_clusters_share_tiles_where_that_is_shorter(host, tiles):
         assert rounds[cluster](blocks) <= rounds[1](blocks)
     # 11B, 4 tiles: 32, 512 and 2048 rows are 8, 128 and 512 blocks.
     assert [host.cross_sm90_cluster(blocks, 4, 132) for blocks in (8, 128, 512)] == [4, 1, 1]
+
+
+def test_what_tensor_maps_take(host):
+    """Rows that do not overlap, 16-byte strides below 2^40 bytes: one predicate for every attention."""
+    assert host.uses_sm90(256, 128, 64) == host.uses_sm90(64, 256, 128) == (True,) * 3
+    for strides in [(0, 128, 64), (256, 0, 64), (256, 128, 0), (256, 32, 64), (1 << 39, 128, 64)]:
+        assert host.uses_sm90(*strides) == (False,) * 3, strides
+    assert not host.mappable(2, 68, 64, 2) and host.mappable(2, 72, 64, 2)
+    assert not host.mappable(0, 64, 64, 2) and host.mappable(1 << 32, 64, 64, 2)
+
+
+def test_a_refused_tensor_map_names_its_dimension(host):
+    good = [[64, 1, 64], [100, 64, 128], [2, 6400, 1]]
+    assert "dimension 0 has size 64" in host.tensor_map_fault(good, 2)  # all, if none stands out
+    assert "dimension 2 has size 2" in host.tensor_map_fault(good, 2)
+    for dim, field, value in [(1, 1, 0), (1, 1, 68), (2, 1, 1 << 39), (2, 0, 0), (1, 2, 512)]:
+        bad = [list(d) for d in good]
+        bad[dim][field] = value
+        text = host.tensor_map_fault(bad, 2)
+        assert text.startswith(f"dimension {dim} has") and str(value) in text.split(";")[0]
+        assert "expected" in text and f"dimension {3 - dim}" not in text
 
 
 @pytest.mark.parametrize("page_size", range(16, 1025, 16))

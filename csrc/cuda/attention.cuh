@@ -17,6 +17,7 @@
 #include "attention_products.cuh"
 #include "attention_queries.cuh"
 #include "dispatch.cuh"
+#include "launch.h"
 #include "softmax.cuh"
 
 namespace mllama {
@@ -150,18 +151,6 @@ inline bool rows_aligned(DType dtype, std::initializer_list<const void*> pointer
   for (const void* pointer : pointers) aligned = aligned && is_aligned16(pointer, 0, dtype);
   for (const int64_t stride : strides) aligned = aligned && is_aligned16(nullptr, stride, dtype);
   return aligned;
-}
-
-// Launches a one-dimensional grid with more shared memory than the default 48 KB.
-template <typename Params>
-cudaError_t launch_attention(void (*kernel)(Params), int64_t blocks, int threads,
-                             int64_t shared_bytes, cudaStream_t stream, const Params& p) {
-  if (blocks > INT32_MAX || shared_bytes > INT32_MAX) return cudaErrorInvalidValue;
-  const cudaError_t status = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(p);
-  return cudaGetLastError();
 }
 
 // Calls f(AttentionConfig<T, D, kHidesRows>{}) for the head dims Mllama needs.

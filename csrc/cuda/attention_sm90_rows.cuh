@@ -5,24 +5,15 @@
 
 namespace mllama {
 
-// Rows of head_dim elements of several heads and of several sequences, pages or tiles. Strides in
-// elements; every row starts on 16 bytes.
-struct RowsTensor {
-  const void* base;
-  int64_t rows, row_stride, heads, head_stride, outer, outer_stride;
-};
-
 // A map whose copies bring one panel of `box_rows` rows each.
 template <typename Layout>
 cudaError_t make_rows_map(CUtensorMap& map, DType dtype, const RowsTensor& t, int64_t box_rows) {
   constexpr int64_t kDim = Layout::kChunks * Layout::kChunkElements;
-  // The stride of what there is but one of is without meaning, and may be one that maps refuse.
-  const auto stride = [](int64_t size, int64_t given) { return size == 1 ? kDim : given; };
   return make_tensor_map(map, dtype, t.base,
                          {{kDim, 1, kDim / Layout::kPanels},
-                          {t.rows, stride(t.rows, t.row_stride), box_rows},
-                          {t.heads, stride(t.heads, t.head_stride), 1},
-                          {t.outer, stride(t.outer, t.outer_stride), 1}},
+                          {t.rows, t.row_stride, box_rows},
+                          {t.heads, t.head_stride, 1},
+                          {t.outer, t.outer_stride, 1}},
                          Layout::kPanelBytes == 128 ? Swizzle::k128 : Swizzle::k32);
 }
 

@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 }
 
 template <typename Config>
-cudaError_t launch(const CrossAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_config(const CrossAttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = cross_blocks(p, Config::kBlockM);
   if (blocks == 0) return cudaSuccess;
   const int64_t shared_bytes =
       Config::kSharedBytes + p.tiles * static_cast<int64_t>(sizeof(TileVisit));
-  return launch_attention(cross_attention_kernel<Config>, blocks, Config::kThreads, shared_bytes,
-                          stream, p);
+  return launch(cross_attention_kernel<Config>, blocks, Config::kThreads, shared_bytes, stream, {},
+                p);
 }
 
 constexpr int kFillThreads = 256;
@@ -108,15 +108,18 @@ __global__ void __launch_bounds__(kFillThreads) fill_kernel(float* target, int64
 cudaError_t fill_for_no_sequence(const CrossAttentionParams& p, cudaStream_t stream) {
   const int64_t rows = p.tokens * p.num_q_heads;
   if (p.lse != nullptr) {
-    const int64_t blocks = ceil_div<int64_t>(rows, kFillThreads);
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    fill_kernel<<<static_cast<unsigned>(blocks), kFillThreads, 0, stream>>>(
-        static_cast<float*>(p.lse), rows);
+    const cudaError_t status =
+        launch(fill_kernel, ceil_div<int64_t>(rows, kFillThreads), kFillThreads, 0, stream, {},
+               static_cast<float*>(p.lse), rows);
+    if (status != cudaSuccess) return status;
   }
   return cudaMemsetAsync(p.out, 0, rows * p.head_dim * element_size(p.dtype), stream);
 }
 
-bool decodes_by_cluster(const CrossAttentionParams& p) { return uses_cluster(p) && runs_sm90a(); }
+// Blocks of the clusters that decode a call; 0: it is not decoded by clusters.
+int64_t decode_cluster(const CrossAttentionParams& p) {
+  return uses_cluster(p) && runs_sm90a() ? cross_decode_cluster(p) : 0;
+}
 
 }  // namespace
 
@@ -138,7 +141,9 @@ int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream) {
            p.k_head_stride, p.v_slot_stride, p.v_token_stride, p.v_head_stride})) {
     return cudaErrorMisalignedAddress;
   }
-  if (decodes_by_cluster(p)) return cross_decode_cluster_cuda(p, stream);
+  if (const int64_t blocks = decode_cluster(p); blocks > 0) {
+    return cross_decode_cluster_cuda(p, blocks, stream);
+  }
   if (uses_split_kv(p)) return cross_decode_cuda(p, stream);
   if (p.cu_seqlens != nullptr) {
     const cudaError_t status = fill_for_no_sequence(p, stream);
@@ -147,7 +152,7 @@ int cross_attention_cuda(const CrossAttentionParams& p, CUstream_st* stream) {
   if (uses_cross_sm90(p) && runs_sm90a()) return cross_attention_sm90(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_config<decltype(element), true>(
-        p.head_dim, [&](auto config) { return launch<decltype(config)>(p, stream); });
+        p.head_dim, [&](auto config) { return launch_config<decltype(config)>(p, stream); });
   });
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const bool valid = token < p.tokens;
   const QueryRowPlace<Params> place(p, valid ? token : 0, head);
   const bool orphan = valid && p.cu_seqlens != nullptr &&
-                      find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token) < 0;
+                      find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token, p.tokens) < 0;
   LaneRow<T, kHeadDim> q;
   if (orphan) {
     q.clear();
@@ -213,10 +213,8 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
   float* const parts = reinterpret_cast<float*>(workspace + places.parts);
   const int64_t rows = p.tokens * p.num_q_heads;
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  cross_rows_kernel<T, kHeadDim>
-      <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics,
-                                                                            normed_q);
-  cudaError_t status = cudaGetLastError();
+  cudaError_t status = launch(cross_rows_kernel<T, kHeadDim>, row_blocks(rows), kRowThreads, 0,
+                              stream, {}, p, statistics, normed_q);
   if (status != cudaSuccess) return status;
   p.out = p.grad_q;
   const int64_t key_blocks =
@@ -239,10 +237,8 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
   }
   if (!normed) return cudaSuccess;
-  sum_parts_kernel<T>
-      <<<static_cast<unsigned>(p.head_dim / kPartColumns), kPartThreads, 0, stream>>>(
-          parts, query_blocks, p.head_dim, static_cast<T*>(p.grad_q_norm_weight));
-  return cudaGetLastError();
+  return launch(sum_parts_kernel<T>, p.head_dim / kPartColumns, kPartThreads, 0, stream, {}, parts,
+                query_blocks, p.head_dim, static_cast<T*>(p.grad_q_norm_weight));
 }
 
 }  // namespace

@@ -97,26 +97,24 @@ cudaError_t launch_config(const CrossAttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = cross_blocks(p, Config::kBlockM);
   if (blocks == 0) return cudaSuccess;
   TileMaps maps;
-  cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype,
-                                             {p.k, p.tile_tokens, p.k_token_stride, p.num_kv_heads,
-                                              p.k_head_stride, p.num_slots, p.k_slot_stride},
-                                             Config::kBlockN);
+  cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype, tile_keys(p), Config::kBlockN);
   if (status != cudaSuccess) return status;
-  status = make_rows_map<Layout>(maps.v, p.dtype,
-                                 {p.v, p.tile_tokens, p.v_token_stride, p.num_kv_heads,
-                                  p.v_head_stride, p.num_slots, p.v_slot_stride},
-                                 Config::kBlockN);
+  status = make_rows_map<Layout>(maps.v, p.dtype, tile_values(p), Config::kBlockN);
   if (status != cudaSuccess) return status;
   int device = 0, multiprocessors = 0;
   status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const int cluster = cross_sm90_cluster(blocks, p.tiles, multiprocessors);
+  const auto kernel = cross_attention_sm90_kernel<Config>;
+  int cluster = cross_sm90_cluster(blocks, p.tiles, multiprocessors);
+  if (!holds_cluster(address_of(kernel), Config::kThreads, sizeof(CrossShared<Config>), cluster)) {
+    cluster = 1;  // to the same bits
+  }
   LaunchOptions options;
   options.cluster = static_cast<unsigned>(cluster);
-  return launch(cross_attention_sm90_kernel<Config>, blocks * cluster, Config::kThreads,
-                sizeof(CrossShared<Config>), stream, options, p, maps, cluster);
+  return launch(kernel, blocks * cluster, Config::kThreads, sizeof(CrossShared<Config>), stream,
+                options, p, maps, cluster);
 }
 
 }  // namespace

@@ -2,23 +2,27 @@
 #pragma once
 
 #include "../cross_attention.h"
+#include "tensor_map_dims.h"
 
 namespace mllama {
 
 // Tiles of a sequence that fit into shared memory beside the operands.
 constexpr int64_t kMaxSm90Tiles = 128;
 
-// Whether it takes a call on a device for which runs_sm90a() holds. It needs 16-bit elements, and
-// tiles that tensor maps can describe: some, and no two at the same place.
+constexpr RowsTensor tile_keys(const CrossAttentionParams& p) {
+  return {p.k,         p.tile_tokens,  p.k_token_stride, p.num_kv_heads, p.k_head_stride,
+          p.num_slots, p.k_slot_stride};
+}
+constexpr RowsTensor tile_values(const CrossAttentionParams& p) {
+  return {p.v,         p.tile_tokens,  p.v_token_stride, p.num_kv_heads, p.v_head_stride,
+          p.num_slots, p.v_slot_stride};
+}
+
+// Whether it takes a call on a device for which runs_sm90a() holds: 16-bit elements, and tiles that
+// tensor maps can describe.
 constexpr bool uses_cross_sm90(const CrossAttentionParams& p) {
-  const auto mappable = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride < int64_t{1} << 39);
-  };
-  return element_size(p.dtype) == 2 && p.tiles <= kMaxSm90Tiles && p.num_slots > 0 &&
-         p.tile_tokens > 0 && mappable(p.num_slots, p.k_slot_stride) &&
-         mappable(p.num_slots, p.v_slot_stride) && mappable(p.tile_tokens, p.k_token_stride) &&
-         mappable(p.tile_tokens, p.v_token_stride) && mappable(p.num_kv_heads, p.k_head_stride) &&
-         mappable(p.num_kv_heads, p.v_head_stride);
+  return element_size(p.dtype) == 2 && p.tiles <= kMaxSm90Tiles &&
+         tile_keys(p).mappable(p.head_dim, 2) && tile_values(p).mappable(p.head_dim, 2);
 }
 
 // Blocks of a cluster that share the tiles of the same rows: one per tile, or 1. A block takes a

@@ -88,15 +88,32 @@ struct TileChunks {
   }
 };
 
+template <typename Element>
+TileChunks<Element> tile_chunks(const CrossAttentionParams& p) {
+  return {p, static_cast<int>(ceil_div<int64_t>(p.tile_tokens, kChunkKeys))};
+}
+
 }  // namespace
 
-int cross_decode_cluster_cuda(const CrossAttentionParams& p, CUstream_st* stream) {
-  const int64_t chunks_per_tile = ceil_div<int64_t>(p.tile_tokens, kChunkKeys);
-  if (p.tiles * chunks_per_tile > INT32_MAX - kStrands) return cudaErrorInvalidValue;
+int64_t cross_decode_cluster(const CrossAttentionParams& p) {
+  int64_t blocks = 0;
+  dispatch_half(p.dtype, [&](auto element) {
+    return dispatch_head_dim(p.head_dim, [&](auto head_dim) {
+      blocks = held_cluster_blocks<head_dim()>(tile_chunks<decltype(element)>(p), p);
+      return cudaSuccess;
+    });
+  });
+  return blocks;
+}
+
+int cross_decode_cluster_cuda(const CrossAttentionParams& p, int64_t blocks, CUstream_st* stream) {
+  if (p.tiles * ceil_div<int64_t>(p.tile_tokens, kChunkKeys) > INT32_MAX - kStrands) {
+    return cudaErrorInvalidValue;
+  }
   return dispatch_half(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto head_dim) {
-      const TileChunks<decltype(element)> source{p, static_cast<int>(chunks_per_tile)};
-      return launch_split_kv_cluster<head_dim()>(source, p, stream);
+      return launch_split_kv_cluster<head_dim()>(tile_chunks<decltype(element)>(p), p, blocks,
+                                                 stream);
     });
   });
 }

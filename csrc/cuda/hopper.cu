@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "error_text.h"
 #include "hopper.h"
 
 namespace mllama {
@@ -65,7 +66,10 @@ CUtensorMapSwizzle map_swizzle(Swizzle swizzle) {
 cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* base,
                             std::initializer_list<TensorMapDim> dims, Swizzle swizzle) {
   static const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
-  if (encode == nullptr) return cudaErrorNotSupported;
+  if (encode == nullptr) {
+    explain_error("this driver has no cuTensorMapEncodeTiled");
+    return cudaErrorNotSupported;
+  }
   const int64_t element_bytes = dtype == DType::kFloat32 ? 4 : 2;
   cuuint64_t sizes[5], strides[5];
   cuuint32_t box[5], steps[5];
@@ -82,7 +86,10 @@ cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* base,
       encode(&map, map_type(dtype), rank, const_cast<void*>(base), sizes, strides + 1, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, map_swizzle(swizzle),
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  if (result == CUDA_SUCCESS) return cudaSuccess;
+  explain_error("the driver refused a tensor map with CUresult " + std::to_string(result) + ": " +
+                tensor_map_fault(dims, element_bytes));
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace mllama

@@ -271,10 +271,13 @@ __device__ __forceinline__ void cluster_store(uint32_t address, float2 value) {
 
 // ---- programmatic dependent launch (launches made with hopper.h: LaunchOptions::overlap)
 //
-// The rule that makes it safe: every thread that reads or writes global memory which another kernel
-// may write or read calls wait_for_previous_kernel() first, and a kernel calls start_next_kernel()
-// only behind its own wait. Then whatever ran two kernels earlier is complete when a kernel starts,
-// and what it touches before its wait needs only be independent of its direct predecessor.
+// The rule that makes it safe: every block calls wait_for_previous_kernel(), those that return
+// early and those with nothing to do included; every thread calls it before it reads or writes
+// global memory which another kernel may write or read; and start_next_kernel() stands only behind
+// the wait of its own thread. Then a kernel is complete only when its predecessor is, so that
+// whatever ran two kernels earlier is complete when a kernel starts, and what it touches before its
+// wait needs only be independent of its direct predecessor. Were all blocks of a kernel to end
+// without a wait, its successor would wait for it alone, and could run beside the kernel before.
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900

@@ -90,15 +90,12 @@ cudaError_t launch_gemm(const PatchEmbedParams& p, cudaStream_t stream) {
   const int64_t token_blocks = ceil_div<int64_t>(tokens * kWarpSize, kTokenThreads);
   if (patch_blocks > INT32_MAX || token_blocks > INT32_MAX) return cudaErrorInvalidValue;
   if (patch_blocks > 0) {
-    const auto kernel = patch_kernel<Gemm>;
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Gemm::kSharedBytes);
+    const cudaError_t status =
+        launch(patch_kernel<Gemm>, patch_blocks, Gemm::kThreads, Gemm::kSharedBytes, stream, {}, p,
+               g, PatchAlignment(p), vectorized);
     if (status != cudaSuccess) return status;
-    kernel<<<static_cast<unsigned>(patch_blocks), Gemm::kThreads, Gemm::kSharedBytes, stream>>>(
-        p, g, PatchAlignment(p), vectorized);
   }
-  token_kernel<T><<<static_cast<unsigned>(token_blocks), kTokenThreads, 0, stream>>>(p, vectorized);
-  return cudaGetLastError();
+  return launch(token_kernel<T>, token_blocks, kTokenThreads, 0, stream, {}, p, vectorized);
 }
 
 }  // namespace
@@ -109,7 +106,7 @@ int patch_embed_cuda(const PatchEmbedParams& p, CUstream_st* stream) {
   if (p.dim > (1 << 24) || p.channels * p.size * p.size > INT32_MAX || p.grid > (1 << 15)) {
     return cudaErrorInvalidValue;
   }
-  if (uses_patch_sm90(p) && runs_sm90a()) return patch_embed_sm90(p, stream);
+  if (runs_patch_sm90(p)) return patch_embed_sm90(p, stream);
   switch (p.dtype) {
     case DType::kFloat32:
       return launch_gemm<SimtPatchGemm>(p, stream);

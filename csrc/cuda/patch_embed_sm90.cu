@@ -371,6 +371,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
+int64_t cluster_blocks(const PatchEmbedParams& p) {
+  return ceil_div<int64_t>(p.dim, kBlockN) * kRowBlocks;
+}
+
 template <typename T>
 cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
   const PatchGeometry g(p);
@@ -379,7 +383,7 @@ cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
       weights, p.dtype, p.patch_weight,
       {{2 * g.depth, 1, kBlockK}, {p.dim / 2, 2 * g.depth, kBoxRows}}, Swizzle::k128);
   if (status != cudaSuccess) return status;
-  const int64_t blocks = ceil_div<int64_t>(p.dim, kBlockN) * kRowBlocks;
+  const int64_t blocks = cluster_blocks(p);
   const int64_t row_clusters = ceil_div<int64_t>(g.rows, kBlockM * kRowBlocks);
   const int64_t others = p.images * p.tiles * (p.out_tokens - p.grid * p.grid);
   const int64_t other_clusters = ceil_div<int64_t>(others, blocks * kWarps);
@@ -392,6 +396,17 @@ cudaError_t launch_dtype(const PatchEmbedParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool runs_patch_sm90(const PatchEmbedParams& p) {
+  if (!uses_patch_sm90(p) || !runs_sm90a()) return false;
+  bool holds = false;
+  dispatch_half(p.dtype, [&](auto element) {
+    holds = holds_cluster(address_of(patch_sm90_kernel<decltype(element)>), kThreads,
+                          sizeof(PatchShared), static_cast<unsigned>(cluster_blocks(p)));
+    return cudaSuccess;
+  });
+  return holds;
+}
 
 int patch_embed_sm90(const PatchEmbedParams& p, CUstream_st* stream) {
   return dispatch_half(p.dtype,

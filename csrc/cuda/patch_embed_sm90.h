@@ -29,6 +29,9 @@ inline bool uses_patch_sm90(const PatchEmbedParams& p) {
   return fits;
 }
 
+// Whether it does and the current device is one, and can hold its clusters.
+bool runs_patch_sm90(const PatchEmbedParams& p);
+
 // Returns a cudaError_t.
 int patch_embed_sm90(const PatchEmbedParams& p, CUstream_st* stream);
 

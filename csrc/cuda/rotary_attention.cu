@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kAppendThreads)
   if (token >= p.tokens) return;
   const RopeChunk<T> chunk(chunk_index, head_dim, p.interleaved);
 
-  const int64_t b = find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token);
+  const int64_t b = find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token, p.tokens);
   if (b < 0) {
     const int64_t group = p.num_q_heads / p.num_kv_heads;
     T* out = static_cast<T*>(p.out) + (token * p.num_q_heads + kv_head * group) * head_dim;
@@ -240,20 +240,21 @@ template <typename Config>
 cudaError_t launch_attend(const RotaryAttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = rotary_blocks(p, Config::kBlockM);
   if (blocks == 0) return cudaSuccess;
-  return launch_attention(rotary_attention_kernel<Config>, blocks, Config::kThreads,
-                          Config::kSharedBytes, stream, p);
+  return launch(rotary_attention_kernel<Config>, blocks, Config::kThreads, Config::kSharedBytes,
+                stream, {}, p);
 }
 
 template <typename T>
 cudaError_t launch_append(const RotaryAttentionParams& p, cudaStream_t stream) {
   const int64_t threads = p.tokens * p.num_kv_heads * (p.head_dim / 2 / Vec<T>::kSize);
-  const int64_t blocks = ceil_div<int64_t>(threads, kAppendThreads);
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  append_kernel<T><<<blocks, kAppendThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(append_kernel<T>, ceil_div<int64_t>(threads, kAppendThreads), kAppendThreads, 0,
+                stream, {}, p);
 }
 
-bool decodes_by_cluster(const RotaryAttentionParams& p) { return uses_cluster(p) && runs_sm90a(); }
+// Blocks of the clusters that decode a call; 0: it is not decoded by clusters.
+int64_t decode_cluster(const RotaryAttentionParams& p) {
+  return uses_cluster(p) && runs_sm90a() ? rotary_decode_cluster(p) : 0;
+}
 
 bool is_aligned(const RotaryAttentionParams& p) {
   return rows_aligned(p.dtype,
@@ -278,7 +279,9 @@ int rotary_attention_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
     return cudaErrorInvalidValue;
   }
   if (!is_aligned(p)) return cudaErrorMisalignedAddress;
-  if (decodes_by_cluster(p)) return rotary_decode_cluster_cuda(p, stream);
+  if (const int64_t blocks = decode_cluster(p); blocks > 0) {
+    return rotary_decode_cluster_cuda(p, blocks, stream);
+  }
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     return dispatch_config<T>(p.head_dim, [&](auto config) {

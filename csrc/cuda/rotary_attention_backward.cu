@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const QueryRowPlace<Params> place(p, valid ? token : 0, head);
   const bool is_query = kv_head < 0;
   const bool orphan = valid && p.cu_seqlens != nullptr &&
-                      find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token) < 0;
+                      find_sequence(p.cu_seqlens, p.batch, p.max_seqlen, token, p.tokens) < 0;
   store_statistics<T, kHeadDim>(place, valid && is_query && !orphan, statistics);
   if (!valid) return;
 
@@ -274,10 +274,8 @@ cudaError_t launch_all(Params p, cudaStream_t stream) {
                                             statistics_bytes(p.tokens * p.num_q_heads));
   const int64_t rows = p.tokens * (p.num_q_heads + p.num_kv_heads);
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
-  rotary_rows_kernel<T, Config::kHeadDim>
-      <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics,
-                                                                            rotated_q);
-  cudaError_t status = cudaGetLastError();
+  cudaError_t status = launch(rotary_rows_kernel<T, Config::kHeadDim>, row_blocks(rows),
+                              kRowThreads, 0, stream, {}, p, statistics, rotated_q);
   if (status != cudaSuccess) return status;
   p.q = rotated_q;
   p.q_head_stride = p.head_dim;

@@ -106,23 +106,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <typename Config>
 cudaError_t make_maps(KeyMaps& maps, const RotaryAttentionParams& p) {
   using Layout = typename Config::KeyLayout;
-  const int64_t heads = p.num_kv_heads, dim = p.head_dim;
-  RowsTensor k, v;
-  if (p.page_table != nullptr) {
-    maps.box_rows = static_cast<int>(page_box_rows(p.page_size, Config::kBlockN));
-    const int64_t page = heads * p.page_size * dim;
-    k = {p.k_cache, p.page_size, dim, heads, p.page_size * dim, p.num_pages, page};
-    v = k;
-    v.base = p.v_cache;
-  } else {
-    maps.box_rows = Config::kBlockN;
-    const bool packed = p.cu_seqlens != nullptr;
-    const int64_t rows = packed ? p.tokens : p.max_seqlen, sequences = packed ? 1 : p.batch;
-    k = {p.k_cache, rows, heads * dim, heads, dim, sequences, rows * heads * dim};
-    v = {p.v, rows, p.v_token_stride, heads, p.v_head_stride, sequences, p.v_batch_stride};
-  }
-  const cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype, k, maps.box_rows);
-  return status != cudaSuccess ? status : make_rows_map<Layout>(maps.v, p.dtype, v, maps.box_rows);
+  maps.box_rows = p.page_table == nullptr
+                      ? Config::kBlockN
+                      : static_cast<int>(page_box_rows(p.page_size, Config::kBlockN));
+  const cudaError_t status = make_rows_map<Layout>(maps.k, p.dtype, rotary_keys(p), maps.box_rows);
+  return status != cudaSuccess
+             ? status
+             : make_rows_map<Layout>(maps.v, p.dtype, rotary_values(p), maps.box_rows);
 }
 
 template <typename Config>

@@ -151,10 +151,23 @@ struct PagedChunks {
 
 }  // namespace
 
-int rotary_decode_cluster_cuda(const RotaryAttentionParams& p, CUstream_st* stream) {
+int64_t rotary_decode_cluster(const RotaryAttentionParams& p) {
+  int64_t blocks = 0;
+  dispatch_half(p.dtype, [&](auto element) {
+    return dispatch_head_dim(p.head_dim, [&](auto head_dim) {
+      blocks = held_cluster_blocks<head_dim()>(PagedChunks<decltype(element)>{p}, p);
+      return cudaSuccess;
+    });
+  });
+  return blocks;
+}
+
+int rotary_decode_cluster_cuda(const RotaryAttentionParams& p, int64_t blocks,
+                               CUstream_st* stream) {
   return dispatch_half(p.dtype, [&](auto element) {
     return dispatch_head_dim(p.head_dim, [&](auto head_dim) {
-      return launch_split_kv_cluster<head_dim()>(PagedChunks<decltype(element)>{p}, p, stream);
+      const PagedChunks<decltype(element)> source{p};
+      return launch_split_kv_cluster<head_dim()>(source, p, blocks, stream);
     });
   });
 }

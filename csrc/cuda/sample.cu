@@ -7,6 +7,7 @@
 //            the largest, up to 4 per cut, 2 for the draw (the second only up to the token's warp).
 
 #include "dispatch.cuh"
+#include "launch.h"
 #include "sample.cuh"
 #include "sample_cluster.h"
 
@@ -43,14 +44,13 @@ __global__ void __launch_bounds__(kSampleThreads)
 
 int sample_cuda(const SampleParams& p, CUstream_st* stream) {
   if (p.rows == 0) return cudaSuccess;
-  if (p.rows > INT32_MAX) return cudaErrorInvalidValue;
   if (samples_in_clusters(p)) return sample_in_clusters(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t span =
         round_up<int64_t>(ceil_div<int64_t>(p.vocab, kSampleWarps), kTokensPerStep);
-    sample_kernel<T><<<p.rows, kSampleThreads, 0, stream>>>(p, reads_quads(p), span);
-    return cudaGetLastError();
+    return launch(sample_kernel<T>, p.rows, kSampleThreads, 0, stream, {}, p, reads_quads(p),
+                  static_cast<int>(span));
   });
 }
 

@@ -10,8 +10,6 @@
 //            are 3 meetings of the cluster (one row, no filter) to 11, and the passes between.
 // Aliasing   Tokens are written when all logits have been read.
 
-#include <atomic>
-
 #include "dispatch.cuh"
 #include "hopper.h"
 #include "sample.cuh"
@@ -20,7 +18,7 @@
 namespace mllama {
 namespace {
 
-constexpr int kPortableCluster = 8, kMaxCluster = 16;
+constexpr int kMaxCluster = 16;
 constexpr int kMinTokens = 4096;                // of a block, before a row takes more blocks
 constexpr int kMaxBlocks = 128;                 // of all rows, before rows take fewer blocks
 constexpr int64_t kMaxStageBytes = 200 * 1024;  // leaves room for SampleShared
@@ -110,35 +108,14 @@ cudaError_t launch_clusters(const SampleParams& p, int cluster, cudaStream_t str
                 static_cast<int>(span_of(p.vocab, cluster)), cluster);
 }
 
-// A slice of a GPU may have no 16 multiprocessors that form a cluster.
-int ask_widest_cluster() {
-  const auto kernel = sample_cluster_kernel<float>;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kMaxCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kMaxCluster);
-  config.blockDim = dim3(kSampleThreads);
-  config.dynamicSmemBytes = kMaxStageBytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  const bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                         1) == cudaSuccess &&
-                    allow_shared(kernel, kMaxStageBytes) == cudaSuccess &&
-                    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess &&
-                    clusters > 0;
-  if (!fits) cudaGetLastError();  // a refusal is an answer, not an error of the launch to come
-  return fits ? kMaxCluster : kPortableCluster;
-}
-
-// One answer per device, asked once.
+// Blocks of the largest cluster that the current device can hold, a power of two.
 int widest_cluster() {
-  static std::atomic<int> known[64];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return kPortableCluster;
-  if (known[device] == 0) known[device] = ask_widest_cluster();
-  return known[device];
+  int cluster = kMaxCluster;
+  while (cluster > 1 && !holds_cluster(address_of(sample_cluster_kernel<float>), kSampleThreads,
+                                       kMaxStageBytes, cluster)) {
+    cluster /= 2;
+  }
+  return cluster;
 }
 
 }  // namespace

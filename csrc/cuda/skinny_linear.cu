@@ -89,17 +89,18 @@ __global__ void __launch_bounds__(kSlabThreads, kTensorBlocks)
 template <typename T, int kRowBlocks>
 cudaError_t launch_mma(const SkinnyLinearParams& p, int multiprocessors, cudaStream_t stream) {
   const int64_t blocks = std::min<int64_t>(column_blocks(p.n), multiprocessors);
-  if (p.k % kWarpDepth != 0 || !runs_sm90a()) {
+  const int64_t rows = p.swiglu ? 2 * p.n : p.n;
+  if (p.k % kWarpDepth != 0 || !mappable(rows, p.weight_row_stride, p.k, sizeof(T)) ||
+      !runs_sm90a()) {
     return launch(skinny_linear_sm80_kernel<T, kRowBlocks>, blocks, kSlabThreads,
                   sizeof(AsyncShared), stream, {}, p);
   }
   CUtensorMap weight;
-  const cudaError_t status =
-      make_tensor_map(weight, p.dtype, p.weight,
-                      {{kWarpDepth, 1, kWarpDepth},
-                       {p.swiglu ? 2 * p.n : p.n, p.weight_row_stride, kHalfRows},
-                       {p.k / kWarpDepth, kWarpDepth, kSlabWarps}},
-                      Swizzle::k128);
+  const cudaError_t status = make_tensor_map(weight, p.dtype, p.weight,
+                                             {{kWarpDepth, 1, kWarpDepth},
+                                              {rows, p.weight_row_stride, kHalfRows},
+                                              {p.k / kWarpDepth, kWarpDepth, kSlabWarps}},
+                                             Swizzle::k128);
   if (status != cudaSuccess) return status;
   return launch(skinny_linear_sm90_kernel<T, kRowBlocks>, blocks, kSlabThreads,
                 sizeof(TensorShared), stream, {.overlap = true}, p, weight);

@@ -29,6 +29,7 @@
 
 #include <type_traits>
 
+#include "launch.h"
 #include "ragged.cuh"
 #include "split_kv_tile.cuh"
 
@@ -199,8 +200,8 @@ __global__ void __launch_bounds__(kSplitKvThreads) combine_splits_kernel(const S
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   T* out = static_cast<T*>(p.out) + (token * p.num_q_heads + head) * kHeadDim;
 
-  const int64_t b = find_sequence(p.cu_seqlens, p.batch, 1, token);
-  if (b < 0 || sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin != token) {
+  const int64_t b = find_sequence(p.cu_seqlens, p.batch, 1, token, p.tokens);
+  if (b < 0) {
     for (int d = threadIdx.x; d < kHeadDim; d += kSplitKvThreads) out[d] = from_f32<T>(0.0f);
     return;
   }
@@ -250,13 +251,13 @@ cudaError_t launch_split_kv(const Source& source, const SplitKvParams& p, cudaSt
   const int64_t blocks = p.batch * p.num_kv_heads * p.splits;
   const int64_t rows = p.tokens * p.num_q_heads;
   if (blocks > INT32_MAX || rows > INT32_MAX) return cudaErrorInvalidValue;
-  const auto kernel = split_kv_kernel<kHeadDim, Source>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  if (blocks > 0) kernel<<<blocks, kSplitKvThreads, kSharedBytes, stream>>>(source, p);
-  if (rows > 0) combine_splits_kernel<T, kHeadDim><<<rows, kSplitKvThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  if (blocks > 0) {
+    const cudaError_t status = launch(split_kv_kernel<kHeadDim, Source>, blocks, kSplitKvThreads,
+                                      kSharedBytes, stream, {}, source, p);
+    if (status != cudaSuccess) return status;
+  }
+  if (rows == 0) return cudaSuccess;
+  return launch(combine_splits_kernel<T, kHeadDim>, rows, kSplitKvThreads, 0, stream, {}, p);
 }
 
 // The part of SplitKvParams that rotary and cross attention fill alike.

@@ -59,7 +59,8 @@ constexpr int64_t kClusterMaxTiles = 8192;
 
 // Blocks of the cluster that serves one sequence and key/value head, given how many of these pairs
 // there are: as many as an H100 or H200 (132 multiprocessors) runs at a time, two to each, but 4 at
-// least (8 for groups over 4), because each keeps its part of all strands' results.
+// least (8 for groups over 4), because each keeps its part of all strands' results. A device that
+// cannot hold such clusters gets smaller ones.
 //
 //   batch  heads  keys   blocks              chunks per warp
 //   1      8      1k     8 x 16 = 128        1
@@ -122,8 +123,12 @@ int64_t rotary_decode_workspace(const RotaryAttentionParams& p);
 int rotary_decode_cuda(const RotaryAttentionParams& p, CUstream_st* stream);
 int64_t cross_decode_workspace(const CrossAttentionParams& p);
 int cross_decode_cuda(const CrossAttentionParams& p, CUstream_st* stream);
-// By clusters, without a workspace; rotary_decode_cluster_cuda appends the new keys and values too.
-int rotary_decode_cluster_cuda(const RotaryAttentionParams& p, CUstream_st* stream);
-int cross_decode_cluster_cuda(const CrossAttentionParams& p, CUstream_st* stream);
+// By clusters of `blocks`, without a workspace; rotary_decode_cluster_cuda appends the new keys and
+// values too. How many blocks the current device, one that runs sm_90a code, has for a call: 0 if
+// it cannot hold the clusters.
+int64_t rotary_decode_cluster(const RotaryAttentionParams& p);
+int64_t cross_decode_cluster(const CrossAttentionParams& p);
+int rotary_decode_cluster_cuda(const RotaryAttentionParams& p, int64_t blocks, CUstream_st* stream);
+int cross_decode_cluster_cuda(const CrossAttentionParams& p, int64_t blocks, CUstream_st* stream);
 
 }  // namespace mllama

@@ -2,7 +2,8 @@
 // source of keys, 16-bit types. Flash-Decoding (Dao et al. 2023) whose splits are merged through
 // distributed shared memory; online softmax after Milakov, Gimelshein (arXiv 1805.02867).
 //
-// Tiling     A cluster of 4, 8 or 16 blocks per (sequence, key/value head), see split_kv.h. Chunks
+// Tiling     A cluster of 4, 8 or 16 blocks per (sequence, key/value head), see split_kv.h, fewer
+//            where a device does not hold such clusters. Chunks
 //            of 16 keys are dealt to 64 strands; a warp takes whole strands, one after the other,
 //            and keeps the softmax state of one in registers. The query heads of the group are the
 //            columns of m16n8k16 products (split_kv_heads.cuh), so keys and values are read once
@@ -141,8 +142,7 @@ class StrandResults {
 
 // Whether row `token` of the output belongs to a sequence.
 __device__ __forceinline__ bool is_sequence_row(const SplitKvClusterParams& p, int64_t token) {
-  const int64_t b = find_sequence(p.cu_seqlens, p.batch, 1, token);
-  return b >= 0 && sequence_rows(p.cu_seqlens, b, 1, p.tokens).begin == token;
+  return find_sequence(p.cu_seqlens, p.batch, 1, token, p.tokens) >= 0;
 }
 
 // Merges the strands of this block's slice and stores it. Eight lanes share a quad, each with every
@@ -298,15 +298,47 @@ __global__ void __launch_bounds__(kSplitKvThreads, kClusterMinBlocks)
 #endif
 }
 
+// Sequences times key/value heads; rows of no sequence need a block as well: it writes their zeros.
+template <typename Params>
+int64_t cluster_pairs(const Params& p) {
+  return std::max(p.batch, p.tokens) * p.num_kv_heads;
+}
+
+// What each block of a cluster keeps of all strands' results, and all its shared memory.
+struct ClusterMemory {
+  int64_t slice_log2, merge_bytes, shared_bytes;
+};
+
 template <int kHeadDim, typename Source, typename Params>
-cudaError_t launch_split_kv_cluster(const Source& source, const Params& params,
+ClusterMemory cluster_memory(const Source& source, const Params& p, int64_t blocks) {
+  using Shared = SplitKvClusterShared<typename Source::T, kHeadDim>;
+  const int64_t group = p.num_q_heads / p.num_kv_heads;
+  const int64_t slice_log2 = cluster_slice_log2(group, kHeadDim, blocks);
+  const int64_t merge_bytes = cluster_merge_bytes(group, slice_log2);
+  return {slice_log2, merge_bytes,
+          int64_t{sizeof(Shared)} + merge_bytes + source.shared_ints() * int64_t{sizeof(int)}};
+}
+
+// Blocks of the clusters for a call: cluster_blocks(), or fewer if the current device cannot hold
+// such clusters; 0 if it holds none.
+template <int kHeadDim, typename Source, typename Params>
+int64_t held_cluster_blocks(const Source& source, const Params& p) {
+  const void* const kernel = address_of(split_kv_cluster_kernel<kHeadDim, Source>);
+  int64_t blocks = cluster_blocks(cluster_pairs(p), p.num_q_heads / p.num_kv_heads);
+  while (blocks > 0 &&
+         !holds_cluster(kernel, kSplitKvThreads,
+                        cluster_memory<kHeadDim>(source, p, blocks).shared_bytes, blocks)) {
+    blocks /= 2;
+  }
+  return blocks;
+}
+
+template <int kHeadDim, typename Source, typename Params>
+cudaError_t launch_split_kv_cluster(const Source& source, const Params& params, int64_t blocks,
                                     CUstream_st* stream) {
-  using T = typename Source::T;
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  // Rows of no sequence need a block as well: it writes their zeros.
-  const int64_t pairs = std::max(params.batch, params.tokens) * params.num_kv_heads;
-  const int64_t blocks = cluster_blocks(pairs, group);
+  const int64_t pairs = cluster_pairs(params);
   if (pairs == 0) return cudaSuccess;
+  const ClusterMemory memory = cluster_memory<kHeadDim>(source, params, blocks);
 
   SplitKvClusterParams p{};
   p.out = params.out;
@@ -316,17 +348,14 @@ cudaError_t launch_split_kv_cluster(const Source& source, const Params& params,
   p.num_q_heads = static_cast<int>(params.num_q_heads);
   p.num_kv_heads = static_cast<int>(params.num_kv_heads);
   p.blocks = static_cast<int>(blocks);
-  p.slice_log2 = static_cast<int>(cluster_slice_log2(group, kHeadDim, blocks));
+  p.slice_log2 = static_cast<int>(memory.slice_log2);
   p.scale_log2 = static_cast<float>(params.softmax_scale * 1.4426950408889634);
-  p.merge_bytes = static_cast<int>(cluster_merge_bytes(group, p.slice_log2));
-  const int64_t shared_bytes = static_cast<int64_t>(sizeof(SplitKvClusterShared<T, kHeadDim>)) +
-                               p.merge_bytes +
-                               source.shared_ints() * static_cast<int64_t>(sizeof(int));
+  p.merge_bytes = static_cast<int>(memory.merge_bytes);
   LaunchOptions options;
   options.cluster = static_cast<unsigned>(blocks);
   options.overlap = true;
   return launch(split_kv_cluster_kernel<kHeadDim, Source>, pairs * blocks, kSplitKvThreads,
-                shared_bytes, stream, options, source, p);
+                memory.shared_bytes, stream, options, source, p);
 }
 
 }  // namespace mllama

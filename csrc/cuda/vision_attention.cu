@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 }
 
 template <typename Config>
-cudaError_t launch(const VisionAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_config(const VisionAttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div<int64_t>(p.seqlen, Config::kBlockM) * p.num_heads * p.batch;
   const int64_t shared_bytes = Config::kSharedBytes + padding_mask_bytes(p, Config::kBlockN);
-  return launch_attention(vision_attention_kernel<Config>, blocks, Config::kThreads, shared_bytes,
-                          stream, p);
+  return launch(vision_attention_kernel<Config>, blocks, Config::kThreads, shared_bytes, stream, {},
+                p);
 }
 
 }  // namespace
@@ -87,7 +87,7 @@ int vision_attention_cuda(const VisionAttentionParams& p, CUstream_st* stream) {
   if (uses_vision_sm90(p) && runs_sm90a()) return vision_attention_sm90(p, stream);
   return dispatch_dtype(p.dtype, [&](auto element) {
     return dispatch_config<decltype(element)>(
-        p.head_dim, [&](auto config) { return launch<decltype(config)>(p, stream); });
+        p.head_dim, [&](auto config) { return launch_config<decltype(config)>(p, stream); });
   });
 }
 

@@ -153,9 +153,8 @@ cudaError_t launch_all(const Params& p, cudaStream_t stream) {
   const int64_t rows = p.batch * p.seqlen * p.num_heads;
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   float2* const statistics = static_cast<float2*>(p.workspace);
-  vision_rows_kernel<T, Config::kHeadDim>
-      <<<static_cast<unsigned>(row_blocks(rows)), kRowThreads, 0, stream>>>(p, statistics);
-  cudaError_t status = cudaGetLastError();
+  cudaError_t status = launch(vision_rows_kernel<T, Config::kHeadDim>, row_blocks(rows),
+                              kRowThreads, 0, stream, {}, p, statistics);
   if (status != cudaSuccess) return status;
   const int64_t blocks = ceil_div<int64_t>(p.seqlen, Config::kBlockM) * p.num_heads * p.batch;
   const int64_t shared_bytes = kSharedBytes + padding_mask_bytes(p, Config::kBlockN);

@@ -211,20 +211,12 @@ cudaError_t launch_config(const VisionAttentionParams& p, cudaStream_t stream) {
   using KeyLayout = typename Config::KeyLayout;
   using QueryLayout = typename Config::QueryLayout;
   VisionMaps maps;
-  cudaError_t status = make_rows_map<QueryLayout>(
-      maps.q, p.dtype,
-      {p.q, p.seqlen, p.q_token_stride, p.num_heads, p.q_head_stride, p.batch, p.q_batch_stride},
-      Config::kBlockM);
+  cudaError_t status =
+      make_rows_map<QueryLayout>(maps.q, p.dtype, vision_queries(p), Config::kBlockM);
   if (status != cudaSuccess) return status;
-  status = make_rows_map<KeyLayout>(
-      maps.k, p.dtype,
-      {p.k, p.seqlen, p.k_token_stride, p.num_heads, p.k_head_stride, p.batch, p.k_batch_stride},
-      Config::kBlockN);
+  status = make_rows_map<KeyLayout>(maps.k, p.dtype, vision_keys(p), Config::kBlockN);
   if (status != cudaSuccess) return status;
-  status = make_rows_map<KeyLayout>(
-      maps.v, p.dtype,
-      {p.v, p.seqlen, p.v_token_stride, p.num_heads, p.v_head_stride, p.batch, p.v_batch_stride},
-      Config::kBlockN);
+  status = make_rows_map<KeyLayout>(maps.v, p.dtype, vision_values(p), Config::kBlockN);
   if (status != cudaSuccess) return status;
   const int64_t blocks = ceil_div<int64_t>(p.seqlen, Config::kBlockM) * p.num_heads * p.batch;
   const int64_t padding = p.padding == nullptr ? 0
