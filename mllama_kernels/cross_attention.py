@@ -41,7 +41,8 @@ def cross_attention(
         softmax_scale: factor on q.k before the softmax; default 1/sqrt(D).
         tile_table: (B, T) int32, the slot of each tile of each sequence, -1 for none.
         cu_seqlens: (B + 1,) int32, first row of each packed sequence, then N.
-        max_seqlen: bound on the rows of one sequence; default N.
+        max_seqlen: bound on the rows of one sequence; default N. On CUDA, where bounds are not looked at,
+            rows beyond it are of no sequence, as those behind the last are: zeros.
     Returns:
         Shape and dtype of q, contiguous. A row that sees no tile gives zeros.
     Backward:

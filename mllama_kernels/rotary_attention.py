@@ -37,7 +37,8 @@ def rotary_attention(
         softmax_scale: factor on q.k before the softmax; default 1/sqrt(D).
         interleaved: which elements form a pair (Meta's layout: True; that of transformers: False).
         cu_seqlens: (B + 1,) int32, first row of each packed sequence, then N.
-        max_seqlen: bound on the rows of one packed sequence; default N.
+        max_seqlen: bound on the rows of one packed sequence; default N. On CUDA, where bounds are not
+            looked at, rows beyond it are of no sequence, as those behind the last are: zeros.
     Returns:
         Shape and dtype of q, contiguous.
     Backward:
@@ -89,7 +90,8 @@ def rotary_attention_cached(
         page_table: (B, max_pages) int32: page i of sequence b holds its positions from i * page_size.
         cu_seqlens: (B + 1,) int32, first row of each sequence, then N.
         cache_lens: (B,) int32, tokens in the cache before the call.
-        max_seqlen: bound on the rows of one sequence; 1 is decode.
+        max_seqlen: bound on the rows of one sequence, as in :func:`rotary_attention` (rows beyond it are
+            not appended either); 1 is decode.
         softmax_scale, interleaved: as in :func:`rotary_attention`.
     Returns:
         (N, Hq, D) in q's dtype, contiguous.

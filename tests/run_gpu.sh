@@ -14,5 +14,5 @@ for tool in memcheck racecheck initcheck synccheck; do
   echo "=== compute-sanitizer --tool $tool"
   compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name regex:mllama \
     "$python" -m pytest -q -x -k "cuda and not torch_machinery" --timeout 3000 \
-    tests/test_{rms_norm,gated_residual,swiglu,skinny_linear,linear_cross_entropy,sample,patch_embed,{rotary,cross,vision}_attention{,_backward}}.py
+    tests/test_{strides,devices,rms_norm,gated_residual,swiglu,skinny_linear,linear_cross_entropy,sample,patch_embed,{rotary,cross,vision}_attention{,_backward}}.py
 done

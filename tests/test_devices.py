@@ -135,16 +135,19 @@ def outcomes(folder: Path, multiprocessors: int) -> tuple[dict[str, torch.Tensor
     not _library.simulated, reason="needs devices of a size to choose: a simulated build"
 )
 def test_clusters_are_no_larger_than_the_device(tmp_path):
-    """Whatever fits is launched, with the same bits; patch_embed has another kernel where none fits."""
+    """What fits is launched, to the same bits; where none fits, another kernel comes to the same values."""
     expected, launches = outcomes(tmp_path, 132)
     assert max(launch["cluster"][0] for launch in launches) == 16
-    for multiprocessors in (1, 3):
+    for multiprocessors in (1, 2, 3):
         actual, launches = outcomes(tmp_path, multiprocessors)
         for launch in launches:
             held = launch["blocks_per_sm_limit"] * multiprocessors
             assert launch["cluster"][0] <= held, launch["kernel"]
+        other_kernels = {"patch_embed"}
+        if multiprocessors == 1:  # one block cannot keep the results of eight heads of 128
+            other_kernels |= {"decode 8", "cross decode 8"}
         for name, result in actual.items():
-            if name == "patch_embed":
+            if name in other_kernels:
                 torch.testing.assert_close(result, expected[name], rtol=0.02, atol=0.02)
             else:
                 assert result.equal(expected[name]), name

@@ -78,7 +78,7 @@ def test_clusters_are_asked_for_once(host, kernel, multiprocessors):
             held = host.holds_cluster(kernel, 100 * 1024, cluster)
             assert held == (cluster <= multiprocessors)
             assert not held or host.launch(kernel, 100 * 1024, cluster, 1) == 0
-    assert host.cluster_questions() == before + 5
+    assert host.cluster_questions() == before + 4  # any device holds a cluster of one
     assert sorted(host.settings(kernel)) == [
         (0, MAX_SHARED, host.most_shared()),
         (0, LARGE_CLUSTERS, 1),

@@ -61,6 +61,17 @@ def test_cpu_sources_include_no_cuda():
         assert not re.search(r"#include [<\"].*cuda", path.read_text()), path
 
 
+def test_one_file_launches_and_one_reads_strides():
+    """A launch asks what the device allows; a stride of a dimension of one element means nothing."""
+    for path in (ROOT / "csrc").rglob("*"):
+        text = path.read_text() if path.is_file() else ""
+        assert "<<<" not in text, path
+        assert path.name == "launch.h" or "cudaLaunch" not in text.replace("cudaLaunchA", ""), path
+        assert path.name == "launch.cu" or "cudaFuncSetAttribute" not in text, path
+        assert path.name == "error_text.cu" or "cudaGetLastError()" not in text, path
+        assert path.name == "strides.h" or not re.search(r"[.>]stride\(", text), path
+
+
 @pytest.mark.parametrize("name", _library.OPS)
 def test_one_word_names_an_op_everywhere(name):
     word = {"add_rms_norm": "rms_norm", "rotary_attention_cached": "rotary_attention"}.get(

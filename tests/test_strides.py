@@ -223,10 +223,11 @@ def test_angles_of_one_token_each(batch, device):
     assert mllama_kernels.rotary_attention(q, k, v, cos, sin).equal(expected)
 
 
-def test_one_token_cut_out_of_an_odd_row(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_cut_out_of_an_odd_row(dtype, device):
     """No stride of this query matters, and none is a multiple of 16 bytes."""
-    row = torch.randn(1, 1, 2 * HEAD_DIM + 1, device=device)
-    q = row[..., : 2 * HEAD_DIM].unflatten(-1, (2, HEAD_DIM))
+    row = torch.randn(2 * HEAD_DIM + 1, device=device).to(dtype)
+    q = row.as_strided((1, 1, 2, HEAD_DIM), (2 * HEAD_DIM + 1, 2 * HEAD_DIM + 1, HEAD_DIM, 1))
     expected = mllama_kernels.vision_attention(*[contiguous(q)] * 3)
     assert mllama_kernels.vision_attention(q, q, q).equal(expected)
 

@@ -55,13 +55,13 @@ cudaError_t ask_cluster(const void* kernel, int threads, int64_t shared_bytes, u
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  int clusters = 0;
-  const bool asked =
+  int clusters = 1;  // a cluster of one is any block that has its shared memory
+  holds =
       (cluster <= kPlainCluster || allow_large_clusters(kernel) == cudaSuccess) &&
       (shared_bytes <= kPlainSharedBytes || allow_shared(kernel, shared_bytes) == cudaSuccess) &&
-      cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-  if (!asked) forget_error();  // a refusal is an answer
-  holds = clusters > 0;
+      (cluster == 1 || cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) &&
+      clusters > 0;
+  if (!holds) forget_error();  // a refusal is an answer
   return cudaSuccess;
 }
 
