@@ -5,7 +5,8 @@
 
 namespace mllama {
 
-// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own
+// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]), of which those beyond max_seqlen (on
+// CUDA; on CPU the caller has checked) are of no sequence, or, with cu_seqlens null, its own
 // max_seqlen rows, the first at q + b * q_batch_stride. Its tile t is slot tile_table[b * tiles +
 // t] of k and v, or slot b * tiles + t with tile_table null; a slot below 0 is absent. Row r
 // (counted over all tokens) sees the tile if tile_mask[r * tile_mask_row_stride + t]; tile_mask

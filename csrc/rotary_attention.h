@@ -6,7 +6,8 @@
 
 namespace mllama {
 
-// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]) or, with cu_seqlens null, its own
+// Sequence b has rows [cu_seqlens[b], cu_seqlens[b + 1]), of which those beyond max_seqlen (on
+// CUDA; on CPU the caller has checked) are of no sequence, or, with cu_seqlens null, its own
 // max_seqlen rows. The first row of sequence b in q is q + cu_seqlens[b] * q_token_stride or, with
 // cu_seqlens null, q + b * q_batch_stride; likewise for k and v. Row i of sequence b attends to
 // positions 0 .. cache_lens[b] + i, with cache_lens null meaning 0. Rows of no sequence give zeros.
