@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from mllama.backend import Ops
 from mllama.cache import MllamaCache
 from mllama.checkpoints import weights
+from mllama.checkpoints.placement import resolve_device
+from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
+from mllama.surface import SurfaceMixin
+from mllama.vocabulary import VocabularyMixin
 
 _Model = TypeVar("_Model", bound="MllamaPreTrainedModel")
 
 
-class MllamaPreTrainedModel(nn.Module):
+class MllamaPreTrainedModel(VocabularyMixin, SurfaceMixin, nn.Module):
     """Base of the models.
 
     Args:
-        config: the model's configuration; kept as a copy whose ``semantics`` are settled.
+        config: the model's configuration; kept as a copy whose ``semantics`` are settled, which the
+            parts of the model share.
         backend: "auto" (the kernels where there are any for the device), "kernels" or "reference"; or the
             ops of the model that this one is part of.
         semantics: overrides the config's; see :mod:`mllama.semantics`.
@@ -45,8 +50,10 @@ class MllamaPreTrainedModel(nn.Module):
         self.semantics: Semantics = resolve_semantics(
             config.semantics if semantics is None else semantics
         )
-        self.config = dataclasses.replace(config, semantics=self.semantics)
         self._is_part = isinstance(backend, Ops)
+        self.config = (
+            config if self._is_part else dataclasses.replace(config, semantics=self.semantics)
+        )
         if isinstance(backend, Ops):
             self.ops: Ops = backend
         else:
@@ -76,18 +83,6 @@ class MllamaPreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
-
-    def get_input_embeddings(self) -> nn.Module:
-        """What turns tokens (in the vision tower: pixels) into vectors."""
-        for name in ("embed_tokens", "patch_embedding"):
-            if hasattr(self, name):
-                return getattr(self, name)
-        inner = self.model if hasattr(self, "model") else self.language_model
-        return inner.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head that turns vectors into logits, in the models that have one."""
-        return getattr(self, "lm_head", None)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -144,6 +139,13 @@ class MllamaPreTrainedModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not caching):
             yield caching
 
+    def wants_hidden_states(self, asked: bool | None) -> bool:
+        """Whether a forward returns them: as asked for, else as either configuration of text says."""
+        if asked is not None:
+            return asked
+        text_config = self.config.get_text_config()
+        return self.config.output_hidden_states or text_config.output_hidden_states
+
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole."""
         if self._is_part:
@@ -162,20 +164,60 @@ class MllamaPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[_Model],
-        folder: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        config: Any = None,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: Any = None,
         backend: str = "auto",
         semantics: SemanticsLike = "auto",
+        generation_config: Any = None,
+        **options: Any,
     ) -> _Model:
-        """Load a checkpoint folder; see :func:`mllama.checkpoints.weights.load_pretrained`."""
+        """Load a checkpoint of a folder or hub id, in evaluation mode.
+
+        Args:
+            torch_dtype: the older name of ``dtype``.
+            device_map: another way to name the device: "auto" (the current GPU if there is one, else the
+                CPU), a device, an index, or a dictionary whose values are all the same device.
+            options: the other arguments that `transformers` takes. For an id token, revision, cache_dir,
+                local_files_only, force_download; for both subfolder. Fields of the configuration, as
+                ``output_hidden_states``, replace the stored ones. ``attn_implementation``,
+                ``low_cpu_mem_usage``, ``trust_remote_code`` and the like have no meaning here and are
+                accepted; what cannot be met, as quantisation or other files than safetensors, is refused.
+            others: see :func:`mllama.checkpoints.weights.load_pretrained`.
+        Raises: ValueError for what cannot be met, saying what to do instead; TypeError naming unknown
+            arguments; and as `load_pretrained`.
+        """
         return weights.load_pretrained(
-            cls, folder, dtype=dtype, device=device, backend=backend, semantics=semantics
+            cls,
+            pretrained_model_name_or_path,
+            config=config,
+            dtype=weights.one_dtype(dtype, torch_dtype),
+            device=resolve_device(device, device_map),
+            backend=backend,
+            semantics=semantics,
+            generation_config=generation_config,
+            **options,
         )
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+        self,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "5GB",
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **options: Any,
     ) -> None:
-        """Write a checkpoint folder; see :func:`mllama.checkpoints.weights.save_pretrained`."""
-        weights.save_pretrained(self, folder, max_shard_size)
+        """Write a checkpoint folder; see :func:`mllama.checkpoints.saving.save_pretrained`.
+
+        Args:
+            options: others that `transformers` takes: ``safe_serialization`` can only be True, and
+                ``push_to_hub`` and ``variant`` cannot be met.
+        """
+        check_save_arguments(options)
+        if is_main_process:
+            weights.save_pretrained(self, save_directory, max_shard_size, state_dict=state_dict)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllama.cache import MllamaCache
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.packing import Packing
+from mllama.vocabulary import embedding_rows
 
 
 def _require(condition: bool, message: str) -> None:
@@ -74,6 +75,7 @@ def check_text(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: MllamaCache | None,
+    embedding: nn.Module,
 ) -> TextInputs:
     """Check the text inputs of a forward. Raises: ValueError."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -130,7 +132,7 @@ def check_text(
         )
     # A decode step takes ids that the model itself has chosen, and must not wait for the device.
     if input_ids is not None and not (past and length == 1):
-        _check_ids(input_ids, config.vocab_size + 8)
+        _check_ids(input_ids, embedding_rows(embedding, config))
     return TextInputs(
         batch, length, given.device, input_ids, inputs_embeds, attention_mask, position_ids
     )

@@ -3,124 +3,131 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
+from mllama.config_base import Config, ConfigBase
+from mllama.config_fields import (
+    COUNT,
+    ENTRIES,
+    FLAG,
+    NOTHING,
+    TEXT,
+    TOKEN,
+    ConfigError,
+    either,
+    entry,
+    kind_problems,
+    list_of,
+    number,
+    value_problem,
+)
+from mllama.config_fields import integer as integer_from
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
 
-_Config = TypeVar("_Config", bound="_ConfigBase")
-
 _ASPECT_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-_LLAMA3_ROPE_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
+_TAPS = [3, 7, 15, 23, 30]
+_CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
+_LLAMA3_ROPE = {
+    "factor": number(0, above=True),
+    "low_freq_factor": number(0, above=True),
+    "high_freq_factor": number(0, above=True),
+    "original_max_position_embeddings": COUNT,
+}
+_INDICES = list_of(TOKEN, "a list of integers of at least 0")
+_RATIOS = list_of(
+    list_of(COUNT, "a pair", length=2), "a list of pairs of integers of at least 1, [height, width]"
 )
+_ONE_TOKEN = either(TOKEN, NOTHING)
+_TOKENS = either(TOKEN, list_of(TOKEN, "a list of such integers"), NOTHING)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _faults(*checks: tuple[bool, str]) -> list[str]:
+    """What is said of the checks that do not hold."""
+    return [message for holds, message in checks if not holds]
 
 
-@dataclass
-class _ConfigBase:
-    """Conversion to and from `config.json`; entries that are not fields are kept in ``extra``."""
-
-    model_type: ClassVar[str]
-    aliases: ClassVar[dict[str, str]] = {}
-
-    @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-        """Build from the entries of a `config.json`, old (transformers 4) or new (5)."""
-        values = {cls.aliases.get(key, key): value for key, value in values.items()}
-        given = values.pop("model_type", cls.model_type)
-        _require(
-            given == cls.model_type,
-            f'{cls.__name__} needs model_type "{cls.model_type}", got {given!r}',
-        )
-        names = {f.name for f in dataclasses.fields(cls) if f.init} - {"extra"}
-        known = {key: value for key, value in values.items() if key in names}
-        return cls(**known, extra={key: value for key, value in values.items() if key not in names})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The entries of a `config.json` that this class and `transformers` read."""
-        values = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"
-        }
-        if "semantics" in values:
-            values["semantics"] = resolve_semantics(values["semantics"]).to_json()
-        return {**self.extra, "model_type": self.model_type, **values}
-
-    @classmethod
-    def from_pretrained(cls: type[_Config], folder: str | Path) -> _Config:
-        """Read `config.json` in ``folder``."""
-        return cls.from_dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+def _semantics_problems(semantics: SemanticsLike) -> list[str]:
+    try:
+        resolve_semantics(semantics)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass
-class MllamaVisionConfig(_ConfigBase):
+class MllamaVisionConfig(ConfigBase):
     """The vision tower. Fields and defaults as `transformers.MllamaVisionConfig`, and ``semantics``."""
 
     model_type: ClassVar[str] = "mllama_vision_model"
     aliases: ClassVar[dict[str, str]] = {"num_attention_heads": "attention_heads"}
+    part: ClassVar[str | None] = "vision_config"
+    settings: ClassVar[dict[str, bool]] = {**ConfigBase.settings, "output_hidden_states": False}
 
-    hidden_size: int = 1280
-    hidden_act: str = "gelu"
-    num_hidden_layers: int = 32
-    num_global_layers: int = 8
-    attention_heads: int = 16
-    num_channels: int = 3
-    intermediate_size: int = 5120
-    vision_output_dim: int = 7680
-    image_size: int = 448
-    patch_size: int = 14
-    norm_eps: float = 1e-5
-    max_num_tiles: int = 4
-    intermediate_layers_indices: list[int] = field(default_factory=lambda: [3, 7, 15, 23, 30])
-    supported_aspect_ratios: list[list[int]] = field(
-        default_factory=lambda: [list(r) for r in _ASPECT_RATIOS]
-    )
-    initializer_range: float = 0.02
+    hidden_size: int = entry(COUNT, 1280)
+    hidden_act: str = entry(TEXT, "gelu")
+    num_hidden_layers: int = entry(COUNT, 32)
+    num_global_layers: int = entry(integer_from(0), 8)
+    attention_heads: int = entry(COUNT, 16)
+    num_channels: int = entry(COUNT, 3)
+    intermediate_size: int = entry(COUNT, 5120)
+    vision_output_dim: int = entry(COUNT, 7680)
+    image_size: int = entry(COUNT, 448)
+    patch_size: int = entry(COUNT, 14)
+    norm_eps: float = entry(number(0), 1e-5)
+    max_num_tiles: int = entry(COUNT, 4)
+    intermediate_layers_indices: list[int] = entry(_INDICES, None)
+    supported_aspect_ratios: list[list[int]] = entry(_RATIOS, None)
+    initializer_range: float = entry(number(0), 0.02)
     semantics: SemanticsLike = "auto"
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if self.intermediate_layers_indices is None:
+            self.intermediate_layers_indices = list(_TAPS)
+        if self.supported_aspect_ratios is None:
+            self.supported_aspect_ratios = [list(ratio) for ratio in _ASPECT_RATIOS]
+        problems = kind_problems(self) + _semantics_problems(self.semantics)
+        self.check(problems or self._contradictions())
+
+    def _contradictions(self) -> list[str]:
         heads, width, taps = (
             self.attention_heads,
             self.hidden_size,
             self.intermediate_layers_indices,
         )
-        _require(
-            self.hidden_act == "gelu", f'vision hidden_act must be "gelu", got {self.hidden_act!r}'
+        odd = [r for r in self.supported_aspect_ratios if r[0] * r[1] > self.max_num_tiles]
+        return _faults(
+            (
+                self.hidden_act == "gelu",
+                f'vision hidden_act must be "gelu", got {self.hidden_act!r}',
+            ),
+            (
+                width % heads == 0,
+                f"vision hidden_size {width} is not a multiple of attention_heads {heads}",
+            ),
+            (
+                self.image_size % self.patch_size == 0,
+                f"image_size must be one side, a multiple of patch_size {self.patch_size}, "
+                f"got {self.image_size}",
+            ),
+            (bool(taps), "intermediate_layers_indices must name a layer at least, got []"),
+            (
+                all(i < self.num_hidden_layers for i in taps),
+                f"intermediate_layers_indices must lie within 0..{self.num_hidden_layers - 1}, got {taps}",
+            ),
+            (
+                self.vision_output_dim == width * (1 + len(taps)),
+                f"vision_output_dim must be {width * (1 + len(taps))} "
+                f"(hidden_size times one more than the taps), got {self.vision_output_dim}",
+            ),
+            (
+                not odd,
+                f"supported_aspect_ratios must be pairs of at most {self.max_num_tiles} tiles, "
+                f"got {odd[0] if odd else None}",
+            ),
         )
-        _require(
-            width % heads == 0,
-            f"vision hidden_size {width} is not a multiple of attention_heads {heads}",
-        )
-        _require(
-            isinstance(self.image_size, int) and self.image_size % self.patch_size == 0,
-            f"image_size must be one side, a multiple of patch_size {self.patch_size}, got {self.image_size}",
-        )
-        _require(
-            all(0 <= i < self.num_hidden_layers for i in taps),
-            f"intermediate_layers_indices must lie within 0..{self.num_hidden_layers - 1}, got {taps}",
-        )
-        _require(
-            self.vision_output_dim == width * (1 + len(taps)),
-            f"vision_output_dim must be {width * (1 + len(taps))} "
-            f"(hidden_size times one more than the taps), got {self.vision_output_dim}",
-        )
-        for ratio in self.supported_aspect_ratios:
-            _require(
-                len(ratio) == 2 and 1 <= ratio[0] * ratio[1] <= self.max_num_tiles,
-                f"supported_aspect_ratios must be pairs of at most {self.max_num_tiles} tiles, got {ratio}",
-            )
-        resolve_semantics(self.semantics)
 
     @property
     def num_attention_heads(self) -> int:
@@ -141,96 +148,115 @@ class MllamaVisionConfig(_ConfigBase):
 
 
 @dataclass
-class MllamaTextConfig(_ConfigBase):
+class MllamaTextConfig(ConfigBase):
     """The text tower. Fields and defaults as `transformers.MllamaTextConfig`, and ``semantics``.
 
     RoPE is kept in ``rope_parameters`` (transformers 5); ``rope_theta`` and ``rope_scaling``
-    (transformers 4) are read too and always agree with it afterwards.
+    (transformers 4) are read too and always agree with it afterwards. The default cross-attention
+    layers are those that a tower with fewer layers has of the 11B model's.
     """
 
     model_type: ClassVar[str] = "mllama_text_model"
+    part: ClassVar[str | None] = "text_config"
 
-    vocab_size: int = 128256
-    hidden_size: int = 4096
-    hidden_act: str = "silu"
-    num_hidden_layers: int = 40
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    intermediate_size: int = 14336
-    rope_parameters: dict[str, Any] | None = None
-    rope_theta: float = 500000.0
-    rope_scaling: dict[str, Any] | None = None
-    rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 131072
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    cross_attention_layers: list[int] = field(
-        default_factory=lambda: [3, 8, 13, 18, 23, 28, 33, 38]
-    )
-    dropout: float = 0.0
-    bos_token_id: int | None = 128000
-    eos_token_id: int | list[int] | None = 128001
-    pad_token_id: int | None = 128004
+    vocab_size: int = entry(COUNT, 128256)
+    hidden_size: int = entry(COUNT, 4096)
+    hidden_act: str = entry(TEXT, "silu")
+    num_hidden_layers: int = entry(COUNT, 40)
+    num_attention_heads: int = entry(COUNT, 32)
+    num_key_value_heads: int = entry(COUNT, 8)
+    intermediate_size: int = entry(COUNT, 14336)
+    rope_parameters: dict[str, Any] | None = entry(either(ENTRIES, NOTHING), None)
+    rope_theta: float = entry(number(0, above=True), 500000.0)
+    rope_scaling: dict[str, Any] | None = entry(either(ENTRIES, NOTHING), None)
+    rms_norm_eps: float = entry(number(0), 1e-5)
+    max_position_embeddings: int = entry(COUNT, 131072)
+    initializer_range: float = entry(number(0), 0.02)
+    use_cache: bool = entry(FLAG, True)
+    tie_word_embeddings: bool = entry(FLAG, False)
+    cross_attention_layers: list[int] = entry(_INDICES, None)
+    dropout: float = entry(number(0), 0.0)
+    bos_token_id: int | None = entry(_ONE_TOKEN, 128000)
+    eos_token_id: int | list[int] | None = entry(_TOKENS, 128001)
+    pad_token_id: int | None = entry(_ONE_TOKEN, 128004)
+    output_hidden_states: bool = entry(FLAG, False)
     semantics: SemanticsLike = "auto"
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if self.cross_attention_layers is None:
+            self.cross_attention_layers = list(_CROSS_LAYERS)
+        problems = kind_problems(self) + _semantics_problems(self.semantics)
+        if not problems:
+            if self.cross_attention_layers == _CROSS_LAYERS:
+                layers = self.num_hidden_layers
+                self.cross_attention_layers = [i for i in _CROSS_LAYERS if i < layers]
+            problems = self._contradictions() + self._settle_rope()
+        self.check(problems)
+
+    def _contradictions(self) -> list[str]:
         heads, kv_heads, width = (
             self.num_attention_heads,
             self.num_key_value_heads,
             self.hidden_size,
         )
-        cross = self.cross_attention_layers
-        _require(
-            self.hidden_act == "silu", f'text hidden_act must be "silu", got {self.hidden_act!r}'
+        cross, layers = self.cross_attention_layers, self.num_hidden_layers
+        return _faults(
+            (
+                self.hidden_act == "silu",
+                f'text hidden_act must be "silu", got {self.hidden_act!r}',
+            ),
+            (
+                width % heads == 0,
+                f"hidden_size {width} is not a multiple of num_attention_heads {heads}",
+            ),
+            (
+                width // heads % 2 == 0,
+                f"head_dim {width // heads} (hidden_size / num_attention_heads) must be even",
+            ),
+            (
+                heads % kv_heads == 0,
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
+            ),
+            (
+                all(i < layers for i in cross) and len(set(cross)) == len(cross),
+                f"cross_attention_layers must be distinct and within 0..{layers - 1}, got {cross}",
+            ),
+            (
+                len(cross) < layers,
+                "at least one layer must be self-attention; all are cross-attention",
+            ),
+            (self.dropout == 0, f"dropout must be 0, got {self.dropout}"),
+            (
+                not self.tie_word_embeddings,
+                "tie_word_embeddings is not supported: lm_head has fewer rows",
+            ),
         )
-        _require(
-            width % heads == 0,
-            f"hidden_size {width} is not a multiple of num_attention_heads {heads}",
-        )
-        _require(
-            width // heads % 2 == 0,
-            f"head_dim {width // heads} (hidden_size / num_attention_heads) must be even",
-        )
-        _require(
-            heads % kv_heads == 0,
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}",
-        )
-        _require(
-            all(0 <= i < self.num_hidden_layers for i in cross) and len(set(cross)) == len(cross),
-            f"cross_attention_layers must be distinct and within 0..{self.num_hidden_layers - 1}, "
-            f"got {cross}",
-        )
-        _require(
-            len(cross) < self.num_hidden_layers,
-            "at least one layer must be self-attention; all are cross-attention",
-        )
-        _require(self.dropout == 0, f"dropout must be 0, got {self.dropout}")
-        _require(
-            not self.tie_word_embeddings,
-            "tie_word_embeddings is not supported: lm_head has fewer rows",
-        )
-        self._settle_rope()
-        resolve_semantics(self.semantics)
 
-    def _settle_rope(self) -> None:
+    def _settle_rope(self) -> list[str]:
+        """Bring the three rope entries into agreement; what is wrong with them."""
         # An explicit old-style block wins, as in transformers 5.
         rope = dict(self.rope_scaling or self.rope_parameters or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
         rope.pop("type", None)
         rope.setdefault("rope_theta", self.rope_theta)
         kind = rope["rope_type"]
-        _require(
-            kind in ("default", "llama3"), f'rope_type must be "default" or "llama3", got {kind!r}'
-        )
-        if kind == "llama3":
-            missing = [key for key in _LLAMA3_ROPE_KEYS if key not in rope]
-            _require(not missing, f"llama3 rope parameters lack {missing}")
+        if kind not in ("default", "llama3"):
+            return [f'rope_type must be "default" or "llama3", got {kind!r}']
+        needed = {"rope_theta": number(0, above=True), **(_LLAMA3_ROPE if kind == "llama3" else {})}
+        if missing := [key for key in needed if key not in rope]:
+            return [f"llama3 rope parameters lack {missing}"]
+        problems = [p for key, kind_ in needed.items() for p in value_problem(key, kind_, rope)]
+        if not problems and kind == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            problems = _faults(
+                (low < high, f"low_freq_factor {low} must be below high_freq_factor {high}")
+            )
         self.rope_parameters = rope
         self.rope_theta = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         self.rope_scaling = scaling if kind != "default" else None
+        return problems
 
     @property
     def head_dim(self) -> int:
@@ -242,14 +268,17 @@ class MllamaTextConfig(_ConfigBase):
 
 
 @dataclass
-class MllamaConfig(_ConfigBase):
+class MllamaConfig(ConfigBase):
     """Vision tower, text tower, the image token, and the ``semantics`` of both towers.
 
     Args:
         vision_config, text_config: configurations or their entries; None for the 11B defaults.
         image_token_index: id of ``<|image|>``; ``image_token_id`` reads the same.
+        output_hidden_states: whether a forward that says nothing returns them; so does the text
+            configuration's.
         semantics: "auto" (here "meta"), "meta", "transformers", a mapping of single switches, or a
             :class:`Semantics`; it holds for both towers.
+    Raises: ConfigError, a ValueError that lists every fault of the three.
     """
 
     model_type: ClassVar[str] = "mllama"
@@ -257,22 +286,33 @@ class MllamaConfig(_ConfigBase):
 
     vision_config: MllamaVisionConfig | dict[str, Any] | None = None
     text_config: MllamaTextConfig | dict[str, Any] | None = None
-    image_token_index: int = 128256
+    image_token_index: int = entry(TOKEN, 128256)
+    output_hidden_states: bool = entry(FLAG, False)
     semantics: SemanticsLike = "auto"
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        problems = kind_problems(self)
+        if wrong := _semantics_problems(self.semantics):
+            self.check(problems + wrong)  # both towers would repeat it
         semantics = resolve_semantics(self.semantics)
-        vision, text = self.vision_config or {}, self.text_config or {}
-        vision = MllamaVisionConfig.from_dict(vision) if isinstance(vision, Mapping) else vision
-        text = MllamaTextConfig.from_dict(text) if isinstance(text, Mapping) else text
-        self.vision_config = dataclasses.replace(vision, semantics=semantics)
-        self.text_config = dataclasses.replace(text, semantics=semantics)
-        rows = self.text_config.vocab_size + 8
-        _require(
-            0 <= self.image_token_index < rows,
-            f"image_token_index {self.image_token_index} is outside the embedding's {rows} rows",
-        )
+        for part, kind in (
+            ("vision_config", MllamaVisionConfig),
+            ("text_config", MllamaTextConfig),
+        ):
+            try:
+                setattr(self, part, _tower(kind, getattr(self, part), semantics))
+            except ConfigError as error:
+                problems += [f"{part}: {problem}" for problem in error.problems]
+        if not problems:
+            rows = self.text_config.vocab_size + 8
+            problems = _faults(
+                (
+                    self.image_token_index < rows,
+                    f"image_token_index {self.image_token_index} is outside the embedding's {rows} rows",
+                )
+            )
+        self.check(problems)
 
     @property
     def image_token_id(self) -> int:
@@ -288,3 +328,13 @@ class MllamaConfig(_ConfigBase):
     def with_semantics(self, semantics: Semantics) -> MllamaConfig:
         """A copy whose switches are ``semantics``."""
         return dataclasses.replace(self, semantics=semantics)
+
+
+def _tower(kind: type[Config], given: Any, semantics: Semantics) -> Config:
+    """A tower's configuration of what a whole one was given for it."""
+    if given is None or isinstance(given, Mapping):
+        given = kind.from_dict(given or {})
+    if not isinstance(given, kind):
+        message = f"must be a {kind.__name__} or a dictionary, got {given!r:.80}"
+        raise ConfigError(kind.__name__, [message])
+    return dataclasses.replace(given, semantics=semantics)

@@ -27,6 +27,7 @@ from mllama.semantics import SemanticsLike
 from mllama.text import MllamaTextModel
 from mllama.tiles import IMAGE, LOOSE, ImageTiles
 from mllama.vision import MllamaVisionModel
+from mllama.vocabulary import head_rows
 
 
 class MllamaModel(MllamaPreTrainedModel):
@@ -94,7 +95,7 @@ class MllamaModel(MllamaPreTrainedModel):
         past_key_values: MllamaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """Run both towers.
 
@@ -117,6 +118,7 @@ class MllamaModel(MllamaPreTrainedModel):
             attention_mask,
             position_ids,
             past_key_values,
+            self.get_input_embeddings(),
         )
         new_tiles = 0
         if pixel_values is not None:
@@ -147,7 +149,12 @@ class MllamaModel(MllamaPreTrainedModel):
                     cross_attention_states, text.batch, self._kinds_of_states(text, new_tiles)
                 )
             return self.language_model.run(
-                text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
+                text,
+                tiles,
+                cross_attention_mask,
+                past_key_values,
+                caching,
+                self.wants_hidden_states(output_hidden_states),
             )
 
     def _kinds_of_states(self, text: TextInputs, new_tiles: int) -> Tensor | None:
@@ -182,7 +189,7 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
         if given is not None and labels.shape != given.shape[:2]:
             expected, got = tuple(given.shape[:2]), tuple(labels.shape)
             raise ValueError(f"labels must be {expected}, like the text, got {got}")
-        classes = getattr(self.config, "text_config", self.config).vocab_size
+        classes = head_rows(self.lm_head, self.config.get_text_config())
         return targets_of(labels, classes, getattr(self.config, "image_token_index", None))
 
     def _head(
@@ -247,7 +254,7 @@ class MllamaForConditionalGeneration(_LanguageHead):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         return_logits: bool = True,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -283,7 +290,7 @@ class MllamaForConditionalGeneration(_LanguageHead):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=caching,
-                output_hidden_states=output_hidden_states,
+                output_hidden_states=self.wants_hidden_states(output_hidden_states),
             )
             loss, logits = self._head(
                 outputs.last_hidden_state, targets, logits_to_keep, return_logits
@@ -328,7 +335,7 @@ class MllamaForCausalLM(_LanguageHead):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         return_logits: bool = True,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -352,7 +359,7 @@ class MllamaForCausalLM(_LanguageHead):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=caching,
-                output_hidden_states=output_hidden_states,
+                output_hidden_states=self.wants_hidden_states(output_hidden_states),
             )
             loss, logits = self._head(
                 outputs.last_hidden_state, targets, logits_to_keep, return_logits

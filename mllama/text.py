@@ -18,6 +18,7 @@ from mllama.packing import Packing
 from mllama.rope import RotaryEmbedding
 from mllama.semantics import SemanticsLike
 from mllama.tiles import ImageTiles, TileView, view_of_tokens
+from mllama.vocabulary import EXTRA_ROWS
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
     """
 
     config: MllamaTextConfig
+    input_modalities = ("text",)
 
     def __init__(
         self,
@@ -196,10 +198,10 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
     ) -> None:
         super().__init__(config, backend=backend, semantics=semantics)
         config, ops = self.config, self.ops
-        # Eight rows more than there are output classes; the image token is the first of them.
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size + 8, config.hidden_size, config.pad_token_id
-        )
+        rows, pad = config.vocab_size + EXTRA_ROWS, config.pad_token_id
+        if pad is not None and pad >= rows:
+            raise ValueError(f"pad_token_id {pad} is outside the embedding's {rows} rows")
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size, pad)
         cross = set(config.cross_attention_layers)
         self.layers = nn.ModuleList(
             (MllamaCrossAttentionDecoderLayer if i in cross else MllamaSelfAttentionDecoderLayer)(
@@ -221,7 +223,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         past_key_values: MllamaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """Run the tower on (B, L) tokens.
 
@@ -238,13 +240,20 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             past_key_values: the cache of an earlier call, extended in place.
             use_cache: return a cache; default: the config's choice, but not in training mode. With a
                 cache the forward is inference: its results carry no gradient.
-            output_hidden_states: return the stream before each layer, and the normed result.
+            output_hidden_states: return the stream before each layer, and the normed result; default:
+                the config's choice.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected.
         """
         text = check_text(
-            self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values
+            self.config,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            self.embed_tokens,
         )
         tiles = None
         if cross_attention_states is not None:
@@ -254,7 +263,12 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
         with self.no_grad_if_caching(use_cache, past_key_values) as caching:
             return self.run(
-                text, tiles, cross_attention_mask, past_key_values, caching, output_hidden_states
+                text,
+                tiles,
+                cross_attention_mask,
+                past_key_values,
+                caching,
+                self.wants_hidden_states(output_hidden_states),
             )
 
     def run(

@@ -139,6 +139,8 @@ class MllamaVisionModel(MllamaPreTrainedModel):
     """
 
     config: MllamaVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
 
     def __init__(
         self,

@@ -6,16 +6,18 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllama.checkpoints.durable import flush
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
+from mllama.vocabulary import fits
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -32,7 +34,11 @@ _STALE = (
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    max_shard_size: int | str = "5GB",
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights under their published names.
 
@@ -45,11 +51,15 @@ def save_pretrained(
         model: one of the model classes.
         folder: where to.
         max_shard_size: bytes per file, a number or like "500MB"; a single tensor may exceed it.
-    Raises: ValueError for an unreadable size; TypeError for a model of another class.
+        state_dict: the tensors to write, under the names of the model's own, for a model that does not
+            hold them whole itself.
+    Raises: ValueError for an unreadable size, a state_dict of other names, or a vocabulary that could not
+        be loaded again; TypeError for a model of another class.
     """
     layout = KeyLayout(type(model).__name__)
     limit = _parse_size(max_shard_size)
-    tensors = {layout.published_name(name): t for name, t in model.state_dict().items()}
+    state = _whole_state(model, state_dict)
+    tensors = {layout.published_name(name): t for name, t in state.items()}
     shards = list(_split(tensors, limit))
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,7 @@ def save_pretrained(
         if last == INDEX:
             total = sum(t.numel() * t.element_size() for t in tensors.values())
             staging.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        staging.write_json("config.json", _config_json(model))
+        staging.write_json("config.json", _config_json(model, next(iter(tensors.values())).dtype))
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             staging.write_json("generation_config.json", _fresh(generation.to_dict()))
@@ -111,11 +121,32 @@ class _Staging:
             (self._folder / (name + self._suffix)).unlink(missing_ok=True)
 
 
+def _whole_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    """The tensors to write: those given, or the model's own."""
+    state = model.state_dict() if given is None else given
+    if given is not None and (odd := sorted(given.keys() ^ model.state_dict().keys())):
+        raise ValueError(
+            f"state_dict must hold the model's tensors under their names, {len(odd)} are too many or "
+            f"missing: {', '.join(odd[:3])}"
+        )
+    embedding, head = (
+        next((len(t) for name, t in state.items() if name.endswith(table)), None)
+        for table in ("embed_tokens.weight", "lm_head.weight")
+    )
+    vocabulary = model.config.get_text_config()
+    if not fits(getattr(vocabulary, "vocab_size", 0), embedding, head):
+        raise ValueError(
+            f"such a checkpoint could not be loaded: vocab_size is {vocabulary.vocab_size}, the embedding "
+            f"has {embedding} rows and the head {head}; resize_token_embeddings() makes them agree"
+        )
+    return state
+
+
 def _parse_size(size: int | str) -> int:
     if isinstance(size, str):
         match = re.fullmatch(r"(\d+)\s*([KMGT]?B)", size.strip().upper())
         size = int(match[1]) * _UNITS[match[2]] if match else 0
-    if size <= 0:
+    if isinstance(size, bool) or size <= 0:
         raise ValueError('max_shard_size must be a positive number of bytes, or like "5GB"')
     return size
 
@@ -138,8 +169,8 @@ def _fresh(entries: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if key not in _STALE}
 
 
-def _config_json(model: nn.Module) -> dict[str, Any]:
+def _config_json(model: nn.Module, stored: torch.dtype) -> dict[str, Any]:
     config = _fresh(model.config.to_dict())
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = str(stored).removeprefix("torch.")
     # Each generation of transformers reads one of the two.
     return {**config, "architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}

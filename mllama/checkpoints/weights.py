@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +15,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError, read_json
-from mllama.checkpoints.hub import resolve_folder
+from mllama.checkpoints.given_config import ConfigSource, config_source
+from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.meta_files import MetaCheckpoint, find_meta_folder
+from mllama.checkpoints.placement import check_room
+from mllama.checkpoints.published_call import check_other_arguments
 from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
 from mllama.checkpoints.saving import save_pretrained
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+from mllama.config_fields import ConfigError
 from mllama.generation.config import GenerationConfig
 from mllama.layers import FusedLinear
 from mllama.progress import ByteProgress
-from mllama.semantics import SemanticsLike, resolve_semantics, semantics_of_checkpoint
+from mllama.semantics import SemanticsLike, resolve_semantics
+from mllama.vocabulary import fits
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
 
@@ -39,8 +44,6 @@ _CONFIGS: dict[str, type[_Config]] = {
     "MllamaTextModel": MllamaTextConfig,
     "MllamaVisionModel": MllamaVisionConfig,
 }
-# The entry of a whole model's config.json that configures one tower.
-_PART = {MllamaTextConfig: "text_config", MllamaVisionConfig: "vision_config"}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -53,10 +56,13 @@ def load_pretrained(
     cls: type[_Model],
     name_or_path: str | os.PathLike[str],
     *,
+    config: Any = None,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device,
     backend: str = "auto",
     semantics: SemanticsLike = "auto",
+    generation_config: Any = None,
+    **options: Any,
 ) -> _Model:
     """A model of class `cls` with the weights of a folder or hub id, in evaluation mode.
 
@@ -70,31 +76,63 @@ def load_pretrained(
             vision model) takes its part and leaves the rest.
         name_or_path: folder with config.json and safetensors (single, or sharded with an index), or
             Meta's `original/` layout, or a hub id.
-        dtype: dtype of the parameters; None or "auto": the one config.json names, else the one most
-            of the stored bytes have.
-        device: where the parameters go; None: torch's default device.
+        config: instead of the folder's config.json, or where it has none, as a checkpoint of
+            `transformers`' Trainer: a configuration, also one of `transformers`, its entries, or the
+            folder or hub id of another one.
+        dtype: dtype of the parameters; None or "auto": the one the folder's config.json names, else the
+            one most of the stored bytes have.
+        device: where the parameters go.
         backend: "auto", "kernels" or "reference".
         semantics: see `mllama.semantics`; "auto": read from the folder. The choice and its reason are
             logged, and the reason kept as `model.semantics_reason`.
+        generation_config: defaults of generate() instead of the folder's, a mapping or an object with
+            ``to_dict()``.
+        options: fields of the configuration, and the other arguments of `transformers`; see
+            :meth:`mllama.base.MllamaPreTrainedModel.from_pretrained`.
     Raises:
         CheckpointError: one error that lists every fault of the files and tensors.
         FileNotFoundError, ModuleNotFoundError: see `mllama.checkpoints.hub.resolve_folder`.
-        ValueError: an unknown dtype, backend or semantics, or an impossible configuration.
+        ValueError: an unknown dtype, backend or semantics, an impossible configuration, an argument that
+            cannot be met, or a GPU without the room.
+        TypeError: an argument that is unknown.
         RuntimeError: backend "kernels" where none can run, with the reason.
     """
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
-    plan = _plan(cls, name_or_path, backend, semantics)
+    kind = _CONFIGS[cls.__name__]
+    download = {key: options.pop(key) for key in options.keys() & DOWNLOAD_OPTIONS}
+    names = kind.field_names() | kind.aliases.keys()
+    fields = {key: options.pop(key) for key in options.keys() & names}
+    check_other_arguments(options)
+    plan = _plan(
+        cls, name_or_path, backend, semantics, given=config, fields=fields, download=download
+    )
     model = plan.model
     chosen = requested or _stored_dtype(
         plan.folder, plan.raw, plan.checkpoint, plan.sources.values()
     )
-    target = torch.device(device) if device else torch.get_default_device()
-    model.ops.settle(target)
-    _materialise(model, chosen, target)
-    _fill(model, plan.checkpoint, plan.sources)
+    check_room(device, sum(p.numel() for p in model.parameters()) * chosen.itemsize)
+    model.ops.settle(device)
+    # Whatever the caller is inside of: a default device is not where files are read to.
+    with torch.inference_mode(False), torch.device("cpu"):
+        _materialise(model, chosen, device)
+        _fill(model, plan.checkpoint, plan.sources)
     model.semantics_reason = plan.reason
-    model.generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)
+    model.name_or_path = model.config.name_or_path = os.fspath(name_or_path)
+    if generation_config is None:
+        generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)
+    elif not isinstance(generation_config, Mapping):
+        generation_config = generation_config.to_dict()
+    model.generation_config = generation_config
     return model.eval()
+
+
+def one_dtype(dtype: torch.dtype | str | None, older: torch.dtype | str | None) -> Any:
+    """What ``dtype`` and its older name ``torch_dtype`` ask for. Raises: ValueError if that is two things."""
+    if dtype is None or older is None:
+        return older if dtype is None else dtype
+    if str(dtype).removeprefix("torch.") != str(older).removeprefix("torch."):
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={older!r} contradict each other")
+    return dtype
 
 
 def describe_checkpoint(
@@ -138,14 +176,20 @@ def _plan(
     name_or_path: str | os.PathLike[str],
     backend: str,
     semantics: SemanticsLike,
+    *,
+    given: Any = None,
+    fields: Mapping[str, Any] = {},
+    download: Mapping[str, Any] = {},
 ) -> _Plan:
-    folder = resolve_folder(name_or_path)
-    raw, checkpoint, original = _open(folder)
-    config, reason = _config(cls, folder, raw, semantics, original)
+    folder = resolve_folder(name_or_path, **download)
+    raw, checkpoint, original = _open(folder, given is not None)
+    source = config_source(given, raw, original_layout=original)
+    config, reason = _config(cls, folder, source, semantics, fields)
     with torch.device("meta"), _SkipInit():
         model = cls(config, backend=backend)
+        _fit_vocabulary(model, checkpoint)
     expected = dict(model.state_dict())
-    sources = _match(folder, raw, checkpoint, KeyLayout(cls.__name__), expected)
+    sources = _match(folder, source.entries, checkpoint, KeyLayout(cls.__name__), expected)
     return _Plan(folder, raw, checkpoint, original, config, reason, model, sources)
 
 
@@ -165,40 +209,81 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], Checkpoint, bool]:
-    """The folder's configuration, its tensors, and whether it is Meta's layout."""
+def _open(folder: Path, has_config: bool) -> tuple[dict[str, Any], Checkpoint, bool]:
+    """The folder's configuration, empty where it has none but one is given, its tensors, and whether it is
+    Meta's layout."""
     if (folder / "config.json").is_file():
         return read_json(folder / "config.json"), SafetensorsCheckpoint(folder), False
     meta_folder = find_meta_folder(folder)
-    if meta_folder is None:
-        reason = "no config.json, and no params.json with consolidated.*.pth (Meta's layout) either"
-        raise CheckpointError(folder, [reason])
-    checkpoint = MetaCheckpoint(meta_folder)
-    return checkpoint.config, checkpoint, True
+    if meta_folder is not None:
+        checkpoint = MetaCheckpoint(meta_folder)
+        return checkpoint.config, checkpoint, True
+    if has_config:
+        return {}, SafetensorsCheckpoint(folder), False
+    raise CheckpointError(folder, [_no_config(folder)])
+
+
+def _no_config(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter and no model: load the model that it was trained on, and then "
+            "peft.PeftModel.from_pretrained(model, folder); the commands take it as --adapter"
+        )
+    if any(folder.glob("*.safetensors")):
+        return (
+            "no config.json beside the weights, as in the checkpoints that `transformers`' Trainer writes "
+            "of models that are not its own: give config=, a configuration or the folder or id of the "
+            "model that was trained, or save with model.save_pretrained()"
+        )
+    return "no config.json, and no params.json with consolidated.*.pth (Meta's layout) either"
+
+
+def _fit_vocabulary(model: Any, checkpoint: Checkpoint) -> None:
+    """Give the model, still without weights, as many tokens as the checkpoint has, where that is possible."""
+    tables = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    stored, head = (
+        info.shape[0] if (info := checkpoint.tensors.get(name)) and len(info.shape) == 2 else None
+        for name in tables
+    )
+    embedding = model.get_input_embeddings()
+    if stored is None or not isinstance(embedding, nn.Embedding):
+        return
+    if not fits(model.vocab_size, stored, head):
+        return  # the shapes are reported as wrong
+    if stored != embedding.num_embeddings:
+        padding = embedding.padding_idx
+        padding = None if padding is None or padding >= stored else padding
+        model.set_input_embeddings(nn.Embedding(stored, embedding.embedding_dim, padding))
+    old_head = model.get_output_embeddings()
+    if old_head is not None and head not in (None, old_head.out_features):
+        model.set_output_embeddings(nn.Linear(old_head.in_features, head, bias=False))
 
 
 def _config(
-    cls: type[nn.Module], folder: Path, raw: dict[str, Any], wanted: SemanticsLike, original: bool
+    cls: type[nn.Module],
+    folder: Path,
+    source: ConfigSource,
+    wanted: SemanticsLike,
+    fields: Mapping[str, Any],
 ) -> tuple[_Config, str]:
     """The configuration `cls` needs, its semantics settled, logged, and the reason for them."""
     kind = _CONFIGS[cls.__name__]
-    entries, stored = raw, raw.get("model_type")
-    if stored == MllamaConfig.model_type and kind is not MllamaConfig:
-        entries = raw.get(_PART[kind]) or {}
-    elif stored != kind.model_type:
+    entries = kind.entries_of(source.entries)
+    if entries is None:
+        stored = source.entries.get("model_type")
         raise CheckpointError(
             folder,
-            [f"config.json has model_type {stored!r}, {cls.__name__} needs {kind.model_type!r}"],
+            [f"{source.name} has model_type {stored!r}, {cls.__name__} needs {kind.model_type!r}"],
         )
-    if isinstance(wanted, str) and wanted == "auto":
-        semantics, reason = semantics_of_checkpoint(raw, original_layout=original)
-    else:
+    semantics, reason = source.semantics, source.reason
+    if not (isinstance(wanted, str) and wanted == "auto"):
         semantics, reason = resolve_semantics(wanted), "asked for by the caller"
     logger.info("semantics %s for %s: %s", semantics.name, folder, reason)
     try:
-        return kind.from_dict({**entries, "semantics": semantics}), reason
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(folder, [f"the configuration is unusable: {error}"]) from None
+        return kind.from_dict({**entries, **fields, "semantics": semantics}), reason
+    except ConfigError as error:
+        problems = [f"the configuration is unusable: {problem}" for problem in error.problems]
+        raise CheckpointError(folder, problems) from None
 
 
 def _match(
@@ -210,7 +295,7 @@ def _match(
 ) -> dict[str, str]:
     """Where each parameter (by state-dict name) comes from; every fault in one error."""
     problems = list(checkpoint.problems)
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         problems.append(
             "config.json has a quantization_config; quantised weights are not supported"
         )
@@ -252,7 +337,7 @@ def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _stored_dtype(
     folder: Path, raw: dict[str, Any], checkpoint: Checkpoint, names: Iterable[str]
 ) -> torch.dtype:
-    for entries in (raw, *(raw.get(part) or {} for part in _PART.values())):
+    for entries in (raw, *(raw.get(kind.part) or {} for kind in _CONFIGS.values() if kind.part)):
         named = entries.get("dtype") or entries.get("torch_dtype")
         if named:
             try:

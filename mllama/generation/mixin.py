@@ -28,6 +28,7 @@ from mllama.generation.sampling import INVALID_TOKEN, Sampler
 from mllama.generation.stopping import StopCondition
 from mllama.generation.streaming import Streamer
 from mllama.outputs import GenerateOutput
+from mllama.vocabulary import head_rows
 
 if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig
@@ -227,7 +228,7 @@ class _Run:
         inputs = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
         options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
         config = _text_config(model)
-        self._model, self._vocab_size = model, config.vocab_size
+        self._model, self._vocab_size = model, head_rows(model.get_output_embeddings(), config)
         for name, value in {"input_ids": input_ids, **inputs}.items():
             if (
                 name in ("input_ids", "inputs_embeds")
