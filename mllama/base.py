@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mllama.adapted import AdaptedMixin
 from mllama.backend import Ops
 from mllama.cache import MllamaCache
 from mllama.checkpoints import weights
@@ -25,7 +26,7 @@ from mllama.vocabulary import VocabularyMixin
 _Model = TypeVar("_Model", bound="MllamaPreTrainedModel")
 
 
-class MllamaPreTrainedModel(VocabularyMixin, SurfaceMixin, nn.Module):
+class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Module):
     """Base of the models.
 
     Args:

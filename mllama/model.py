@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
+from mllama.checkpoints.key_layout import OLDER_NAMES
 from mllama.checks import (
     TextInputs,
     check_cross_attention_mask,
@@ -225,6 +226,7 @@ class MllamaForConditionalGeneration(_LanguageHead):
     """
 
     config: MllamaConfig
+    _checkpoint_conversion_mapping = OLDER_NAMES  # read by PEFT
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ translated to the model class that is being loaded.
 
 from __future__ import annotations
 
+import re
+
 _TEXT = "model.language_model."
 _HEAD = "lm_head."
 _VISION = "model.vision_model."
@@ -49,6 +51,9 @@ _TO_PUBLISHED: tuple[tuple[str, str], ...] = (
     (_VISION, "vision_model."),
     (_PROJECTOR, "multi_modal_projector."),
 )
+# The published names as regular expressions, with the whole model's names: PEFT applies them to an adapter
+# that was saved when modules were called so in memory too (transformers before 4.52).
+OLDER_NAMES = {f"^{re.escape(published)}": own for own, published in _TO_PUBLISHED}
 # Per model class: what each canonical prefix is called in the class's own state dict. A part that
 # is not listed does not exist in the class, and its tensors in a checkpoint are left alone.
 _CLASS_PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {

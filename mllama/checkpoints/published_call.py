@@ -1,4 +1,4 @@
-"""Arguments of `transformers`' from_pretrained and save_pretrained that mean nothing here or cannot be met."""
+"""Arguments of `transformers`' from_pretrained and save_pretrained that mean nothing or cannot be met."""
 
 from __future__ import annotations
 

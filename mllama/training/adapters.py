@@ -6,13 +6,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 
+from mllama.adapted import adapter_key
 from mllama.checkpoints.checkpoint import read_json
 
 from .options import TrainingOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of PEFT's names, before the model's own
 _TEXT = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 _VISION = r"model\.vision_model\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 
@@ -64,9 +67,10 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     peft = require_peft()
     try:
         wrapped = peft.PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the adapter in {folder} does not fit the model: {error}") from error
-    stored = peft.utils.load_peft_weights(str(folder), device="cpu").keys()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        stored = {_PREFIX + adapter_key(model, name.removeprefix(_PREFIX)) for name in file.keys()}
     unknown = sorted(stored ^ peft.get_peft_model_state_dict(wrapped).keys())
     if unknown:
         raise ValueError(f"the adapter in {folder} does not fit the model: {unknown[0]}")
