@@ -65,7 +65,8 @@ class ConfigBase:
         """The entries for this class in a `config.json`, which may be a whole model's; None without."""
         kind = stored.get("model_type")
         if cls.part is not None and kind == _WHOLE:
-            return stored.get(cls.part) or {}
+            semantics = {key: stored[key] for key in ("semantics",) if key in stored}
+            return {**(stored.get(cls.part) or {}), **semantics}
         return stored if kind == cls.model_type else None
 
     def to_dict(self) -> dict[str, Any]:
