@@ -77,7 +77,8 @@ def _one_device(value: Any) -> torch.device:
         ) from None
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        place = torch.device("cuda", place.index or (torch.cuda.current_device() if count else 0))
+        if place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device() if count else 0)
         if place.index >= count:
             raise ValueError(f"device {value!r} was asked for, but there are {count} CUDA devices")
     return place
