@@ -139,7 +139,6 @@ class MllamaVisionModel(MllamaPreTrainedModel):
     """
 
     config: MllamaVisionConfig
-    main_input_name = "pixel_values"
     input_modalities = ("image",)
 
     def __init__(

@@ -43,7 +43,9 @@ def _rows(module: nn.Module, attribute: str, default: int) -> int:
 def fits(vocab_size: int, embedding: int | None, head: int | None) -> bool:
     """Whether a checkpoint can have so many rows: tokens may have been added, but none that is known to the
     configuration or made by the head lacks an embedding. None for a part that there is not."""
-    return embedding is None or (embedding >= vocab_size and (head is None or head <= embedding))
+    return embedding is None or (
+        embedding >= vocab_size and (head is None or 0 < head <= embedding)
+    )
 
 
 class VocabularyMixin:
