@@ -84,7 +84,7 @@ def test_what_asks_for_nothing_else_loads(folder: Path, options: dict[str, Any])
         ({"variant": "fp16"}, "variant='fp16': .*rename"),
         ({"load_in_4bit": True}, "load_in_4bit=True: quantised weights"),
         ({"load_in_4bit": 1}, "load_in_4bit=1"),
-        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config=.*accelerate"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config=.*own model"),
         ({"max_memory": {0: "10GiB"}}, "max_memory=.*one device as a whole"),
         ({"tp_plan": "auto", "gguf_file": "x.gguf"}, "tp_plan='auto'.*gguf_file='x.gguf'"),
         ({"ignore_mismatched_sizes": True}, "resize_token_embeddings"),
@@ -344,6 +344,12 @@ def test_what_goes_to_the_hub(hub: list, options: dict[str, Any], passed: dict[s
     assert {k: v for k, v in hub[1][1].items() if k != "allow_patterns"} == {
         k: v for k, v in passed.items() if k in options
     }
+
+
+def test_a_configuration_on_the_hub_is_fetched_as_the_model_is(hub: list, folder: Path) -> None:
+    _load(folder, config="owner/name", token="secret", revision="abc", subfolder="")
+    ((name, given),) = hub
+    assert name == "owner/name" and given["token"] == "secret" and given["revision"] == "abc"
 
 
 def test_a_subfolder_on_the_hub(hub: list, folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ class ConfigSource:
 
 
 def config_source(
-    given: Any, stored: Mapping[str, Any], *, original_layout: bool = False
+    given: Any,
+    stored: Mapping[str, Any],
+    *,
+    original_layout: bool = False,
+    download: Mapping[str, Any] = {},
 ) -> ConfigSource:
     """What configures a model.
 
@@ -34,6 +38,7 @@ def config_source(
             hub id of a checkpoint whose configuration it is.
         stored: the entries of the folder's own, empty where there is none.
         original_layout: whether they are derived from Meta's layout.
+        download: how to fetch a hub id; see :func:`mllama.checkpoints.hub.resolve_folder`.
 
     The weights decide the semantics, so that the folder's configuration does where there is one, unless the
     given configuration has chosen.
@@ -45,7 +50,9 @@ def config_source(
         return ConfigSource(stored, "config.json", semantics, reason)
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
-        entries = read_json(path if path.is_file() else resolve_folder(given) / "config.json")
+        if not path.is_file():
+            path = resolve_folder(given, **{**download, "subfolder": None}) / "config.json"
+        entries = read_json(path)
     elif isinstance(given, Mapping):
         entries = dict(given)
     elif hasattr(given, "to_dict"):

@@ -30,10 +30,7 @@ _WITHOUT_MEANING = frozenset(
         "_commit_hash",
     )
 )
-_QUANTISED = (
-    "quantised weights are not supported; `transformers`' own model can be loaded with it, and "
-    "mllama_kernels.transformers.accelerate() runs what is not quantised on the kernels"
-)
+_QUANTISED = "quantised weights are not supported; `transformers`' own model can be loaded with it"
 _SHARDED = (
     "a model lies on one device as a whole; to spread one, load `transformers`' own model and call "
     "mllama_kernels.transformers.accelerate() on it, or wrap the loaded one in FSDP"

@@ -85,8 +85,8 @@ def load_pretrained(
         backend: "auto", "kernels" or "reference".
         semantics: see `mllama.semantics`; "auto": read from the folder. The choice and its reason are
             logged, and the reason kept as `model.semantics_reason`.
-        generation_config: defaults of generate() instead of the folder's, a mapping or an object with
-            ``to_dict()``.
+        generation_config: defaults of generate() instead of the folder's, a mapping or a `GenerationConfig`
+            of `transformers`.
         options: fields of the configuration, and the other arguments of `transformers`; see
             :meth:`mllama.base.MllamaPreTrainedModel.from_pretrained`.
     Raises:
@@ -121,7 +121,7 @@ def load_pretrained(
     if generation_config is None:
         generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)
     elif not isinstance(generation_config, Mapping):
-        generation_config = generation_config.to_dict()
+        generation_config = generation_config.to_diff_dict()  # without all that is a mere default
     model.generation_config = generation_config
     return model.eval()
 
@@ -183,7 +183,7 @@ def _plan(
 ) -> _Plan:
     folder = resolve_folder(name_or_path, **download)
     raw, checkpoint, original = _open(folder, given is not None)
-    source = config_source(given, raw, original_layout=original)
+    source = config_source(given, raw, original_layout=original, download=download)
     config, reason = _config(cls, folder, source, semantics, fields)
     with torch.device("meta"), _SkipInit():
         model = cls(config, backend=backend)
