@@ -136,6 +136,13 @@ def test_every_argument_of_transformers_is_known() -> None:
     assert names - known == set()
 
 
+def test_every_argument_of_saving_is_known() -> None:
+    names = set(inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters)
+    known = set(inspect.signature(mllama.MllamaModel.save_pretrained).parameters) | {"kwargs"}
+    known |= published_call._WITHOUT_MEANING_IN_SAVING | published_call._UNMET_BY_SAVING.keys()
+    assert names - known == set()
+
+
 # Devices
 
 
