@@ -125,6 +125,9 @@ class VocabularyMixin:
             raise ValueError(f"{count} rows are too few: the image token is {image_token}")
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"only an nn.Embedding can be resized, got {type(embedding).__name__}")
+        head = self.get_output_embeddings()
+        if head is not None:
+            _check_linear(head)  # before anything changes
         std = self.config.get_text_config().initializer_range
         if count != embedding.num_embeddings:
             options = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
@@ -135,7 +138,6 @@ class VocabularyMixin:
             embedding.num_embeddings = count
             if embedding.padding_idx is not None and embedding.padding_idx >= count:
                 embedding.padding_idx = None
-        head = self.get_output_embeddings()
         if head is not None:
             self.set_output_embeddings(
                 self._get_resized_lm_head(head, count, mean_resizing=mean_resizing)
@@ -154,8 +156,7 @@ class VocabularyMixin:
         the head a row for the image token. Arguments as in `transformers`."""
         if transposed:
             raise ValueError("transposed can only be False: a head's rows are its classes")
-        if not isinstance(old_lm_head, nn.Linear) or old_lm_head.bias is not None:
-            raise TypeError(f"only an nn.Linear without bias can be resized, got {old_lm_head}")
+        _check_linear(old_lm_head)
         if new_num_tokens is None:
             return old_lm_head
         count = _row_count(new_num_tokens, None, old_lm_head)
@@ -179,6 +180,11 @@ def _row_count(given: int | None, multiple: int | None, module: nn.Module) -> in
     count, step = values["new_num_tokens"], values["pad_to_multiple_of"] or 1
     count = module.weight.shape[0] if count is None else count
     return -(-count // step) * step
+
+
+def _check_linear(head: nn.Module) -> None:
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise TypeError(f"only an nn.Linear without bias can be resized, got {head}")
 
 
 def _check_width(what: str, width: Any, config: Any) -> None:

@@ -189,6 +189,11 @@ def test_modules_that_do_not_fit_are_refused(ours: Any) -> None:
         ours.model.vision_model.resize_token_embeddings(9)
     with pytest.raises(TypeError, match=r"only an nn\.Linear without bias can be resized"):
         ours._get_resized_lm_head(nn.Linear(WIDTH, V), 100)
+    before = _rows(ours)
+    ours.set_output_embeddings(nn.Linear(WIDTH, V))
+    with pytest.raises(TypeError, match=r"only an nn\.Linear without bias can be resized"):
+        ours.resize_token_embeddings(112)
+    assert _rows(ours) == before
     with pytest.raises(ValueError, match="transposed can only be False"):
         ours._get_resized_lm_head(ours.lm_head, 100, transposed=True)
 
