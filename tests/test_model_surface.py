@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from model_helpers import Prompt, Shape, batch_of, hf_model, our_model
+from PIL import Image
 
 import mllama
 from mllama.demo import checkpoint_path
@@ -93,3 +94,7 @@ def test_pipeline(processor: Any) -> None:
         "image-text-to-text", model=model, processor=processor.from_pretrained(folder)
     )
     assert pipeline.model is model and "MllamaForConditionalGeneration" in repr(pipeline)
+    picture = {"type": "image", "image": Image.new("RGB", (60, 60), (255, 0, 0))}
+    question = {"type": "text", "text": "What colour is the square?"}
+    (answer,) = pipeline(text=[{"role": "user", "content": [picture, question]}], max_new_tokens=5)
+    assert answer["generated_text"][-1] == {"role": "assistant", "content": "red"}

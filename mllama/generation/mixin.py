@@ -256,7 +256,7 @@ class _Run:
             prompt_length=self.prompt.length,
             text_length=self.prompt.text_length,
             max_text_length=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
+            vocab_size=self._vocab_size,
         )
         self._record = Record(self.plan.returns)
         self._guide: GuidedSampler | None = None
