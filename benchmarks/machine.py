@@ -16,6 +16,14 @@ from mllama_kernels import _library
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "triton", "liger-kernel", "flashinfer-python", "numpy")
 CPU_CACHE_MULTIPLE, L2_MULTIPLE = 3, 5
+# By these variables libraries and kernels use fewer instructions than the CPU has.
+NARROWING = (
+    "MLLAMA_KERNELS_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 
 
 def _command(*words: str) -> str | None:
@@ -76,6 +84,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": _library.instruction_set(),
+        "kept_to": {name: os.environ[name] for name in NARROWING if name in os.environ},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -80,7 +80,12 @@ def machine_in_words(run: dict[str, Any]) -> str:
         name = f"{machine['gpu']} ({machine.get('power.limit', '?')} W)"
         libraries = f"CUDA {versions['cuda']}, cuDNN {versions['cudnn']}"
     else:
-        name = f"{machine['threads']} threads of an {machine['cpu']} ({machine['cpu_capability']})"
+        instructions = machine["cpu_capability"]
+        if kept_to := machine.get("kept_to"):
+            instructions += ", all that was used of it: " + ", ".join(
+                f"{variable}={value}" for variable, value in kept_to.items()
+            )
+        name = f"{machine['threads']} threads of an {machine['cpu']} ({instructions})"
         libraries = f"Python {versions['python']}"
     dirty = ", with local changes" if run["dirty"] else ""
     return (

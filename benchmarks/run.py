@@ -194,7 +194,7 @@ def run_training(device: torch.device, options: argparse.Namespace, results: Res
 
 
 def slug(described: dict[str, Any]) -> str:
-    name = described.get("gpu") or described["cpu"]
+    name = described.get("gpu") or f"{described['cpu']} {described['cpu_capability']}"
     words = re.sub(r"\(.*?\)|nvidia|processor", " ", name, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "cpu"
 
