@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tile.cuh"
+#include "norm.cuh"
 #include "rope.cuh"
 
 namespace mllama {
@@ -71,14 +72,7 @@ struct PlainQuery {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ float inverse_rms(Statistic<T> sum_of_squares, int count, double eps) {
-  const Statistic<T> mean = sum_of_squares / count;
-  return static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(eps)));
-}
-
-// round(q * rsqrt(mean(q^2) + eps)) * weight: statistics and the two roundings of rms_norm. Eight
-// lanes hold a row, zeros behind its end; all lanes of the warp call it.
+// rms_norm of a row. Eight lanes hold it, zeros behind its end; all lanes of the warp call it.
 template <int kHeadDim, typename T, int kVecs>
 __device__ __forceinline__ void normalize_row(Vec<T> (&v)[kVecs], const Vec<T> (&weight)[kVecs],
                                               double eps) {
@@ -91,15 +85,9 @@ __device__ __forceinline__ void normalize_row(Vec<T> (&v)[kVecs], const Vec<T> (
       sum = fma(value, value, sum);
     }
   }
-  const float rstd = inverse_rms<T>(warp_sum<8>(sum), kHeadDim, eps);
+  const float rstd = static_cast<float>(inverse_rms(warp_sum<8>(sum), kHeadDim, eps));
 #pragma unroll
-  for (int c = 0; c < kVecs; ++c) {
-#pragma unroll
-    for (int e = 0; e < Vec<T>::kSize; ++e) {
-      const float normalized = round_to<T>(__fmul_rn(to_f32(v[c].data[e]), rstd));
-      v[c].data[e] = from_f32<T>(__fmul_rn(normalized, to_f32(weight[c].data[e])));
-    }
-  }
+  for (int c = 0; c < kVecs; ++c) v[c] = normalize(v[c], weight[c], rstd);
 }
 
 // Normalised per head.

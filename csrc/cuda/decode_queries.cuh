@@ -4,6 +4,7 @@
 
 #include "../cross_attention.h"
 #include "../rotary_attention.h"
+#include "norm.cuh"
 #include "reduce.cuh"
 #include "rope.cuh"
 #include "vec.cuh"
@@ -61,8 +62,7 @@ __device__ __forceinline__ void load_normed_query(const CrossAttentionParams& p,
       value[i] = d < head_dim ? to_f32(q[row * p.q_head_stride + d]) : 0.0f;
       sum += static_cast<Statistic<T>>(value[i]) * value[i];
     }
-    const Statistic<T> mean = warp_sum(sum) / head_dim;
-    const float rstd = static_cast<float>(1 / sqrt(mean + static_cast<Statistic<T>>(p.eps)));
+    const float rstd = static_cast<float>(inverse_rms(warp_sum(sum), head_dim, p.eps));
 #pragma unroll
     for (int i = 0; i < kMaxPerLane; ++i) {
       const int d = lane + i * kWarpSize;

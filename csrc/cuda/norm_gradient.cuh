@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_backward.cuh"
+#include "norm.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -37,7 +38,8 @@ __device__ __forceinline__ void unnormalize(typename Config::Sums& sums, float s
         squares = fma(value, value, squares);
       }
     }
-    rstd[slot] = inverse_rms<T>(warp_sum<4>(squares), Config::kHeadDim, eps);
+    rstd[slot] =
+        static_cast<float>(inverse_rms(warp_sum<4>(squares), Config::kHeadDim, eps));
   }
 
   Statistic<T> products[Config::kSlots] = {};

@@ -1,4 +1,4 @@
-// RMSNorm, alone or behind a (gated) residual add: y = w * round(t * rsqrt(mean(t^2) + eps)), where
+// RMSNorm, alone or behind a (gated) residual add: y = w * round(t / sqrt(mean(t^2) + eps)), where
 // t is x, residual + x, or residual + tanh(gate) * row_mask * x.
 // Zhang, Sennrich 2019 (arXiv 1910.07467)
 //
@@ -29,6 +29,7 @@
 #include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
+#include "norm.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
 #include "vec_math.cuh"
@@ -71,17 +72,6 @@ template <typename T>
 __device__ __forceinline__ Vec<T> add_residual(const Vec<T>& x, const Vec<T>& residual,
                                                const Vec<T>& gate) {
   return add(residual, multiply(gate, x));
-}
-
-template <typename S>
-__device__ __forceinline__ float reciprocal_rms(const RmsNormParams& p, S sum) {
-  const S mean = sum / static_cast<S>(p.dim) + static_cast<S>(p.eps);
-  return static_cast<float>(rsqrt(mean));
-}
-
-template <typename T>
-__device__ __forceinline__ Vec<T> normalize(const Vec<T>& v, const Vec<T>& weight, float rstd) {
-  return multiply(map_f32(v, [rstd](float x) { return __fmul_rn(x, rstd); }), weight);
 }
 
 // Vector `index` of an aligned row of `vecs` vectors; behind the row it is zero.
@@ -147,7 +137,7 @@ __global__ void __launch_bounds__(kLanes == kBlock ? kMaxThreads : kRowThreads,
   } else {
     sum = warp_sum<kLanes>(sum);
   }
-  const float rstd = reciprocal_rms(p, sum);
+  const float rstd = static_cast<float>(inverse_rms(sum, p.dim, p.eps));
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     store_row(p.y, row.out, first + i * step, vecs, normalize(v[i], weight[i], rstd));
@@ -172,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     sum += sum_of_squares(v);
   }
-  const float rstd = reciprocal_rms(p, block_sum_once(sum));
+  const float rstd = static_cast<float>(inverse_rms(block_sum_once(sum), p.dim, p.eps));
   for (int64_t i = threadIdx.x; i < vecs; i += blockDim.x) {
     const Vec<T> v = kResidual ? load_any<T>(p.residual_out, row.out, i, p.dim, vectorized)
                                : load_any<T>(p.x, row.x, i, p.dim, vectorized);

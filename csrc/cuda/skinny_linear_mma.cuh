@@ -1,6 +1,7 @@
 // The warps of skinny_linear that multiply: eight, sharing the elements of every slab.
 #pragma once
 
+#include "norm.cuh"
 #include "ptx.cuh"
 #include "reduce.cuh"
 #include "skinny_linear_output.cuh"
@@ -39,7 +40,7 @@ class SlabMultiplier {
       const SkinnyOutput<T> output = locate(first_tile, tiles, 0, 0);
       float sum[kMaxPassTiles][kRowBlocks][4] = {};
       for (int chunk = 0; chunk < share_.chunks(); ++chunk) {
-        const Activations x = p_.norm_weight == nullptr ? next : normalized(next, chunk);
+        const Activations x = p_.norm_weight == nullptr ? next : normalized(next);
         const int next_chunk = chunk + 1 < share_.chunks() ? chunk + 1 : 0;
         if (next_chunk != 0 || !last_pass) next = load(next_chunk);
 #pragma unroll
@@ -57,11 +58,12 @@ class SlabMultiplier {
   // A warp's part of a chunk of x, as the B operands of its products: lane l holds elements
   // l % 4 * 8 to + 7 of row l / 4 of each 32 elements, which takes the order of k within the 32
   // from the instruction's to that of 16-byte vectors. The weight is read in the same order.
+  // They are kept as words, which nothing takes apart before their chunk's turn: as vectors of
+  // elements the compiler would wait for them where they are loaded.
   static constexpr int kVecs = kWarpDepth / 32;
-  static constexpr bool kNormAhead = kRowBlocks == 1;  // registers allow to load its weight early
   struct Activations {
-    Vec<T> x[kRowBlocks][kVecs];
-    Vec<T> norm_weight[kNormAhead ? kVecs : 1];
+    uint4 x[kRowBlocks][kVecs];
+    uint4 norm_weight[kVecs];
   };
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / kWarpSize; }
@@ -69,10 +71,6 @@ class SlabMultiplier {
   // First element, within a chunk, of a lane's vector.
   __device__ __forceinline__ static int vec_begin(int vec) {
     return warp() * kWarpDepth + vec * 32 + lane() % 4 * 8;
-  }
-
-  __device__ __forceinline__ Vec<T> load_norm(int k) const {
-    return k < share_.depth() ? load_vec(static_cast<const T*>(p_.norm_weight) + k) : zero_vec<T>();
   }
 
   __device__ __forceinline__ Activations load(int chunk) const {
@@ -83,22 +81,24 @@ class SlabMultiplier {
 #pragma unroll
       for (int b = 0; b < kRowBlocks; ++b) {
         const int row = b * 8 + lane() / 4;
-        a.x[b][v] = row < p_.rows && k < share_.depth()
-                        ? load_vec(static_cast<const T*>(p_.x) + row * p_.x_row_stride + k)
-                        : zero_vec<T>();
+        a.x[b][v] = load_words_if(row < p_.rows && k < share_.depth(),
+                                  static_cast<const T*>(p_.x) + row * p_.x_row_stride + k);
       }
-      if (kNormAhead && p_.norm_weight != nullptr) a.norm_weight[v] = load_norm(k);
+      a.norm_weight[v] = load_words_if(p_.norm_weight != nullptr && k < share_.depth(),
+                                       static_cast<const T*>(p_.norm_weight) + k);
     }
     return a;
   }
 
-  __device__ __forceinline__ Activations normalized(Activations a, int chunk) const {
+  __device__ __forceinline__ Activations normalized(Activations a) const {
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const Vec<T> weight =
-          kNormAhead ? a.norm_weight[v] : load_norm(chunk * kSlabDepth + vec_begin(v));
+      const Vec<T>& weight = *reinterpret_cast<const Vec<T>*>(&a.norm_weight[v]);
 #pragma unroll
-      for (int b = 0; b < kRowBlocks; ++b) a.x[b][v] = normalize(a.x[b][v], weight, rstd_[b]);
+      for (int b = 0; b < kRowBlocks; ++b) {
+        Vec<T>& x = *reinterpret_cast<Vec<T>*>(&a.x[b][v]);
+        x = normalize(x, weight, rstd_[b]);
+      }
     }
     return a;
   }
@@ -119,9 +119,8 @@ class SlabMultiplier {
           const int v = first + i * kSlabThreads;
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            part[i][r] = v < vecs && first_row + r < p_.rows
-                             ? load_vec(x + (first_row + r) * p_.x_row_stride + v * Vec<T>::kSize)
-                             : zero_vec<T>();
+            part[i][r] = load_vec_if(v < vecs && first_row + r < p_.rows,
+                                     x + (first_row + r) * p_.x_row_stride + v * Vec<T>::kSize);
           }
         }
 #pragma unroll
@@ -145,7 +144,7 @@ class SlabMultiplier {
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < kSlabWarps; ++w) total += shared_.squares[row][w];
-      rstd_[b] = reciprocal_rms(p_, total);
+      rstd_[b] = static_cast<float>(inverse_rms(total, p_.k, p_.eps));
     }
   }
 
@@ -166,7 +165,7 @@ class SlabMultiplier {
       const uint4 high = *reinterpret_cast<const uint4*>(high_half + offset);
 #pragma unroll
       for (int b = 0; b < kRowBlocks; ++b) {
-        const uint4 operand = *reinterpret_cast<const uint4*>(&x.x[b][v]);
+        const uint4 operand = x.x[b][v];
         mma_m16n8k16<T>(sum[b], {low.x, high.x, low.y, high.y}, operand.x, operand.y);
         mma_m16n8k16<T>(sum[b], {low.z, high.z, low.w, high.w}, operand.z, operand.w);
       }

@@ -42,12 +42,6 @@ __device__ __forceinline__ float skinny_gate(const SkinnyLinearParams& p) {
   return p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate);
 }
 
-// Of a row of k elements with this sum of squares; as rms_norm.
-template <typename S>
-__device__ __forceinline__ float reciprocal_rms(const SkinnyLinearParams& p, S sum) {
-  return static_cast<float>(S{1} / sqrt(sum / static_cast<S>(p.k) + static_cast<S>(p.eps)));
-}
-
 template <typename T>
 __device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v, Statistic<T> sum) {
 #pragma unroll
@@ -56,16 +50,6 @@ __device__ __forceinline__ Statistic<T> sum_of_squares(const Vec<T>& v, Statisti
     sum = fma(value, value, sum);
   }
   return sum;
-}
-
-template <typename T>
-__device__ __forceinline__ Vec<T> normalize(Vec<T> v, const Vec<T>& weight, float rstd) {
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const float normalized = round_to<T>(__fmul_rn(to_f32(v.data[i]), rstd));
-    v.data[i] = from_f32<T>(__fmul_rn(normalized, to_f32(weight.data[i])));
-  }
-  return v;
 }
 
 }  // namespace mllama

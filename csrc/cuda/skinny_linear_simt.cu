@@ -11,6 +11,7 @@
 
 #include "dispatch.cuh"
 #include "hopper.h"
+#include "norm.cuh"
 #include "skinny_linear_output.cuh"
 #include "skinny_linear_simt.h"
 
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sum = sum_of_squares(load(p.x, row * p.x_row_stride, k), sum);
     }
     sum = warp_sum(sum);
-    if (lane == 0) rstd[row] = reciprocal_rms(p, sum);
+    if (lane == 0) rstd[row] = static_cast<float>(inverse_rms(sum, p.k, p.eps));
   }
   __syncthreads();
 

@@ -64,10 +64,10 @@ __device__ __forceinline__ Vec<T> load_vec(const T* address) {
   return *reinterpret_cast<const Vec<T>*>(address);
 }
 
-// From global memory, or zeros. One predicated instruction: a branch around each load would let the
-// compiler use what a load brings before it issues the next.
-template <typename T>
-__device__ __forceinline__ Vec<T> load_vec_if(bool wanted, const T* address) {
+// 16 bytes of global memory, or zeros. One predicated instruction: a branch around each load would
+// let the compiler use what a load brings before it issues the next, and so would a select between
+// it and zeros, made element by element right behind it.
+__device__ __forceinline__ uint4 load_words_if(bool wanted, const void* address) {
   uint4 words;
   asm volatile(
       "{\n"
@@ -81,6 +81,12 @@ __device__ __forceinline__ Vec<T> load_vec_if(bool wanted, const T* address) {
       "}\n"
       : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
       : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  return words;
+}
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec_if(bool wanted, const T* address) {
+  const uint4 words = load_words_if(wanted, address);
   return *reinterpret_cast<const Vec<T>*>(&words);
 }
 
