@@ -60,7 +60,8 @@ struct AttentionSm90Shared {
   }
 };
 
-// The copying warp's part: K and V of one block after the other.
+// The copying warp's part. K runs one block ahead of V: its place is free as soon as the scores
+// before are there, that of V only behind the softmax that follows them.
 template <typename Config, typename Keys, typename Mask>
 __device__ __forceinline__ void copy_keys(AttentionSm90Shared<Config>& shared, const Keys& keys,
                                           Mask& mask) {
@@ -70,22 +71,27 @@ __device__ __forceinline__ void copy_keys(AttentionSm90Shared<Config>& shared, c
     if (lane == 0) mbarrier_arrive_expect(barrier, Layout::kBytes);
     __syncwarp();
   };
-  RingPosition<kAttentionSm90Stages> ring;
+  RingPosition<kAttentionSm90Stages> k_ring, v_ring;
+  const auto copy_k = [&](int block) {
+    if (block == kNoBlock) return;
+    uint64_t* const full = &shared.k_full[k_ring.stage];
+    mbarrier_wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
+    expect(full);
+    keys.copy_k(block, shared.k[k_ring.stage], full);
+    k_ring.advance();
+  };
   uint32_t tail_parity = 0;
-  for (int block = mask.next(); block != kNoBlock; block = mask.next(), ring.advance()) {
-    mbarrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
-    expect(&shared.k_full[ring.stage]);
-    keys.copy_k(block, shared.k[ring.stage], &shared.k_full[ring.stage]);
-
-    char* const tile = shared.v[ring.stage];
-    uint64_t* const full = &shared.v_full[ring.stage];
+  const auto copy_v = [&](int block) {
+    char* const tile = shared.v[v_ring.stage];
+    uint64_t* const full = &shared.v_full[v_ring.stage];
     const int count = keys.count(block);
     const bool tail = count < Config::kBlockN;
     uint64_t* const landed = tail ? &shared.v_tail : full;
-    mbarrier_wait(&shared.v_empty[ring.stage], ring.parity ^ 1);
+    mbarrier_wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
+    v_ring.advance();
     expect(landed);
     keys.copy_v(block, tile, landed);
-    if (!tail) continue;
+    if (!tail) return;
     // What follows the last key has weight 0, but may hold NaN.
     mbarrier_wait(landed, tail_parity);
     tail_parity ^= 1;
@@ -97,6 +103,14 @@ __device__ __forceinline__ void copy_keys(AttentionSm90Shared<Config>& shared, c
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(full);
+  };
+  int block = mask.next();
+  copy_k(block);
+  while (block != kNoBlock) {
+    const int next = mask.next();
+    copy_k(next);
+    copy_v(block);
+    block = next;
   }
 }
 

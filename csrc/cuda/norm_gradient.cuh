@@ -38,8 +38,7 @@ __device__ __forceinline__ void unnormalize(typename Config::Sums& sums, float s
         squares = fma(value, value, squares);
       }
     }
-    rstd[slot] =
-        static_cast<float>(inverse_rms(warp_sum<4>(squares), Config::kHeadDim, eps));
+    rstd[slot] = static_cast<float>(inverse_rms(warp_sum<4>(squares), Config::kHeadDim, eps));
   }
 
   Statistic<T> products[Config::kSlots] = {};

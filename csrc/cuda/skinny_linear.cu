@@ -14,8 +14,9 @@
 //            shared memory depends neither on M nor on k. The norm takes one more reading, before
 //            the first pass, and normalises fragments as they are used.
 // sm_90a     Ring of 6 slabs, 96 KB, by tensor copies, evicted first from L2. Two blocks fit on a
-//            multiprocessor, so that the next kernel fills its ring while this one finishes: the
-//            weight is requested before the wait for the previous kernel where it is constant.
+//            multiprocessor, so that the next kernel fills its ring while this one finishes: it
+//            may start when a block has requested its last slab (NextKernel), and requests its
+//            weight before the wait for the previous kernel where that is constant.
 // sm_80      Ring of 5 slabs, 80 KB, by cp.async; each warp copies what it uses. Also where k is no
 //            multiple of 64. float32 and rows that do not start and end on 16 bytes:
 //            skinny_linear_simt.cu.
@@ -35,6 +36,9 @@
 //
 // Aliasing   out may be residual (one thread reads, then writes an element); it overlaps nothing
 //            else.
+
+#include <cstdlib>
+#include <cstring>
 
 #include "../skinny_linear.h"
 #include "dispatch.cuh"
@@ -72,7 +76,17 @@ constexpr int kTensorBlocks = 2;  // per multiprocessor: this kernel's and the n
 static_assert(kTensorBlocks * (sizeof(TensorShared) + 1024) <= 228 * 1024,
               "the system takes 1 KB per block");
 
-template <typename T, int kRowBlocks>
+// Both are built until a GPU has shown which is faster: for the measurement
+// MLLAMA_KERNELS_NEXT_KERNEL=start, which is read once, asks for the other.
+constexpr NextKernel kNextKernel = NextKernel::kBehindLastRequest;
+
+bool starts_next_kernel_early() {
+  static const char* const wanted = std::getenv("MLLAMA_KERNELS_NEXT_KERNEL");
+  return wanted != nullptr ? std::strcmp(wanted, "start") == 0
+                           : kNextKernel == NextKernel::kAtStart;
+}
+
+template <typename T, int kRowBlocks, NextKernel kNext>
 __global__ void __launch_bounds__(kSlabThreads, kTensorBlocks)
     skinny_linear_sm90_kernel(const SkinnyLinearParams p,
                               const __grid_constant__ CUtensorMap weight) {
@@ -81,7 +95,7 @@ __global__ void __launch_bounds__(kSlabThreads, kTensorBlocks)
   TensorShared& shared = *reinterpret_cast<TensorShared*>(shared_memory);
   using Multiplier = SlabMultiplier<T, kRowBlocks>;
   const WeightShare share(p, Multiplier::kMaxPassTiles);
-  TensorRing ring(share, weight, shared.ring);
+  TensorRing<kNext> ring(share, weight, shared.ring);
   Multiplier(p, share, shared.skinny).run(ring);
 #endif
 }
@@ -102,8 +116,12 @@ cudaError_t launch_mma(const SkinnyLinearParams& p, int multiprocessors, cudaStr
                                               {p.k / kWarpDepth, kWarpDepth, kSlabWarps}},
                                              Swizzle::k128);
   if (status != cudaSuccess) return status;
-  return launch(skinny_linear_sm90_kernel<T, kRowBlocks>, blocks, kSlabThreads,
-                sizeof(TensorShared), stream, {.overlap = true}, p, weight);
+  const auto kernel =
+      starts_next_kernel_early()
+          ? skinny_linear_sm90_kernel<T, kRowBlocks, NextKernel::kAtStart>
+          : skinny_linear_sm90_kernel<T, kRowBlocks, NextKernel::kBehindLastRequest>;
+  return launch(kernel, blocks, kSlabThreads, sizeof(TensorShared), stream, {.overlap = true}, p,
+                weight);
 }
 
 }  // namespace

@@ -65,6 +65,12 @@ class AsyncRing {
   int filled_ = 0, used_ = 0;
 };
 
+// When a block lets the next kernel start, whose own ring then fills in competition with this one.
+// At the start: the next ring is full long before this kernel ends, and memory rests from its last
+// slab to the next kernel's first refill. Behind the last request: what this kernel still has under
+// way takes about as long as the next one's launch, whose copies then follow without a gap.
+enum class NextKernel { kAtStart, kBehindLastRequest };
+
 struct TensorRingShared {
   static constexpr int kStages = 6;
   alignas(1024) char slabs[kStages][kSlabBytes];
@@ -76,6 +82,7 @@ struct TensorRingShared {
 // has done with it: a warp of its own for that would leave the others 96 registers instead of 128
 // where two blocks are on a multiprocessor. Bulk copies of single rows need no tensor map, but 16
 // instructions per slab, about as long as the slab takes to arrive.
+template <NextKernel kNext>
 class TensorRing {
  public:
   // All threads of the block. Reads the weight behind wait_for_previous_kernel() only, unless that
@@ -99,7 +106,7 @@ class TensorRing {
       for (int i = 0; i < TensorRingShared::kStages && !cursor_.done(share_); ++i) copy_next(i);
     }
     wait_for_previous_kernel();
-    start_next_kernel();
+    if (kNext == NextKernel::kAtStart || requested_all()) start_next_kernel();
   }
 
   __device__ __forceinline__ const char* wait() {
@@ -114,11 +121,15 @@ class TensorRing {
     if (copies_ && !cursor_.done(share_)) {
       mbarrier_wait(empty, position_.parity);
       copy_next(position_.stage);
+      if (kNext == NextKernel::kBehindLastRequest && requested_all()) start_next_kernel();
     }
     position_.advance();
   }
 
  private:
+  // By the warp that copies; of a block, one thread that says so suffices.
+  __device__ __forceinline__ bool requested_all() const { return copies_ && cursor_.done(share_); }
+
   __device__ __forceinline__ void copy_next(int stage) {
     if (elect_one()) {
       uint64_t* const full = &shared_.full[stage];
