@@ -12,6 +12,7 @@ explain, or moves more than 1.1 times what its case accounts for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import static_compiler
+from benchmarks.static_case import VARIANTS
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE = HERE / "static.json", HERE / "static.md"
@@ -30,21 +32,32 @@ Row = dict[str, Any]
 
 
 def count(site: Path, simulator: Path, ops: list[str]) -> tuple[dict[str, Any], list[Row]]:
-    """The build's description, and a row per case and architecture; one process per architecture."""
+    """The build's description, and a row per case and architecture; one process per architecture and
+    variant."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
-        for arch, sm in static_compiler.MULTIPROCESSORS.items():
-            output = Path(folder) / f"{arch}.json"
+        for arch, variant in itertools.product(static_compiler.MULTIPROCESSORS, ("", *VARIANTS)):
+            sm = static_compiler.MULTIPROCESSORS[arch]
+            output = Path(folder) / f"{arch}-{len(running)}.json"
             environment = os.environ | {
                 "PYTHONPATH": str(HERE.parent),
                 "LD_LIBRARY_PATH": str(simulator / "build"),
                 "CUDASIM_ARCH": str(arch),
                 "CUDASIM_SMS": str(sm.count),
-                "CUDASIM_STATS": str(Path(folder) / f"{arch}.stats"),
+                "CUDASIM_STATS": str(output.with_suffix(".stats")),
                 "CUDASIM_THREADS": "1",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, "-m", "benchmarks.static_counters", str(output), *ops]
+            if variant:
+                environment |= dict([variant.split("=")])
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.static_counters",
+                str(output),
+                variant,
+                *ops,
+            ]
             # Started in the site: `python -m` looks there first, so its library is the one imported.
             running.append((subprocess.Popen(command, env=environment, cwd=site), output))
         if any([process.wait() for process, _ in running]):

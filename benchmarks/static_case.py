@@ -14,6 +14,10 @@ TILES, TILE_TOKENS = 4, 1601
 VOCABULARY = 128256
 MULTIPROCESSORS = {80: 108, 90: 132}  # as static.py has them presented
 BF16 = torch.bfloat16
+# Choices that only a GPU can decide, by the variable that asks for what is not the default: their
+# cases run in a process that has it (static_cases.py: VARIANT_SOURCES).
+NEXT_KERNEL_AT_START = "MLLAMA_KERNELS_NEXT_KERNEL=start"
+VARIANTS = (NEXT_KERNEL_AT_START,)
 
 
 @dataclass

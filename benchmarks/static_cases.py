@@ -23,6 +23,7 @@ from benchmarks.static_case import (
     HQ,
     INTERMEDIATE,
     MULTIPROCESSORS,
+    NEXT_KERNEL_AT_START,
     PATCH,
     TILE,
     TILE_TOKENS,
@@ -261,15 +262,15 @@ def vision(arch: int) -> Iterator[Case]:
     )
 
 
-def decoding(arch: int) -> Iterator[Case]:
-    """The products of a decoder layer, and the choice of the token."""
+def products(arch: int, note: str = "") -> Iterator[Case]:
+    """Those of a decoder layer while it decodes."""
     square, gate_up = rand(E, E), rand(2 * INTERMEDIATE // 4, E)
     norm_weight = rand(E)
     for rows in (1, 8):
         x = rand(rows, E)
         yield Case(
             "skinny_linear",
-            f"o, {rows} x {E}",
+            f"o, {rows} x {E}{note}",
             lambda x=x: ours.skinny_linear(x, square, residual=x),
             floor=size(square) + 3 * size(x),
             again={"x by every block, from L2": (MULTIPROCESSORS[arch] - 1) * size(x)},
@@ -277,7 +278,7 @@ def decoding(arch: int) -> Iterator[Case]:
         )
         yield Case(
             "skinny_linear",
-            f"norm, gate and up*, SwiGLU, {rows} x {E}",
+            f"norm, gate and up*, SwiGLU, {rows} x {E}{note}",
             lambda x=x: ours.skinny_linear(x, gate_up, norm_weight=norm_weight, swiglu=True),
             floor=size(gate_up, x, norm_weight) + rows * INTERMEDIATE // 4 * 2,
             again={
@@ -287,6 +288,14 @@ def decoding(arch: int) -> Iterator[Case]:
             },
             flops=2 * rows * E * 2 * (INTERMEDIATE // 4),
         )
+
+
+def products_starting_the_next_kernel_at_once(arch: int) -> Iterator[Case]:
+    if arch == 90:
+        yield from products(arch, ", next kernel at the start")
+
+
+def choice_of_the_token(arch: int) -> Iterator[Case]:
     logits = 3 * rand(1, VOCABULARY)
     seeds, step = torch.tensor([1]), torch.tensor(0)
     yield Case(
@@ -308,13 +317,16 @@ SOURCES = (
     self_attention,
     cross_attention,
     vision,
-    decoding,
+    products,
+    choice_of_the_token,
     *static_gradients.SOURCES,
 )
+VARIANT_SOURCES = {NEXT_KERNEL_AT_START: (products_starting_the_next_kernel_at_once,)}
 
 
-def cases(arch: int) -> Iterator[Case]:
-    for source in SOURCES:
+def cases(arch: int, variant: str) -> Iterator[Case]:
+    """Of the defaults (""), or of one of VARIANTS."""
+    for source in VARIANT_SOURCES[variant] if variant else SOURCES:
         for case in source(arch):
             if arch in case.architectures:
                 yield case

@@ -47,14 +47,14 @@ def summary(launch: dict[str, Any]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def main() -> None:
-    output, *ops = sys.argv[1:]
+    output, variant, *ops = sys.argv[1:]
     if not _library.simulated:
         raise SystemExit(f"{_library.path or _library.missing}: not a simulated build")
     arch = int(os.environ["CUDASIM_ARCH"])
     stats = Path(os.environ["CUDASIM_STATS"])
     torch.manual_seed(0)
     rows = []
-    for case in cases(arch):
+    for case in cases(arch, variant):
         if ops and case.op not in ops:
             continue
         stats.write_text("")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from conftest import SIMULATED
 from numerics import (
     FLOATS,
     assert_compiles,
@@ -56,6 +59,56 @@ def test_rounds_like_transformers(device, dtype):
     assert (out == reference.rms_norm(x, weight)).float().mean() > 0.99
     once = reference.rms_norm(x.double(), weight.double()).to(dtype)
     assert (out == once).float().mean() < 0.95
+
+
+# An element and the mean square of its row, such that the product with the inverse of the root rounds
+# to one number or its neighbour, depending on the last bit of that inverse.
+CLOSE_CALLS = {
+    torch.bfloat16: [(7, 14213 / 64), (5, 173802 / 64), (9, 104110 / 64), (7, 147023 / 128)],
+    torch.float16: [(1, 65954 / 64), (1, 74838 / 64), (2, 65954 / 64), (1, 114521 / 128)],
+    torch.float32: [(7, 14213 / 64), (1, 65954 / 64)],
+}
+
+
+def close_calls(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Rows of small integers, whose squares have one sum whatever the order of adding them is."""
+    rows = []
+    for value, mean in CLOSE_CALLS[dtype]:
+        row, left = [value], int(mean * dim) - value * value
+        for place in range(dim - 1, 0, -1):  # even shares, and the largest squares of the rest
+            row.append(math.isqrt(left // place if place > 8 else left))
+            left -= row[-1] ** 2
+        assert left == 0 and max(row) <= 256
+        rows.append(row)
+    return torch.tensor(rows, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", grid([64, 128], [1024, 4096]))
+def test_fused_norms_have_its_bits(device, dtype, dim):
+    """Inside skinny_linear, cross_attention and the gradient, whatever computes them."""
+    x, ones = close_calls(dim, dtype, device), torch.ones(dim, dtype=dtype, device=device)
+    expected = mllama_kernels.rms_norm(x, ones, 0.0)
+    if device.type == "cuda" or SIMULATED:
+        mean = x.double().square().mean(-1, keepdim=True)
+        inverse = 1 / mean.sqrt() if dtype == torch.float32 else 1 / mean.sqrt().float().double()
+        assert torch.equal(expected, (x.float() * inverse.float()).to(dtype))
+    identity = torch.eye(dim, dtype=dtype, device=device)[:64]
+    for rows in (x, x.repeat(4, 1)[:16]):
+        out = mllama_kernels.skinny_linear(rows, identity, norm_weight=ones, eps=0.0)
+        assert torch.equal(out, mllama_kernels.rms_norm(rows, ones, 0.0)[:, :64])
+    for row, normed in zip(x, expected):
+        leaf = ones.clone().requires_grad_()  # its gradient is the normalised row
+        mllama_kernels.rms_norm(row[None], leaf, 0.0).sum().backward()
+        assert torch.equal(leaf.grad, normed)
+    if dim > 128:
+        return
+    keys, values = (randn(1, 1, 40, 1, dim, dtype=dtype, device=device) for _ in range(2))
+    for rows in (1, len(x), 130):
+        q = x.repeat(rows, 1)[:rows].view(1, rows, 1, dim)
+        out = mllama_kernels.cross_attention(q, keys, values, q_norm_weight=ones, eps=0.0)
+        normed = mllama_kernels.rms_norm(q, ones, 0.0)
+        assert torch.equal(out, mllama_kernels.cross_attention(normed, keys, values))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

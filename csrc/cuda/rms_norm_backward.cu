@@ -134,7 +134,8 @@ struct RowFactors {
     using S = Statistic<T>;
     const S r = inverse_rms(sums.squares, p.dim, p.eps);
     rstd = static_cast<float>(r);
-    mean = static_cast<float>(r * (sums.products / static_cast<S>(p.dim)));
+    const S inverse_dim = static_cast<S>(1) / static_cast<S>(p.dim);
+    mean = static_cast<float>(r * (sums.products * inverse_dim));
   }
 };
 
