@@ -1,5 +1,5 @@
 // RMSNorm of a row whose squares have been summed, as rms_norm and all kernels that fuse it compute
-// it: y = weight * round(x * inverse_rms).
+// it: y = weight * round(x * inverse_rms). Not rms_norm_backward, which has no registers to spare.
 #pragma once
 
 #include "vec_math.cuh"

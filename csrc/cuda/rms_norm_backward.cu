@@ -36,7 +36,6 @@
 #include "dispatch.cuh"
 #include "hopper.cuh"
 #include "hopper.h"
-#include "norm.cuh"
 #include "norm_partials.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -124,7 +123,7 @@ __device__ __forceinline__ RowSums<T> team_sums(RowSums<T> sums, int team, int l
 // What the elements of a row share: r and mean(g * n); behind a gate its tanh and the row's sum.
 template <typename T>
 struct RowFactors {
-  float rstd, mean, gate;
+  float inverse_rms, mean, gate;
   bool visible;
   Statistic<T> gate_sum = 0;
 
@@ -132,9 +131,9 @@ struct RowFactors {
                                         float gate, bool visible)
       : gate(gate), visible(visible) {
     using S = Statistic<T>;
-    const S r = inverse_rms(sums.squares, p.dim, p.eps);
-    rstd = static_cast<float>(r);
     const S inverse_dim = static_cast<S>(1) / static_cast<S>(p.dim);
+    const S r = rsqrt(sums.squares * inverse_dim + static_cast<S>(p.eps));
+    inverse_rms = static_cast<float>(r);
     mean = static_cast<float>(r * (sums.products * inverse_dim));
   }
 };
@@ -163,8 +162,8 @@ __device__ __forceinline__ Gradients<T> row_gradients(RowFactors<T>& row, const 
     unpack_word(grad_total, word, gradient);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      n[i] *= row.rstd;
-      gradient[i] = fmaf(row.rstd, fmaf(-n[i], row.mean, w[i] * g[i]), gradient[i]);
+      n[i] *= row.inverse_rms;
+      gradient[i] = fmaf(row.inverse_rms, fmaf(-n[i], row.mean, w[i] * g[i]), gradient[i]);
     }
     pack_word(result.sum, word, gradient);
     Vec<T> rounded;
