@@ -133,6 +133,7 @@ def test_loads_one_after_the_other_fail(code, count):
 def test_vectors_that_the_compiler_has_split_fail():
     (message,) = messages("LDG.E.64 R8, [R2.64]", END, name=NAME)
     assert "no 16-byte loads" in message
+    assert messages(END, name=NAME, target="sm_80") == []
 
 
 @pytest.mark.parametrize("line", ["STL [R1], R4", "LDL.64 R4, [R1+0x8]", "@P0 STL.128 [R1], R4"])
