@@ -29,6 +29,7 @@ from mllama_kernels.transformers.mllama_vision import plan_mllama_vision
 from mllama_kernels.transformers.patch import installed
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.report import Report
+from mllama_kernels.transformers.wrappers import class_of, inside
 
 OLDEST, NEWEST = (4, 57), (5, 23)  # the releases of transformers that the tests run
 SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
@@ -109,7 +110,7 @@ def accelerate(
             plain = {"all": next(iter(plain.values()))}
         plan.left |= {f"{op} on {device}": why for op, why in plain.items()}
     return Report(
-        model=type(target).__name__,
+        model=class_of(target).__name__,
         semantics=plan.semantics,
         replaced=replaced,
         left=plan.left,
@@ -139,7 +140,7 @@ def _plan(plan: Plan, model: nn.Module) -> None:
         clip.plan_clip(plan, tower)
     for tower in of_class(model, MllamaVisionModel):
         plan_mllama_vision(plan, tower)
-    owners = {owner.language_model: owner for owner in of_class(model, MllamaModel)}
+    owners = {inside(owner.language_model): owner for owner in of_class(model, MllamaModel)}
     for tower in of_class(model, MllamaTextModel):
         plan_mllama_text(plan, tower, owners.get(tower))
 

@@ -22,10 +22,12 @@ from mllama_kernels.transformers.text import (
     text_model_forward,
 )
 
+from mllama_kernels.transformers.wrappers import class_of, inside
+
 
 def of_class(tower: nn.Module, *classes: type[nn.Module]) -> list[nn.Module]:
     """The modules of exactly these classes: a subclass may compute something else."""
-    return [module for module in tower.modules() if type(module) in classes]
+    return [module for module in tower.modules() if class_of(module) in classes]
 
 
 def plan_llama(plan: Plan, tower: LlamaModel) -> None:
@@ -43,8 +45,8 @@ def plan_text(
     """What Llama decoders and Mllama's text tower have in common."""
     plan.add_all("rms_norm", of_class(tower, norm), norm_forward)
     layers = of_class(tower, layer)
-    norms = [child.post_attention_layernorm for child in layers]
-    if all(type(child) is norm for child in norms) and plan.free("rms_norm", *layers, *norms):
+    norms = [inside(child.post_attention_layernorm) for child in layers]
+    if all(class_of(child) is norm for child in norms) and plan.free("rms_norm", *layers, *norms):
         plan.add_all("rms_norm", layers, decoder_layer_forward)
     mlps = of_class(tower, mlp)
     others = {type(m.act_fn).__name__ for m in mlps} - {"SiLU", "SiLUActivation"}
@@ -55,7 +57,7 @@ def plan_text(
     attentions = of_class(tower, attention)
     if attentions and plan.takes_heads("rotary_attention", attentions[0].head_dim, tower):
         if plan.free("rotary_attention", tower, *attentions):
-            modeling = sys.modules[type(tower).__module__]
+            modeling = sys.modules[class_of(tower).__module__]
             plan.add(
                 "rotary_attention",
                 tower,

@@ -23,6 +23,7 @@ import mllama_kernels as ops
 from mllama_kernels._dispatch import has_ops
 from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.plan import Plan
+from mllama_kernels.transformers.wrappers import class_of
 
 _OUTPUTS = {
     LlamaForCausalLM: CausalLMOutputWithPast,
@@ -37,8 +38,8 @@ _FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index",
 def plan_loss(plan: Plan, model: nn.Module) -> None:
     if "loss" not in plan.ops:
         return
-    if type(model) not in _OUTPUTS:
-        plan.left["loss"] = f"a {type(model).__name__} has no language-modelling loss"
+    if class_of(model) not in _OUTPUTS:
+        plan.left["loss"] = f"a {class_of(model).__name__} has no language-modelling loss"
     elif plan.free("loss", model):
         plan.add("loss", model, causal_lm_forward)
 
@@ -62,17 +63,13 @@ def causal_lm_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         or type(head.weight) not in (Tensor, nn.Parameter)
     ):
         return patch.original(*args, **kwargs)
-    returns_dict = inputs.pop("return_dict", None)
     body = {name: value for name, value in inputs.items() if name not in _FOR_THE_LOSS}
     outputs = model.model(**body, return_dict=True)
     states = outputs.last_hidden_state.to(head.weight.device)
     loss = _loss(states, head.weight, **options)
-    result = _OUTPUTS[type(model)](
+    return _OUTPUTS[class_of(model)](
         loss=loss, **{name: value for name, value in outputs.items() if name != "last_hidden_state"}
     )
-    if returns_dict is None:
-        returns_dict = getattr(model.config, "return_dict", True)
-    return result if returns_dict else result.to_tuple()
 
 
 def _loss(

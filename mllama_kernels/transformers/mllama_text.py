@@ -24,6 +24,7 @@ from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.support import NAME, drops_out, project, takes, takes_heads
 from mllama_kernels.transformers.text import TextCall, asks_weights, cache_position, grows
+from mllama_kernels.transformers.wrappers import inside
 
 
 class TileView(NamedTuple):
@@ -62,8 +63,8 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         return
     owners = [owner] if owner is not None else []
     # The model makes no dense mask any more, so either all of them are replaced or none.
-    every = [tower.layers[i] for i in sorted(tower.cross_attention_layers)]
-    if layers != every or attentions != [layer.cross_attn for layer in every]:
+    every = [inside(tower.layers[i]) for i in sorted(tower.cross_attention_layers)]
+    if layers != every or attentions != [inside(layer.cross_attn) for layer in every]:
         if "cross_attention" in plan.ops:
             plan.left["cross_attention"] = "some of the layers are of another class"
     elif plan.free("cross_attention", *owners, *layers, *attentions):

@@ -12,9 +12,10 @@ from transformers.models.mllama.modeling_mllama import MllamaVisionAttention, Ml
 
 import mllama_kernels as ops
 from mllama_kernels.transformers.llama import of_class
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain, replaced_by_others
+from mllama_kernels.transformers.patch import Patch, by_name, is_plain
 from mllama_kernels.transformers.plan import Plan
 from mllama_kernels.transformers.support import takes, takes_heads
+from mllama_kernels.transformers.wrappers import inside
 
 # Each tile is padded with zero tokens to a multiple of this; they take part in the attention.
 _PAD_TO = 8
@@ -25,8 +26,8 @@ def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
     attends = bool(attentions) and plan.takes_heads(
         "vision_attention", attentions[0].head_dim, tower
     )
-    layers = [*tower.transformer.layers, *tower.global_transformer.layers]
-    if attends and attentions != [layer.self_attn for layer in layers]:
+    layers = map(inside, [*tower.transformer.layers, *tower.global_transformer.layers])
+    if attends and attentions != [inside(layer.self_attn) for layer in layers]:
         plan.left["vision_attention"] = "some of the layers are of another class"
         attends = False
     attends = attends and plan.free("vision_attention", tower, *attentions)
@@ -34,7 +35,7 @@ def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
     reasons = {
         "vision_attention": attends,
         "patch_embed": embeds,
-        "semantics": plan.semantics == "meta" and not replaced_by_others(tower),
+        "semantics": plan.semantics == "meta" and plan.replaceable("semantics", tower),
     }
     if any(reasons.values()):
         asked = [op for op, wanted in reasons.items() if wanted]
@@ -52,7 +53,7 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     )
     config = tower.config
     asks_more = inputs or config.output_attentions or config.output_hidden_states
-    if pixels is None or pixels.dim() != 6 or mask is None or asks_more or not config.return_dict:
+    if pixels is None or pixels.dim() != 6 or mask is None or asks_more:
         return patch.original(*args, **kwargs)
     batch, images, tiles = pixels.shape[:3]
     ids, mask = ids.reshape(batch * images, -1), mask.reshape(batch * images, tiles)

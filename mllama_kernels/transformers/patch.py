@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from mllama_kernels.transformers.wrappers import redecorated
+
+_BOUND = ("_method", "_undecorated", "_decorated")
+
 
 class Patch:
     """What a module has as `forward` in place of the method of its class.
 
-    It is called like the method, survives `copy.deepcopy` and `pickle` together with its module, and
-    gives the replacement the method it stands for, for the calls that only that can serve.
+    It is called like the method, inside the decorators of the method, survives `copy.deepcopy` and
+    `pickle` together with its module, and gives the replacement the method it stands for, undecorated,
+    for the calls that only that can serve.
 
     Args:
         module: the instance; its class is not touched.
@@ -27,14 +33,38 @@ class Patch:
         # Their names, in order: found here, since a compiler does not trace `inspect`.
         self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.active = True
+        self._bind()
+
+    def _bind(self) -> None:
+        """Find the method, and put its decorators around the replacement."""
+        self._method = type(self.module).forward
+        self._undecorated = inspect.unwrap(self._method)
+
+        @functools.wraps(self._undecorated)  # decorators look at names and parameters
+        def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.function(self, *args, **kwargs)
+
+        # Where that cannot be done, which `Plan` looks at beforehand, the method is the safe choice.
+        self._decorated = redecorated(self._method, replacement) or self._method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
-            return self.original(*args, **kwargs)
-        return self.function(self, *args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+        if type(self.module).forward is not self._method:  # FSDP2 changes the class of a module
+            self._bind()
+        return self._decorated(self.module, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
+        """What the method computes; its decorators are at work already."""
+        return self._undecorated(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was bound, which is of this module and no copy of it."""
+        return {name: value for name, value in vars(self).items() if name not in _BOUND}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -11,6 +11,7 @@ from torch import nn
 from mllama_kernels._dispatch import has_ops
 from mllama_kernels.transformers.patch import Patch, replaced_by_others
 from mllama_kernels.transformers.support import takes_heads
+from mllama_kernels.transformers.wrappers import has_own_forward
 
 
 class Plan:
@@ -43,10 +44,11 @@ class Plan:
 
     def free(self, op: str, *modules: nn.Module) -> bool:
         """Whether an op is asked for and none of the modules it needs has somebody else's forward."""
-        if op not in self.ops:
-            return False
+        return op in self.ops and self.replaceable(op, *modules)
+
+    def replaceable(self, op: str, *modules: nn.Module) -> bool:
         for module in modules:
-            if replaced_by_others(module):
+            if replaced_by_others(module) or not has_own_forward(type(module)):
                 self.left.setdefault(op, f"{self.name(module)}: its forward is replaced already")
                 return False
         return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from mllama_kernels.transformers.patch import Patch
+from mllama_kernels.transformers.wrappers import class_of
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Report:
         classes: dict[str, Counter[str]] = {}
         for patch in self.patches:
             for op in patch.ops:
-                classes.setdefault(op, Counter())[type(patch.module).__name__] += 1
+                classes.setdefault(op, Counter())[class_of(patch.module).__name__] += 1
         for op, names in self.replaced.items():
             counts = classes.get(op, Counter({"module": len(names)}))
             lines.append(f"  {op:18}" + ", ".join(f"{n} {name}" for name, n in counts.items()))

@@ -1,0 +1,79 @@
+"""What `transformers` and `torch` put around the forward of a class, put around another function.
+
+Decorators record hidden states and attention weights, checkpoint a layer, fill in defaults of the
+configuration, rename arguments, turn outputs into tuples; FSDP2 gives a module a subclass of its own.
+A `forward` set on an instance hides all of them, so they are built again, around it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class a module was made of; `nn.Module` for the wrappers of torch.distributed."""
+    return next(
+        cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.")
+    )
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The module within wrappers of torch.distributed (FSDP1, checkpointing), which pass on all that
+    they are called with."""
+    while class_of(module) is nn.Module and type(module) is not nn.Module:
+        module = next(module.children())
+    return module
+
+
+def has_own_forward(cls: type[nn.Module]) -> bool:
+    """Whether a class has the forward written in it, under decorators that :func:`redecorated` knows."""
+    function = inspect.unwrap(cls.forward)
+    defined = (function.__module__, function.__qualname__)
+    written = [(c.__module__, f"{c.__qualname__}.forward") for c in cls.__mro__]
+    return defined in written and redecorated(cls.forward, function) is not None
+
+
+def redecorated(
+    method: Callable[..., Any], function: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """A copy of a decorated method, with `function` in the place of the function at the bottom.
+
+    Each decorator's wrapper is a function that names the next one as `__wrapped__` and holds it in its
+    closure; the copy holds the next copy there. None where one of them is built otherwise.
+    """
+    inner = getattr(method, "__wrapped__", None)
+    if inner is None:
+        return function
+    around = redecorated(inner, function)
+    if around is None or not isinstance(method, FunctionType):
+        return None
+    cells = [_contents(cell) for cell in method.__closure__ or ()]
+    if not any(content is inner for content in cells):
+        return None
+    copy = FunctionType(
+        method.__code__,
+        method.__globals__,
+        method.__name__,
+        method.__defaults__,
+        tuple(
+            CellType(around) if content is inner else cell
+            for content, cell in zip(cells, method.__closure__ or ())
+        ),
+    )
+    copy.__kwdefaults__ = method.__kwdefaults__
+    functools.update_wrapper(copy, method)
+    copy.__wrapped__ = around
+    return copy
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable not assigned yet
+        return None
