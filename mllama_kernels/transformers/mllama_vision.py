@@ -61,7 +61,7 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     count, padded, width = batch * images, x.shape[2], x.shape[3]
     is_patch = torch.arange(padded, device=x.device) < tower.num_patches
     padding = ~((mask != 0).to(x.device).unsqueeze(-1) & is_patch).flatten(1)
-    if "vision_attention" not in patch.ops:
+    if "vision_attention" not in patch.ops or _shows_nothing(padding):
         padding = _square_mask(padding, x.dtype)
 
     first = x.flatten(1, 2)
@@ -124,6 +124,13 @@ def _embed(patch: Patch, pixels: Tensor, ids: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[2] % _PAD_TO))
 
 
+def _shows_nothing(padding: Tensor) -> bool:
+    """Whether all of some image is padding, (M, S). Its tokens then see every token alike, since the sum
+    of a score and the mask of `transformers` rounds to the mask; the op has nothing for them to see.
+    Waits for the device once. A graph cannot ask: :func:`vision_attention_forward` has its answer."""
+    return not torch.compiler.is_compiling() and bool(padding.all(1).any())
+
+
 def _square_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
     """padding (M, S) as the mask (M, 1, S, S) that `transformers` adds to the scores."""
     hidden = (padding.unsqueeze(-1) & padding.unsqueeze(-2)).unsqueeze(1)
@@ -146,6 +153,9 @@ def vision_attention_forward(
         )
         if takes(q, k, v):
             padding = padding.to(q.device)
+            if torch.compiler.is_compiling():  # an image that is padding all over: see _shows_nothing
+                blind = padding.all(1, keepdim=True)
+                q, padding = q.masked_fill(blind[..., None, None], 0), padding & ~blind
             out = ops.vision_attention(q, k, v, padding, softmax_scale=attention.scaling)
             return attention.o_proj(out.flatten(2)), None
     return patch.original(x, _square_mask(padding, x.dtype))

@@ -108,10 +108,11 @@ def installed(module: nn.Module) -> Iterator[Patch]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether an op may read the module's parameters instead of calling it: nothing hooks the call, and
-    nothing but a patch of ours replaces it. With offloaded weights a hook is what brings them."""
+    """Whether an op may read the module's parameters instead of calling it: nothing hooks or decorates the
+    call, and nothing but a patch of ours replaces it. With offloaded weights a hook is what brings them."""
     return (
         not replaced_by_others(module)
+        and not hasattr(type(module).forward, "__wrapped__")
         and "_hf_hook" not in vars(module)
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
