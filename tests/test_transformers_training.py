@@ -192,20 +192,25 @@ def test_lora(order, monkeypatch, tmp_path):
 
 
 @needs_backward
-def test_trainer(tmp_path):
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_trainer(tmp_path, accumulation):
+    """Accumulated batches of unequal numbers of labels count each label once."""
     pytest.importorskip("accelerate")
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 95, (8, 12))]
+    tokens = torch.randint(3, 95, (12, 12))
+    labels = tokens.masked_fill(torch.arange(12) < torch.arange(12).unsqueeze(1) % 9, -100)
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels)]
     losses = []
     start = llama().state_dict()
-    for fast in (False, True):
+    for kernels in (None, {}, {"loss": True}):
         model = llama()
         model.load_state_dict(start)
-        if fast:
-            accelerate(model)
+        if kernels is not None:
+            accelerate(model, **kernels)
         options = transformers.TrainingArguments(
             str(tmp_path),
             max_steps=3,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
             logging_steps=1,
             report_to=[],
             save_strategy="no",
@@ -217,4 +222,5 @@ def test_trainer(tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for fast in losses[1:]:
+        assert fast == pytest.approx(losses[0], rel=1e-4)
