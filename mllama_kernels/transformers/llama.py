@@ -21,7 +21,6 @@ from mllama_kernels.transformers.text import (
     self_attention_forward,
     text_model_forward,
 )
-
 from mllama_kernels.transformers.wrappers import class_of, inside
 
 

@@ -209,6 +209,8 @@ def _is_plain_call(patch: Patch, inputs: dict[str, Any], view: TileView | None) 
         return False
     if inputs.get("attention_mask") is not None or asks_weights(attention.config, inputs):
         return False
+    if inputs.get("is_causal"):  # said to the model; release 4 has its cross-attention obey, too
+        return False
     if inputs.get("cross_attention_states") is None and not grows(cache, attention.layer_idx):
         return False
     # Without a mask, sdpa in transformers takes the module for causal, and hides keys by accident.
