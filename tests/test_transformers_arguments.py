@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*output_attentions=True"),
 ]
 SHAPE = Shape(local_layers=2, global_layers=1, taps=(0,), layers=3, cross=(1,))
-SETS = 40  # of arguments, for a family
+SETS = 30  # of arguments, for a family; more where some argument was not drawn
 ROWS, LENGTH, VOCABULARY = 2, 16, 95
 # Arguments without a meaning for these models, or that only say how something else is laid out.
 UNUSED = {
@@ -235,8 +235,10 @@ def test_values(family, attention, request, monkeypatch):
     model = _model(family, attention)
     rng = random.Random(f"{family} {attention} {request.config.getoption('--seed')}")
     calls = count_ops(monkeypatch)
-    seen: set[str] = set()
-    for number in range(SETS):
+    method = inspect.signature(type(model).forward)
+    missing, number = method.parameters.keys() - UNUSED, 0
+    while number < SETS or (missing and number < 20 * SETS):
+        number += 1
         draw = Draw(rng, family, model)
         loss = rng.random() < 0.5
         model.train(rng.random() < 0.4)
@@ -250,8 +252,11 @@ def test_values(family, attention, request, monkeypatch):
             if isinstance(expected, Exception):
                 with pytest.raises(type(expected)):
                     _run(model, draw)
+                model = _model(
+                    family, attention
+                )  # release 4 leaves its recorders in the broken one
                 continue
-            seen |= draw.given.keys()
+            missing -= draw.given.keys()
             actual = _run(model, draw)
             keep = draw.given.get("logits_to_keep", 0)
             if isinstance(expected, tuple):
@@ -274,9 +279,7 @@ def test_values(family, attention, request, monkeypatch):
         finally:
             report.revert()
             model.eval()
-    assert calls["rms_norm"] >= SETS and calls["rotary_attention"] >= SETS // 4
-    method = inspect.signature(type(model).forward)
-    missing = method.parameters.keys() - seen - UNUSED
+    assert calls["rms_norm"] >= SETS and calls["rotary_attention"] > 0
     assert not missing, f"arguments that no set holds: {missing}"
 
 
