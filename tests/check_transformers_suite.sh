@@ -7,7 +7,7 @@
 # SOURCE_TREE: an unpacked repository of transformers with its tests/models, which packages on PyPI lack:
 #   git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers
 # Its own src/ is what runs, or another release that PYTHONPATH has. FAMILIES (default "mllama llama
-# llava") says which tests. `parameterized`, which they need, is installed beside the environment.
+# llava") says which tests. What they need is installed beside the environment.
 # Tests that differ run a second time, since some of them are random.
 set -euo pipefail
 tree=$(cd "$1" && pwd)
@@ -17,7 +17,7 @@ root=$PWD
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -m pip install -q --no-cache-dir --no-deps --target "$work/site" parameterized
+"$python" -m pip install -q --no-cache-dir --target "$work/site" parameterized requests
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$tree/src:$work/site:$root:$root/tests"
 export HF_HUB_OFFLINE=1
 

@@ -260,3 +260,24 @@ def test_vision_taps_of_a_bare_tower_in_meta_semantics():
     images = {n: batch[n] for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     with torch.no_grad():
         assert_same(vision(**images).last_hidden_state, ours(**images).last_hidden_state)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", ["seen", "unseen"])
+def test_a_picture_without_tiles(attention, rows):
+    """Each of its tokens sees all of them alike; so does every tile a token whose mask is zero."""
+    model, batch = mllama_model(attention), batch_of(SHAPE, PROMPTS)
+    batch["aspect_ratio_mask"][1, 0] = batch["aspect_ratio_mask"][2] = 0
+    if rows == "unseen":
+        batch["cross_attention_mask"][0] = batch["cross_attention_mask"][1, 12:] = 0
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        accelerate(model)
+        assert_same(model(**batch).logits, expected, mask)
+        accelerate(model, vision_attention=False)
+        assert_same(model(**batch).logits, expected, mask)
+        # Meta's mask has the same value, so with the taps of transformers nothing differs there.
+        accelerate(model, semantics="meta")
+        shown = batch | {"aspect_ratio_mask": torch.ones_like(batch["aspect_ratio_mask"])}
+        assert (model(**batch).logits - model(**shown).logits).abs().max() > 1e-3
