@@ -153,7 +153,9 @@ def vision_attention_forward(
         )
         if takes(q, k, v):
             padding = padding.to(q.device)
-            if torch.compiler.is_compiling():  # an image that is padding all over: see _shows_nothing
+            if (
+                torch.compiler.is_compiling()
+            ):  # an image that is padding all over: see _shows_nothing
                 blind = padding.all(1, keepdim=True)
                 q, padding = q.masked_fill(blind[..., None, None], 0), padding & ~blind
             out = ops.vision_attention(q, k, v, padding, softmax_scale=attention.scaling)
