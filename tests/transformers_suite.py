@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    if report.when == "call" or report.outcome != "passed":
+    if report.when != "call" and report.outcome == "passed":
+        return
+    if _outcomes.get(report.nodeid) != "failed":  # subtests report under the name of their test
         _outcomes[report.nodeid] = report.outcome
 
 
