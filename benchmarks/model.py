@@ -337,12 +337,19 @@ def run(
             if on_cpu and quick:
                 seconds = budget.left
                 chosen = [fitting(layers, s, runs_flops, seconds, tflops[dtype]) for s in chosen]
-            budget.say(f"model, {dtype}: makes its weights; rows to come: {len(chosen)}")
-            mine, theirs = build(layers, dtype, device, vocabulary, chosen[0].tile)
+            built: tuple[int, Any, Any] | None = None
             for place, scenario in enumerate(chosen):
+                if budget.interrupted:
+                    return
+                if built is None or built[0] != scenario.tile:
+                    budget.say(f"model, {dtype}: weights; rows to come: {len(chosen) - place}")
+                    built = None  # before the next ones are made
+                    built = (
+                        scenario.tile,
+                        *build(layers, dtype, device, vocabulary, scenario.tile),
+                    )
                 with budget.share(1 / (len(chosen) - place)):
-                    yield measure(mine, theirs, layers, scenario, quick, budget)
-            del mine, theirs
+                    yield measure(*built[1:], layers, scenario, quick, budget)
 
 
 def line(row: dict[str, Any]) -> str:
