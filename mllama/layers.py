@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class FusedLinear(nn.Module):
 
     It owns no parameter. Each linear is an ordinary child of ``owner`` under its published name, which
     optimisers, state dicts and adapters know it by; where one is not plain (see :func:`is_plain`), all
-    are called by themselves.
+    are called by themselves. So they are where FSDP has the weights, whose memory is its own to free and
+    to fill.
     """
 
     def __init__(self, owner: nn.Module, in_features: int, out_features: Mapping[str, int]) -> None:
@@ -75,12 +77,17 @@ class FusedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(sum of the outputs, in), the weights of plain linears in their order."""
+        return self.matrix()[0]
+
+    def matrix(self) -> tuple[Tensor, bool]:
+        """The weight, and whether it has been written just now."""
         weights = [linear.weight for linear in self.linears]
         if torch.compiler.is_compiling():  # a graph knows its inputs, not where they lie
-            return torch.cat(weights)
-        if not _are_adjacent(weights):  # they were copied or assigned one by one
+            return torch.cat(weights), True
+        is_new = not _are_adjacent(weights)
+        if is_new:  # they were copied or assigned one by one
             self._pack()
-        return _Rows.apply(*weights) if torch.is_grad_enabled() else _matrix(weights)
+        return (_Rows.apply(*weights) if torch.is_grad_enabled() else _matrix(weights)), is_new
 
     def lay_out(self, whole: Tensor) -> None:
         """Let the weights be the rows of ``whole`` (sum of the outputs, in), whatever is in it."""
@@ -89,7 +96,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., sum of the outputs)."""
-        if all(map(is_plain, self.linears)):
+        if is_plain(self):
             return product(x, self.weight, None)
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
@@ -108,8 +115,7 @@ class FusedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> FusedLinear:
         """As for every module: here the linears have just been moved or cast, each on its own."""
         super()._apply(fn, recurse)
-        linears = self.linears
-        if all(map(is_plain, linears)) and not _are_adjacent([linear.weight for linear in linears]):
+        if is_plain(self) and not _are_adjacent([linear.weight for linear in self.linears]):
             self._pack()
         return self
 
@@ -138,10 +144,16 @@ def is_plain(linear: nn.Module, *, or_biased: bool = False) -> bool:
     if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):
         return False
     if type(linear) is FusedLinear:
-        return all(map(is_plain, linear.linears))
+        return not is_fsdp_managed(linear) and all(map(is_plain, linear.linears))
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
         return False
     return or_biased or linear.bias is None
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """Whether parameters of ``module`` are FSDP's: it marks modules so, in both of its versions, for the
+    compiler of PyTorch."""
+    return "_is_fsdp_managed_module" in vars(module)
 
 
 def multiply(linear: nn.Module, x: Tensor) -> Tensor:
@@ -159,8 +171,10 @@ def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | No
     """
     if x.shape[0] > MAX_ROWS or torch.is_grad_enabled() or not is_plain(linear):
         return None
-    # No kernel of a forward writes weights, so a product may read them before the one before it ends.
-    return ops.skinny_linear(x, linear.weight, weight_is_constant=True, **fused)
+    # No kernel of a forward writes weights, so a product may read them before the one before it ends; but
+    # what makes one matrix of several is a launch that does.
+    weight, is_new = linear.matrix() if type(linear) is FusedLinear else (linear.weight, False)
+    return ops.skinny_linear(x, weight, weight_is_constant=not is_new, **fused)
 
 
 def project(ops: Ops, linear: nn.Module, x: Tensor) -> Tensor:
@@ -169,31 +183,41 @@ def project(ops: Ops, linear: nn.Module, x: Tensor) -> Tensor:
     return multiply(linear, x) if y is None else y.unflatten(0, x.shape[:2])
 
 
+@dataclass
 class ResidualStream:
     """The residual stream (N, E): layers read it through a norm and a projection, and add to it.
 
     With few rows, as in decoding, the products are bound by the reading of the weights, and norm,
     SwiGLU, gate and sum are fused into them. With more, the latest addition waits to be fused with
     the next norm.
+
+    A module takes a stream, adds to a copy and returns that: activation checkpointing calls a module again
+    with what it was given, and FSDP hangs its work on the tensors in what goes in and comes out.
+
+    Attributes:
+        x: what has been summed up.
+        delta, gate, row_mask: the addition that waits, if one does.
     """
 
-    def __init__(self, ops: Ops, x: Tensor) -> None:
-        self._ops = ops
-        self._x = x
-        self._delta: Tensor | None = None
-        self._gate: Tensor | None = None
-        self._row_mask: Tensor | None = None
+    ops: Ops
+    x: Tensor
+    delta: Tensor | None = None
+    gate: Tensor | None = None
+    row_mask: Tensor | None = None
+
+    def copy(self) -> ResidualStream:
+        return ResidualStream(self.ops, self.x, self.delta, self.gate, self.row_mask)
 
     def read(self, norm: RMSNorm, linear: nn.Module, *, swiglu: bool = False) -> Tensor:
         """``linear`` of the normalised stream, (N, out); with ``swiglu`` of its two halves, (N, out / 2)."""
-        if self._delta is None:
+        if self.delta is None:
             y = _skinny(
-                self._ops, linear, self._x, norm_weight=norm.weight, eps=norm.eps, swiglu=swiglu
+                self.ops, linear, self.x, norm_weight=norm.weight, eps=norm.eps, swiglu=swiglu
             )
             if y is not None:
                 return y
         y = multiply(linear, self.norm(norm))
-        return self._ops.swiglu(y) if swiglu else y
+        return self.ops.swiglu(y) if swiglu else y
 
     def add(
         self,
@@ -204,31 +228,31 @@ class ResidualStream:
     ) -> None:
         """Add ``linear(x)``, or ``tanh(gate) * row_mask * linear(x)`` if there is a gate."""
         stream = self.value()
-        y = _skinny(self._ops, linear, x, residual=stream, gate=gate, row_mask=row_mask)
+        y = _skinny(self.ops, linear, x, residual=stream, gate=gate, row_mask=row_mask)
         if y is not None:
-            self._x = y
+            self.x = y
         else:
-            self._delta, self._gate, self._row_mask = multiply(linear, x), gate, row_mask
+            self.delta, self.gate, self.row_mask = multiply(linear, x), gate, row_mask
 
     def norm(self, norm: RMSNorm) -> Tensor:
         """The normalised stream."""
-        if self._delta is None:
-            return self._ops.rms_norm(self._x, norm.weight, norm.eps)
-        y, self._x = self._ops.add_rms_norm(
-            self._delta, self._x, norm.weight, norm.eps, gate=self._gate, row_mask=self._row_mask
+        if self.delta is None:
+            return self.ops.rms_norm(self.x, norm.weight, norm.eps)
+        y, self.x = self.ops.add_rms_norm(
+            self.delta, self.x, norm.weight, norm.eps, gate=self.gate, row_mask=self.row_mask
         )
-        self._delta = self._gate = self._row_mask = None
+        self.delta = self.gate = self.row_mask = None
         return y
 
     def value(self) -> Tensor:
         """The stream itself, with nothing pending."""
-        if self._delta is not None:
-            if self._gate is None:
-                self._x = self._x + self._delta
+        if self.delta is not None:
+            if self.gate is None:
+                self.x = self.x + self.delta
             else:
-                self._x = self._ops.gated_residual(self._delta, self._x, self._gate, self._row_mask)
-            self._delta = self._gate = self._row_mask = None
-        return self._x
+                self.x = self.ops.gated_residual(self.delta, self.x, self.gate, self.row_mask)
+            self.delta = self.gate = self.row_mask = None
+        return self.x
 
 
 class Recomputing:

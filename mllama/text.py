@@ -59,9 +59,11 @@ class MllamaTextMLP(nn.Module):
         norm: RMSNorm,
         gate: Tensor | None = None,
         row_mask: Tensor | None = None,
-    ) -> None:
+    ) -> ResidualStream:
+        stream = stream.copy()
         inner = stream.read(norm, self.gate_up_proj, swiglu=True)
         stream.add(self.down_proj, inner, gate, row_mask)
+        return stream
 
 
 class MllamaTextSelfAttention(nn.Module):
@@ -76,7 +78,10 @@ class MllamaTextSelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> None:
+    def forward(
+        self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs
+    ) -> ResidualStream:
+        stream = stream.copy()
         qkv = stream.read(norm, self.qkv_proj)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(qkv))
         cu_seqlens, max_seqlen = inputs.packing.cu_seqlens, inputs.packing.max_seqlen
@@ -100,6 +105,7 @@ class MllamaTextSelfAttention(nn.Module):
                 max_seqlen=max_seqlen,
             )
         stream.add(self.o_proj, out.flatten(1))
+        return stream
 
 
 class MllamaTextCrossAttention(nn.Module):
@@ -124,7 +130,8 @@ class MllamaTextCrossAttention(nn.Module):
 
     def forward(
         self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs, gate: Tensor
-    ) -> None:
+    ) -> ResidualStream:
+        stream = stream.copy()
         k = v = None
         if inputs.tile_states is not None:
             k, v = self.keys_and_values(inputs.tile_states)
@@ -144,6 +151,7 @@ class MllamaTextCrossAttention(nn.Module):
             max_seqlen=inputs.packing.max_seqlen,
         )
         stream.add(self.o_proj, out.flatten(1), gate)
+        return stream
 
 
 class MllamaSelfAttentionDecoderLayer(nn.Module):
@@ -154,9 +162,9 @@ class MllamaSelfAttentionDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MllamaTextMLP(config)
 
-    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
-        self.self_attn(stream, self.input_layernorm, inputs)
-        self.mlp(stream, self.post_attention_layernorm)
+    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> ResidualStream:
+        stream = self.self_attn(stream, self.input_layernorm, inputs)
+        return self.mlp(stream, self.post_attention_layernorm)
 
 
 class MllamaCrossAttentionDecoderLayer(nn.Module):
@@ -169,14 +177,16 @@ class MllamaCrossAttentionDecoderLayer(nn.Module):
         self.mlp = MllamaTextMLP(config)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> None:
-        self.cross_attn(stream, self.input_layernorm, inputs, self.cross_attn_attn_gate)
-        self.mlp(
+    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> ResidualStream:
+        stream = self.cross_attn(stream, self.input_layernorm, inputs, self.cross_attn_attn_gate)
+        stream = self.mlp(
             stream,
             self.post_attention_layernorm,
             self.cross_attn_mlp_gate,
             inputs.view.row_mask,
         )
+        stream.value()  # the gate is this layer's, and may be gone with it (FSDP) when the next one reads
+        return stream
 
 
 class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
@@ -322,7 +332,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 x = self.run_layer(index, self._alone, layer, stream.value(), inputs)
                 stream = ResidualStream(self.ops, x)
             else:
-                layer(stream, inputs)
+                stream = layer(stream, inputs)
         last = packing.unpack(stream.norm(self.norm))
         if cache is not None:
             text.advance(cache, packing, positions)
@@ -334,6 +344,4 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
 
     def _alone(self, layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
         """The stream behind a layer from the stream x before it, with nothing pending."""
-        stream = ResidualStream(self.ops, x)
-        layer(stream, inputs)
-        return stream.value()
+        return layer(ResidualStream(self.ops, x), inputs).value()
