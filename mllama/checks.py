@@ -40,10 +40,14 @@ class TextInputs:
     attention_mask: Tensor | None
     position_ids: Tensor | None
 
-    def packing(self) -> Packing:
-        if self.attention_mask is None:
-            return Packing.dense(self.batch, self.length, self.device)
-        return Packing.of_mask(self.attention_mask)
+    def packing(self, cache: MllamaCache | None) -> Packing:
+        """How the text is packed; as in `transformers`, positions that begin again mean several texts in
+        a row only where neither a mask nor a cache says otherwise."""
+        if self.attention_mask is not None:
+            return Packing.of_mask(self.attention_mask)
+        if self.position_ids is not None and cache is None:
+            return Packing.of_positions(self.position_ids.expand(self.batch, -1))
+        return Packing.dense(self.batch, self.length, self.device)
 
     def positions(self, cache: MllamaCache | None) -> Tensor:
         """(B, L) or (1, L) int64: as given, or one per column after those in the cache."""

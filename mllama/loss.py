@@ -9,7 +9,7 @@ IGNORED = -100
 
 
 def targets_of(labels: Tensor, classes: int, image_token_index: int | None = None) -> Tensor:
-    """What each token but the last is followed by, (B, L - 1); IGNORED where that is not learnt.
+    """What each token is followed by, (B, L); IGNORED where that is not learnt, as after the last one.
 
     Args:
         labels: (B, L) int64, the tokens themselves (the shift happens here); -100 is ignored.
@@ -17,9 +17,13 @@ def targets_of(labels: Tensor, classes: int, image_token_index: int | None = Non
         image_token_index: a label that is never a target, since the head has no such class.
     Raises: ValueError for a label that is no class.
     """
+    return checked_targets(F.pad(labels[:, 1:], (0, 1), value=IGNORED), classes, image_token_index)
+
+
+def checked_targets(targets: Tensor, classes: int, image_token_index: int | None = None) -> Tensor:
+    """The targets (B, L) themselves, IGNORED at image tokens; see :func:`targets_of`."""
     if image_token_index is not None:
-        labels = labels.masked_fill(labels == image_token_index, IGNORED)
-    targets = labels[:, 1:]
+        targets = targets.masked_fill(targets == image_token_index, IGNORED)
     if bool(((targets != IGNORED) & ((targets < 0) | (targets >= classes))).any()):
         raise ValueError(
             f"labels must be {IGNORED} or within 0..{classes - 1}, got {targets.min()} to {targets.max()}"
@@ -27,13 +31,29 @@ def targets_of(labels: Tensor, classes: int, image_token_index: int | None = Non
     return targets
 
 
-def causal_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of each token given those before it, in float32.
+def causal_lm_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross entropy of the targets in float32: their mean, or their sum over a number of items.
 
     Args:
-        logits: (B, L, V), or (n, V) of the rows that have a target.
-        targets: (B, L - 1), or (n,).
+        logits: (..., V).
+        targets: (...).
+        items: what the sum is divided by, in training the targets of all batches of one step.
     """
-    if logits.dim() == 3:
-        logits = logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED)
+    loss = F.cross_entropy(
+        logits.float().flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction=reduction_for(items),
+    )
+    return per_item(loss, items)
+
+
+def reduction_for(items: Tensor | int | None) -> str:
+    return "mean" if items is None else "sum"
+
+
+def per_item(loss: Tensor, items: Tensor | int | None) -> Tensor:
+    """The loss of that reduction as it is wanted."""
+    if items is None:
+        return loss
+    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

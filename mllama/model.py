@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mllama.arguments import refuse
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
@@ -22,7 +24,14 @@ from mllama.checks import (
 from mllama.config import MllamaConfig, MllamaTextConfig
 from mllama.generation import GenerationMixin
 from mllama.layers import is_plain, multiply, project
-from mllama.loss import IGNORED, causal_lm_loss, targets_of
+from mllama.loss import (
+    IGNORED,
+    causal_lm_loss,
+    checked_targets,
+    per_item,
+    reduction_for,
+    targets_of,
+)
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
 from mllama.text import MllamaTextModel
@@ -71,8 +80,8 @@ class MllamaModel(MllamaPreTrainedModel):
         """
         batch, is_image = pixel_values.shape[0], aspect_ratio_ids > 0
         kinds = is_image.to(torch.int8) * (IMAGE if has_tokens else LOOSE)
-        images = (t.flatten(0, 1) for t in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
-        states = self.vision_model.encode(*images).flatten(0, 1)
+        vision = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+        states = vision.last_hidden_state.flatten(0, 2)
         if self.semantics.imageless_rows == "leak":
             projected = multiply(self.multi_modal_projector, states)
             return ImageTiles.of_states(projected, batch, kinds)
@@ -97,7 +106,9 @@ class MllamaModel(MllamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutput:
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> BaseModelOutput | tuple[Any, ...]:
         """Run both towers.
 
         Args:
@@ -106,11 +117,12 @@ class MllamaModel(MllamaPreTrainedModel):
             aspect_ratio_mask: (B, M, tiles), 1 for a tile of the image, 0 for padding.
             cross_attention_states: what the projector gave for such images, instead of
                 ``pixel_values``; neither tower nor projector runs.
-            others: see :meth:`MllamaTextModel.forward`.
+            others: see :meth:`MllamaTextModel.forward` and :mod:`mllama.arguments`.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
+        refuse(others)
         config = self.config
         text = check_text(
             config.text_config,
@@ -149,14 +161,14 @@ class MllamaModel(MllamaPreTrainedModel):
                 tiles = ImageTiles.of_states(
                     cross_attention_states, text.batch, self._kinds_of_states(text, new_tiles)
                 )
-            return self.language_model.run(
-                text,
-                tiles,
-                cross_attention_mask,
-                past_key_values,
-                caching,
-                self.wants_hidden_states(output_hidden_states),
+            output = self.language_model(
+                checked=(text, tiles),
+                cross_attention_mask=cross_attention_mask,
+                past_key_values=past_key_values,
+                use_cache=caching,
+                output_hidden_states=self.wants_hidden_states(output_hidden_states),
             )
+        return output.to_tuple() if return_dict is False else output
 
     def _kinds_of_states(self, text: TextInputs, new_tiles: int) -> Tensor | None:
         """(B, images) kinds of images given as states: by the image tokens, where there is any."""
@@ -172,15 +184,21 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
     """What the models that end in logits have in common."""
 
     lm_head: nn.Module
+    # What the Trainer of `transformers` asks: whether num_items_in_batch is taken, and by which of its
+    # losses, whose targets it counts.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
 
     def _targets(
         self,
         given: Tensor | None,
         labels: Tensor | None,
+        shift_labels: Tensor | None,
         logits_to_keep: int | Tensor,
         return_logits: bool,
     ) -> Tensor | None:
-        """The checked targets of ``labels``, which go with ``given``, ids or embeddings (B, L, ...)."""
+        """The checked targets (B, L) of what is given, ids or embeddings (B, L, ...)."""
+        _check_kept(logits_to_keep)
         if labels is None:
             if not return_logits:
                 raise ValueError("return_logits=False leaves nothing without labels")
@@ -191,24 +209,57 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
             expected, got = tuple(given.shape[:2]), tuple(labels.shape)
             raise ValueError(f"labels must be {expected}, like the text, got {got}")
         classes = head_rows(self.lm_head, self.config.get_text_config())
-        return targets_of(labels, classes, getattr(self.config, "image_token_index", None))
+        image_token = getattr(self.config, "image_token_index", None)
+        if shift_labels is None:
+            return targets_of(labels, classes, image_token)
+        if shift_labels.numel() != labels.numel():
+            expected, got = tuple(labels.shape), tuple(shift_labels.shape)
+            raise ValueError(f"shift_labels must be {expected}, like labels, got {got}")
+        return checked_targets(shift_labels.view_as(labels), classes, image_token)
+
+    def _caching(
+        self, use_cache: bool | None, cache: MllamaCache | None, labels: Tensor | None
+    ) -> AbstractContextManager[bool]:
+        """As :meth:`no_grad_if_caching`. Raises: ValueError for a loss that would have no gradient."""
+        if labels is not None and (use_cache or cache is not None) and torch.is_grad_enabled():
+            if any(p.requires_grad for p in self.parameters()):
+                given = "past_key_values" if cache is not None else "use_cache=True"
+                raise ValueError(
+                    f"labels with {given}: a cache holds no graph, so the loss would have no gradient; "
+                    "train without it, or compute the loss under torch.no_grad()"
+                )
+        return self.no_grad_if_caching(use_cache, cache, labels)
 
     def _head(
         self,
         hidden: Tensor,
         targets: Tensor | None,
+        items: Tensor | int | None,
         logits_to_keep: int | Tensor,
         return_logits: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Loss and logits of hidden (B, L, E), as far as they are wanted."""
+        if targets is not None:
+            targets = targets.to(hidden.device)
         if targets is not None and not return_logits:
             is_target = targets != IGNORED
-            rows, targets = hidden[:, :-1][is_target], targets[is_target]
-            if is_plain(self.lm_head):
-                return self.ops.linear_cross_entropy(rows, self.lm_head.weight, targets), None
-            return causal_lm_loss(self.lm_head(rows), targets), None
+            rows, targets = hidden[is_target], targets[is_target]
+            if not is_plain(self.lm_head):
+                return causal_lm_loss(self.lm_head(rows), targets, items), None
+            loss = self.ops.linear_cross_entropy(
+                rows, self.lm_head.weight, targets, reduction=reduction_for(items)
+            )
+            return per_item(loss, items), None
         logits = project(self.ops, self.lm_head, _kept_columns(hidden, logits_to_keep))
-        return None if targets is None else causal_lm_loss(logits, targets), logits
+        return None if targets is None else causal_lm_loss(logits, targets, items), logits
+
+
+def _check_kept(logits_to_keep: int | Tensor) -> None:
+    if isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() != 1:
+        raise ValueError(
+            "logits_to_keep must be a number of columns or their indices (n,), got a tensor of shape "
+            f"{tuple(logits_to_keep.shape)}"
+        )
 
 
 def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -258,8 +309,10 @@ class MllamaForConditionalGeneration(_LanguageHead):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_logits: bool = True,
-        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token, and the loss.
 
@@ -268,18 +321,19 @@ class MllamaForConditionalGeneration(_LanguageHead):
                 happens here.
             logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
             return_logits: False for the loss alone: only rows with a target reach the head.
-            output_attentions: only False or None: nothing here forms attention weights.
+            num_items_in_batch: what the sum of the losses is divided by, instead of the targets here: with
+                accumulated gradients those of all batches of a step.
+            shift_labels: (B, L), beside labels: the targets of the tokens themselves, with no shift.
             return_dict: False for a tuple.
-            others: see :meth:`MllamaModel.forward`.
+            others: see :meth:`MllamaModel.forward` and :mod:`mllama.arguments`.
         Returns: ``loss`` (float32, None without labels), ``logits`` (B, kept, V) in the model's dtype,
             ``past_key_values``, ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
+        refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
-        targets = self._targets(given, labels, logits_to_keep, return_logits)
-        if output_attentions:
-            raise ValueError("output_attentions is not supported: no attention weights are formed")
-        with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
+        targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
+        with self._caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -295,7 +349,11 @@ class MllamaForConditionalGeneration(_LanguageHead):
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
             )
             loss, logits = self._head(
-                outputs.last_hidden_state, targets, logits_to_keep, return_logits
+                outputs.last_hidden_state,
+                targets,
+                num_items_in_batch,
+                logits_to_keep,
+                return_logits,
             )
         output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
         return output.to_tuple() if return_dict is False else output
@@ -339,19 +397,20 @@ class MllamaForCausalLM(_LanguageHead):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_logits: bool = True,
-        output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of the next token in float32, and the loss.
 
         Args: as in :meth:`MllamaForConditionalGeneration.forward`; ``cross_attention_mask`` is per
             tile, (B, L, M, tiles), here too.
         """
+        refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
-        targets = self._targets(given, labels, logits_to_keep, return_logits)
-        if output_attentions:
-            raise ValueError("output_attentions is not supported: no attention weights are formed")
-        with self.no_grad_if_caching(use_cache, past_key_values, labels) as caching:
+        targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
+        with self._caching(use_cache, past_key_values, labels) as caching:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -364,7 +423,11 @@ class MllamaForCausalLM(_LanguageHead):
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
             )
             loss, logits = self._head(
-                outputs.last_hidden_state, targets, logits_to_keep, return_logits
+                outputs.last_hidden_state,
+                targets,
+                num_items_in_batch,
+                logits_to_keep,
+                return_logits,
             )
             logits = None if logits is None else logits.float()
         output = CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,6 +18,8 @@ class Packing:
         rows: (N,) int64, where each packed token lies in the flattened batch; None if all are real.
         cu_seqlens: (B + 1,) int32, first packed token of each sequence, and N.
         max_seqlen: at least the number of real tokens of any sequence.
+        texts: (n + 1,) int32, the same of each text; a sequence may hold several that do not see each
+            other, but see the images of the sequence alike.
     """
 
     batch: int
@@ -24,6 +27,7 @@ class Packing:
     rows: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
+    texts: Tensor
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> Packing:
@@ -34,15 +38,25 @@ class Packing:
         cu_seqlens[1:] = lengths.cumsum(0)
         longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
         if total == batch * length:
-            return cls(batch, length, None, cu_seqlens, length)
+            return cls(batch, length, None, cu_seqlens, length, cu_seqlens)
         rows = mask.flatten().nonzero().squeeze(1)
-        return cls(batch, length, rows, cu_seqlens, longest)
+        return cls(batch, length, rows, cu_seqlens, longest, cu_seqlens)
 
     @classmethod
     def dense(cls, batch: int, length: int, device: torch.device) -> Packing:
         """All tokens are real; nothing is read on the host."""
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-        return cls(batch, length, None, cu_seqlens, length)
+        return cls(batch, length, None, cu_seqlens, length, cu_seqlens)
+
+    @classmethod
+    def of_positions(cls, position_ids: Tensor) -> Packing:
+        """All tokens are real; a text begins where ``position_ids`` (B, L) do not go on by one. Reads how
+        many there are on the host."""
+        batch, length = position_ids.shape
+        dense = cls.dense(batch, length, position_ids.device)
+        begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+        texts = torch.cat([begins.flatten().nonzero().squeeze(1).int(), dense.cu_seqlens[-1:]])
+        return replace(dense, texts=texts)
 
     @property
     def total(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mllama.arguments import refuse
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
@@ -78,16 +80,20 @@ class MllamaTextSelfAttention(nn.Module):
         )
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs
-    ) -> ResidualStream:
+    def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> ResidualStream:
         stream = stream.copy()
         qkv = stream.read(norm, self.qkv_proj)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(qkv))
-        cu_seqlens, max_seqlen = inputs.packing.cu_seqlens, inputs.packing.max_seqlen
+        packing = inputs.packing
         if inputs.cache is None:
             out = self.ops.rotary_attention(
-                q, k, v, inputs.cos, inputs.sin, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+                q,
+                k,
+                v,
+                inputs.cos,
+                inputs.sin,
+                cu_seqlens=packing.texts,
+                max_seqlen=packing.max_seqlen,
             )
         else:
             k_pages, v_pages = inputs.cache.pages(self.layer)
@@ -100,9 +106,9 @@ class MllamaTextSelfAttention(nn.Module):
                 k_pages,
                 v_pages,
                 inputs.cache.page_table,
-                cu_seqlens,
+                packing.cu_seqlens,
                 inputs.cache.lengths,
-                max_seqlen=max_seqlen,
+                max_seqlen=packing.max_seqlen,
             )
         stream.add(self.o_proj, out.flatten(1))
         return stream
@@ -234,13 +240,18 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> BaseModelOutput:
+        return_dict: bool | None = None,
+        checked: tuple[TextInputs, ImageTiles | None] | None = None,
+        **others: Any,
+    ) -> BaseModelOutput | tuple[Any, ...]:
         """Run the tower on (B, L) tokens.
 
         Args:
             input_ids: (B, L) int64; or ``inputs_embeds`` (B, L, E) instead.
             attention_mask: (B, L) or (B, past + L), 0 at padding, which may lie anywhere.
             position_ids: (B, L) or (1, L); default: on from the cache, one per column, padding included.
+                Without mask and cache, another text begins wherever they do not go on by one: texts packed
+                into a row, which do not see each other.
             cross_attention_states: (B * M * tiles, P, E) projected vision states of images that are not
                 in the cache yet.
             cross_attention_mask: (B, L, M, tiles) or with the rows of the past before, M counting all
@@ -252,34 +263,41 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 cache the forward is inference: its results carry no gradient.
             output_hidden_states: return the stream before each layer, and the normed result; default:
                 the config's choice.
+            return_dict: False for a tuple.
+            checked: the text and its new images in place of all that tells of them, from the model that
+                this one is part of.
+            others: see :mod:`mllama.arguments`.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected.
         """
-        text = check_text(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            self.embed_tokens,
-        )
-        tiles = None
-        if cross_attention_states is not None:
-            check_states(self.config, cross_attention_states, text.batch)
-            tiles = ImageTiles.of_states(cross_attention_states, text.batch)
-        new_tiles = tiles.table.shape[1] if tiles is not None else 0
-        check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
+        refuse(others)
+        if checked is None:
+            text = check_text(
+                self.config,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                self.embed_tokens,
+            )
+            tiles = None
+            if cross_attention_states is not None:
+                check_states(self.config, cross_attention_states, text.batch)
+                tiles = ImageTiles.of_states(cross_attention_states, text.batch)
+            new_tiles = tiles.table.shape[1] if tiles is not None else 0
+            check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
+            checked = text, tiles
         with self.no_grad_if_caching(use_cache, past_key_values) as caching:
-            return self.run(
-                text,
-                tiles,
+            output = self.run(
+                *checked,
                 cross_attention_mask,
                 past_key_values,
                 caching,
                 self.wants_hidden_states(output_hidden_states),
             )
+        return output.to_tuple() if return_dict is False else output
 
     def run(
         self,
@@ -293,7 +311,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         """The forward on checked inputs, with the new images as tiles; ``caching`` makes a cache."""
         if cache is None and caching:
             cache = MllamaCache(self.config, text.batch, dtype=self.dtype, device=self.device)
-        packing = text.packing()
+        packing = text.packing(cache)
         if cache is not None:
             cache.reserve(text.length)
             if tiles is not None:

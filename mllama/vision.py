@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mllama.arguments import refuse
 from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.checks import check_images
@@ -179,23 +181,32 @@ class MllamaVisionModel(MllamaPreTrainedModel):
         self.init_weights()
 
     def forward(
-        self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor
-    ) -> VisionOutput:
+        self,
+        pixel_values: Tensor,
+        aspect_ratio_ids: Tensor,
+        aspect_ratio_mask: Tensor,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> VisionOutput | tuple[Tensor]:
         """Encode images.
 
         Args:
             pixel_values: (B, M, tiles, C, t, t), as the image processor makes them.
             aspect_ratio_ids: (B, M) int64, 0 for a padded image.
             aspect_ratio_mask: (B, M, tiles), 1 for a tile of the image, 0 for padding.
+            return_dict: False for a tuple.
+            others: see :mod:`mllama.arguments`.
         Returns: an object with ``last_hidden_state`` (B, M, tiles, P, vision_output_dim).
         Raises: ValueError naming what was given and what is expected.
         """
+        refuse(others)
         check_images(self.config, pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         batch_and_images = pixel_values.shape[:2]
         states = self.encode(
             *(t.flatten(0, 1) for t in (pixel_values, aspect_ratio_ids, aspect_ratio_mask))
         )
-        return VisionOutput(last_hidden_state=states.unflatten(0, batch_and_images))
+        output = VisionOutput(last_hidden_state=states.unflatten(0, batch_and_images))
+        return output.to_tuple() if return_dict is False else output
 
     def encode(
         self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor
