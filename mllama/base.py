@@ -131,12 +131,20 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     ) -> Iterator[bool]:
         """Settles whether a forward keeps a cache, which holds values and no graph.
 
-        Without a choice of the caller it is the config's, but not in training mode or for a loss.
+        Without a choice of the caller it is the config's, but not in training mode, for a loss or in an
+        exported program. Raises: ValueError for a cache in an exported program.
         """
+        exporting = torch.compiler.is_exporting()
         if use_cache is None:
             text_config = getattr(self.config, "text_config", self.config)
-            use_cache = text_config.use_cache and not self.training and labels is None
+            use_cache = (
+                text_config.use_cache and not (self.training or exporting) and labels is None
+            )
         caching = use_cache or cache is not None
+        if caching and exporting:
+            raise ValueError(
+                "an exported program keeps no cache: give use_cache=False and no past_key_values"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not caching):
             yield caching
 

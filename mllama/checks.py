@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +124,8 @@ def check_text(
             and attention_mask.shape[0] == batch
             and attention_mask.shape[1] in (length, past + length),
             f"attention_mask must be ({batch}, {past + length}), one column per token"
-            + (f", or ({batch}, {length}) without those in the cache" if past else "")
-            + f", got {_shape(attention_mask)}",
+            f"{f', or ({batch}, {length}) without those in the cache' if past else ''}"
+            f", got {_shape(attention_mask)}",
         )
         attention_mask = attention_mask[:, -length:]
     if position_ids is not None:
@@ -136,17 +137,29 @@ def check_text(
         )
     # A decode step takes ids that the model itself has chosen, and must not wait for the device.
     if input_ids is not None and not (past and length == 1):
-        _check_ids(input_ids, embedding_rows(embedding, config))
+        highest = embedding_rows(embedding, config) - 1
+        rows = f"input_ids must lie within 0..{highest} (the embedding's rows)"
+        _check_range(input_ids, highest, rows, "ids from ")
     return TextInputs(
         batch, length, given.device, input_ids, inputs_embeds, attention_mask, position_ids
     )
 
 
-def _check_ids(input_ids: Tensor, rows: int) -> None:
-    low, high = torch.stack(input_ids.aminmax()).tolist()
-    _require(
-        0 <= low and high < rows,
-        f"input_ids must lie within 0..{rows - 1} (the embedding's rows), got ids from {low} to {high}",
+def _require_value(condition: Tensor, message: Callable[[], str], expected: str) -> None:
+    """Check a bool tensor (), which is on the device. Raises: ValueError with the message.
+
+    An exported program has no values yet: there the check becomes a part of it, which says what is expected.
+    """
+    if torch.compiler.is_exporting():
+        torch._assert_async(condition, expected)
+    elif not bool(condition):
+        raise ValueError(message())
+
+
+def _check_range(values: Tensor, highest: int, expected: str, got: str = "") -> None:
+    low, high = values.aminmax()
+    _require_value(
+        (low >= 0) & (high <= highest), lambda: f"{expected}, got {got}{low} to {high}", expected
     )
 
 
@@ -184,11 +197,8 @@ def check_images(
         _shape(aspect_ratio_mask) == (batch, images, tiles),
         f"aspect_ratio_mask must be {(batch, images, tiles)}, got {_shape(aspect_ratio_mask)}",
     )
-    low, high = torch.stack(aspect_ratio_ids.aminmax()).tolist()
-    _require(
-        0 <= low and high <= config.max_aspect_ratio_id,
-        f"aspect_ratio_ids must lie within 0..{config.max_aspect_ratio_id}, got {low} to {high}",
-    )
+    highest = config.max_aspect_ratio_id
+    _check_range(aspect_ratio_ids, highest, f"aspect_ratio_ids must lie within 0..{highest}")
 
 
 def check_states(config: MllamaTextConfig, states: Tensor, batch: int) -> None:
@@ -218,7 +228,7 @@ def check_cross_attention_mask(
     _require(
         mask.shape[1] == text.length or mask.shape[1] >= past + text.length,
         f"cross_attention_mask has {mask.shape[1]} text positions, expected {text.length} (the new tokens)"
-        + (f" or {past + text.length} (with the {past} in the cache)" if past else ""),
+        f"{f' or {past + text.length} (with the {past} in the cache)' if past else ''}",
     )
 
 
@@ -240,9 +250,12 @@ def check_image_tokens(
         return
     tokens = (text.input_ids == config.image_token_index).sum(1)
     if aspect_ratio_ids is None:
-        _require(
-            not bool(tokens.any()),
-            f"the text has {tokens.tolist()} image tokens per sequence, but no images were given",
+        _require_value(
+            ~tokens.any(),
+            lambda: (
+                f"the text has {tokens.tolist()} image tokens per sequence, but no images were given"
+            ),
+            "the text may have no image tokens where no images are given",
         )
         return
     images = (aspect_ratio_ids > 0).sum(1)
@@ -251,7 +264,11 @@ def check_image_tokens(
         cross_attention_mask is not None and cross_attention_mask.shape[1] > past + text.length
     )
     fits = (tokens <= images) if more_follows else (tokens == images)
-    _require(
-        bool(fits.all()),
-        f"the text has {tokens.tolist()} image tokens per sequence, but {images.tolist()} images were given",
+    _require_value(
+        fits.all(),
+        lambda: (
+            f"the text has {tokens.tolist()} image tokens per sequence, "
+            f"but {images.tolist()} images were given"
+        ),
+        "each sequence must have an image token per image",
     )

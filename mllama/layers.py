@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from mllama.backend import Ops
@@ -163,13 +164,21 @@ def multiply(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x)
 
 
+def _are_few(rows: int) -> bool:
+    """Whether an op of few rows takes so many; an exported program may be run with more than it was made
+    with."""
+    if torch.compiler.is_exporting():
+        return statically_known_true(rows <= MAX_ROWS)
+    return rows <= MAX_ROWS
+
+
 def _skinny(ops: Ops, linear: nn.Module, x: Tensor, **fused: Any) -> Tensor | None:
     """``linear`` of x (N, in) by ``ops.skinny_linear``, with what else is ``fused`` into it.
 
     Returns: None where that op is not meant for it: with more rows the library's product is better,
     and a gradient or anything but a plain linear needs the module itself.
     """
-    if x.shape[0] > MAX_ROWS or torch.is_grad_enabled() or not is_plain(linear):
+    if torch.is_grad_enabled() or not is_plain(linear) or not _are_few(x.shape[0]):
         return None
     # No kernel of a forward writes weights, so a product may read them before the one before it ends; but
     # what makes one matrix of several is a launch that does.

@@ -89,6 +89,9 @@ class MllamaModel(MllamaPreTrainedModel):
         if cross_attention_mask is not None:
             shown = (cross_attention_mask == 1).any(1).flatten(1)
             keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
+        if torch.compiler.is_exporting():  # no shape may depend on a value
+            every = ImageTiles.of_states(multiply(self.multi_modal_projector, states), batch)
+            return ImageTiles(every.states, every.table.where(keep, -1), kinds)
         kept = multiply(self.multi_modal_projector, states[keep.flatten()])
         return ImageTiles(kept, ImageTiles.table_of(keep), kinds)
 

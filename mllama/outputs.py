@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
@@ -74,3 +75,7 @@ class GenerateOutput(_Output):
     attentions: None = None
     hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
     past_key_values: MllamaCache | None = None
+
+
+for _output in (VisionOutput, BaseModelOutput, CausalLMOutput):
+    torch.export.register_dataclass(_output)  # torch.export and FSDP look for the tensors in them

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,11 +30,14 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> Packing:
-        """Pack the tokens at which ``mask`` (B, L) is not 0. Reads the mask on the host."""
+        """Pack the tokens at which ``mask`` (B, L) is not 0. Reads the mask on the host, unless exporting."""
         batch, length = mask.shape
         lengths = (mask != 0).sum(1)
         cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
         cu_seqlens[1:] = lengths.cumsum(0)
+        if torch.compiler.is_exporting():
+            rows = mask.flatten().nonzero().squeeze(1)
+            return cls(batch, length, rows, cu_seqlens, length, cu_seqlens)
         longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
         if total == batch * length:
             return cls(batch, length, None, cu_seqlens, length, cu_seqlens)
@@ -51,12 +53,18 @@ class Packing:
     @classmethod
     def of_positions(cls, position_ids: Tensor) -> Packing:
         """All tokens are real; a text begins where ``position_ids`` (B, L) do not go on by one. Reads how
-        many there are on the host."""
+        many there are on the host, unless exporting."""
         batch, length = position_ids.shape
         dense = cls.dense(batch, length, position_ids.device)
-        begins = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
-        texts = torch.cat([begins.flatten().nonzero().squeeze(1).int(), dense.cu_seqlens[-1:]])
-        return replace(dense, texts=texts)
+        begins = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 2) != 1).flatten()
+        if (
+            torch.compiler.is_exporting()
+        ):  # as many texts as tokens; those too many are empty, at the end
+            rows = torch.arange(batch * length, dtype=torch.int32, device=begins.device)
+            first = torch.where(begins, rows, batch * length).sort().values
+        else:
+            first = begins.nonzero().squeeze(1).int()
+        return replace(dense, texts=torch.cat([first, dense.cu_seqlens[-1:]]))
 
     @property
     def total(self) -> int:

@@ -48,7 +48,10 @@ class RotaryEmbedding:
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids (N,) to cos and sin (N, D / 2), computed in float32 and rounded to ``dtype``."""
         device = position_ids.device
-        if device not in self._inv_freq:
-            self._inv_freq.setdefault(device, inverse_frequencies(self._config).to(device))
-        angles = position_ids.unsqueeze(-1).float() * self._inv_freq[device]
+        inv_freq = self._inv_freq.get(device)
+        if inv_freq is None:
+            inv_freq = inverse_frequencies(self._config).to(device)
+            if not torch.compiler.is_exporting():  # there it has no values
+                inv_freq = self._inv_freq.setdefault(device, inv_freq)
+        angles = position_ids.unsqueeze(-1).float() * inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -156,6 +156,13 @@ def _common_length(bounds: list[int], tokens: int) -> int | None:
     return lengths.pop() if len(lengths) == 1 and bounds[-1] == tokens else None
 
 
+def _sequence_of_each_row(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(rows,) int64, which packed sequence a row is of: in an exported program, where no value is known, this
+    takes the place of slices."""
+    row = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], row, right=True)
+
+
 @checked
 def rotary_attention(
     q: Tensor,
@@ -173,6 +180,11 @@ def rotary_attention(
     q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
     if cu_seqlens is None:
         return _attention(q, k, v, _causal(q.shape[1], k.shape[1], q.device), softmax_scale)
+    if torch.compiler.is_exporting():
+        sequence = _sequence_of_each_row(cu_seqlens, q.shape[0])
+        together = sequence.unsqueeze(-1) == sequence
+        visible = together & _causal(q.shape[0], q.shape[0], q.device)
+        return _attention(q, k, v, visible, softmax_scale)
     bounds = cu_seqlens.tolist()
     length = _common_length(bounds, q.shape[0])
     if length:  # all at once; training spends its time here
@@ -250,6 +262,15 @@ def cross_attention(
         visible = None if tile_mask is None else tile_mask.repeat_interleave(tokens, dim=-1)
         return _attention(q, k.flatten(1, 2), v.flatten(1, 2), visible, softmax_scale)
     assert cu_seqlens is not None
+    if torch.compiler.is_exporting():
+        sequence = _sequence_of_each_row(cu_seqlens, q.shape[0])
+        sees = (tile_table >= 0)[sequence]  # (N, T)
+        if tile_mask is not None:
+            sees = sees & tile_mask
+        slots = torch.arange(k.shape[0], device=k.device)
+        visible = (sees.unsqueeze(-1) & (tile_table[sequence].unsqueeze(-1) == slots)).any(1)
+        visible = visible.repeat_interleave(k.shape[1], dim=-1)
+        return _attention(q, k.flatten(0, 1), v.flatten(0, 1), visible, softmax_scale)
     if k.shape[0] == 0:  # no sequence has a tile
         return torch.zeros_like(q)
     tokens = k.shape[1]

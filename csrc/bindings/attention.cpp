@@ -130,14 +130,14 @@ std::tuple<Tensor, Tensor> vision_attention(const Tensor& q, const Tensor& k, co
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
   m.def(
       "rotary_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, float softmax_scale, "
-      "bool interleaved, Tensor? cu_seqlens, int max_seqlen, bool with_lse) -> (Tensor, Tensor)");
+      "bool interleaved, Tensor? cu_seqlens, SymInt max_seqlen, bool with_lse) -> (Tensor, Tensor)");
   m.def(
       "rotary_attention_cached(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor cu_seqlens, "
-      "Tensor cache_lens, int max_seqlen, float softmax_scale, bool interleaved) -> Tensor");
+      "Tensor cache_lens, SymInt max_seqlen, float softmax_scale, bool interleaved) -> Tensor");
   m.def(
       "cross_attention(Tensor q, Tensor k, Tensor v, Tensor? tile_mask, Tensor? q_norm_weight, "
-      "float eps, float softmax_scale, Tensor? tile_table, Tensor? cu_seqlens, int max_seqlen, "
+      "float eps, float softmax_scale, Tensor? tile_table, Tensor? cu_seqlens, SymInt max_seqlen, "
       "bool with_lse) -> (Tensor, Tensor)");
   m.def(
       "vision_attention(Tensor q, Tensor k, Tensor v, Tensor? padding, float softmax_scale, "

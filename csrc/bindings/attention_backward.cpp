@@ -80,11 +80,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
   m.def(
       "rotary_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor cos, "
       "Tensor sin, Tensor out, Tensor lse, float softmax_scale, bool interleaved, "
-      "Tensor? cu_seqlens, int max_seqlen) -> (Tensor, Tensor, Tensor)");
+      "Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cross_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, Tensor? tile_mask, Tensor? q_norm_weight, float eps, float softmax_scale, "
-      "Tensor? tile_table, Tensor? cu_seqlens, int max_seqlen) -> "
+      "Tensor? tile_table, Tensor? cu_seqlens, SymInt max_seqlen) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "vision_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, "
