@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,31 @@ from mllama.semantics import SemanticsLike
 
 # Each tile is padded with zero tokens to a multiple of this; they take part in the attention.
 _PAD_TO = 8
+
+
+class Padding(NamedTuple):
+    """Which of the S tokens of each of M images are padding; pairs of those do not attend.
+
+    Attributes:
+        mask: (M, S) bool, True at padding.
+        blank: (M,) bool, the images that are nothing else, or None if none is. The published code adds the
+            dtype's lowest number to the scores of such pairs, which leaves none but it: each token of a
+            blank image attends to all of them evenly. Their mask is all False here.
+    """
+
+    mask: Tensor
+    blank: Tensor | None
+
+    @classmethod
+    def of_tiles(cls, tile_mask: Tensor, tokens: int, num_patches: int) -> Padding:
+        """From ``tile_mask`` (M, tiles), not 0 at a tile of the image; ``tokens`` per tile, ``num_patches``
+        of them real. Reads on the host whether there are blank images, unless exporting."""
+        is_tile = tile_mask.bool()
+        is_patch = torch.arange(tokens, device=tile_mask.device) < num_patches
+        mask, blank = ~(is_tile.unsqueeze(-1) & is_patch).flatten(1), ~is_tile.any(1)
+        if not torch.compiler.is_exporting() and not bool(blank.any()):
+            return cls(mask, None)
+        return cls(mask & ~blank.unsqueeze(1), blank)
 
 
 class MllamaPrecomputedAspectRatioEmbedding(nn.Module):
@@ -73,11 +98,13 @@ class MllamaVisionAttention(nn.Module):
         )
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Padding) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(self.qkv_proj(x))
         )
-        return multiply(self.o_proj, self.ops.vision_attention(q, k, v, padding).flatten(2))
+        if padding.blank is not None:
+            q = q.masked_fill(padding.blank.view(-1, 1, 1, 1), 0)
+        return multiply(self.o_proj, self.ops.vision_attention(q, k, v, padding.mask).flatten(2))
 
 
 class MllamaVisionEncoderLayer(nn.Module):
@@ -94,7 +121,7 @@ class MllamaVisionEncoderLayer(nn.Module):
             self.gate_attn = nn.Parameter(torch.full((1,), math.pi / 4))
             self.gate_ffn = nn.Parameter(torch.full((1,), math.pi / 4))
 
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Padding) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), padding)
         x = self.ops.gated_residual(attended, x, self.gate_attn) if self.is_gated else x + attended
         transformed = self.mlp(self.post_attention_layernorm(x))
@@ -115,7 +142,7 @@ class MllamaVisionEncoder(Recomputing, nn.Module):
         )
 
     def forward(
-        self, x: Tensor, padding: Tensor, taps: Mapping[int, list[int]] | None = None
+        self, x: Tensor, padding: Padding, taps: Mapping[int, list[int]] | None = None
     ) -> tuple[Tensor, list]:
         """x (M, S, E) through all layers.
 
@@ -232,8 +259,7 @@ class MllamaVisionModel(MllamaPreTrainedModel):
             pad_to=_PAD_TO,
         )
         images, tiles, padded, _ = x.shape
-        is_patch = torch.arange(padded, device=x.device) < self.num_patches
-        padding = ~(aspect_ratio_mask.bool().unsqueeze(-1) & is_patch).flatten(1)
+        padding = Padding.of_tiles(aspect_ratio_mask, padded, self.num_patches)
         x, taps = self.transformer(x.flatten(1, 2), padding, self._taps)
         x = self.layernorm_post(x).view(images, tiles, padded, -1)
         x = x + self.post_tile_positional_embedding(aspect_ratio_ids)
