@@ -309,8 +309,13 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         output_hidden_states: bool,
     ) -> BaseModelOutput:
         """The forward on checked inputs, with the new images as tiles; ``caching`` makes a cache."""
-        if cache is None and caching:
-            cache = MllamaCache(self.config, text.batch, dtype=self.dtype, device=self.device)
+        embeds = (
+            self.embed_tokens(text.input_ids) if text.inputs_embeds is None else text.inputs_embeds
+        )
+        if (
+            cache is None and caching
+        ):  # FSDP may compute in another dtype than it keeps the weights in
+            cache = MllamaCache(self.config, text.batch, dtype=embeds.dtype, device=embeds.device)
         packing = text.packing(cache)
         if cache is not None:
             cache.reserve(text.length)
@@ -332,9 +337,6 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 new_images=tiles is not None,
             )
         positions = text.positions(cache)
-        embeds = (
-            self.embed_tokens(text.input_ids) if text.inputs_embeds is None else text.inputs_embeds
-        )
         x = packing.pack(embeds)
         cos, sin = self._rotary(packing.pack(positions.expand(text.batch, -1)), x.dtype)
         inputs = LayerInputs(
