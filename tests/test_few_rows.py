@@ -113,3 +113,25 @@ def test_what_is_plain() -> None:
     assert is_plain(fused)
     owner.b = Adapted(owner.b)
     assert not is_plain(fused)
+
+
+@pytest.mark.parametrize("change", ["assigned", "loaded", "nothing"])
+def test_a_weight_written_just_before_its_product_is_not_promised(model: Any, change: str) -> None:
+    mlp = model.model.language_model.layers[0].mlp
+    if change == "assigned":
+        mlp.up_proj.weight.data = mlp.up_proj.weight.data.clone()
+    elif change == "loaded":
+        mlp.load_state_dict({n: w.clone() for n, w in mlp.state_dict().items()}, assign=True)
+    promised: list[bool] = []
+
+    class Recording(Counting):
+        def skinny_linear(self, x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+            if weight.data_ptr() == mlp.gate_proj.weight.data_ptr():
+                promised.append(options["weight_is_constant"])
+            return self._ops.skinny_linear(x, weight, **options)
+
+    ids = torch.randint(3, 90, (1, 5))
+    with torch.no_grad(), model.ops.replaced(lambda ops: Recording(ops, Counter())):
+        first, second = model(ids).logits, model(ids).logits
+    assert promised == [change == "nothing", True]
+    assert first.equal(second)

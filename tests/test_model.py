@@ -278,3 +278,29 @@ def test_logits_to_keep() -> None:
         assert_close(model(**batch, logits_to_keep=2).logits, every[:, -2:])
         picked = torch.tensor([4, 11])
         assert_close(model(**batch, logits_to_keep=picked).logits, every[:, picked])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unseen", [False, True], ids=["seen", "unseen"])
+@pytest.mark.parametrize("blank", [(0,), (1,), (0, 1)])
+def test_an_image_without_tiles(
+    backend: tuple[str, str], unseen: bool, blank: tuple[int, ...]
+) -> None:
+    """Its tile mask is all zeros; there may be pixels all the same, and text that sees it or does not."""
+    hf = hf_model(SHAPE)
+    model = our_model(SHAPE, hf, backend)
+    batch = batch_of(SHAPE, [Prompt(9, (2,), (2,)), Prompt(7, (1,), (6,))])
+    for row in blank:
+        batch["aspect_ratio_mask"][row] = 0
+        if unseen:
+            batch["cross_attention_mask"][row] = 0
+    images = {k: batch[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    with torch.no_grad():
+        expected = hf.model.vision_model(**images).last_hidden_state
+        found = model.model.vision_model(**to(images, backend[1])).last_hidden_state
+        assert_close(found, expected)
+        real = batch["attention_mask"]
+        for caching in (False, True):
+            expected = hf(**batch, use_cache=caching).logits
+            found = model(**to(batch, backend[1]), use_cache=caching).logits
+            assert_close(found, expected, where=real)
