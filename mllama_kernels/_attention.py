@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def wants_lse(*tensors: Tensor | None) -> bool:
-    """Whether a call on these arguments will be asked for gradients."""
+    """Whether a call on these arguments will be asked for gradients; of an exported program nobody knows."""
+    if torch.compiler.is_exporting():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -280,16 +280,16 @@ def test_logits_to_keep() -> None:
         assert_close(model(**batch, logits_to_keep=picked).logits, every[:, picked])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unseen", [False, True], ids=["seen", "unseen"])
 @pytest.mark.parametrize("blank", [(0,), (1,), (0, 1)])
 def test_an_image_without_tiles(
     backend: tuple[str, str], unseen: bool, blank: tuple[int, ...]
 ) -> None:
     """Its tile mask is all zeros; there may be pixels all the same, and text that sees it or does not."""
-    hf = hf_model(SHAPE)
-    model = our_model(SHAPE, hf, backend)
-    batch = batch_of(SHAPE, [Prompt(9, (2,), (2,)), Prompt(7, (1,), (6,))])
+    shape = Shape()
+    hf = hf_model(shape)
+    model = our_model(shape, hf, backend)
+    batch = batch_of(shape, [Prompt(9, (2,), (2,)), Prompt(7, (1,), (6,))])
     for row in blank:
         batch["aspect_ratio_mask"][row] = 0
         if unseen:
