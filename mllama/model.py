@@ -313,7 +313,6 @@ class MllamaForConditionalGeneration(_LanguageHead):
         output_hidden_states: bool | None = None,
         return_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -326,13 +325,15 @@ class MllamaForConditionalGeneration(_LanguageHead):
             return_logits: False for the loss alone: only rows with a target reach the head.
             num_items_in_batch: what the sum of the losses is divided by, instead of the targets here: with
                 accumulated gradients those of all batches of a step.
-            shift_labels: (B, L), beside labels: the targets of the tokens themselves, with no shift.
             return_dict: False for a tuple.
+            shift_labels: (B, L), beside labels: the targets of the tokens themselves, with no shift. Not in
+                the signature, where trainers look for the labels that they have to give.
             others: see :meth:`MllamaModel.forward` and :mod:`mllama.arguments`.
         Returns: ``loss`` (float32, None without labels), ``logits`` (B, kept, V) in the model's dtype,
             ``past_key_values``, ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
+        shift_labels = others.pop("shift_labels", None)
         refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
         targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
@@ -401,7 +402,6 @@ class MllamaForCausalLM(_LanguageHead):
         output_hidden_states: bool | None = None,
         return_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
@@ -410,6 +410,7 @@ class MllamaForCausalLM(_LanguageHead):
         Args: as in :meth:`MllamaForConditionalGeneration.forward`; ``cross_attention_mask`` is per
             tile, (B, L, M, tiles), here too.
         """
+        shift_labels = others.pop("shift_labels", None)
         refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
         targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
