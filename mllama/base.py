@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -84,6 +84,11 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Keep words for a model card in ``model_tags``, as trainers ask; nothing here writes cards."""
+        given = [tags] if isinstance(tags, str) else tags
+        self.model_tags = list(dict.fromkeys([*getattr(self, "model_tags", ()), *given]))
 
     @property
     def is_gradient_checkpointing(self) -> bool:
