@@ -85,6 +85,11 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head; one that has none is its own."""
+        return getattr(self, "model", self)
+
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Keep words for a model card in ``model_tags``, as trainers ask; nothing here writes cards."""
         given = [tags] if isinstance(tags, str) else tags
