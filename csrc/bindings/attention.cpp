@@ -130,7 +130,8 @@ std::tuple<Tensor, Tensor> vision_attention(const Tensor& q, const Tensor& k, co
 STABLE_TORCH_LIBRARY_FRAGMENT(mllama_kernels, m) {
   m.def(
       "rotary_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, float softmax_scale, "
-      "bool interleaved, Tensor? cu_seqlens, SymInt max_seqlen, bool with_lse) -> (Tensor, Tensor)");
+      "bool interleaved, Tensor? cu_seqlens, SymInt max_seqlen, bool with_lse) -> (Tensor, "
+      "Tensor)");
   m.def(
       "rotary_attention_cached(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
       "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor cu_seqlens, "
