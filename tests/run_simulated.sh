@@ -18,7 +18,7 @@ cp -r "$simulator" "$work/simulator"
 make -s -C "$work/simulator" -j2 >/dev/null
 MLLAMA_KERNELS_SIMULATE=1 MLLAMA_KERNELS_CUDA=1 \
   "$python" -m pip install -q --no-deps --no-build-isolation --target "$work/site" .
-export PYTHONPATH=$work/site LD_LIBRARY_PATH=$work/simulator/build CUDASIM_RACECHECK=1 CUDASIM_THREADS=2
+export PYTHONPATH=$work/site LD_LIBRARY_PATH=$work/simulator/build CUDASIM_RACECHECK=1 CUDASIM_THREADS=${CUDASIM_THREADS:-2}
 export OMP_NUM_THREADS=1
 # From another folder, so that the simulated build is imported and not the source tree.
 tests=$PWD/tests

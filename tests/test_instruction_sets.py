@@ -26,7 +26,7 @@ def run_tests(request, setting: dict[str, str], ops: tuple[str, ...], *options: 
         [sys.executable, *words],
         capture_output=True,
         text=True,
-        env={**os.environ, **setting, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **setting, "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""},
         cwd=TESTS.parent,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
