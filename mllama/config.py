@@ -233,6 +233,23 @@ class MllamaTextConfig(ConfigBase):
             ),
         )
 
+    @classmethod
+    def replaced(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, and of the three entries on RoPE no stored one is left that goes before a given one."""
+        values = super().replaced(stored, given)
+        names = ("rope_parameters", "rope_scaling")
+        rope, scaling = (
+            dict(old) if isinstance(old := stored.get(n), Mapping) else {} for n in names
+        )
+        if any(name in given for name in names):
+            values |= {name: given.get(name) for name in names}
+            if "rope_theta" not in given and "rope_theta" in rope:
+                values["rope_theta"] = rope["rope_theta"]
+        elif "rope_theta" in given:
+            values |= {"rope_parameters": {**(scaling or rope), "rope_theta": given["rope_theta"]}}
+            values.pop("rope_scaling", None)
+        return values
+
     def _settle_rope(self) -> list[str]:
         """Bring the three rope entries into agreement; what is wrong with them."""
         # An explicit old-style block wins, as in transformers 5.
@@ -313,6 +330,18 @@ class MllamaConfig(ConfigBase):
                 )
             )
         self.check(problems)
+
+    @classmethod
+    def replaced(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The same; of a tower that is given as a dictionary the other entries stay."""
+        values = super().replaced(stored, given)
+        for part, kind in (
+            ("vision_config", MllamaVisionConfig),
+            ("text_config", MllamaTextConfig),
+        ):
+            if isinstance(given.get(part), Mapping) and isinstance(stored.get(part), Mapping):
+                values[part] = kind.replaced(stored[part], given[part])
+        return values
 
     @property
     def image_token_id(self) -> int:

@@ -47,7 +47,7 @@ class ConfigBase:
 
         Raises: ConfigError, a ValueError that lists every fault.
         """
-        values = {cls.aliases.get(key, key): value for key, value in values.items()}
+        values = cls._canonical(values)
         given = values.pop("model_type", cls.model_type)
         if given != cls.model_type:
             message = f'{cls.__name__} needs model_type "{cls.model_type}", got {given!r}'
@@ -59,6 +59,20 @@ class ConfigBase:
     @classmethod
     def field_names(cls) -> set[str]:
         return {f.name for f in dataclasses.fields(cls)} - {"extra"}
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """What may be given for a stored configuration instead of what it says."""
+        return cls.field_names() | cls.aliases.keys() | cls.settings.keys()
+
+    @classmethod
+    def replaced(cls, stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The stored entries with those that are given in their place."""
+        return cls._canonical(stored) | cls._canonical(given)
+
+    @classmethod
+    def _canonical(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {cls.aliases.get(key, key): value for key, value in entries.items()}
 
     @classmethod
     def entries_of(cls, stored: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -91,14 +105,13 @@ class ConfigBase:
         """Read `config.json` of a checkpoint's folder or hub id; of a whole model's the part that this is.
 
         Args:
-            options: values of fields instead of the stored ones; and for an id what
-                :func:`mllama.checkpoints.hub.resolve_folder` takes.
+            options: values of fields instead of the stored ones, those of a tower as a dictionary; and for
+                an id what :func:`mllama.checkpoints.hub.resolve_folder` takes.
         Raises: ConfigError for unusable values; TypeError naming an argument that is neither.
         """
-        names = cls.field_names()
-        values = {cls.aliases.get(key, key): value for key, value in options.items()}
+        values = dict(options)
         download = {key: values.pop(key) for key in options if key in DOWNLOAD_OPTIONS}
-        if unknown := sorted(values.keys() - names):
+        if unknown := sorted(values.keys() - cls.option_names()):
             raise TypeError(
                 f"{cls.__name__}.from_pretrained() got unknown arguments {unknown}; expected fields of "
                 f"the configuration or some of {sorted(DOWNLOAD_OPTIONS)}"
@@ -106,7 +119,7 @@ class ConfigBase:
         path = resolve_folder(pretrained_model_name_or_path, **download) / "config.json"
         stored = json.loads(path.read_text(encoding="utf-8"))
         entries = cls.entries_of(stored)
-        config = cls.from_dict({**(stored if entries is None else entries), **values})
+        config = cls.from_dict(cls.replaced(stored if entries is None else entries, values))
         config.name_or_path = os.fspath(pretrained_model_name_or_path)
         return config
 

@@ -246,3 +246,32 @@ def test_a_padding_token_without_a_row_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="pad_token_id 128004 is outside the embedding's 104 rows"):
         mllama.MllamaForCausalLM(config)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3["original_max_position_embeddings"] = 8192
+
+
+@pytest.mark.parametrize("layout", ["both", "older", "newer"])
+@pytest.mark.parametrize(
+    ("given", "theta", "kind", "factor"),
+    [
+        ({}, 7e3, "llama3", 8.0),
+        ({"rope_theta": 1e6}, 1e6, "llama3", 8.0),
+        ({"rope_scaling": None}, 7e3, "default", None),
+        ({"rope_scaling": {**_LLAMA3, "factor": 2.0}}, 7e3, "llama3", 2.0),
+        ({"rope_scaling": {**_LLAMA3, "factor": 2.0}, "rope_theta": 3.0}, 3.0, "llama3", 2.0),
+        ({"rope_parameters": {"rope_type": "default"}}, 7e3, "default", None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, 9.0, "default", None),
+    ],
+)
+def test_no_stored_rope_goes_before_a_given_one(
+    tmp_path: Path, layout: str, given: dict[str, Any], theta: float, kind: str, factor: float
+) -> None:
+    """Three entries say it, in two layouts, and a saved configuration has all three."""
+    left_out = {"both": (), "older": ("rope_parameters",), "newer": ("rope_scaling", "rope_theta")}
+    stored = mllama.MllamaTextConfig(rope_scaling=_LLAMA3, rope_theta=7e3).to_dict()
+    stored = {key: value for key, value in stored.items() if key not in left_out[layout]}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    rope = mllama.MllamaTextConfig.from_pretrained(tmp_path, **given).rope_parameters
+    assert (rope["rope_theta"], rope["rope_type"], rope.get("factor")) == (theta, kind, factor)

@@ -55,6 +55,7 @@ def _load(folder: Any, **options: Any) -> mllama.MllamaForConditionalGeneration:
         {"token": "secret", "revision": "main", "local_files_only": True, "force_download": True},
         {"quantization_config": None, "load_in_4bit": False, "load_in_8bit": False},
         {"variant": None, "subfolder": "", "weights_only": True, "ignore_mismatched_sizes": False},
+        {"output_attentions": False, "return_dict": True},
         {"output_loading_info": False, "key_mapping": None, "proxies": None, "tp_plan": None},
     ],
 )
@@ -247,6 +248,28 @@ def test_fields_of_the_configuration_replace_stored_ones(folder: Path) -> None:
     assert not text.config.use_cache
     with pytest.raises(CheckpointError, match="use_cache must be True or False"):
         mllama.MllamaForCausalLM.from_pretrained(folder, use_cache="no")
+    with pytest.raises(CheckpointError, match="output_attentions can only be False, got True"):
+        _load(folder, output_attentions=True)
+
+
+def test_the_other_fields_of_a_tower_stay(folder: Path) -> None:
+    """As in transformers, a dictionary names what is changed. Most of a tower's fields change no shape, so
+    that the weights would load with the defaults in their place, too."""
+    given = {
+        "text_config": {"use_cache": False, "rms_norm_eps": 0.001},
+        "vision_config": {"norm_eps": 0.1, "num_attention_heads": 1},
+    }
+    read = (_load(folder, **given).config, mllama.MllamaConfig.from_pretrained(folder, **given))
+    theirs = transformers.MllamaConfig.from_pretrained(folder, **given)
+    stored = mllama.MllamaConfig.from_pretrained(folder).text_config
+    for config in read:
+        assert config.text_config.rope_parameters == stored.rope_parameters
+        assert config.text_config.rope_parameters["rope_type"] == "llama3"
+        assert not config.text_config.use_cache
+        assert config.text_config.rms_norm_eps == theirs.text_config.rms_norm_eps == 0.001
+        assert config.vision_config.norm_eps == theirs.vision_config.norm_eps == 0.1
+        assert config.vision_config.attention_heads == 1
+        assert config.vision_config.hidden_size == theirs.vision_config.hidden_size
 
 
 def test_a_configuration_that_is_given(folder: Path, tmp_path: Path) -> None:

@@ -100,8 +100,7 @@ def load_pretrained(
     requested = None if dtype in (None, "auto") else _parse_dtype(dtype)
     kind = _CONFIGS[cls.__name__]
     download = {key: options.pop(key) for key in options.keys() & DOWNLOAD_OPTIONS}
-    names = kind.field_names() | kind.aliases.keys()
-    fields = {key: options.pop(key) for key in options.keys() & names}
+    fields = {key: options.pop(key) for key in options.keys() & kind.option_names()}
     check_other_arguments(options)
     plan = _plan(
         cls, name_or_path, backend, semantics, given=config, fields=fields, download=download
@@ -280,7 +279,7 @@ def _config(
         semantics, reason = resolve_semantics(wanted), "asked for by the caller"
     logger.info("semantics %s for %s: %s", semantics.name, folder, reason)
     try:
-        return kind.from_dict({**entries, **fields, "semantics": semantics}), reason
+        return kind.from_dict(kind.replaced(entries, {**fields, "semantics": semantics})), reason
     except ConfigError as error:
         problems = [f"the configuration is unusable: {problem}" for problem in error.problems]
         raise CheckpointError(folder, problems) from None
