@@ -145,7 +145,7 @@ def check_text(
     )
 
 
-def _require_value(condition: Tensor, message: Callable[[], str], expected: str) -> None:
+def require_value(condition: Tensor, message: Callable[[], str], expected: str) -> None:
     """Check a bool tensor (), which is on the device. Raises: ValueError with the message.
 
     An exported program has no values yet: there the check becomes a part of it, which says what is expected.
@@ -158,7 +158,7 @@ def _require_value(condition: Tensor, message: Callable[[], str], expected: str)
 
 def _check_range(values: Tensor, highest: int, expected: str, got: str = "") -> None:
     low, high = values.aminmax()
-    _require_value(
+    require_value(
         (low >= 0) & (high <= highest), lambda: f"{expected}, got {got}{low} to {high}", expected
     )
 
@@ -250,7 +250,7 @@ def check_image_tokens(
         return
     tokens = (text.input_ids == config.image_token_index).sum(1)
     if aspect_ratio_ids is None:
-        _require_value(
+        require_value(
             ~tokens.any(),
             lambda: (
                 f"the text has {tokens.tolist()} image tokens per sequence, but no images were given"
@@ -264,7 +264,7 @@ def check_image_tokens(
         cross_attention_mask is not None and cross_attention_mask.shape[1] > past + text.length
     )
     fits = (tokens <= images) if more_follows else (tokens == images)
-    _require_value(
+    require_value(
         fits.all(),
         lambda: (
             f"the text has {tokens.tolist()} image tokens per sequence, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllama.checks import require_value
+
 IGNORED = -100
 
 
@@ -24,10 +26,12 @@ def checked_targets(targets: Tensor, classes: int, image_token_index: int | None
     """The targets (B, L) themselves, IGNORED at image tokens; see :func:`targets_of`."""
     if image_token_index is not None:
         targets = targets.masked_fill(targets == image_token_index, IGNORED)
-    if bool(((targets != IGNORED) & ((targets < 0) | (targets >= classes))).any()):
-        raise ValueError(
-            f"labels must be {IGNORED} or within 0..{classes - 1}, got {targets.min()} to {targets.max()}"
-        )
+    expected = f"labels must be {IGNORED} or within 0..{classes - 1}"
+    require_value(
+        ((targets == IGNORED) | ((targets >= 0) & (targets < classes))).all(),
+        lambda: f"{expected}, got {targets.min()} to {targets.max()}",
+        expected,
+    )
     return targets
 
 

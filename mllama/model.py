@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
             if not return_logits:
                 raise ValueError("return_logits=False leaves nothing without labels")
             return None
-        if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if not (isinstance(logits_to_keep, Integral) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")
         if given is not None and labels.shape != given.shape[:2]:
             expected, got = tuple(given.shape[:2]), tuple(labels.shape)
@@ -221,11 +222,15 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
         return checked_targets(shift_labels.view_as(labels), classes, image_token)
 
     def _caching(
-        self, use_cache: bool | None, cache: MllamaCache | None, labels: Tensor | None
+        self,
+        use_cache: bool | None,
+        cache: MllamaCache | None,
+        labels: Tensor | None,
+        *inputs: Tensor | None,
     ) -> AbstractContextManager[bool]:
         """As :meth:`no_grad_if_caching`. Raises: ValueError for a loss that would have no gradient."""
         if labels is not None and (use_cache or cache is not None) and torch.is_grad_enabled():
-            if any(p.requires_grad for p in self.parameters()):
+            if any(x is not None and x.requires_grad for x in (*inputs, *self.parameters())):
                 given = "past_key_values" if cache is not None else "use_cache=True"
                 raise ValueError(
                     f"labels with {given}: a cache holds no graph, so the loss would have no gradient; "
@@ -258,16 +263,17 @@ class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
 
 
 def _check_kept(logits_to_keep: int | Tensor) -> None:
-    if isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() != 1:
+    wrong_shape = isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() != 1
+    if logits_to_keep is None or wrong_shape:
+        got = f"a tensor of shape {tuple(logits_to_keep.shape)}" if wrong_shape else None
         raise ValueError(
-            "logits_to_keep must be a number of columns or their indices (n,), got a tensor of shape "
-            f"{tuple(logits_to_keep.shape)}"
+            f"logits_to_keep must be a number of columns or their indices (n,), got {got}"
         )
 
 
 def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The columns of hidden (B, L, E) whose logits are wanted: the last so many (0: all), or by index."""
-    if isinstance(logits_to_keep, int):
+    if isinstance(logits_to_keep, Integral):
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     return hidden[:, logits_to_keep]
 
@@ -337,7 +343,8 @@ class MllamaForConditionalGeneration(_LanguageHead):
         refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
         targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
-        with self._caching(use_cache, past_key_values, labels) as caching:
+        inputs = (inputs_embeds, pixel_values, cross_attention_states)
+        with self._caching(use_cache, past_key_values, labels, *inputs) as caching:
             outputs = self.model(
                 input_ids=input_ids,
                 pixel_values=pixel_values,
@@ -414,7 +421,8 @@ class MllamaForCausalLM(_LanguageHead):
         refuse(others)
         given = inputs_embeds if input_ids is None else input_ids
         targets = self._targets(given, labels, shift_labels, logits_to_keep, return_logits)
-        with self._caching(use_cache, past_key_values, labels) as caching:
+        inputs = (inputs_embeds, cross_attention_states)
+        with self._caching(use_cache, past_key_values, labels, *inputs) as caching:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

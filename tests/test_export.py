@@ -74,6 +74,20 @@ def test_packed_positions(backend: tuple[str, str], hf: Any) -> None:
             assert_close(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_a_loss(backend: tuple[str, str], return_logits: bool, hf: Any) -> None:
+    model, batch = our_model(SHAPE, hf, backend), batch_of(SHAPE, prompts(20))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    inputs = {**batch, "labels": labels, "return_logits": return_logits}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs).module()
+        for given in (inputs, {**inputs, "labels": labels.masked_fill(labels % 3 == 0, -100)}):
+            assert_close(program(**given).loss, model(**given).loss)
+    with pytest.raises(RuntimeError, match=r"labels must be -100 or within 0\.\.95"):
+        program(**{**inputs, "labels": labels.fill_(SHAPE.vocab + 1)})
+
+
 def test_a_program_checks_its_input_and_keeps_no_cache(hf: Any) -> None:
     model, ids = our_model(SHAPE, hf), torch.randint(3, 90, (1, 8))
     program = torch.export.export(model, (), {"input_ids": ids}).module()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -114,6 +115,16 @@ def test_kept_logits(kept: Any, hf: Any, model: Any, batch: dict[str, Any]) -> N
         assert_close(model(**batch, logits_to_keep=kept).logits, expected)
     with pytest.raises(ValueError, match=r"logits_to_keep must be .* shape \(1, 2\)"):
         model(**batch, logits_to_keep=torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match=r"logits_to_keep must be .* got None"):
+        model(**batch, logits_to_keep=None)
+
+
+def test_a_number_of_numpy_keeps_so_many_logits(model: Any, batch: dict[str, Any]) -> None:
+    with torch.no_grad():
+        kept = model(**batch, logits_to_keep=np.int64(2)).logits
+        assert kept.equal(model(**batch, logits_to_keep=2).logits)
+        loss = model(**batch, labels=labels_of(batch), logits_to_keep=np.int64(0)).loss
+        assert loss.equal(model(**batch, labels=labels_of(batch)).loss)
 
 
 def labels_of(batch: dict[str, Any]) -> torch.Tensor:
@@ -171,3 +182,9 @@ def test_a_loss_has_a_graph_or_is_refused(model: Any, batch: dict[str, Any]) -> 
     assert cache.columns == 9
     frozen = our_model(SHAPE, model).requires_grad_(False)
     assert frozen(**batch, labels=labels, use_cache=True).past_key_values.columns == 9
+    embeds = frozen.get_input_embeddings()(batch["input_ids"]).requires_grad_()  # a learnt prompt
+    prompt = {name: value for name, value in batch.items() if name != "input_ids"}
+    with pytest.raises(ValueError, match=r"labels with use_cache=True: .* no gradient"):
+        frozen(**prompt, inputs_embeds=embeds, labels=labels, use_cache=True)
+    frozen(**prompt, inputs_embeds=embeds, labels=labels).loss.backward()
+    assert embeds.grad.abs().sum() > 0

@@ -389,6 +389,11 @@ def test_rows_that_processors_leave_nothing_are_named(model: Any) -> None:
         model.generate(PROMPT, stopping_criteria=[lambda ids, scores: torch.zeros(3)])
     with pytest.raises(ValueError, match="prefix_allowed_tokens_fn allows no token in row 0"):
         model.generate(PROMPT, prefix_allowed_tokens_fn=lambda row, ids: [])
+    for token in (-1, SHAPE.vocab):
+        with pytest.raises(ValueError, match=rf"tokens within 0\.\.95, got .*{token}.* in row 0"):
+            model.generate(PROMPT, prefix_allowed_tokens_fn=lambda row, ids: [5, token])  # noqa: B023
+    with pytest.raises(TypeError, match="or one for each of 1 rows, got None"):
+        model.generate(PROMPT, stopping_criteria=[lambda ids, scores: None])
 
 
 def test_an_ended_row_is_as_a_cache_has_it(model: Any) -> None:

@@ -96,6 +96,12 @@ def _only_allowed(function: Callable[..., Any]) -> Processor:
             allowed = torch.as_tensor(function(row, text), dtype=torch.int64, device=ids.device)
             if not allowed.numel():
                 raise ValueError(f"prefix_allowed_tokens_fn allows no token in row {row}")
+            low, high = allowed.min(), allowed.max()
+            if low < 0 or high >= scores.shape[1]:
+                raise ValueError(
+                    f"prefix_allowed_tokens_fn must allow tokens within 0..{scores.shape[1] - 1}, got "
+                    f"{low} to {high} in row {row}"
+                )
             kept[row, allowed] = scores[row, allowed]
         return kept
 
@@ -210,11 +216,12 @@ class GuidedSampler:
         self._ids = torch.cat([self._ids, tokens[:, None].to(self._ids)], dim=1)
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=self._ids.device)
         for criterion in self._criteria:
-            found = torch.as_tensor(criterion(self._ids, self._record.scores), device=ended.device)
-            if found.numel() not in (1, len(ended)):
+            found = criterion(self._ids, self._record.scores)
+            ends = None if found is None else torch.as_tensor(found, device=ended.device)
+            if ends is None or ends.numel() not in (1, len(ended)):
                 raise TypeError(
                     "a stopping_criteria must return a bool or one for each of "
-                    f"{len(ended)} rows, got {tuple(found.shape)}"
+                    f"{len(ended)} rows, got {None if ends is None else tuple(ends.shape)}"
                 )
-            ended |= found.bool().flatten()
+            ended |= ends.bool().flatten()
         return ended.tolist()
