@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +11,45 @@ from torch import Tensor
 from mllama.cache import MllamaCache
 
 
-class _Output:
-    """Access as in `transformers`: places and names skip the fields that are None."""
+class _Output(dict[str, Any]):
+    """A dictionary of the fields that are not None, in their order; trainers ask whether it is one.
 
-    def keys(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
+    May also be made of one, as libraries do that convert what is in it.
+    """
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, name) for name in self.keys())
+    def __post_init__(self) -> None:
+        first, *others = self._names()
+        given = vars(self)[first]
+        if isinstance(given, dict):
+            for name in (first, *others):
+                setattr(self, name, given.get(name))
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        values, names = vars(self), self._names()
+        if len(values) == len(names):  # else it is being made
+            dict.clear(self)
+            dict.update(self, {n: values[n] for n in names if values[n] is not None})
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(vars(self)[name] for name in self._names())
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self._names():
+            raise KeyError(key)
+        setattr(self, key, value)
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys()
+    def keys(self) -> list[str]:  # type: ignore[override]
+        return list(super().keys())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
 
 
 @dataclass

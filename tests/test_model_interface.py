@@ -14,6 +14,7 @@ from model_helpers import Prompt, Shape, assert_close, batch_of, hf_model, our_m
 import mllama
 import mllama_kernels.reference as reference
 from mllama.backend import Ops
+from mllama.outputs import CausalLMOutput
 from mllama_kernels.skinny_linear import MAX_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
@@ -150,6 +151,25 @@ def test_outputs_are_read_like_those_of_transformers(model: Any) -> None:
     assert len(hidden) == 4
     with pytest.raises(KeyError):
         output["attentions"]
+    with pytest.raises(KeyError):
+        output["attentions"] = None
+
+
+def test_an_output_is_a_dictionary_of_its_fields() -> None:
+    """Also one that a library makes anew, of another's contents (accelerate) or by pickling."""
+    logits, hidden = torch.ones(1, 2, 3), (torch.ones(1, 2, 4),)
+    output = CausalLMOutput(logits=logits, hidden_states=hidden)
+    assert isinstance(output, dict) and dict(output) == {"logits": logits, "hidden_states": hidden}
+    assert [*output] == [*output.keys()] == ["logits", "hidden_states"] and len(output) == 2
+    halved = type(output)({name: value for name, value in output.items() if name == "logits"})
+    assert halved.logits is logits and halved.hidden_states is None and halved.loss is None
+    output.loss = torch.tensor(1.0)
+    assert output[0] is output["loss"] is output.loss and next(iter(output)) == "loss"
+    output["logits"] = None
+    assert "logits" not in output and output.logits is None
+    for copied in (copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
+        assert type(copied) is CausalLMOutput and copied.loss == 1 and copied.logits is None
+        assert [*copied] == ["loss", "hidden_states"] and copied[1][0].equal(hidden[0])
 
 
 def test_training_mode_keeps_no_cache(model: Any) -> None:

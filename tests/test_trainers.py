@@ -97,6 +97,46 @@ def test_gradients_accumulate_to_those_of_one_batch(
         assert at_last == pytest.approx(after, rel=1e-4)
 
 
+def test_predictions_are_the_logits(rows: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    """Trainer asks whether an output is a dictionary; where the loss is not the model's, or there is none,
+    another one would lose its first field."""
+    unlabelled = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+    ours = WAYS["ours"](model())
+    for given, options in (
+        (rows, {}),
+        (rows, {"label_smoothing_factor": 0.1}),
+        (unlabelled, {}),
+        (rows, {"bf16_full_eval": True}),
+    ):
+        hf = model()
+        hf.config.text_config.use_cache = False  # Trainer cannot gather the cache of transformers
+        expected, got = (
+            transformers.Trainer(
+                one,
+                transformers.TrainingArguments(
+                    output_dir=str(tmp_path),
+                    report_to=[],
+                    use_cpu=True,
+                    disable_tqdm=True,
+                    **options,
+                ),
+                data_collator=stacked,
+            ).predict(given)
+            for one in (hf, ours)
+        )
+        tolerance = 2**-5 if "bf16_full_eval" in options else 1e-4
+        scale = abs(expected.predictions).max()
+        assert abs(got.predictions - expected.predictions).max() <= tolerance * scale
+        loss = expected.metrics.get("test_loss")
+        assert got.metrics.get("test_loss") == (loss and pytest.approx(loss, rel=tolerance))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(ours, arguments, train_dataset=unlabelled, data_collator=stacked)
+    with pytest.raises(ValueError, match="The model did not return a loss"):
+        trainer.train()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install trl"
 )
