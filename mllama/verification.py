@@ -206,11 +206,22 @@ class _CheckedOps:
             fits = _take(row, result, plain, exact)
             for argument in before:
                 _take_written(row, *(t[argument] for t in (before, given, plain_written, wide)))
+            for argument in set(given) - set(before):
+                if not _is_kept(given[argument], wide[argument]):
+                    row.problems.append(f"wrote to its argument {argument}")
+                    given[argument].copy_(wide[argument])
             if fits:
                 return result
         for argument, values in plain_written.items():
             given[argument].copy_(values)
         return plain if len(plain) > 1 else plain[0]
+
+
+def _is_kept(value: Any, before: Any) -> bool:
+    """Whether an argument still is what its wide copy was made of."""
+    if not torch.is_tensor(value):
+        return True
+    return bool(((value == before) | (value.isnan() & before.isnan())).all())
 
 
 def _reason(name: str, given: dict[str, Any]) -> str:
@@ -222,14 +233,18 @@ def _reason(name: str, given: dict[str, Any]) -> str:
 def _take(
     row: Comparison, result: Any, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]
 ) -> bool:
-    """Compares the results of one call. Whether they are such that a model can go on with them."""
+    """Compares the results of one call. Whether the model can go on with them: NaN would be every later
+    op's fault."""
     actual = _as_tuple(result)
     if len(actual) != len(plain):
         row.problems.append(f"{len(actual)} results, expected {len(plain)}")
         return False
     for a, p, e in zip(actual, plain, exact, strict=True):
         row.add(a, p, e)
-    return not any(map(_shape_or_dtype, actual, plain))
+    return not any(
+        _shape_or_dtype(a, p) or _not_finite(a, e)
+        for a, p, e in zip(actual, plain, exact, strict=True)
+    )
 
 
 def _take_written(
@@ -248,7 +263,10 @@ def _copies(name: str, given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _double(value: Any) -> Any:
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+    """A copy in float64; of whole numbers one in their own dtype."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -142,6 +142,43 @@ def test_what_an_op_writes_is_compared(model, inputs, monkeypatch, harm):
     broken_row(compare_ops(model, inputs), "rotary_attention_cached")
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("rms_norm", 0),
+        ("rms_norm", 1),
+        ("swiglu", 0),
+        ("vision_attention", 1),
+        ("rotary_attention", 2),
+        ("rotary_attention_cached", 0),
+        ("linear_cross_entropy", 2),  # whole numbers
+    ],
+)
+def test_an_argument_that_is_not_to_be_written_is_watched(
+    model, inputs, monkeypatch, name, argument
+):
+    kernel = getattr(mllama_kernels, name)
+
+    def scribbling(*args, **kwargs):
+        out = kernel(*args, **kwargs)
+        args[argument].select(0, 0).zero_()
+        return out
+
+    weights = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(mllama_kernels, name, scribbling)
+    rows = compare_ops(model, inputs)
+    assert "wrote to its argument" in broken_row(rows, name).verdict
+    assert [row.name for row in rows if not row.passed] == [name]
+    for key, values in model.state_dict().items():
+        torch.testing.assert_close(values, weights[key], rtol=0, atol=0, msg=key)
+
+
+def test_nan_is_the_fault_of_one_op_alone(model, inputs, monkeypatch):
+    break_op(monkeypatch, "vision_attention", lambda out: out * math.nan)
+    rows = compare_ops(model, inputs)
+    assert [row.name for row in rows if not row.passed] == ["vision_attention"]
+
+
 def test_the_arguments_that_ops_write_are_those_of_their_schemas():
     written = {
         name: tuple(
