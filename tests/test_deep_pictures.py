@@ -206,9 +206,29 @@ def test_a_black_picture_of_16_bits_is_black():
     assert not np.asarray(open_image(png(16, 0, np.zeros((3, 4), np.uint16)))).any()
 
 
-def test_floats_that_are_rescaled_twice_are_said_aloud():
+@pytest.mark.parametrize(
+    "picture",
+    [FLOATS, GREY[0] * 0 + np.ones((9, 1), np.float32), GREY > 127.0, (GREY > 127) + np.uint8(0)],
+    ids=["floats", "ones", "bools", "whole"],
+)
+def test_numbers_that_are_rescaled_twice_are_said_aloud(picture):
+    if picture.dtype == bool:
+        PROCESSOR(picture)  # white is 255
+        picture = picture.astype(np.float64)
+    picture = np.repeat(picture[..., None], 3, 2)
     with pytest.warns(UserWarning, match="pass do_rescale=False for such pictures"):
-        PROCESSOR(np.repeat(FLOATS[..., None], 3, 2))
+        PROCESSOR(picture)
+    PROCESSOR(picture, do_rescale=False)
+    PROCESSOR(picture * 0)
+
+
+def test_an_opaque_picture_is_not_bright():
+    dark = np.stack([GREY.astype(np.uint16)] * 3 + [np.full(GREY.shape, 65535, np.uint16)], 2)
+    with pytest.raises(ValueError, match="values are 0 to 255 and would be black in 16 bits"):
+        PROCESSOR(dark)
+    black = dark * np.array([0, 0, 0, 1], np.uint16)
+    want = PROCESSOR(np.zeros((*GREY.shape, 3), np.uint8)).pixel_values
+    assert np.array_equal(PROCESSOR(black).pixel_values, want)
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 3), (1, 9, 4), (1, 9, 1), (3, 9, 1), (4, 9, 1)])
@@ -229,6 +249,13 @@ def test_pictures_of_one_row_or_column_need_their_format(shape):
         )
         got = PROCESSOR(array, input_data_format="channels_first").pixel_values
         assert np.array_equal(got, PROCESSOR(last).pixel_values)
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_a_format_that_does_not_fit_is_named(data_format):
+    shape = (9, 8, 3) if data_format == "channels_first" else (3, 8, 9)
+    with pytest.raises(ValueError, match=rf"1, 3 or 4 channels, .* as {data_format} has 9"):
+        PROCESSOR(np.zeros(shape, np.uint8), input_data_format=data_format)
 
 
 def test_a_grey_array_takes_any_format():

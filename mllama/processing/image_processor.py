@@ -153,9 +153,9 @@ class MllamaImageProcessor:
             ]
             for i, sample in enumerate(samples)
         ]
-        if now["do_rescale"] and any(p.scaled for sample in pictures for p in sample):
+        if now["do_rescale"] and any(p.faint for sample in pictures for p in sample):
             warnings.warn(
-                "a picture of floats 0..1 is multiplied by rescale_factor once more and becomes nearly "
+                "a picture of numbers 0..1 is multiplied by rescale_factor once more and becomes nearly "
                 "black; pass do_rescale=False for such pictures",
                 stacklevel=3,
             )
@@ -170,7 +170,7 @@ class MllamaImageProcessor:
     ) -> _Picture:
         image = load_image(source, name=name, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
         try:
-            image, scaled = _to_pil(image, options["do_convert_rgb"], data_format)
+            image, scaled, faint = _to_pil(image, options["do_convert_rgb"], data_format)
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name}: {error}") from error
@@ -180,7 +180,7 @@ class MllamaImageProcessor:
         new_height, new_width = size_in_canvas(height, width, rows * tile, columns * tile, tile)
         resized = image.resize((new_width, new_height), resample=options["resample"])
         pixels = np.asarray(resized)
-        return _Picture(pixels.reshape(new_height, new_width, -1), scaled, rows, columns)
+        return _Picture(pixels.reshape(new_height, new_width, -1), scaled, faint, rows, columns)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **options: Any) -> MllamaImageProcessor:
@@ -245,9 +245,12 @@ class MllamaImageProcessor:
 class _Picture:
     """A resized picture and the grid of tiles it goes into."""
 
-    def __init__(self, pixels: np.ndarray, scaled: bool, rows: int, columns: int) -> None:
+    def __init__(
+        self, pixels: np.ndarray, scaled: bool, faint: bool, rows: int, columns: int
+    ) -> None:
         self.pixels = pixels  # (height, width, C) uint8
         self.scaled = scaled  # came as floats 0..1
+        self.faint = faint  # came as numbers whose largest is at most 1, and not as 0 alone
         self.rows = rows
         self.columns = columns
 
@@ -290,11 +293,11 @@ def _checked(**options: Any) -> dict[str, Any]:
 
 def _to_pil(
     image: Image.Image | np.ndarray | torch.Tensor, do_convert_rgb: bool, data_format: str | None
-) -> tuple[Image.Image, bool]:
-    """A uint8 PIL image, and whether it was scaled up from floats 0..1."""
+) -> tuple[Image.Image, bool, bool]:
+    """A uint8 PIL image, whether it was scaled up from floats 0..1, and whether its numbers were 0..1."""
     if isinstance(image, Image.Image):
         if do_convert_rgb:
-            return convert_to_rgb(image), False
+            return convert_to_rgb(image), False, False
         # modes like "P" and "F" become the numbers they store, "1" becomes 0 and 1
         array = np.asarray(image)
         array = array.astype(np.uint8) if array.dtype == bool else array
@@ -309,12 +312,17 @@ def _to_pil(
             )
         if array.ndim == 3 and _channels_first(array.shape, data_format):
             array = array.transpose(1, 2, 0)
+        if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+            raise ValueError(
+                f"a picture has 1, 3 or 4 channels, shape {tuple(image.shape)} as {data_format} has "
+                f"{array.shape[2]}"
+            )
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     values, scaled = eight_bit(array)
     pixels = Image.fromarray(np.ascontiguousarray(values))
     if do_convert_rgb and pixels.mode in ("L", "RGBA"):
         pixels = convert_to_rgb(pixels)
-    return pixels, scaled
+    return pixels, scaled, scaled or values.max() == 1
 
 
 def _channels_first(shape: tuple[int, ...], data_format: str | None) -> bool:
@@ -336,7 +344,7 @@ def _channels_first(shape: tuple[int, ...], data_format: str | None) -> bool:
             return True
         if shape[2] in channels:
             return False
-    raise ValueError(f"no axis of shape {shape} has 1, 3 or 4 channels; give input_data_format")
+    raise ValueError(f"no axis of shape {shape} has 1, 3 or 4 channels")
 
 
 @lru_cache(maxsize=32)

@@ -43,10 +43,12 @@ def eight_bit(array: np.ndarray) -> tuple[np.ndarray, bool]:
             f"that they fill, got {array.dtype}"
         )
     result = (array >> (fitting[0] - 8)).astype(np.uint8)
-    if result.max() < _DARKEST:
+    # An opaque picture is bright in its alpha alone.
+    stored, seen = (a[..., :3] if array.ndim == 3 else a for a in (array, result))
+    if seen.max() < _DARKEST and stored.any():
         raise ValueError(
-            f"pixel values are {low} to {high} and would be black in {fitting[0]} bits; scale them to "
-            f"0..{(1 << fitting[0]) - 1}, or to 0..255"
+            f"pixel values are {stored.min()} to {stored.max()} and would be black in {fitting[0]} bits; "
+            f"scale them to 0..{(1 << fitting[0]) - 1}, or to 0..255"
         )
     return result, False
 
