@@ -19,8 +19,8 @@ from mllama_kernels import _arguments, _library, reference
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-BACKEND = os.environ.get("MLLAMA_KERNELS_BACKEND", "auto")
-DISABLED = frozenset(filter(None, os.environ.get("MLLAMA_KERNELS_DISABLE", "").split(",")))
+BACKEND = os.environ.get("MLLAMA_KERNELS_BACKEND") or "auto"
+DISABLED = frozenset(os.environ.get("MLLAMA_KERNELS_DISABLE", "").replace(",", " ").split())
 if BACKEND not in ("auto", "kernels", "reference"):
     raise ValueError(f"MLLAMA_KERNELS_BACKEND={BACKEND!r}; expected auto, kernels or reference")
 if not DISABLED <= set(_library.OPS):

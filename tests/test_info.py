@@ -48,7 +48,9 @@ def test_reference_backend_and_disabled_ops_run_plain_pytorch():
     assert run(probe).returncode != 0  # the kernel has no backward
     assert run(probe, MLLAMA_KERNELS_BACKEND="reference").stdout.strip() == "True"
     assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm,skinny_linear").stdout.strip() == "True"
+    assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm, skinny_linear ").stdout.strip() == "True"
     assert run(probe, MLLAMA_KERNELS_DISABLE="rms_norm").returncode != 0
+    assert run("import mllama_kernels", MLLAMA_KERNELS_BACKEND="").returncode == 0
 
 
 @pytest.mark.parametrize(
