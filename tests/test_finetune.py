@@ -163,14 +163,16 @@ def test_any_template_that_writes_turns(
         ("{{ messages[0]['content'] }}", "does not write message 1 as it is"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "does not end every turn"),
         ("{{ raise_exception('no such talk') }}", "the chat template refuses it: no such talk"),
+        ("{{ 'Q: ' + messages[0]['content'] }}", "the chat template refuses it: .*concatenate"),
     ],
 )
 def test_templates_that_hide_what_is_said(
     processor: MllamaProcessor, tmp_path: Path, template: str, message: str
 ) -> None:
     other = MllamaProcessor(processor.image_processor, processor.tokenizer, template)
+    sample_picture(0)[0].save(tmp_path / "0.png")
     with pytest.raises(DataError, match=f"line 1: .*{message}"):
-        read_examples(write(tmp_path / "d.jsonl", conversation()), other, 1000)
+        read_examples(write(tmp_path / "d.jsonl", conversation("0.png")), other, 1000)
 
 
 def test_a_batch_of_rows_with_and_without_pictures(processor: MllamaProcessor, data: Path) -> None:
@@ -251,6 +253,15 @@ def test_faults_of_every_kind_come_together(capsys: Any, data: Path) -> None:
         ("8", 'expected {"m'),
     ]
     assert "tokens, at most 100 are taken" in told[5] and not (data.parent / "out").exists()
+
+
+def test_faults_of_both_files_come_together(capsys: Any, data: Path) -> None:
+    write(data, conversation(), "{")
+    held_out = write(data.parent / "held_out.jsonl", conversation(), conversation(), "[]")
+    for path, fault in ((held_out, "line 3: expected"), (data.parent / "none", "No such file")):
+        assert finetune(data, data.parent / "out", "--eval-data", str(path)) == 1
+        err = capsys.readouterr().err
+        assert "line 2: not JSON" in err and fault in err and str(path) in err
 
 
 def test_conversations_longer_than_the_model_takes(capsys: Any, data: Path) -> None:

@@ -22,7 +22,8 @@ from mllama.checkpoints.hub import resolve_folder
 from mllama.commands.common import add_semantics_argument, what_runs
 from mllama.processing.tiktoken import MAX_LENGTH
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
-from mllama.training.encoding import read_examples
+from mllama.training.conversations import DataError
+from mllama.training.encoding import Example, read_examples
 from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.loop import Trainer
 from mllama.training.options import TrainingOptions
@@ -90,8 +91,7 @@ def run(options: argparse.Namespace) -> int:
         require_peft()
     processor = MllamaProcessor.from_pretrained(options.model)
     limit = _longest(options, training)
-    examples = read_examples(options.data, processor, limit)
-    held_out = read_examples(options.eval_data, processor, limit) if options.eval_data else []
+    examples, held_out = _read(options, processor, limit)
     folder = RunFolder(options.output, _asked(options, training), options.resume)
     if folder.is_finished:
         print(f"the run in {options.output} is finished", file=sys.stderr)
@@ -117,6 +117,23 @@ def run(options: argparse.Namespace) -> int:
     folder.state.unlink()  # only now: until the result is whole, a resumed run writes it again
     print(f"written to {folder.path}", file=sys.stderr)
     return 0
+
+
+def _read(
+    options: argparse.Namespace, processor: MllamaProcessor, limit: int
+) -> tuple[list[Example], list[Example]]:
+    """The examples to learn and those held out. Raises: as `read_examples`, for both files together."""
+    read, faults = [], []
+    for path in (options.data, options.eval_data):
+        try:
+            read.append([] if path is None else read_examples(path, processor, limit))
+        except (DataError, OSError) as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ValueError("\n".join(map(str, faults)))
+    return read[0], read[1]
 
 
 def _longest(options: argparse.Namespace, training: TrainingOptions) -> int:

@@ -56,7 +56,7 @@ def encode(processor: MllamaProcessor, conversation: Conversation) -> Example:
     """
     try:
         text, spans = _assistant_spans(processor, conversation.messages)
-    except (TypeError, ValueError):
+    except ValueError:
         raise
     except Exception as error:  # what a template raises is its own choice
         raise ValueError(f"the chat template refuses it: {error}") from error
