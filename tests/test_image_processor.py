@@ -1,6 +1,7 @@
 """The image processor against the PIL processor of `transformers`: every value, bit for bit."""
 
 import json
+import math
 import random
 import time
 
@@ -266,6 +267,13 @@ def test_results_are_independent_and_deterministic():
         ({"size": {"shortest_edge": 28}}, "size must be an int or have keys height and width"),
         ({"max_image_tiles": 0}, "max_image_tiles must be a positive integer, got 0"),
         ({"resample": 17}, "17 is not a valid Resampling"),
+        ({"max_image_tiles": True}, "max_image_tiles must be a positive integer, got True"),
+        ({"image_std": 0}, "image_std must be a number, not 0, or one per channel, got 0"),
+        ({"image_std": (0.5, 0.0, 0.5)}, "image_std must be a number, not 0, or one per channel"),
+        ({"image_std": "0.5"}, "image_std must be a number, not 0, or one per channel, got '0.5'"),
+        ({"image_mean": [0.5, math.nan, 0.5]}, "image_mean must be a number, or one per channel"),
+        ({"image_mean": [0.5, None, 0.5]}, "image_mean must be a number, or one per channel"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a number, got '1/255'"),
     ],
 )
 def test_options_that_cannot_work(options, message):

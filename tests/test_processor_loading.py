@@ -92,6 +92,10 @@ def test_parts_that_are_given_are_used(folder):
         ({"nonsense": 1}, "unknown option 'nonsense'; there are .*padding_side"),
         ({"dtype": "auto"}, "unknown option 'dtype'"),
         (
+            {"extra_special_tokens": ["<a>"], "additional_special_tokens": ["<b>"]},
+            "extra_special_tokens was given twice, also by its older name",
+        ),
+        (
             {"padding_side": "left", "tokenizer": 1},
             "padding_side is for the tokenizer of the folder",
         ),
@@ -113,6 +117,21 @@ def test_every_argument_of_transformers_is_taken(folder):
             MllamaProcessor.from_pretrained(folder, **{name: parameter.default})
     for kind in (MllamaProcessor, MllamaTokenizer, MllamaImageProcessor):
         kind.from_pretrained(folder, use_fast=False, trust_remote_code=True, revision="main")
+
+
+@pytest.mark.parametrize("name", ["extra_special_tokens", "additional_special_tokens"])
+def test_further_special_tokens_by_either_name(folder, name):
+    got = MllamaProcessor.from_pretrained(
+        folder, backend="pil", legacy=False, clean_up_tokenization_spaces=False, **{name: ["<a>"]}
+    )
+    assert got.tokenizer.extra_special_tokens == ["<a>"]
+    assert got.tokenizer.decode(got.tokenizer.encode("x<a>"), skip_special_tokens=True) == "x"
+
+
+@pytest.mark.parametrize("template", [3, {"rag": SAY}, ["rag"]])
+def test_a_template_of_another_kind_is_refused(template):
+    with pytest.raises(TypeError, match="chat_template must be a template or a name, got"):
+        pair()[0].apply_chat_template(CONVERSATIONS[0], template)
 
 
 def test_subfolder(folder):

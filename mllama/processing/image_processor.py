@@ -8,6 +8,8 @@ to float32, cut into tiles. A uint8 pixel has 256 values, so the float arithmeti
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -281,14 +283,26 @@ def _checked(**options: Any) -> dict[str, Any]:
     if height != width or not isinstance(height, int) or height < 1:
         raise ValueError(f"size must be square and positive, got height {height}, width {width}")
     tiles = options["max_image_tiles"]
-    if not isinstance(tiles, int) or tiles < 1:
+    if not isinstance(tiles, int) or isinstance(tiles, bool) or tiles < 1:
         raise ValueError(f"max_image_tiles must be a positive integer, got {tiles!r}")
     for name in ("image_mean", "image_std"):
         value = options[name]
-        options[name] = value if isinstance(value, (int, float)) else [float(v) for v in value]
+        each = [value] if isinstance(value, (int, float)) else value
+        if not _are_numbers(each) or (name == "image_std" and 0 in each):
+            wanted = "not 0, " if name == "image_std" else ""
+            raise ValueError(f"{name} must be a number, {wanted}or one per channel, got {value!r}")
+        options[name] = value if each is not value else [float(v) for v in value]
+    if not _are_numbers([options["rescale_factor"]]):
+        raise ValueError(f"rescale_factor must be a number, got {options['rescale_factor']!r}")
     options["size"] = {"height": height, "width": width}
     options["resample"] = int(Image.Resampling(options["resample"]))
     return options
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (Sequence, np.ndarray)) and all(
+        isinstance(v, numbers.Real) and math.isfinite(v) for v in values
+    )
 
 
 def _to_pil(

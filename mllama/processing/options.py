@@ -21,7 +21,16 @@ IMAGE_OPTIONS = (
 )
 # Of from_pretrained, taken for code that was written for transformers: there is one kind of each part, and no
 # code of a checkpoint is run.
-IDLE_OPTIONS = ("use_fast", "trust_remote_code", "proxies", "resume_download")
+IDLE_OPTIONS = (
+    "use_fast",
+    "backend",
+    "trust_remote_code",
+    "proxies",
+    "resume_download",
+    "from_slow",
+    "legacy",
+    "clean_up_tokenization_spaces",
+)
 _TEXT = (
     "add_special_tokens",
     "padding",

@@ -16,7 +16,7 @@ NAMED = (
     "cls_token",
     "mask_token",
 )
-_EXTRA = ("extra_special_tokens", "additional_special_tokens")  # transformers 5's name, and 4's
+EXTRA = ("extra_special_tokens", "additional_special_tokens")  # transformers 5's name, and 4's
 NewToken = str | AddedToken
 
 
@@ -164,7 +164,7 @@ class SpecialTokens:
         """
         added = 0
         for name, value in special_tokens_dict.items():
-            if name in _EXTRA:
+            if name in EXTRA:
                 tokens = self._special(name, value, many=True)
                 kept = [] if replace_extra_special_tokens else self.extra_special_tokens
                 contents = [token.content for token in tokens]
@@ -175,7 +175,7 @@ class SpecialTokens:
                 added += self.add_tokens(tokens, special_tokens=True)
                 self._set_special_token(name, tokens[0].content)
             else:
-                known = ", ".join((*NAMED, _EXTRA[0]))
+                known = ", ".join((*NAMED, EXTRA[0]))
                 raise ValueError(f"{name!r} names no special token; there are {known}")
         return added
 

@@ -25,13 +25,17 @@ def chosen_template(templates: Templates | None, chosen: str | None) -> str:
     Args:
         templates: of the processor.
         chosen: a name among `templates`, or the source itself; None: theirs, or the one called "default".
-    Raises: ValueError when there is none, or the name is not known.
+    Raises: ValueError when there is none, or the name is not known; TypeError for what is no string.
     """
     named = templates if isinstance(templates, Mapping) else {}
     if chosen is not None:
+        if not isinstance(chosen, str):
+            raise TypeError(
+                f"chat_template must be a template or a name, got {type(chosen).__name__}"
+            )
         if chosen in named:
             return named[chosen]
-        if "{{" in chosen or "{%" in chosen:
+        if any(mark in chosen for mark in ("{{", "{%", "{#")):
             return chosen
         known = f"there are {', '.join(named)}" if named else "there are none by name"
         raise ValueError(

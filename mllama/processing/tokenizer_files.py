@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.options import IDLE_OPTIONS
-from mllama.processing.special_tokens import NAMED
+from mllama.processing.special_tokens import EXTRA, NAMED
 from mllama.processing.templates import parsed_templates
 from mllama.processing.tiktoken import MAX_LENGTH, NAMED_TOKENS, read_tiktoken
 
@@ -26,12 +26,11 @@ TOKENIZER_OPTIONS = (
     "padding_side",
     "truncation_side",
     "split_special_tokens",
-    "extra_special_tokens",
+    *EXTRA,
     *NAMED,
 )
 # Entries of a tokenizer_config.json that are written anew, or that name code or files.
 _NOT_KEPT = ("added_tokens_decoder", "auto_map", "backend", "chat_template", "tokenizer_file")
-_EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +43,10 @@ def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
     given = {key: value for key, value in options.items() if value is not None}
+    if EXTRA[1] in given:
+        if EXTRA[0] in given:
+            raise TypeError(f"{EXTRA[0]} was given twice, also by its older name {EXTRA[1]}")
+        given[EXTRA[0]] = given.pop(EXTRA[1])
     folder = resolve_folder(name, **{k: v for k, v in given.items() if k in DOWNLOAD_OPTIONS})
     arguments = _stored(folder)
     special = {**arguments["special_tokens"], **{n: given[n] for n in NAMED if n in given}}
@@ -107,7 +110,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     config = _optional_json(folder / "tokenizer_config.json")
     extra: list[str] = []
     for source in (_optional_json(folder / "special_tokens_map.json"), config):
-        for name in _EXTRA:
+        for name in EXTRA:
             tokens = source.get(name)
             if isinstance(tokens, Mapping):  # transformers 4 gives them names
                 source = {**source, **tokens}
@@ -118,7 +121,7 @@ def _stored(folder: Path) -> dict[str, Any]:
             if name.endswith("_token") and content:
                 special[name] = content
     sides = {n: config[n] for n in ("padding_side", "truncation_side") if n in config}
-    options = ("model_max_length", "split_special_tokens", *sides, *_EXTRA, *_NOT_KEPT, *special)
+    options = ("model_max_length", "split_special_tokens", *sides, *EXTRA, *_NOT_KEPT, *special)
     return {
         "backend": backend,
         "special_tokens": special,
