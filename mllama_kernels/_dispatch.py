@@ -114,7 +114,7 @@ def register(
     if _library.missing is not None:
         return
     qualified = f"mllama_kernels::{name}"
-    torch.library.register_fake(qualified)(fake)
+    torch.library.register_fake(qualified)(_on_one_device(name, fake))
     if differentiable:
         backward = backward or functools.partial(no_backward, name)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -122,6 +122,21 @@ def register(
         _LIBRARY.impl(
             name, functools.partial(_autocast, name, device, lowers), f"Autocast{device.upper()}"
         )
+
+
+def _on_one_device(name: str, fake: Function) -> Function:
+    """The fake, which one meta tensor among others calls as well: its results would be memory as it lay."""
+
+    @functools.wraps(fake)
+    def shapes(*args: Any, **kwargs: Any) -> Any:
+        kinds = {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
+        if "meta" in kinds and len(kinds) > 1:
+            raise RuntimeError(
+                f"mllama_kernels.{name}: all tensors must be on one device, got {', '.join(sorted(kinds))}"
+            )
+        return fake(*args, **kwargs)
+
+    return shapes  # type: ignore[return-value]
 
 
 def _autocast(name: str, device: str, lowers: bool, *args: Any) -> Any:
@@ -141,7 +156,7 @@ def register_backward(name: str, fake: Callable[..., Any]) -> None:
     if _library.missing is not None:
         return
     qualified = f"mllama_kernels::{name}_backward"
-    torch.library.register_fake(qualified)(fake)
+    torch.library.register_fake(qualified)(_on_one_device(name, fake))
     torch.library.register_autograd(qualified, functools.partial(no_double_backward, name))
 
 

@@ -131,6 +131,14 @@ def test_a_missing_or_unknown_argument_is_named(name, build):
         op(**arguments, wings=2)
 
 
+@pytest.mark.parametrize("name", [op for op in _library.OPS if op != "swiglu"])  # it takes one
+def test_one_meta_tensor_among_others_gives_no_values(name):
+    for argument, value in arguments_of(name).items():
+        if torch.is_tensor(value):
+            with pytest.raises(RuntimeError, match="must be on one device, got cpu, meta"):
+                getattr(mllama_kernels, name)(**arguments_of(name) | {argument: value.to("meta")})
+
+
 @pytest.mark.parametrize("name", _library.OPS)
 def test_an_error_of_the_op_itself_stays_as_it_is(name):
     arguments = arguments_of(name)
