@@ -138,6 +138,12 @@ def test_demo_prints_nothing_before_a_bad_picture(capsys, picture, tmp_path, kin
     assert code == 1 and out == "" and "bad.png" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("options", [("--seed", "3"), ("--out", "x.png")])
+def test_demo_refuses_what_a_picture_of_your_own_leaves_unused(capsys, picture, options):
+    code, out, err = run(capsys, "demo", "--image", picture, *options)
+    assert (code, out) == (1, "") and f"{options[0]} is for a rendered picture" in err
+
+
 def test_demo_prints_nothing_before_a_bad_question(capsys, picture):
     options = ["--question", "What?", "--question", "What is <|image|>?"]
     code, out, err = run(capsys, "demo", "--image", picture, *options)

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
+    for name in ("seed", "out"):
+        if options.image is not None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for a rendered picture, and --image was given")
     asked: list[tuple[str, str | None]] = [(text, None) for text in options.question or []]
     if options.image is None:
         seed = random.randrange(10**6) if options.seed is None else options.seed

@@ -281,8 +281,8 @@ class MllamaProcessor:
             tokenizer, image_processor, chat_template: used instead of those of the folder.
             **options: of the image processor (size, max_image_tiles, ...) and of the tokenizer
                 (padding_side, model_max_length, pad_token, ...) that override their files; token, revision,
-                cache_dir, local_files_only, force_download and subfolder for hub ids; use_fast and
-                trust_remote_code, which change nothing here.
+                cache_dir, local_files_only, force_download and subfolder for hub ids; use_fast, backend,
+                trust_remote_code and others of `transformers` that change nothing here.
         Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
         """
         parts = read_parts(
