@@ -1,4 +1,4 @@
-"""Strides without a meaning, those of dimensions of one element, change nothing; expanded tensors work."""
+"""Strides without a meaning, of one element or of none, change nothing; expanded tensors work."""
 
 from __future__ import annotations
 
@@ -286,3 +286,47 @@ def test_expanded_rows_of_a_pool(dtype, device):
     expected = mllama_kernels.cross_attention(*map(contiguous, (q, k, v)), **kwargs)
     actual = mllama_kernels.cross_attention(q, k, v, **kwargs)
     torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
+
+
+EMPTY = {
+    "middle": lambda: torch.empty(3, 0, 8),
+    "batch": lambda: torch.empty(0, 4, 6, 8).transpose(1, 2),
+    "rows": lambda: torch.empty(3, 5, 0, 8)[:, :4].transpose(1, 2),
+    "width": lambda: torch.empty(3, 4, 6, 0).transpose(1, 2),
+    "columns": lambda: torch.empty(8, 0, 3).transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("where", EMPTY)
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "gated_residual", "swiglu"])
+def test_rows_without_elements(name, where, device):
+    """No stride of an empty tensor matters, though its dimensions may not be merged by them."""
+    x = EMPTY[where]().to(device).requires_grad_()
+    weight = torch.randn(x.shape[-1], device=device, requires_grad=True)
+    gate = torch.randn(1, device=device, requires_grad=True)
+    args = {
+        "rms_norm": (x, weight),
+        "add_rms_norm": (x, x, weight),
+        "gated_residual": (x, x, gate),
+        "swiglu": (x,),
+    }[name]
+    out = getattr(mllama_kernels, name)(*args)
+    outs = out if isinstance(out, tuple) else (out,)
+    expected = getattr(mllama_kernels.reference, name)(*args)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert [o.shape for o in outs] == [e.shape for e in expected]
+    torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
+    assert x.grad.shape == x.shape
+    for leaf in args[1:]:
+        assert leaf.grad.eq(0).all()
+
+
+def test_attention_without_elements(device):
+    """No patch in any tile, and rows whose last dimension is not the innermost of nothing."""
+    q = torch.randn(2, 3, 2, HEAD_DIM, device=device)
+    k = torch.empty(2, 5, 0, 1, HEAD_DIM, device=device)[:, :3]
+    assert mllama_kernels.cross_attention(q, k, k).eq(0).all()
+    rows = torch.empty(2, HEAD_DIM, 0, 2, device=device).permute(0, 2, 3, 1)
+    angles = torch.empty(2, 0, HEAD_DIM // 2, device=device)
+    assert mllama_kernels.vision_attention(rows, rows, rows).shape == rows.shape
+    assert mllama_kernels.rotary_attention(rows, rows, rows, angles, angles).shape == rows.shape

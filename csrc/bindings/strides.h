@@ -1,6 +1,6 @@
 // The strides of tensors as the kernels get them, and the only code that asks torch for one. The
-// stride of a dimension of one element has no meaning: torch calls a tensor contiguous, and does
-// not copy it, whatever that stride is.
+// stride of a dimension of one element has no meaning, nor has any of a tensor without elements:
+// torch calls a tensor contiguous, and does not copy it, whatever that stride is.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,9 +15,9 @@ namespace mllama {
 
 using torch::stable::Tensor;
 
-// Of dimension i; where there are fewer than two elements, what a contiguous tensor would have.
+// Of dimension i; where it has no meaning, what a contiguous tensor would have.
 inline int64_t stride(const Tensor& t, int64_t i) {
-  if (t.size(i) > 1) return t.stride(i);
+  if (t.size(i) > 1 && t.numel() > 0) return t.stride(i);
   return i + 1 == t.dim() ? 1 : stride(t, i + 1) * std::max<int64_t>(t.size(i + 1), 1);
 }
 
@@ -46,8 +46,8 @@ inline Tensor aligned(const Tensor& t) {
   return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
 }
 
-// The leading dimensions of tensors of one shape, merged to (outer, inner); false if two do not
-// suffice.
+// The leading dimensions of tensors of one shape, merged to (outer, inner); false if so many levels
+// do not suffice. Tensors without elements have one row, which is never read.
 struct Rows {
   int64_t outer = 1, inner = 1;
   std::vector<int64_t> outer_stride, inner_stride;
@@ -74,6 +74,7 @@ inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels
       found.push_back(level);
     }
   }
+  if (lead.numel() == 0) found.clear();
   if (static_cast<int64_t>(found.size()) > levels) return false;
   const std::vector<int64_t> none(tensors.size(), 0);
   if (found.size() == 1 && levels == 2) found.insert(found.begin(), Level{1, none});
