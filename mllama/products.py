@@ -31,19 +31,27 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if (
         x.device.type != "cpu"
-        or x.dtype != weight.dtype
         or type(x) is not Tensor
         or type(weight) not in (Tensor, nn.Parameter)
-        or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     ):
         return F.linear(x, weight, bias)
-    if x.dtype in _CAPABILITIES:
-        size = x.numel() * weight.shape[0]
-        if size >= _WORTH_DECODING and not multiplies(x.dtype):
-            return _Decoded.apply(x, weight, bias)
+    size = x.numel() * weight.shape[0]
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    dtype = _computed_in(operands)
+    if dtype in _CAPABILITIES and size >= _WORTH_DECODING and not multiplies(dtype):
+        return _Decoded.apply(*(t if t is None else t.to(dtype) for t in (x, weight, bias)))
+    if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _float_product(x, weight, bias)
+
+
+def _computed_in(operands: list[Tensor]) -> torch.dtype | None:
+    """The dtype of their product, as they have it or as an autocast region casts them; None if neither."""
+    dtypes = {t.dtype for t in operands}
+    if torch.is_autocast_enabled("cpu") and dtypes <= {torch.float32, *_CAPABILITIES}:
+        return torch.get_autocast_dtype("cpu")
+    return operands[0].dtype if len(dtypes) == 1 else None
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -68,6 +76,7 @@ class _Decoded(torch.autograd.Function):
     """The product of 16-bit x and weight in float32, a panel of the weight's rows at a time."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
         out = x.new_empty(rows.shape[0], weight.shape[0])
@@ -83,6 +92,7 @@ class _Decoded(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad

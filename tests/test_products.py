@@ -164,6 +164,34 @@ def test_frozen_parts_without_16_bit_instructions(lacks_16_bits):
     assert linear.weight.grad is not None and linear.bias.grad is not None
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_without_16_bit_instructions(lacks_16_bits, dtype, inside):
+    """Rows and weights of any mixture: the product of the cast ones, with gradients in their own dtypes."""
+    for x_dtype, weight_dtype in ((torch.float32, torch.float32), (dtype, torch.float32)):
+        linear = nn.Linear(130, 100).to(weight_dtype)
+        x = randn(64, 130, dtype=x_dtype, device=CPU).requires_grad_()
+        cast, cast_x = copy.deepcopy(linear).to(dtype), x.detach().to(dtype).requires_grad_()
+        grad, want = randn(64, 100, dtype=dtype, device=CPU), multiply(cast, cast_x)
+        want.backward(grad)
+        with torch.autocast("cpu", dtype):
+            y = multiply(linear, x)
+            if inside:
+                y.backward(grad)
+        if not inside:
+            y.backward(grad)
+        assert "Decoded" in type(y.grad_fn).__name__ and torch.equal(y, want)
+        pairs = zip((x, *linear.parameters()), (cast_x, *cast.parameters()))
+        for leaf, cast_leaf in pairs:
+            assert leaf.grad.dtype == leaf.dtype and torch.equal(
+                leaf.grad.to(dtype), cast_leaf.grad
+            )
+    with torch.autocast("cpu", dtype):
+        assert multiply(linear.double(), x.detach().double()).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="same dtype"):
+        multiply(nn.Linear(130, 100), x.detach().to(dtype))
+
+
 def test_default_dtype_is_not_that_of_the_panels(lacks_16_bits):
     linear, x = nn.Linear(130, 100).bfloat16(), randn(64, 130, dtype=torch.bfloat16, device=CPU)
     want = multiply(linear, x)
