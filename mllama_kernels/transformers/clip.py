@@ -28,8 +28,9 @@ def plan_clip(plan: Plan, tower: nn.Module) -> None:
     known = type(embeddings) is CLIPVisionEmbeddings and type(norm) is nn.LayerNorm
     if known and plan.free("patch_embed", embeddings, norm):
         done = Normalised()
-        plan.add("patch_embed", embeddings, embeddings_forward, norm=norm, done=done)
         plan.add("patch_embed", norm, norm_forward, done=done)
+        reader = plan.patches[-1]
+        plan.add("patch_embed", embeddings, embeddings_forward, reader=reader, done=done)
 
 
 def attention_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +65,8 @@ class Normalised:
 
 def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
     """Embeddings and the norm that follows them in one op; the norm then passes them through."""
-    embeddings, norm, done = patch.module, patch.options["norm"], patch.options["done"]
+    embeddings, reader, done = patch.module, patch.options["reader"], patch.options["done"]
+    norm = reader.module
     inputs = by_name(patch, args, kwargs)
     convolution, position = embeddings.patch_embedding, embeddings.position_embedding
     pixels = inputs["pixel_values"].to(convolution.weight.dtype)
@@ -75,6 +77,7 @@ def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
         or torch.is_autocast_enabled(pixels.device.type)
         or pixels.shape[-2:] != side
         or type(convolution) is not nn.Conv2d
+        or not reader.serves()
         or not all(map(is_plain, (convolution, position, norm)))
         or not takes(pixels, convolution.weight, position.weight, norm.weight)
     ):

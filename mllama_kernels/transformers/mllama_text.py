@@ -68,21 +68,26 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         if "cross_attention" in plan.ops:
             plan.left["cross_attention"] = "some of the layers are of another class"
     elif plan.free("cross_attention", *owners, *layers, *attentions):
+        readers: list[Patch] = []
         for module in owners:
-            plan.add("cross_attention", module, model_forward, semantics=plan.semantics)
+            options = {"semantics": plan.semantics, "readers": readers}
+            plan.add("cross_attention", module, model_forward, **options)
         for module in layers:
             plan.add("cross_attention", module, cross_layer_forward)
         for module in attentions:
             plan.add("cross_attention", module, cross_attention_forward, semantics=plan.semantics)
+        readers += plan.patches_of(*layers, *attentions)
 
 
 def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
-    """Turns the mask per tile into a :class:`TileView` where `transformers` would expand it."""
+    """Turns the mask per tile into a :class:`TileView` where `transformers` would expand it, if all that
+    are given it know it."""
     inputs = by_name(patch, args, kwargs)
     mask = inputs.get("cross_attention_mask")
     if (
         mask is None
         or mask.dim() != 4
+        or not all(reader.serves() for reader in patch.options["readers"])
         or asks_weights(patch.module.config.get_text_config(), inputs)
     ):
         return patch.original(**inputs)

@@ -37,11 +37,14 @@ def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
         "patch_embed": embeds,
         "semantics": plan.semantics == "meta" and plan.replaceable("semantics", tower),
     }
+    readers: list[Patch] = []
     if any(reasons.values()):
         asked = [op for op, wanted in reasons.items() if wanted]
-        plan.patches.append(Patch(tower, vision_model_forward, *asked, semantics=plan.semantics))
+        options = {"semantics": plan.semantics, "readers": readers}
+        plan.patches.append(Patch(tower, vision_model_forward, *asked, **options))
     if attends:
         plan.add_all("vision_attention", attentions, vision_attention_forward)
+        readers += plan.patches_of(*attentions)
 
 
 def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +64,8 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     count, padded, width = batch * images, x.shape[2], x.shape[3]
     is_patch = torch.arange(padded, device=x.device) < tower.num_patches
     padding = ~((mask != 0).to(x.device).unsqueeze(-1) & is_patch).flatten(1)
-    if "vision_attention" not in patch.ops or _shows_nothing(padding):
+    readers = patch.options["readers"]
+    if not (readers and all(reader.serves() for reader in readers)) or _shows_nothing(padding):
         padding = _square_mask(padding, x.dtype)
 
     first = x.flatten(1, 2)

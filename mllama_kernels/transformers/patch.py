@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mllama_kernels.transformers.wrappers import redecorated
+from mllama_kernels.transformers.wrappers import has_own_forward, redecorated
 
 _BOUND = ("_method", "_undecorated", "_decorated")
 
@@ -45,14 +45,26 @@ class Patch:
             return self.function(self, *args, **kwargs)
 
         # Where that cannot be done, which `Plan` looks at beforehand, the method is the safe choice.
-        self._decorated = redecorated(self._method, replacement) or self._method
+        self._decorated = self._method
+        if has_own_forward(type(self.module)):
+            self._decorated = redecorated(self._method, replacement) or self._method
+
+    def _follow_class(self) -> None:
+        """FSDP2 changes the class of a module, and others may change the method of a class."""
+        if type(self.module).forward is not self._method:
+            self._bind()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return type(self.module).forward(self.module, *args, **kwargs)
-        if type(self.module).forward is not self._method:  # FSDP2 changes the class of a module
-            self._bind()
+        self._follow_class()
         return self._decorated(self.module, *args, **kwargs)
+
+    def serves(self) -> bool:
+        """Whether calls get to the function; not so where the class got another method since, or a
+        decorator that cannot be built again."""
+        self._follow_class()
+        return self.active and self._decorated is not self._method
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the method computes; its decorators are at work already."""

@@ -42,6 +42,9 @@ class Plan:
         for module in free:
             self.add(op, module, function)
 
+    def patches_of(self, *modules: nn.Module) -> list[Patch]:
+        return [patch for patch in self.patches if patch.module in modules]
+
     def free(self, op: str, *modules: nn.Module) -> bool:
         """Whether an op is asked for and none of the modules it needs has somebody else's forward."""
         return op in self.ops and self.replaceable(op, *modules)

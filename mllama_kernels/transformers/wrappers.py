@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -45,7 +45,8 @@ def redecorated(
     """A copy of a decorated method, with `function` in the place of the function at the bottom.
 
     Each decorator's wrapper is a function that names the next one as `__wrapped__` and holds it in its
-    closure; the copy holds the next copy there. None where one of them is built otherwise.
+    closure; the copy holds the next copy there. None where one of them is built otherwise, or has the next
+    one in something else, too.
     """
     inner = getattr(method, "__wrapped__", None)
     if inner is None:
@@ -55,6 +56,10 @@ def redecorated(
         return None
     cells = [_contents(cell) for cell in method.__closure__ or ()]
     if not any(content is inner for content in cells):
+        return None
+    others = [content for content in cells if content is not inner]
+    others += [method.__defaults__, method.__kwdefaults__]
+    if any(_reaches(other, inner, [method]) for other in others):
         return None
     copy = FunctionType(
         method.__code__,
@@ -70,6 +75,28 @@ def redecorated(
     functools.update_wrapper(copy, method)
     copy.__wrapped__ = around
     return copy
+
+
+def _reaches(value: Any, function: Callable[..., Any], seen: list[Any]) -> bool:
+    """Whether a value is a function, or has it in the closures and containers that it is made of."""
+    if value is function:
+        return True
+    if any(value is other for other in seen):
+        return False
+    seen.append(value)
+    if isinstance(value, FunctionType):
+        parts = [*map(_contents, value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, MethodType):
+        parts = [value.__func__, value.__self__]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    else:
+        return False
+    return any(_reaches(part, function, seen) for part in parts)
 
 
 def _contents(cell: CellType) -> Any:
