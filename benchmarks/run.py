@@ -56,10 +56,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: those of torch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="where to write the results")
+    parser.add_argument("--output", type=Path, help="the file to write the results to")
     options = parser.parse_args(arguments)
     if unknown := set(options.what) - set(names):
         parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if options.output is not None and options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder; expected the name of a file")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for op, reason in _dispatch.plain_ops(options.device).items():
         parser.error(f"{op} cannot run on {options.device} as a kernel: {reason}")

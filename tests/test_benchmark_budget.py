@@ -174,3 +174,9 @@ def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
     assert process.returncode == 1 and "interrupted" in errors
     assert document["interrupted"] and document["parts"] == []
     assert document["rows"] or document["left_out"]
+
+
+def test_a_folder_as_output_is_refused_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["rms_norm", "--device", "cpu", "--output", str(tmp_path)])
+    assert "is a folder; expected the name of a file" in capsys.readouterr().err
