@@ -101,7 +101,11 @@ def test_a_program_checks_its_input_and_keeps_no_cache(hf: Any) -> None:
         torch.export.export(model, (), {"input_ids": ids, "use_cache": True})
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=pytest.mark.full) if "reference" in b else b for b in ON_CPU],
+    ids=lambda backend: backend[0],
+)
 def test_compiled(backend: tuple[str, str], hf: Any) -> None:
     model, batch = our_model(SHAPE, hf, backend), batch_of(SHAPE, prompts(20))
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -122,8 +122,9 @@ def row_logits(
     model: MllamaForConditionalGeneration, rows: Rows, tiles: ImageTiles
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, V) at the tokens before each answer token of the rows, and those tokens (n,)."""
-    text = check_text(model.config.text_config, rows.input_ids, None, None, None, None)
-    hidden = model.model.language_model.run(
+    tower = model.model.language_model
+    text = check_text(tower.config, rows.input_ids, None, None, None, None, tower.embed_tokens)
+    hidden = tower.run(
         text,
         ImageTiles(tiles.states, tiles.table[rows.picture]),
         rows.cross_attention_mask,
