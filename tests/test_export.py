@@ -103,8 +103,10 @@ def test_a_program_checks_its_input_and_keeps_no_cache(hf: Any) -> None:
 
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param(b, marks=pytest.mark.full) if "reference" in b else b for b in ON_CPU],
-    ids=lambda backend: backend[0],
+    [
+        pytest.param(*b.values, id=b.id, marks=[pytest.mark.full] * (b.id == "reference"))
+        for b in ON_CPU
+    ],
 )
 def test_compiled(backend: tuple[str, str], hf: Any) -> None:
     model, batch = our_model(SHAPE, hf, backend), batch_of(SHAPE, prompts(20))
