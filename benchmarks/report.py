@@ -44,8 +44,12 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def newest(runs: list[dict[str, Any]], kind: str, part: str) -> dict[str, Any] | None:
-    """The latest run on a kind of device that has all of a part: rows of two runs are never mixed."""
+    """The latest run on a kind of device that has all of a part: rows of two runs are never mixed.
+
+    One that was kept to fewer instructions than its CPU has is there for its own table alone.
+    """
     fits = [run for run in runs if run["machine"]["kind"] == kind and part in run["parts"]]
+    fits = [run for run in fits if not run["machine"].get("kept_to")]
     return fits[-1] if fits else None
 
 

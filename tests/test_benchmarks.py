@@ -348,6 +348,10 @@ def test_only_the_newest_complete_run_of_a_kind_counts():
     assert report.newest(runs, "cpu", "model")["file"] == "part.json"
     assert report.newest(runs, "cuda", "ops")["file"] == "gpu.json"
     assert report.newest(runs[:2], "cuda", "ops") is None
+    narrowed = sample_run(started="2026-01-05", file="avx2.json")
+    narrowed["machine"]["kept_to"] = {"MLLAMA_KERNELS_CPU_ISA": "avx2"}
+    assert report.newest([*runs, narrowed], "cpu", "ops")["file"] == "new.json"
+    assert "MLLAMA_KERNELS_CPU_ISA=avx2" in report.machine_in_words(narrowed)
     section = report.readme_section(runs)
     assert all(name in section for name in ("new.md", "part.md", "gpu.md"))
     assert "old.md" not in section
