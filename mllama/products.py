@@ -25,7 +25,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)`` of x (..., in), weight (out, in) and bias (out,).
 
     On a CPU PyTorch gives only those 16-bit products to oneDNN that the CPU has instructions for; the others
-    run at a tenth of float32's rate or less, and go through float32 here, with one rounding at the end.
+    run at a quarter of float32's rate or less, and go through float32 here, with one rounding at the end.
     Products of float32 it gives to the BLAS, which can be much the slower (see benchmarks/README.md). oneDNN
     sums in longer chains, so its rounding error is up to 2.2 times MKL's, and its product has no gradient.
     """
