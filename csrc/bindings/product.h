@@ -23,7 +23,7 @@ inline void library_product(const Tensor& a, const Tensor& b, const Tensor& out)
 }
 
 // Whether PyTorch multiplies matrices of t's dtype by instructions of this CPU; if not, its
-// products of 16 bits run at a tenth of float32's rate or less.
+// products of 16 bits run at a quarter of float32's rate or less.
 inline bool is_multiplied(const Tensor& t) {
   if (!t.is_cpu() || t.element_size() != 2) return true;
   const bool bfloat16 = t.scalar_type() == ScalarType::BFloat16;
