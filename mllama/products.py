@@ -13,7 +13,7 @@ from torch import Tensor, nn
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _LARGE_PRODUCT = 1 << 23  # multiply-adds from which that is worth its 20 us of overhead
 _WORTH_DECODING = 1 << 20  # multiply-adds from which decoding is
-# Of float32 weights at a time: from 2048 products per weight on it costs a tenth, whatever the rows.
+# Of float32 weights at a time: with less the library's products are slow, with more memory is touched anew.
 _PANEL_BYTES = 16 << 20
 _CAPABILITIES = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
