@@ -33,5 +33,5 @@ done
 if [ $# -eq 0 ]; then
   echo "static figures"
   cd "$tests/.."
-  "$python" -m benchmarks.static "$work/site" "$work/simulator" --check
+  CUDASIM_THREADS=2 "$python" -m benchmarks.static "$work/site" "$work/simulator" --check
 fi
