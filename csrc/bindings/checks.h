@@ -1,6 +1,6 @@
-// What the bindings of all ops share: argument checks and the launch on a tensor's device. With
-// bindings.cpp and bindings_backward.cpp the only code that knows torch. LibTorch stable ABI, so
-// one binary serves every torch from 2.11 on.
+// What the bindings of all ops share: argument checks and the launch on a tensor's device. This
+// folder is the only code that knows torch. LibTorch stable ABI, so one binary serves every torch
+// from 2.11 on.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
