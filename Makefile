@@ -13,7 +13,8 @@ export MLLAMA_KERNELS_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 HAS_TORCH = $(shell $(PYTHON) -c "import torch; print(int(tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 11)))" 2>/dev/null)
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
+SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: demo test lint build bench
 .DELETE_ON_ERROR:
@@ -56,4 +57,4 @@ bench: $(VENV)/bench
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/*.cpp tests/*/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/*.cpp tests/*/*.h)

@@ -1,13 +1,14 @@
-"""How long a run may take, what it is doing now, and whether it was told to stop."""
+"""How long a run may take, what it is doing now, and whether it was asked to stop."""
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 QUICK_SECONDS = 300.0
@@ -19,7 +20,7 @@ class Budget:
     Args:
         seconds: of the run; infinite: as long as it takes.
     Attributes:
-        interrupted: it was told to stop: what runs is finished, and nothing begins any more.
+        interrupted: it was asked to stop: what runs is finished, and nothing begins any more.
     """
 
     def __init__(self, seconds: float = math.inf) -> None:
@@ -33,7 +34,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds until the run, or the part of it that runs, shall have ended."""
+        """Seconds until the run, or the part of it that runs, must have ended."""
         return 0.0 if self.interrupted else max(0.0, self._end - time.monotonic())
 
     @property
@@ -52,7 +53,10 @@ class Budget:
 
     def say(self, what: str) -> None:
         """One line of progress on stderr: the clock, and what runs."""
-        print(f"[{_clock(time.monotonic() - self._begin)}] {what}", file=sys.stderr, flush=True)
+        print(self._line(what), file=sys.stderr, flush=True)
+
+    def _line(self, what: str) -> str:
+        return f"[{_clock(time.monotonic() - self._begin)}] {what}"
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -62,7 +66,11 @@ class Budget:
             if self.interrupted:
                 raise KeyboardInterrupt
             self.interrupted = True
-            self.say("interrupted: ends after the call that runs; once more ends it at once")
+            line = self._line("interrupted: ends after this call; once more ends it at once")
+            # Not by print: the signal may have come in the middle of one. Not to descriptor 2, which
+            # is another file's where stderr was closed.
+            with suppress(AttributeError, OSError, ValueError):
+                os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

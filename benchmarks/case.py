@@ -11,6 +11,7 @@ from torch import Tensor
 
 OURS = "mllama_kernels"
 PLAIN = "pytorch"
+ACCELERATED = "transformers accelerated"  # it runs our kernels too
 
 Arguments = tuple[Any, ...]
 

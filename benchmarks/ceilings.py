@@ -56,7 +56,7 @@ def _size(device: torch.device) -> int:
 
 
 def bandwidth(device: torch.device, rounds: int) -> dict[str, float]:
-    """GB/s of a copy (read plus written) and of reading alone, the best rounds."""
+    """GB/s of a copy (read plus written) and of reading only, the best rounds."""
     size = _size(device)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import Arguments, Case, Impl, whole
+from mllama_kernels.testing import Norms, allowed, to_double
 
-# A peer may round where it likes, in the probabilities and between its steps. Ours is held to what the
-# tests allow (tests/numerics.py): its largest error to the case's ``largest``, the Euclidean one to this.
+# A peer may round where it likes, in the probabilities and between its steps. Ours is held to less than the
+# tests allow: its largest error to the case's ``largest``, the 2-norm to this.
 OURS_AT_MOST, PEER_AT_MOST = 2.0, 8.0
+# What the largest error and the 2-norm are called in a result file.
+MEASURES = ("max_abs", "relative")
 
 
-@dataclass(frozen=True)
-class Error:
-    """Distance from the float64 result: the largest, and the Euclidean one relative to the result."""
-
-    max_abs: float
-    relative: float
-
-    def to_json(self) -> dict[str, float]:
-        return {"max_abs": self.max_abs, "relative": self.relative}
+def to_json(error: Norms) -> dict[str, float]:
+    """A distance as it stands in a result file."""
+    return dict(zip(MEASURES, error, strict=True))
 
 
-def to_double(value: Any) -> Any:
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
-
-
-def distance(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Error:
-    """The worst over the outputs. NaN, infinity or another shape is infinitely far."""
-    largest = relative = 0.0
+def distance(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Norms:
+    """The worst over the outputs, the 2-norm relative to the exact one. NaN, infinity or another shape is
+    infinitely far."""
+    worst = Norms()
     for a, e in zip(actual, exact, strict=True):
         if a.shape != e.shape or not a.isfinite().all():
-            return Error(float("inf"), float("inf"))
-        difference = a.double() - e.double()
-        norm = torch.linalg.vector_norm(e.double()).item()
-        largest = max(largest, difference.abs().max().item())
-        error = torch.linalg.vector_norm(difference).item()
-        relative = max(relative, error / norm if norm else float(error > 0) * float("inf"))
-    return Error(largest, relative)
+            return Norms(math.inf, math.inf)
+        error, size = Norms.of(a.double() - e.double()), Norms.of(e.double())
+        relative = error.root / size.root if size.root else math.inf if error.root else 0.0
+        worst = Norms(max(worst.largest, error.largest), max(worst.root, relative))
+    return worst
 
 
 class Gate:
@@ -52,21 +44,18 @@ class Gate:
         plain = whole(case.truth(*args))
         self.exact = plain if case.exact_match else whole(case.truth(*map(to_double, args)))
         self.plain = distance(plain, self.exact)
-        largest = max((e.abs().max().item() for e in self.exact), default=0.0)
-        if case.exact_match:
-            self.rounding = Error(0.0, 0.0)
-        else:  # half an ulp of the largest value: the rounding of the store
-            ulp = torch.finfo(case.dtype).eps / 2
-            self.rounding = Error(ulp * float(largest), ulp)
+        # The rounding of the store, of the largest value.
+        ulp = 0.0 if case.exact_match else torch.finfo(case.dtype).eps / 2
+        self.rounding = Norms(ulp * max(Norms.of(e.double()).largest for e in self.exact), ulp)
 
-    def check(self, impl: Impl, output: Any, ours: bool) -> tuple[Error, str | None]:
+    def check(self, impl: Impl, output: Any, ours: bool) -> tuple[Norms, str | None]:
         """The error, and why the implementation is refused, if it is."""
         error = distance(self.case.select(impl.result(output)), self.exact)
-        factors = (self.case.largest, OURS_AT_MOST) if ours else (PEER_AT_MOST, PEER_AT_MOST)
-        for name, factor in zip(("max_abs", "relative"), factors):
-            allowed = max(factor * getattr(self.plain, name), getattr(self.rounding, name))
-            if not ours:
-                allowed = max(allowed, factor * getattr(self.rounding, name))
-            if not getattr(error, name) <= allowed:
-                return error, f"{name} error {getattr(error, name):.2e}, allowed {allowed:.2e}"
+        if ours:
+            limit = allowed(self.plain, self.rounding, OURS_AT_MOST, self.case.largest)
+        else:
+            limit = allowed(self.plain, self.rounding.times(PEER_AT_MOST), PEER_AT_MOST)
+        for name, value, most in zip(MEASURES, error, limit, strict=True):
+            if not value <= most:
+                return error, f"{name} error {value:.2e}, allowed {most:.2e}"
         return error, None

@@ -10,7 +10,7 @@ import torch
 from benchmarks import ceilings, machine
 from benchmarks.budget import Budget
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl
-from benchmarks.correctness import Gate
+from benchmarks.correctness import Gate, to_json
 from benchmarks.peers import backend_used, wrong_backend
 from benchmarks.timing import (
     CpuTimer,
@@ -27,7 +27,7 @@ INTERRUPTED = "the run was interrupted before"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Effort:
     """How long to measure.
 
     Attributes:
@@ -46,7 +46,7 @@ class Plan:
     compiles: bool = True
 
     @classmethod
-    def of(cls, device: torch.device, quick: bool, budget: Budget) -> Plan:
+    def of(cls, device: torch.device, quick: bool, budget: Budget) -> Effort:
         gpu = device.type == "cuda"
         rounds = (5 if quick else 11) if gpu else (3 if quick else 5)
         seconds = 0.005 if gpu else 0.03
@@ -81,54 +81,54 @@ class _Contestant:
     def refuse(self, status: str, reason: str) -> None:
         self.record |= {"status": status, "reason": reason}
 
-    def admit(self, gate: Gate, copies: list[Arguments], plan: Plan) -> None:
+    def admit(self, gate: Gate, copies: list[Arguments], effort: Effort) -> None:
         """Check it on the first copy and, if it is right and what it says it is, make its timer."""
         if self.impl.unavailable:
             return self.refuse("unavailable", self.impl.unavailable)
-        if plan.budget.interrupted:
+        if effort.budget.interrupted:
             return self.refuse("left out", INTERRUPTED)
-        if plan.budget.over and self.impl.name not in (OURS, PLAIN):
+        if effort.budget.over and self.impl.name not in (OURS, PLAIN):
             return self.refuse("left out", "no time was left")
-        if self.impl.name == "torch.compile" and not plan.compiles:
+        if self.impl.name == "torch.compile" and not effort.compiles:
             return self.refuse("left out", "compiling takes longer than a quick run")
         try:
             prepared = [self.impl.prepare(*args) for args in copies]
             output = self.impl.call(*prepared[0])
             error, refusal = gate.check(self.impl, output, self.is_ours)
             del output
-            self.record["error"] = error.to_json()
+            self.record["error"] = to_json(error)
             if refusal:
                 return self.refuse("wrong", refusal)
-            used = backend_used(self.impl.name, lambda: self.impl.call(*prepared[0]), plan.device)
+            used = backend_used(self.impl.name, lambda: self.impl.call(*prepared[0]), effort.device)
             self.record |= {"ran": used} if used else {}
             if refusal := wrong_backend(self.impl.name, used):
                 return self.refuse("unavailable", refusal)
-            self.timer = make_timer(plan.device, self.impl.call, prepared, plan.seconds)
+            self.timer = make_timer(effort.device, self.impl.call, prepared, effort.seconds)
         except Exception as error:  # a peer may fail in any way; the row says how
             self.refuse("failed", in_words(error))
 
 
-def measure(case: Case, plan: Plan) -> dict[str, Any]:
+def measure(case: Case, effort: Effort) -> dict[str, Any]:
     """The row of a case, ready for JSON. Only implementations that passed the gate have times."""
     with torch.inference_mode(not case.backward):
-        return _measure(case, plan)
+        return _measure(case, effort)
 
 
-def _measure(case: Case, plan: Plan) -> dict[str, Any]:
+def _measure(case: Case, effort: Effort) -> dict[str, Any]:
     torch.compiler.reset()
     first = case.make()
     gate = Gate(case, first)
-    copies = copies_for(nbytes(first), plan.cold_bytes)
+    copies = copies_for(nbytes(first), effort.cold_bytes)
     arguments = [first, *(case.make() for _ in range(copies.count - 1))]
-    before = machine.state(plan.device)
+    before = machine.state(effort.device)
     contestants = [_Contestant(impl, impl.name == OURS) for impl in case.impls]
     for contestant in contestants:
-        contestant.admit(gate, arguments, plan)
+        contestant.admit(gate, arguments, effort)
     timed = [c for c in contestants if c.timer is not None]
     slowest = max((c.timer.once for c in timed), default=0.0)
-    rounds = plan.rounds if slowest < plan.patience else min(3, plan.rounds)
-    times = interleave([c.timer.round for c in timed], rounds, plan.budget)
-    after = machine.state(plan.device)
+    rounds = effort.rounds if slowest < effort.patience else min(3, effort.rounds)
+    times = interleave([c.timer.round for c in timed], rounds, effort.budget)
+    after = machine.state(effort.device)
     mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
     for contestant, one in zip(timed, times):
         if one:
@@ -144,7 +144,7 @@ def _measure(case: Case, plan: Plan) -> dict[str, Any]:
         "bytes": case.bytes,
         "flops": case.flops,
         "bound": case.bound,
-        "plain_error": gate.plain.to_json(),
+        "plain_error": to_json(gate.plain),
         "state": {"before": before, "after": after},
         "impls": [c.record for c in contestants],
     }

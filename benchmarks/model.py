@@ -98,7 +98,7 @@ def build(
 def inputs_of(
     scenario: Scenario, dtype: torch.dtype, device: torch.device, vocabulary: int = VOCAB
 ) -> dict[str, Tensor]:
-    """The picture comes first, so that the semantics of both models agree on every row."""
+    """The image comes first, so that the semantics of both models agree on every row."""
     batch, prompt, tile = scenario.batch, scenario.prompt, scenario.tile
     ids = torch.randint(1000, vocabulary * 3 // 4, (batch, prompt))
     ids[:, 0] = vocabulary
@@ -185,7 +185,7 @@ def contestants(mine: Any, theirs: Any, quick: bool) -> list[Contestant]:
             theirs,
             {},
             attention("eager"),
-            "its scores of a picture take 8 GB and more" if on_cpu else None,
+            "its scores of an image take 8 GB and more" if on_cpu else None,
         ),
         Contestant(
             "transformers compiled",
@@ -222,7 +222,7 @@ def bytes_per_step(model: Any, scenario: Scenario) -> int:
     weights = sum(p.numel() for name, p in named if not any(part in name for part in unused))
     context = scenario.prompt + scenario.new // 2
     keys = context * len(text.self_attention_layers)
-    keys += scenario.picture_tokens * len(text.cross_attention_layers)
+    keys += scenario.image_tokens * len(text.cross_attention_layers)
     return (weights + scenario.batch * keys * 2 * HKV * D) * model.dtype.itemsize
 
 
@@ -323,7 +323,7 @@ def run(
     budget: Budget,
     tflops: Mapping[torch.dtype, float],
 ) -> Iterator[dict[str, Any]]:
-    """One row per dtype and scenario; a quick run on a CPU has smaller pictures where that one is slow."""
+    """One row per dtype and scenario; a quick run on a CPU has smaller images where that one is slow."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers about its own calls
     on_cpu = device.type == "cpu"
     layers = REDUCED if on_cpu else FULL

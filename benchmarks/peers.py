@@ -64,7 +64,7 @@ def sdpa_backends(
     suffix: str = "",
     names: tuple[str, ...] = ("flash", "cudnn", "efficient", "math"),
 ) -> list[Impl]:
-    """``call``, a use of SDPA, under each backend alone; with the name "" as PyTorch dispatches it."""
+    """``call``, a use of SDPA, under each backend by itself; with the name "" as PyTorch dispatches it."""
     impls = []
     for name in names:
         label = f"sdpa {name}{suffix}" if name else f"sdpa{suffix}"

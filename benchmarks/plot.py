@@ -1,4 +1,4 @@
-"""The README's figure, from a result file alone.
+"""The figure of a run, from its result file.
 
 python -m benchmarks.plot RESULT.json [--output FIGURE.svg|.png]
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import goals
 from benchmarks.case import PLAIN
-from benchmarks.report import best_peer, machine_in_words, sizes
+from benchmarks.tables import best_peer, machine_in_words, sizes
 
 PLAIN_COLOR, BEST_COLOR, EVEN_COLOR = "#9dbbdb", "#3b6ea8", "#666666"
 

@@ -25,13 +25,13 @@ import torch
 from benchmarks import cases, ceilings, machine, model, training_step
 from benchmarks.budget import QUICK_SECONDS, Budget
 from benchmarks.case import OURS, Case, Setting
-from benchmarks.measure import INTERRUPTED, Plan, add_floor, measure
+from benchmarks.measure import INTERRUPTED, Effort, add_floor, measure
+from benchmarks.runs import RESULTS
+from benchmarks.tables import DTYPES
 from benchmarks.timing import keep_freed_memory
 from mllama_kernels import _dispatch
 
-RESULTS = machine.ROOT / "benchmarks" / "results"
 FORMAT = 1
-DTYPES = ("bfloat16", "float32", "float16")
 # Of the time of a quick run, among the parts that were asked for.
 SHARES = {"ops": 0.4, "model": 0.35, "training": 0.25}
 
@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description=__doc__.splitlines()[0]
     )
-    names = [*cases.MODULES, "ops", "model", "training"]
+    names = [*cases.OPS, "ops", "model", "training"]
     parser.add_argument(
         "what", nargs="*", metavar="OP|ops|model|training", help=f"any of {', '.join(names)}"
     )
@@ -135,7 +135,7 @@ def chosen_cases(
     names: list[str], device: torch.device, options: argparse.Namespace, results: ResultFile
 ) -> list[Case]:
     """What is measured; of each op in a quick run what there is time for, or its smallest case."""
-    plans = []
+    by_op = []
     for op in names:
         if reason := cases.missing(op):
             results.document["skipped"][op] = reason
@@ -143,16 +143,16 @@ def chosen_cases(
             continue
         for name in options.dtype:
             setting = Setting(device, getattr(torch, name), options.quick)
-            plans.append(list(cases.cases(op, setting)))
+            by_op.append(list(cases.cases(op, setting)))
     if not results.budget.limited:
-        return [case for plan in plans for case in plan]
-    share = results.budget.left / max(1, sum(map(len, plans)))
+        return [case for group in by_op for case in group]
+    share = results.budget.left / max(1, sum(map(len, by_op)))
     chosen = []
-    for plan in plans:
-        seconds = {id(case): foretold(case, results.document["ceilings"]) for case in plan}
-        fits = [c for c in plan if seconds[id(c)] <= 3 * share]
-        fits = fits or [min(plan, key=lambda c: seconds[id(c)])]
-        for case in plan:
+    for group in by_op:
+        seconds = {id(case): foretold(case, results.document["ceilings"]) for case in group}
+        fits = [c for c in group if seconds[id(c)] <= 3 * share]
+        fits = fits or [min(group, key=lambda c: seconds[id(c)])]
+        for case in group:
             if case not in fits:
                 results.leave_out(case, f"would take about {seconds[id(case)]:.0f} s")
         chosen += fits
@@ -163,7 +163,7 @@ def run_ops(
     names: list[str], device: torch.device, options: argparse.Namespace, results: ResultFile
 ) -> None:
     budget = results.budget
-    plan = Plan.of(device, options.quick, budget)
+    effort = Effort.of(device, options.quick, budget)
     chosen = chosen_cases(names, device, options, results)
     for number, case in enumerate(chosen):
         if budget.over:
@@ -172,7 +172,7 @@ def run_ops(
         budget.say(f"{number + 1} of {len(chosen)} cases: {case}")
         torch.manual_seed(options.seed)
         with budget.share(1 / (len(chosen) - number)):
-            row = measure(case, plan)
+            row = measure(case, effort)
         results.add("rows", row)
         print(line(row), flush=True)
 
@@ -239,7 +239,7 @@ def measure_all(options: argparse.Namespace, budget: Budget, command: str) -> in
     path = options.output or default_path(described, started)
     results = ResultFile(path, {**head, "ceilings": ceiling}, budget)
     print(" ".join(f"{name} {value}" for name, value in ceiling.items()), flush=True)
-    ops = [op for op in cases.MODULES if not options.what or {op, "ops"} & set(options.what)]
+    ops = [op for op in cases.OPS if not options.what or {op, "ops"} & set(options.what)]
     work = {"ops": partial(run_ops, ops)} if ops else {}
     work |= {
         name: run_part
@@ -252,7 +252,7 @@ def measure_all(options: argparse.Namespace, budget: Budget, command: str) -> in
         budget.say(f"{name}; to come: {', '.join(waiting[1:]) or 'nothing'}")
         with budget.share(SHARES[name] / sum(SHARES[one] for one in waiting)):
             run_part(device, options, results)
-        if name != "ops" or len(ops) == len(cases.MODULES):
+        if name != "ops" or len(ops) == len(cases.OPS):
             parts.append(name)
         results.write(parts=[] if options.quick or budget.interrupted else parts)
     if not budget.over:

@@ -65,7 +65,7 @@ REDUCED = Layers(5, (3,), 1, 1, (0,))
 
 @dataclass(frozen=True)
 class Scenario:
-    """One picture of four tiles of ``tile`` pixels per row, ``prompt`` tokens with it, ``new`` after it."""
+    """One image of four tiles of ``tile`` pixels per row, ``prompt`` tokens with it, ``new`` after it."""
 
     batch: int
     prompt: int
@@ -73,7 +73,7 @@ class Scenario:
     tile: int = TILE
 
     @property
-    def picture_tokens(self) -> int:
+    def image_tokens(self) -> int:
         return TILES * ((self.tile // PATCH) ** 2 + 1)
 
     def sizes(self, layers: Layers) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Scenario:
 
 
 def scenarios(device: torch.device, quick: bool) -> list[Scenario]:
-    if device.type == "cpu":  # the larger batches are about decoding: their pictures are small
+    if device.type == "cpu":  # the larger batches are about decoding: their images are small
         many = [Scenario(batch, 32, 8, SMALLER_TILES[-1]) for batch in (8, 16)]
         return [Scenario(1, 32, 8), *([] if quick else many)]
     if quick:
@@ -96,19 +96,19 @@ def scenarios(device: torch.device, quick: bool) -> list[Scenario]:
 def products(model: Any, scenario: Scenario) -> tuple[int, int]:
     """Multiply-adds per row of a forward over useful tokens: of weights, and of attention by its masks."""
     text, vision = model.config.text_config, model.config.vision_config
-    tokens, picture = scenario.prompt, scenario.picture_tokens
-    of_weights = 0
+    tokens, image = scenario.prompt, scenario.image_tokens
+    weight_products = 0
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or "embed" in name:
             continue
-        of_picture = "vision" in name or "multi_modal" in name or "cross_attn.k_proj" in name
-        of_picture = of_picture or "cross_attn.v_proj" in name
-        of_weights += parameter.numel() * (picture if of_picture else tokens)
+        reads_image = "vision" in name or "multi_modal" in name or "cross_attn.k_proj" in name
+        reads_image = reads_image or "cross_attn.v_proj" in name
+        weight_products += parameter.numel() * (image if reads_image else tokens)
     layers = vision.num_hidden_layers + vision.num_global_layers
     attention = len(text.self_attention_layers) * HQ * D * tokens * tokens // 2
-    attention += len(text.cross_attention_layers) * HQ * D * tokens * picture
-    attention += layers * VISION_HEADS * VISION_DIM * picture * picture
-    return of_weights, attention
+    attention += len(text.cross_attention_layers) * HQ * D * tokens * image
+    attention += layers * VISION_HEADS * VISION_DIM * image * image
+    return weight_products, attention
 
 
 def fitting(

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import cases, machine
 from benchmarks.case import OURS, PLAIN, Case, Impl, Setting
-from benchmarks.correctness import Gate
+from benchmarks.correctness import Gate, to_json
 from benchmarks.measure import nbytes
 from benchmarks.timing import Rotation, copies_for
 
@@ -24,7 +24,7 @@ SETTING = Setting(DEVICE, torch.bfloat16, quick=True)
 
 
 def entries() -> Iterator[Any]:
-    for op in cases.MODULES:
+    for op in cases.OPS:
         if reason := cases.missing(op):
             yield pytest.param(None, None, id=op, marks=pytest.mark.skip(reason=reason))
             continue
@@ -57,5 +57,5 @@ def measure(case: Case, impl: Impl, benchmark: Any) -> None:
             torch.cuda.synchronize()
 
     benchmark.group = str(case)
-    benchmark.extra_info |= error.to_json() | {"copies": copies.count, "cold": copies.cold}
+    benchmark.extra_info |= to_json(error) | {"copies": copies.count, "cold": copies.cold}
     benchmark(once)

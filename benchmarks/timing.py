@@ -69,7 +69,7 @@ def copies_for(nbytes: int, cold_bytes: int) -> Copies:
 
 
 class Rotation:
-    """Calls a function on one copy of its arguments after the other, going on where it stopped.
+    """Calls a function on one copy of its arguments after the other, continuing where it stopped.
 
     The last result of every copy stays alive, so that outputs rotate through memory as inputs do.
     """

@@ -12,12 +12,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.case import Arguments, Case, Impl, whole
+from mllama_kernels import _library
 
 PASS = {"pass": "forward + backward"}
 # Products of attention: two forward, and five backward, where the scores are computed again.
 ATTENTION_FLOPS = 3.5
-# As in tests/numerics.py, where the reason stands.
-ATTENTION_LARGEST = 4.0
+
+
+def trained_ops() -> list[str]:
+    """The ops that have a backward kernel."""
+    return [op for op in _library.OPS if hasattr(torch.ops.mllama_kernels, f"{op}_backward")]
 
 
 def by_heads(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""A training step beside `transformers`: the loss of a picture and a text, and every parameter's gradient.
+"""A training step beside `transformers`: the loss of an image and a text, and every parameter's gradient.
 
 All models share their parameters in memory and see the same batch. What an optimizer would do, the same for
 all of them, is left out. On a CPU there are few layers and a small vocabulary, so that gradients fit into
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from benchmarks import machine, model
 from benchmarks.budget import Budget
-from benchmarks.case import OURS
+from benchmarks.case import ACCELERATED, OURS
 from benchmarks.measure import in_words
 from benchmarks.model import LEFT_OUT, PEER
 from benchmarks.scenario import FULL, SMALL_VOCABULARY, Layers, Scenario, fitting, products
 from benchmarks.shapes import VOCAB
 from benchmarks.timing import Spread, interleave, ratios, significant
 from benchmarks.training import ATTENTION_FLOPS
+from mllama.loss import IGNORED
 
 REDUCED = Layers(2, (1,), 1, 1, (0,))
 SAMPLED = 4096  # elements of each gradient that are compared
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def batch_of(
     scenario: Scenario, vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     batch = model.inputs_of(scenario, dtype, device, vocabulary)
-    ids = batch["input_ids"]  # the picture's token is the only one that is no class
+    ids = batch["input_ids"]  # the image's token is the only one that is no class
     return batch | {"labels": ids.masked_fill(ids == vocabulary, IGNORED)}
 
 
@@ -65,7 +65,7 @@ def trainees(mine: Any, theirs: Any, quick: bool) -> list[Trainee]:
     return [
         Trainee(OURS, mine, {"return_logits": False}),
         Trainee(PEER, theirs, {}),
-        Trainee("transformers accelerated", theirs, {}, partial(accelerated, theirs, loss=True)),
+        Trainee(ACCELERATED, theirs, {}, partial(accelerated, theirs, loss=True)),
         Trainee("transformers compiled", theirs, {}, partial(compiled, theirs), no_time),
         liger(theirs),
     ]
@@ -87,7 +87,7 @@ def compiled(theirs: Any) -> Iterator[None]:
 def liger(theirs: Any) -> Trainee:
     """liger-kernel patches a model for good, and functions for every model: it has a model of its own.
 
-    Its fused loss is made for the text model alone and would drop the picture.
+    Its fused loss is for the text model only and would drop the image.
     """
     name = "liger-kernel"
     if theirs.device.type == "cpu":
@@ -165,8 +165,8 @@ def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def flops_per_step(trained: Any, scenario: Scenario) -> int:
     """Products of useful tokens: a weight's once forward and twice backward, attention's by its masks."""
-    of_weights, attention = products(trained, scenario)
-    return scenario.batch * int(2 * 3 * of_weights + 4 * ATTENTION_FLOPS * attention)
+    weight_products, attention = products(trained, scenario)
+    return scenario.batch * int(2 * 3 * weight_products + 4 * ATTENTION_FLOPS * attention)
 
 
 def runs_flops(trained: Any, scenario: Scenario) -> int:
@@ -246,7 +246,7 @@ def run(
     budget: Budget,
     tflops: Mapping[torch.dtype, float],
 ) -> Iterator[dict[str, Any]]:
-    """One row per dtype and scenario; a quick run on a CPU has smaller pictures where that one is slow."""
+    """One row per dtype and scenario; a quick run on a CPU has smaller images where that one is slow."""
     on_cpu = device.type == "cpu"
     layers = REDUCED if on_cpu else FULL
     vocabulary = SMALL_VOCABULARY if on_cpu else VOCAB

@@ -26,7 +26,7 @@ constexpr int64_t kMaxWeight = int64_t{1} << 40;
 // The weights of a row must sum to less than 2^63.
 constexpr int64_t kMaxVocab = int64_t{1} << 22;
 
-// Internal linkage: the CPU kernels are compiled once per instruction set (cpu/simd.h).
+// Internal linkage: the CPU kernels are compiled once per instruction set (simd.h).
 MLLAMA_HOST_DEVICE static inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }

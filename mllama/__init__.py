@@ -6,18 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mllama.cache import MllamaCache
-    from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
-    from mllama.generation.config import GenerationConfig
-    from mllama.generation.streaming import TextStreamer
-    from mllama.model import MllamaForCausalLM, MllamaForConditionalGeneration, MllamaModel
-    from mllama.processing.image_processor import MllamaImageProcessor
-    from mllama.processing.processor import MllamaProcessor
-    from mllama.semantics import Semantics
-    from mllama.text import MllamaTextModel
-    from mllama.vision import MllamaVisionModel
+    from mllama.cache import MllamaCache as MllamaCache
+    from mllama.config import MllamaConfig as MllamaConfig
+    from mllama.config import MllamaTextConfig as MllamaTextConfig
+    from mllama.config import MllamaVisionConfig as MllamaVisionConfig
+    from mllama.generation.config import GenerationConfig as GenerationConfig
+    from mllama.generation.streaming import TextStreamer as TextStreamer
+    from mllama.model import MllamaForCausalLM as MllamaForCausalLM
+    from mllama.model import MllamaForConditionalGeneration as MllamaForConditionalGeneration
+    from mllama.model import MllamaModel as MllamaModel
+    from mllama.processing.image_processor import MllamaImageProcessor as MllamaImageProcessor
+    from mllama.processing.processor import MllamaProcessor as MllamaProcessor
+    from mllama.semantics import Semantics as Semantics
+    from mllama.text import MllamaTextModel as MllamaTextModel
+    from mllama.vision import MllamaVisionModel as MllamaVisionModel
 
-# Imported on first use: a processor needs no model, a configuration no torch ops.
+# What the imports above are to type checkers; a module is imported on first use, so that a processor
+# needs no model, a configuration no torch ops.
 _MODULES = {
     "GenerationConfig": "mllama.generation.config",
     "MllamaCache": "mllama.cache",
@@ -35,22 +40,7 @@ _MODULES = {
     "TextStreamer": "mllama.generation.streaming",
 }
 
-__all__ = [
-    "GenerationConfig",
-    "MllamaCache",
-    "MllamaConfig",
-    "MllamaForCausalLM",
-    "MllamaForConditionalGeneration",
-    "MllamaImageProcessor",
-    "MllamaModel",
-    "MllamaProcessor",
-    "MllamaTextConfig",
-    "MllamaTextModel",
-    "MllamaVisionConfig",
-    "MllamaVisionModel",
-    "Semantics",
-    "TextStreamer",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from mllama.checkpoints.key_layout import KeyLayout, canonical_name
+from mllama.wording import quoted, shown
 
 
 def adapter_key(model: nn.Module, key: str) -> str:
@@ -60,7 +61,7 @@ def _place_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
             known = any(name in table for table in places.values())
             name = name if known else adapter_key(model, name)
             given.setdefault(adapter if adapter in places else None, {})[name] = key
-    # PEFT puts the adapter into those names alone that it finds in the model.
+    # PEFT puts the adapter only into those names that it finds in the model.
     nameless = given.pop(None, {})
     if nameless:
         adapter = _adapter_of(nameless, {a: t for a, t in places.items() if a not in given})
@@ -73,7 +74,7 @@ def _place_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 
 def _split(name: str, parts: Iterable[str]) -> tuple[str, str, str]:
-    """What is before, is, and is behind the first of ``parts`` among the segments of a name."""
+    """What is before, is, and is after the first of ``parts`` among the segments of a name."""
     segments = name.split(".")
     for place, segment in enumerate(segments):
         if segment in parts:
@@ -102,16 +103,31 @@ def _adapter_of(names: Iterable[str], places: dict[str, dict[str, str]]) -> str:
     return found[0]
 
 
+def homeless(names: Sequence[str]) -> list[str]:
+    """What is said of tensors or modules of an adapter that the model has no place for, if any."""
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors of the adapter have no place in the model, such as {shown(names[0])}: it "
+        "was made for another model, or its target_modules name other layers"
+    ]
+
+
+def lacking(names: Sequence[str]) -> list[str]:
+    """What is said of tensors or modules that an adapter's file should have, if any."""
+    if not names:
+        return []
+    return [
+        f"the adapter lacks {len(names)} tensors that its target_modules call for, such as "
+        f"{shown(names[0])}"
+    ]
+
+
 def _check_tensors(names: Iterable[str], table: dict[str, str]) -> None:
-    if homeless := [name for name in names if name not in table]:
-        raise ValueError(
-            f"{len(homeless)} tensors of the adapter have no place in the model, such as {homeless[0]}: it "
-            "was made for another model, or its target_modules name other layers"
-        )
-    if absent := [name for name in table if name not in names and ".lora_" in name]:
-        raise ValueError(
-            f"the adapter lacks {len(absent)} tensors that its target_modules call for, such as {absent[0]}"
-        )
+    problems = homeless([name for name in names if name not in table])
+    problems += lacking([name for name in table if name not in names and ".lora_" in name])
+    if problems:
+        raise ValueError(problems[0])
 
 
 def _check_patterns(config: Any, names: Iterable[str]) -> None:
@@ -121,6 +137,6 @@ def _check_patterns(config: Any, names: Iterable[str]) -> None:
         for pattern in getattr(config, own, None) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in layers):
                 raise ValueError(
-                    f"the adapter's {own} names {pattern!r}, which none of its layers is called; names of "
-                    "before transformers 4.52 must be written anew there"
+                    f"the adapter's {own} names {quoted(pattern)}, which none of its layers is called; names "
+                    "of before transformers 4.52 must be written anew there"
                 )

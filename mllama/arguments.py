@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-_BOUNDS = (
-    "texts packed into one row are told by position_ids that begin again, without a mask or a cache"
-)
+from mllama.wording import quoted
+
+_BOUNDS = "texts packed into one row are told apart by position_ids that begin again, without mask or cache"
 _MASK = "cross_attention_mask (batch, length, images, tiles) says it in every model here"
 # Per name the value that asks for nothing, besides None, and why another is refused.
 REFUSED: Mapping[str, tuple[Any, str]] = {
@@ -40,7 +40,7 @@ def refuse(others: Mapping[str, Any]) -> None:
     """
     for name, value in others.items():
         if name not in REFUSED:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"forward() got an unexpected keyword argument {quoted(name)}")
         neutral, reason = REFUSED[name]
         if value is not None and (torch.is_tensor(value) or value != neutral):
             shown = tuple(value.shape) if torch.is_tensor(value) else repr(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,23 +9,37 @@ from typing import Any
 
 import torch
 
-from mllama_kernels import _dispatch, _library
+import mllama_kernels
+from mllama.wording import quoted
+from mllama_kernels import _dispatch, _library, reference
 
 BACKENDS = ("auto", "kernels", "reference")
-_MODULES = {name: "mllama_kernels" for name in BACKENDS} | {"reference": "mllama_kernels.reference"}
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class Ops:
-    """The op functions of one backend, looked up by name: ``ops.rms_norm(x, weight)``.
+    """The op functions of one backend: ``ops.rms_norm(x, weight)``.
 
     All modules of a model share one object, so changing its backend changes the whole model. It is
-    copied and pickled by what was chosen. Whether an op runs as a kernel is a matter of the tensors it
-    gets: `mllama_kernels` decides it at every call.
+    copied and pickled by what was chosen. Where the model is known to be, an op that runs as a kernel
+    there is the kernel itself; the others are those of `mllama_kernels`, which decide it at every call.
 
     Args:
         backend, device: see :meth:`select`.
     """
+
+    add_rms_norm = staticmethod(mllama_kernels.add_rms_norm)
+    cross_attention = staticmethod(mllama_kernels.cross_attention)
+    gated_residual = staticmethod(mllama_kernels.gated_residual)
+    linear_cross_entropy = staticmethod(mllama_kernels.linear_cross_entropy)
+    patch_embed = staticmethod(mllama_kernels.patch_embed)
+    rms_norm = staticmethod(mllama_kernels.rms_norm)
+    rotary_attention = staticmethod(mllama_kernels.rotary_attention)
+    rotary_attention_cached = staticmethod(mllama_kernels.rotary_attention_cached)
+    sample = staticmethod(mllama_kernels.sample)
+    skinny_linear = staticmethod(mllama_kernels.skinny_linear)
+    swiglu = staticmethod(mllama_kernels.swiglu)
+    vision_attention = staticmethod(mllama_kernels.vision_attention)
 
     def __init__(self, backend: str = "auto", device: torch.device | str = "cpu") -> None:
         self.select(backend, device)
@@ -40,10 +53,14 @@ class Ops:
         Raises: ValueError for another name; RuntimeError as :meth:`settle`.
         """
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}")
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {quoted(backend)}")
         _settle(backend, device)
+        self._choose(backend, device)
+
+    def _choose(self, backend: str, device: torch.device | str) -> None:
         self.choice, self.device = backend, torch.device(device)
-        self._module = importlib.import_module(_MODULES[backend])
+        self._module: Any = reference if backend == "reference" else mllama_kernels
+        self._take()
 
     def settle(self, device: torch.device | str) -> None:
         """Take note that the model is on a device now, or will be.
@@ -54,6 +71,7 @@ class Ops:
         """
         _settle(self.choice, device)
         self.device = torch.device(device)
+        self._take()
 
     @property
     def backend(self) -> str:
@@ -72,24 +90,35 @@ class Ops:
 
     @contextmanager
     def replaced(self, wrap: Callable[[Any], Any]) -> Iterator[None]:
-        """Within it, ops are looked up in what `wrap` makes of the module they come from."""
+        """Within it, the ops are those of what `wrap` makes of the module they come from."""
         module = self._module
         self._module = wrap(module)
+        self._take()
         try:
             yield
         finally:
             self._module = module
+            self._take()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._module, name)
+    def _take(self) -> None:
+        for name in _library.OPS:
+            function = getattr(self._module, name)
+            if self._module is mllama_kernels and _dispatch.why_not(name, self.device) is None:
+                function = _dispatch.kernel_of(function)
+            setattr(self, name, function)
 
-    def __reduce__(self) -> tuple[type[Ops], tuple[str]]:
-        return Ops, (self.choice,)
+    def __reduce__(self) -> tuple[Callable[..., Ops], tuple[str, torch.device]]:
+        return _restored, (self.choice, self.device)
 
     def __repr__(self) -> str:
         return f"Ops({self.choice!r}, {str(self.device)!r})"
+
+
+def _restored(choice: str, device: torch.device) -> Ops:
+    """A copy, or what was pickled; it asks for nothing anew, and may be where that device is not."""
+    ops = Ops.__new__(Ops)
+    ops._choose(choice, device)
+    return ops
 
 
 def _settle(backend: str, device: torch.device | str) -> None:
@@ -101,6 +130,6 @@ def _settle(backend: str, device: torch.device | str) -> None:
     if backend == "kernels":
         raise RuntimeError(f'backend="kernels": {reason}')
     asked_for = any(map(_dispatch.switched_off, _library.OPS))
-    if kind != "meta" and not asked_for and reason not in _told:
-        _told.add(reason)
+    if kind != "meta" and not asked_for and reason not in _warned:
+        _warned.add(reason)
         warnings.warn(f"on {kind} the ops run as plain PyTorch: {reason}", stacklevel=2)

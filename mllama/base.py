@@ -26,6 +26,17 @@ from mllama.vocabulary import VocabularyMixin
 _Model = TypeVar("_Model", bound="MllamaPreTrainedModel")
 
 
+def _execution_device(model: nn.Module) -> torch.device | None:
+    """That of the first module of which a hook of `accelerate` names one."""
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.empty(0, device=device).device  # an index or a name, too
+    return None
+
+
 class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Module):
     """Base of the models.
 
@@ -83,7 +94,9 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the model computes; of weights that `accelerate` has offloaded, where it will bring them."""
+        device = next(self.parameters()).device
+        return (_execution_device(self) or device) if device.type == "meta" else device
 
     @property
     def base_model(self) -> nn.Module:
@@ -106,7 +119,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """In training mode keep each layer's input alone for the backward pass, and compute the layer again.
+        """In training mode keep only each layer's input for the backward pass, and compute the layer again.
 
         Args, as in `transformers`:
             gradient_checkpointing_kwargs: ``use_reentrant`` can only be False, since the layers read image

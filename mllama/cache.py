@@ -12,6 +12,7 @@ there is room; what a prefill makes anew, ``settle`` moves to the place it had b
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from typing import Any
 
@@ -19,9 +20,13 @@ import torch
 from torch import Tensor
 
 from mllama.config import MllamaTextConfig
-from mllama.tiles import LOOSE, PADDING, ImageTiles, TileMemory, TileView
+from mllama.config_fields import integer, value_problem
+from mllama.memory import require_room
+from mllama.tiles import LOOSE, PADDING, ImageTiles, TileView, VisibleTiles
+from mllama.wording import quoted
 
 PAGE_SIZE = 64
+_SIZES = {"batch_size": integer(1, 2**20), "max_tokens": integer(1, 2**31 - 1)}
 
 
 class MllamaCache:
@@ -43,12 +48,12 @@ class MllamaCache:
         tile_table: (B, T) int32; T grows when images are added.
         tile_kinds: (B, T) int8, of which kind of image a tile is, see :mod:`mllama.tiles`; PADDING also
             where the image is forgotten.
-        memory: the tiles that the next token of each sequence sees without a mask of its own.
+        visible_tiles: those that the next token of each sequence sees without a mask of its own.
         texts: the tokens of each sequence, if ``generate`` has put them there; then it tells from
             them how much of the next prompt is here already.
         prompt_lengths: then also how many of these tokens each sequence has read; it has made the rest.
         captured: the step that ``generate`` has captured on these tensors. It lives as long as the
-            cache and stays behind when that is copied or pickled.
+            cache and is left out when that is copied or pickled.
     """
 
     def __init__(
@@ -60,7 +65,11 @@ class MllamaCache:
         device: torch.device | str,
         max_tokens: int | None = None,
     ) -> None:
-        self.batch_size, self.max_tokens = batch_size, max_tokens
+        sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
+        given = [name for name, value in sizes.items() if value is not None]
+        if problems := [p for name in given for p in value_problem(name, _SIZES[name], sizes)]:
+            raise ValueError("; ".join(problems))
+        self.batch_size, self.max_tokens = sizes["batch_size"], sizes["max_tokens"]
         self._self_index = {layer: i for i, layer in enumerate(config.self_attention_layers)}
         self._cross_index = {
             layer: i for i, layer in enumerate(sorted(config.cross_attention_layers))
@@ -81,6 +90,7 @@ class MllamaCache:
         self._places: tuple[Tensor | None, ...] = (None, None, None)
         self.reset()
         if max_tokens is not None:
+            self._require_room(-(-max_tokens // PAGE_SIZE))
             self._add_pages(-(-max_tokens // PAGE_SIZE))
 
     def reset(self) -> None:
@@ -93,7 +103,7 @@ class MllamaCache:
             self.batch_size, 0, dtype=torch.int32, device=self.lengths.device
         )
         self.tile_kinds = torch.empty_like(self.tile_table, dtype=torch.int8)
-        self.memory = TileMemory()
+        self.visible_tiles = VisibleTiles()
         self.texts: list[list[int]] | None = None
         self.prompt_lengths: list[int] | None = None
 
@@ -111,7 +121,7 @@ class MllamaCache:
             offset = self.next_position - self.lengths.unsqueeze(1)
         kept = torch.tensor(lengths, dtype=torch.int32)
         self.lengths.copy_(kept)
-        self.memory.truncate(self.lengths)
+        self.visible_tiles.truncate(self.lengths)
         self.next_position.copy_(self.lengths.unsqueeze(1) + offset)
         self.columns = max(lengths)
         if self.texts is not None:
@@ -132,7 +142,7 @@ class MllamaCache:
         for sequence, row in zip(kept, places):
             sequence[row] = True
         kept = kept.to(self.tile_kinds.device)
-        self.memory.keep_images(kept)
+        self.visible_tiles.keep_images(kept)
         kinds = self.tile_kinds[:, : count * tiles_per_image]
         self.tile_kinds = kinds.masked_fill(~kept.flatten(1), PADDING)
         is_forgotten = (kinds != PADDING) & (self.tile_kinds == PADDING)
@@ -140,29 +150,29 @@ class MllamaCache:
         self.tile_table = table.masked_fill(is_forgotten, -1)
         self.num_tiles_stored = int(self.tile_table.max()) + 1 if count else 0
 
-    def mark_images(self) -> tuple[int, Tensor, Tensor, TileMemory]:
+    def mark_images(self) -> tuple[int, Tensor, Tensor, VisibleTiles]:
         """What restore_images() needs to forget the images that are added from here on."""
-        memory = copy(self.memory)
-        memory.view = memory.view.clone()  # settle() may write the next view over this one
-        return self.num_tiles_stored, self.tile_table, self.tile_kinds, memory
+        visible = copy(self.visible_tiles)
+        visible.view = visible.view.clone()  # settle() may write the next view over this one
+        return self.num_tiles_stored, self.tile_table, self.tile_kinds, visible
 
-    def restore_images(self, mark: tuple[int, Tensor, Tensor, TileMemory]) -> None:
-        self.num_tiles_stored, self.tile_table, self.tile_kinds, self.memory = mark
+    def restore_images(self, mark: tuple[int, Tensor, Tensor, VisibleTiles]) -> None:
+        self.num_tiles_stored, self.tile_table, self.tile_kinds, self.visible_tiles = mark
 
     def settle(self) -> None:
         """Move what a prefill has made anew to its place of the last settle(), if that fits.
 
         A captured step reads the table and the view there, and everything else where it is.
         """
-        view = self.memory.view
+        view = self.visible_tiles.view
         made = (self.tile_table, view.tile_mask, view.row_mask)
         self._places = tuple(map(_moved, made, self._places))
         self.tile_table, tile_mask, row_mask = self._places
-        self.memory.view = TileView(tile_mask, row_mask)
+        self.visible_tiles.view = TileView(tile_mask, row_mask)
 
     def step_tensors(self) -> tuple[Tensor | None, ...]:
         """All that a decode step reads and writes here; None for a mask that there is not."""
-        view = self.memory.view
+        view = self.visible_tiles.view
         state = (self.page_table, self.lengths, self.next_position, self.tile_table)
         return (*state, view.tile_mask, view.row_mask, self._pages, self._tiles)
 
@@ -203,15 +213,53 @@ class MllamaCache:
 
         Raises: ValueError when the cache was made with ``max_tokens`` and they do not fit.
         """
-        needed = self.columns + tokens
-        if self.max_tokens is not None:
-            if needed > self.max_tokens:
+        max_pages = self._pages_for(self.columns, tokens)
+        if max_pages > self.page_table.shape[1]:
+            self._add_pages(max_pages)
+
+    def require_room(self, tokens: int, columns: int = 0, freed: int = 0) -> None:
+        """What reserve() of so many after ``columns`` raises, and a ValueError with the numbers where the
+        device has no memory for them, also when ``freed`` bytes are; nothing is allocated."""
+        max_pages = self._pages_for(columns, tokens)
+        if max_pages > self.page_table.shape[1]:
+            self._require_room(max_pages, freed)
+
+    def _pages_for(self, columns: int, tokens: int) -> int:
+        """Pages per sequence with room for ``tokens`` more than ``columns``."""
+        needed, held = columns + tokens, self.page_table.shape[1]
+        if self.max_tokens is not None and needed > self.max_tokens:
+            raise ValueError(
+                f"the cache was made for max_tokens={self.max_tokens}; it holds {columns} "
+                f"and {tokens} more do not fit"
+            )
+        if needed <= self.capacity:
+            return held
+        return max(-(-needed // PAGE_SIZE), 2 * held)
+
+    def check_made_for(
+        self, config: MllamaTextConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises: ValueError if it has other layers, heads, a dtype or a device than a model's."""
+        layers = (config.self_attention_layers, sorted(config.cross_attention_layers))
+        heads = (config.num_key_value_heads, config.head_dim)
+        expected = (*layers, *heads, dtype, device)
+        own_layers = (list(self._self_index), list(self._cross_index))
+        made_for = (*own_layers, self._heads, self._head_dim, self._pages.dtype, self._pages.device)
+        names = ("self-attention layers", "cross-attention layers", "key/value heads", "head_dim")
+        for name, own, needed in zip((*names, "dtype", "device"), made_for, expected, strict=True):
+            if own != needed:
                 raise ValueError(
-                    f"the cache was made for max_tokens={self.max_tokens}; it holds {self.columns} "
-                    f"and {tokens} more do not fit"
+                    f"past_key_values was made for {name} {quoted(own)}, the model has {quoted(needed)}"
                 )
-        elif needed > self.capacity:
-            self._add_pages(max(-(-needed // PAGE_SIZE), 2 * self.page_table.shape[1]))
+
+    def _require_room(self, max_pages: int, freed: int = 0) -> None:
+        layers, _, _, *page = self._pages.shape
+        pages = self.batch_size * max_pages
+        what = f"a cache of {self.batch_size} sequences with room for {max_pages * PAGE_SIZE} tokens each"
+        if pages >= 2**31:
+            raise ValueError(f"{what} has {pages} pages; they are counted in 32 bits")
+        nbytes = 2 * layers * pages * math.prod(page) * self._pages.itemsize
+        require_room(self._pages.device, nbytes, what, freed=freed)
 
     def _add_pages(self, max_pages: int) -> None:
         batch, old = self.page_table.shape

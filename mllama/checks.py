@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mllama.cache import MllamaCache
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
-from mllama.packing import Packing
+from mllama.varlen import VarlenBatch
 from mllama.vocabulary import embedding_rows
 
 
@@ -41,14 +41,14 @@ class TextInputs:
     attention_mask: Tensor | None
     position_ids: Tensor | None
 
-    def packing(self, cache: MllamaCache | None) -> Packing:
-        """How the text is packed; as in `transformers`, positions that begin again mean several texts in
+    def varlen(self, cache: MllamaCache | None) -> VarlenBatch:
+        """Where the real tokens lie; as in `transformers`, positions that begin again mean several texts in
         a row only where neither a mask nor a cache says otherwise."""
         if self.attention_mask is not None:
-            return Packing.of_mask(self.attention_mask)
+            return VarlenBatch.from_mask(self.attention_mask)
         if self.position_ids is not None and cache is None:
-            return Packing.of_positions(self.position_ids.expand(self.batch, -1))
-        return Packing.dense(self.batch, self.length, self.device)
+            return VarlenBatch.from_positions(self.position_ids.expand(self.batch, -1))
+        return VarlenBatch.dense(self.batch, self.length, self.device)
 
     def positions(self, cache: MllamaCache | None) -> Tensor:
         """(B, L) or (1, L) int64: as given, or one per column after those in the cache."""
@@ -57,12 +57,12 @@ class TextInputs:
         columns = torch.arange(self.length, device=self.device).unsqueeze(0)
         return columns if cache is None else columns + cache.next_position
 
-    def advance(self, cache: MllamaCache, packing: Packing, positions: Tensor) -> None:
+    def advance(self, cache: MllamaCache, varlen: VarlenBatch, positions: Tensor) -> None:
         """Count the tokens of this forward into the cache, on the device."""
-        if packing.rows is None:
+        if varlen.rows is None:
             cache.lengths.add_(self.length)
         else:
-            cache.lengths.add_(packing.cu_seqlens.diff())
+            cache.lengths.add_(varlen.cu_seqlens.diff())
         if self.position_ids is None:
             cache.next_position.add_(self.length)
         else:

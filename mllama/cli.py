@@ -11,11 +11,15 @@ import logging
 import os
 import sys
 
+from jinja2 import TemplateError
+
+from mllama.wording import message
+
 COMMANDS = {
-    "demo": "answer questions about a picture with the model that ships with the package",
-    "generate": "picture and prompt to text, streamed",
-    "chat": "talk with a model about pictures",
-    "finetune": "train adapters, or all weights, on conversations about pictures",
+    "demo": "answer questions about an image with the model that ships with the package",
+    "generate": "image and prompt to text, streamed",
+    "chat": "talk with a model about images",
+    "finetune": "train adapters, or all weights, on conversations about images",
     "verify": "check the kernels on this machine, with your checkpoint",
     "info": "versions, kernels, and what a checkpoint is",
 }
@@ -30,10 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"mllama.commands.{name}")
         sub = commands.add_parser(
-            name,
-            help=summary,
-            description=module.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            name, help=summary, description=module.__doc__, formatter_class=_Help
         )
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
@@ -41,9 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    try:
+        options = build_parser().parse_args(arguments)
+    except (
+        ValueError
+    ) as error:  # MLLAMA_KERNELS_* of the environment, read when the kernels are loaded
+        print(f"mllama: {message(str(error))}", file=sys.stderr)
+        return 1
     level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Escaped("%(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -59,8 +68,34 @@ def main(arguments: list[str] | None = None) -> int:
         RuntimeError,
         NotImplementedError,
         ImportError,
+        TemplateError,
     ) as error:
         if options.verbose:
             logging.getLogger("mllama").exception("failed")
-        print(f"mllama {options.command}: {error}", file=sys.stderr)
+        print(f"mllama {options.command}: {message(str(error))}", file=sys.stderr)
         return 1
+    except Exception as error:  # what nobody has thought of is an error of one line as well
+        if options.verbose:
+            logging.getLogger("mllama").exception("failed")
+        text = f"unexpected {type(error).__name__}: {message(str(error))} (`mllama -v` shows where)"
+        print(f"mllama {options.command}: {text}", file=sys.stderr)
+        return 1
+
+
+class _Help(argparse.HelpFormatter):
+    """Appends the defaults that tell a reader something; where None stands for one, the help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or default is False or default == [] or default == argparse.SUPPRESS:
+            return action.help
+        if "%(default)" in (action.help or ""):  # Python 3.10 appends it to --x, --no-x by itself
+            return action.help
+        return f"{action.help} (default: {'on' if default is True else '%(default)s'})"
+
+
+class _Escaped(logging.Formatter):
+    """Whatever is logged, by other libraries too, with nothing in it that a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return message(super().format(record))

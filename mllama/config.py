@@ -18,34 +18,58 @@ from mllama.config_fields import (
     ConfigError,
     either,
     entry,
+    integer,
     kind_problems,
     list_of,
     number,
     value_problem,
 )
-from mllama.config_fields import integer as integer_from
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
+from mllama.shapes import EXTRA_ROWS, text_parameters, vision_parameters
+from mllama.wording import quoted
 
 _ASPECT_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 _TAPS = [3, 7, 15, 23, 30]
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
+# Far beyond every model there is: what is larger is a mistake or an attack, and would take the machine along.
+_MOST_LAYERS, _MOST_TILES, _MOST_PARAMETERS = 10_000, 1024, 10**13
+_LAYERS = integer(1, _MOST_LAYERS)
+_WIDTH = integer(1, 2**20)
+_HEADS = integer(1, 2**16)
+_SIDE = integer(1, 2**16)
+_ROWS = integer(1, 2**24)
+_TILES = integer(1, _MOST_TILES)
+_EPSILON = number(0, 1000)
+_THETA = number(0, 1e30, above=True)  # float32 holds its powers
+_FACTOR = number(0, 1e9, above=True)
 _LLAMA3_ROPE = {
-    "factor": number(0, above=True),
-    "low_freq_factor": number(0, above=True),
-    "high_freq_factor": number(0, above=True),
+    "factor": _FACTOR,
+    "low_freq_factor": _FACTOR,
+    "high_freq_factor": _FACTOR,
     "original_max_position_embeddings": COUNT,
 }
-_INDICES = list_of(TOKEN, "a list of integers of at least 0")
+_INDICES = list_of(TOKEN, "a list of integers of at least 0", most=_MOST_LAYERS)
 _RATIOS = list_of(
-    list_of(COUNT, "a pair", length=2), "a list of pairs of integers of at least 1, [height, width]"
+    list_of(_TILES, "a pair", length=2),
+    "a list of pairs of integers of at least 1, [height, width]",
+    most=4096,
 )
 _ONE_TOKEN = either(TOKEN, NOTHING)
-_TOKENS = either(TOKEN, list_of(TOKEN, "a list of such integers"), NOTHING)
+_TOKENS = either(TOKEN, list_of(TOKEN, "a list of such integers", most=1024), NOTHING)
 
 
 def _faults(*checks: tuple[bool, str]) -> list[str]:
     """What is said of the checks that do not hold."""
     return [message for holds, message in checks if not holds]
+
+
+def _excess(parameters: int) -> list[str]:
+    return _faults(
+        (
+            parameters <= _MOST_PARAMETERS,
+            f"the sizes make {parameters:.3g} parameters, at most {_MOST_PARAMETERS:.0e} are possible",
+        )
+    )
 
 
 def _semantics_problems(semantics: SemanticsLike) -> list[str]:
@@ -65,18 +89,18 @@ class MllamaVisionConfig(ConfigBase):
     part: ClassVar[str | None] = "vision_config"
     settings: ClassVar[dict[str, bool]] = {**ConfigBase.settings, "output_hidden_states": False}
 
-    hidden_size: int = entry(COUNT, 1280)
+    hidden_size: int = entry(_WIDTH, 1280)
     hidden_act: str = entry(TEXT, "gelu")
-    num_hidden_layers: int = entry(COUNT, 32)
-    num_global_layers: int = entry(integer_from(0), 8)
-    attention_heads: int = entry(COUNT, 16)
-    num_channels: int = entry(COUNT, 3)
-    intermediate_size: int = entry(COUNT, 5120)
-    vision_output_dim: int = entry(COUNT, 7680)
-    image_size: int = entry(COUNT, 448)
-    patch_size: int = entry(COUNT, 14)
-    norm_eps: float = entry(number(0), 1e-5)
-    max_num_tiles: int = entry(COUNT, 4)
+    num_hidden_layers: int = entry(_LAYERS, 32)
+    num_global_layers: int = entry(integer(0, _MOST_LAYERS), 8)
+    attention_heads: int = entry(_HEADS, 16)
+    num_channels: int = entry(integer(1, 1024), 3)
+    intermediate_size: int = entry(_WIDTH, 5120)
+    vision_output_dim: int = entry(integer(1, 2**24), 7680)
+    image_size: int = entry(_SIDE, 448)
+    patch_size: int = entry(_SIDE, 14)
+    norm_eps: float = entry(_EPSILON, 1e-5)
+    max_num_tiles: int = entry(_TILES, 4)
     intermediate_layers_indices: list[int] = entry(_INDICES, None)
     supported_aspect_ratios: list[list[int]] = entry(_RATIOS, None)
     initializer_range: float = entry(number(0), 0.02)
@@ -89,7 +113,7 @@ class MllamaVisionConfig(ConfigBase):
         if self.supported_aspect_ratios is None:
             self.supported_aspect_ratios = [list(ratio) for ratio in _ASPECT_RATIOS]
         problems = kind_problems(self) + _semantics_problems(self.semantics)
-        self.check(problems or self._contradictions())
+        self.check(problems or self._contradictions() or _excess(vision_parameters(self)))
 
     def _contradictions(self) -> list[str]:
         heads, width, taps = (
@@ -97,11 +121,12 @@ class MllamaVisionConfig(ConfigBase):
             self.hidden_size,
             self.intermediate_layers_indices,
         )
-        odd = [r for r in self.supported_aspect_ratios if r[0] * r[1] > self.max_num_tiles]
+        ratios = self.supported_aspect_ratios
+        odd = [r for r in ratios if r[0] * r[1] > self.max_num_tiles]
         return _faults(
             (
                 self.hidden_act == "gelu",
-                f'vision hidden_act must be "gelu", got {self.hidden_act!r}',
+                f'vision hidden_act must be "gelu", got {quoted(self.hidden_act)}',
             ),
             (
                 width % heads == 0,
@@ -115,7 +140,8 @@ class MllamaVisionConfig(ConfigBase):
             (bool(taps), "intermediate_layers_indices must name a layer at least, got []"),
             (
                 all(i < self.num_hidden_layers for i in taps),
-                f"intermediate_layers_indices must lie within 0..{self.num_hidden_layers - 1}, got {taps}",
+                f"intermediate_layers_indices must lie within 0..{self.num_hidden_layers - 1}, "
+                f"got {quoted(taps)}",
             ),
             (
                 self.vision_output_dim == width * (1 + len(taps)),
@@ -126,6 +152,10 @@ class MllamaVisionConfig(ConfigBase):
                 not odd,
                 f"supported_aspect_ratios must be pairs of at most {self.max_num_tiles} tiles, "
                 f"got {odd[0] if odd else None}",
+            ),
+            (
+                len(set(map(tuple, ratios))) == len(ratios) > 0,
+                f"supported_aspect_ratios must be distinct, and one at least, got {quoted(ratios)}",
             ),
         )
 
@@ -159,17 +189,17 @@ class MllamaTextConfig(ConfigBase):
     model_type: ClassVar[str] = "mllama_text_model"
     part: ClassVar[str | None] = "text_config"
 
-    vocab_size: int = entry(COUNT, 128256)
-    hidden_size: int = entry(COUNT, 4096)
+    vocab_size: int = entry(_ROWS, 128256)
+    hidden_size: int = entry(_WIDTH, 4096)
     hidden_act: str = entry(TEXT, "silu")
-    num_hidden_layers: int = entry(COUNT, 40)
-    num_attention_heads: int = entry(COUNT, 32)
-    num_key_value_heads: int = entry(COUNT, 8)
-    intermediate_size: int = entry(COUNT, 14336)
+    num_hidden_layers: int = entry(_LAYERS, 40)
+    num_attention_heads: int = entry(_HEADS, 32)
+    num_key_value_heads: int = entry(_HEADS, 8)
+    intermediate_size: int = entry(_WIDTH, 14336)
     rope_parameters: dict[str, Any] | None = entry(either(ENTRIES, NOTHING), None)
-    rope_theta: float = entry(number(0, above=True), 500000.0)
+    rope_theta: float = entry(_THETA, 500000.0)
     rope_scaling: dict[str, Any] | None = entry(either(ENTRIES, NOTHING), None)
-    rms_norm_eps: float = entry(number(0), 1e-5)
+    rms_norm_eps: float = entry(_EPSILON, 1e-5)
     max_position_embeddings: int = entry(COUNT, 131072)
     initializer_range: float = entry(number(0), 0.02)
     use_cache: bool = entry(FLAG, True)
@@ -192,6 +222,7 @@ class MllamaTextConfig(ConfigBase):
                 layers = self.num_hidden_layers
                 self.cross_attention_layers = [i for i in _CROSS_LAYERS if i < layers]
             problems = self._contradictions() + self._settle_rope()
+            problems = problems or _excess(text_parameters(self))
         self.check(problems)
 
     def _contradictions(self) -> list[str]:
@@ -204,7 +235,7 @@ class MllamaTextConfig(ConfigBase):
         return _faults(
             (
                 self.hidden_act == "silu",
-                f'text hidden_act must be "silu", got {self.hidden_act!r}',
+                f'text hidden_act must be "silu", got {quoted(self.hidden_act)}',
             ),
             (
                 width % heads == 0,
@@ -220,13 +251,18 @@ class MllamaTextConfig(ConfigBase):
             ),
             (
                 all(i < layers for i in cross) and len(set(cross)) == len(cross),
-                f"cross_attention_layers must be distinct and within 0..{layers - 1}, got {cross}",
+                f"cross_attention_layers must be distinct and within 0..{layers - 1}, got {quoted(cross)}",
             ),
             (
                 len(cross) < layers,
                 "at least one layer must be self-attention; all are cross-attention",
             ),
             (self.dropout == 0, f"dropout must be 0, got {self.dropout}"),
+            (  # no field here, but `transformers` takes its rotary frequencies from it
+                self.extra.get("head_dim") in (None, width // heads),
+                f"head_dim must be hidden_size / num_attention_heads, {width // heads}, got "
+                f"{quoted(self.extra.get('head_dim'))}",
+            ),
             (
                 not self.tie_word_embeddings,
                 "tie_word_embeddings is not supported: lm_head has fewer rows",
@@ -259,8 +295,8 @@ class MllamaTextConfig(ConfigBase):
         rope.setdefault("rope_theta", self.rope_theta)
         kind = rope["rope_type"]
         if kind not in ("default", "llama3"):
-            return [f'rope_type must be "default" or "llama3", got {kind!r}']
-        needed = {"rope_theta": number(0, above=True), **(_LLAMA3_ROPE if kind == "llama3" else {})}
+            return [f'rope_type must be "default" or "llama3", got {quoted(kind)}']
+        needed = {"rope_theta": _THETA, **(_LLAMA3_ROPE if kind == "llama3" else {})}
         if missing := [key for key in needed if key not in rope]:
             return [f"llama3 rope parameters lack {missing}"]
         problems = [p for key, kind_ in needed.items() for p in value_problem(key, kind_, rope)]
@@ -281,7 +317,8 @@ class MllamaTextConfig(ConfigBase):
 
     @property
     def self_attention_layers(self) -> list[int]:
-        return [i for i in range(self.num_hidden_layers) if i not in self.cross_attention_layers]
+        cross = set(self.cross_attention_layers)
+        return [i for i in range(self.num_hidden_layers) if i not in cross]
 
 
 @dataclass
@@ -322,7 +359,7 @@ class MllamaConfig(ConfigBase):
             except ConfigError as error:
                 problems += [f"{part}: {problem}" for problem in error.problems]
         if not problems:
-            rows = self.text_config.vocab_size + 8
+            rows = self.text_config.vocab_size + EXTRA_ROWS
             problems = _faults(
                 (
                     self.image_token_index < rows,
@@ -354,16 +391,12 @@ class MllamaConfig(ConfigBase):
             del values[part]["semantics"]
         return values
 
-    def with_semantics(self, semantics: Semantics) -> MllamaConfig:
-        """A copy whose switches are ``semantics``."""
-        return dataclasses.replace(self, semantics=semantics)
-
 
 def _tower(kind: type[Config], given: Any, semantics: Semantics) -> Config:
     """A tower's configuration of what a whole one was given for it."""
     if given is None or isinstance(given, Mapping):
         given = kind.from_dict(given or {})
     if not isinstance(given, kind):
-        message = f"must be a {kind.__name__} or a dictionary, got {given!r:.80}"
+        message = f"must be a {kind.__name__} or a dictionary, got {quoted(given)}"
         raise ConfigError(kind.__name__, [message])
     return dataclasses.replace(given, semantics=semantics)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.config_fields import ConfigError
 from mllama.semantics import resolve_semantics
+from mllama.wording import quoted
 
 Config = TypeVar("Config", bound="ConfigBase")
 
@@ -37,7 +39,7 @@ class ConfigBase:
         extra: Mapping[str, Any] = vars(self)["extra"]
         for name, value in self.settings.items():
             if extra.get(name) not in (value, None):
-                problems.append(f"{name} can only be {value}, got {extra[name]!r}")
+                problems.append(f"{name} can only be {value}, got {quoted(extra[name])}")
         if problems:
             raise ConfigError(type(self).__name__, problems)
 
@@ -50,7 +52,7 @@ class ConfigBase:
         values = cls._canonical(values)
         given = values.pop("model_type", cls.model_type)
         if given != cls.model_type:
-            message = f'{cls.__name__} needs model_type "{cls.model_type}", got {given!r}'
+            message = f'{cls.__name__} needs model_type "{cls.model_type}", got {quoted(given)}'
             raise ConfigError(cls.__name__, [message])
         names = cls.field_names()
         known = {key: value for key, value in values.items() if key in names}
@@ -72,15 +74,29 @@ class ConfigBase:
 
     @classmethod
     def _canonical(cls, entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {cls.aliases.get(key, key): value for key, value in entries.items()}
+        values: dict[str, Any] = {}
+        for key, value in entries.items():
+            name = cls.aliases.get(key, key)
+            if name in values and values[name] != value:
+                message = f"{name} is there under two names, as {quoted(values[name])} and {quoted(value)}"
+                raise ConfigError(cls.__name__, [message])
+            values[name] = value
+        return values
 
     @classmethod
     def entries_of(cls, stored: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The entries for this class in a `config.json`, which may be a whole model's; None without."""
+        """The entries for this class in a `config.json`, which may be a whole model's; None without.
+
+        Raises: ConfigError for a part that is no dictionary.
+        """
         kind = stored.get("model_type")
         if cls.part is not None and kind == _WHOLE:
             semantics = {key: stored[key] for key in ("semantics",) if key in stored}
-            return {**(stored.get(cls.part) or {}), **semantics}
+            part = stored.get(cls.part)
+            if part is not None and not isinstance(part, Mapping):
+                message = f"{cls.part} must be a dictionary, got {quoted(part)}"
+                raise ConfigError(cls.__name__, [message])
+            return {**(part or {}), **semantics}
         return stored if kind == cls.model_type else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,17 +123,20 @@ class ConfigBase:
         Args:
             options: values of fields instead of the stored ones, those of a tower as a dictionary; and for
                 an id what :func:`mllama.checkpoints.hub.resolve_folder` takes.
-        Raises: ConfigError for unusable values; TypeError naming an argument that is neither.
+        Raises: ConfigError for unusable values; CheckpointError for a file that is no JSON;
+            FileNotFoundError; TypeError naming an argument that is neither.
         """
         values = dict(options)
         download = {key: values.pop(key) for key in options if key in DOWNLOAD_OPTIONS}
         if unknown := sorted(values.keys() - cls.option_names()):
             raise TypeError(
-                f"{cls.__name__}.from_pretrained() got unknown arguments {unknown}; expected fields of "
-                f"the configuration or some of {sorted(DOWNLOAD_OPTIONS)}"
+                f"{cls.__name__}.from_pretrained() got unknown arguments {quoted(unknown)}; expected "
+                f"fields of the configuration or some of {sorted(DOWNLOAD_OPTIONS)}"
             )
         path = resolve_folder(pretrained_model_name_or_path, **download) / "config.json"
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise FileNotFoundError(f"{path.parent} has no {path.name}")
+        stored = read_json(path)
         entries = cls.entries_of(stored)
         config = cls.from_dict(cls.replaced(stored if entries is None else entries, values))
         config.name_or_path = os.fspath(pretrained_model_name_or_path)

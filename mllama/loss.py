@@ -6,15 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama.checks import require_value
-
-IGNORED = -100
+from mllama_kernels._arguments import IGNORED
 
 
 def targets_of(labels: Tensor, classes: int, image_token_index: int | None = None) -> Tensor:
-    """What each token is followed by, (B, L); IGNORED where that is not learnt, as after the last one.
+    """What each token is followed by, (B, L); IGNORED where that is no target, as after the last one.
 
     Args:
-        labels: (B, L) int64, the tokens themselves (the shift happens here); -100 is ignored.
+        labels: (B, L) int64, the tokens themselves (the shift happens here); IGNORED (-100) is no target.
         classes: V of the head.
         image_token_index: a label that is never a target, since the head has no such class.
     Raises: ValueError for a label that is no class.

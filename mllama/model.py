@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from numbers import Integral
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllama.arguments import refuse
 from mllama.backend import Ops
@@ -23,22 +22,14 @@ from mllama.checks import (
     check_text,
 )
 from mllama.config import MllamaConfig, MllamaTextConfig
-from mllama.generation import GenerationMixin
-from mllama.layers import is_plain, multiply, project
-from mllama.loss import (
-    IGNORED,
-    causal_lm_loss,
-    checked_targets,
-    per_item,
-    reduction_for,
-    targets_of,
-)
+from mllama.head import LanguageHead
+from mllama.kinds import Asked
+from mllama.linear import Projection
 from mllama.outputs import BaseModelOutput, CausalLMOutput
 from mllama.semantics import SemanticsLike
-from mllama.text import MllamaTextModel
+from mllama.text import Checked, MllamaTextModel
 from mllama.tiles import IMAGE, LOOSE, ImageTiles
 from mllama.vision import MllamaVisionModel
-from mllama.vocabulary import head_rows
 
 
 class MllamaModel(MllamaPreTrainedModel):
@@ -61,7 +52,8 @@ class MllamaModel(MllamaPreTrainedModel):
         vision, text = self.config.vision_config, self.config.text_config
         self.vision_model = MllamaVisionModel(vision, backend=self.ops)
         self.language_model = MllamaTextModel(text, backend=self.ops)
-        self.multi_modal_projector = nn.Linear(vision.vision_output_dim, text.hidden_size)
+        sizes = {"multi_modal_projector": text.hidden_size}
+        self.projector = Projection(self, vision.vision_output_dim, sizes, bias=True)
         self.init_weights()
 
     def encode_images(
@@ -81,20 +73,28 @@ class MllamaModel(MllamaPreTrainedModel):
         """
         batch, is_image = pixel_values.shape[0], aspect_ratio_ids > 0
         kinds = is_image.to(torch.int8) * (IMAGE if has_tokens else LOOSE)
-        vision = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
-        states = vision.last_hidden_state.flatten(0, 2)
-        if self.semantics.imageless_rows == "leak":
-            projected = multiply(self.multi_modal_projector, states)
-            return ImageTiles.of_states(projected, batch, kinds)
-        keep = ((aspect_ratio_mask != 0) & is_image.unsqueeze(-1)).flatten(1)
-        if cross_attention_mask is not None:
-            shown = (cross_attention_mask == 1).any(1).flatten(1)
-            keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
-        if torch.compiler.is_exporting():  # no shape may depend on a value
-            every = ImageTiles.of_states(multiply(self.multi_modal_projector, states), batch)
-            return ImageTiles(every.states, every.table.where(keep, -1), kinds)
-        kept = multiply(self.multi_modal_projector, states[keep.flatten()])
-        return ImageTiles(kept, ImageTiles.table_of(keep), kinds)
+        vision = self.vision_model(
+            pixel_values=pixel_values,
+            aspect_ratio_ids=aspect_ratio_ids,
+            aspect_ratio_mask=aspect_ratio_mask,
+        )
+        states, is_read = vision.last_hidden_state, self.projector.kernel_weight(Asked) is not None
+        if not is_read:  # a projector that is called sees all of them, as in `transformers`
+            states = self.multi_modal_projector(states)
+        states, keep, exporting = states.flatten(0, 2), None, torch.compiler.is_exporting()
+        if self.semantics.imageless_rows != "leak":
+            keep = ((aspect_ratio_mask != 0) & is_image.unsqueeze(-1)).flatten(1)
+            if cross_attention_mask is not None:
+                shown = (cross_attention_mask == 1).any(1).flatten(1)
+                keep = keep | shown[:, -keep.shape[1] :]  # the new images are the last ones
+            if not exporting:  # there no shape may depend on a value
+                states = states[keep.flatten()]
+        if is_read:
+            states = self.projector(self.ops, states)
+        if keep is not None and not exporting:
+            return ImageTiles(states, ImageTiles.table_of(keep), kinds)
+        every = ImageTiles.from_states(states, batch, kinds)
+        return every if keep is None else replace(every, table=every.table.where(keep, -1))
 
     def forward(
         self,
@@ -162,15 +162,23 @@ class MllamaModel(MllamaPreTrainedModel):
                     has_tokens=input_ids is not None,
                 )
             elif cross_attention_states is not None:
-                tiles = ImageTiles.of_states(
+                tiles = ImageTiles.from_states(
                     cross_attention_states, text.batch, self._kinds_of_states(text, new_tiles)
                 )
+            arguments = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+                "inputs_embeds": inputs_embeds,
+            }
             output = self.language_model(
-                checked=(text, tiles),
+                **arguments,
+                cross_attention_states=tiles.states if tiles is not None else None,
                 cross_attention_mask=cross_attention_mask,
-                past_key_values=past_key_values,
                 use_cache=caching,
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
+                checked=Checked(text, tiles, arguments),
             )
         return output.to_tuple() if return_dict is False else output
 
@@ -180,105 +188,11 @@ class MllamaModel(MllamaPreTrainedModel):
         if text.input_ids is None or rest:
             return None
         tokens = (text.input_ids == self.config.image_token_index).sum(1, keepdim=True)
-        of_tokens = (torch.arange(images, device=text.device) < tokens).to(torch.int8) * IMAGE
-        return torch.where(tokens.any(), of_tokens, LOOSE)
+        kinds = (torch.arange(images, device=text.device) < tokens).to(torch.int8) * IMAGE
+        return torch.where(tokens.any(), kinds, LOOSE)
 
 
-class _LanguageHead(GenerationMixin, MllamaPreTrainedModel):
-    """What the models that end in logits have in common."""
-
-    lm_head: nn.Module
-    # What the Trainer of `transformers` asks: whether num_items_in_batch is taken, and by which of its
-    # losses, whose targets it counts.
-    accepts_loss_kwargs = True
-    loss_type = "ForCausalLM"
-
-    def _targets(
-        self,
-        given: Tensor | None,
-        labels: Tensor | None,
-        shift_labels: Tensor | None,
-        logits_to_keep: int | Tensor,
-        return_logits: bool,
-    ) -> Tensor | None:
-        """The checked targets (B, L) of what is given, ids or embeddings (B, L, ...)."""
-        _check_kept(logits_to_keep)
-        if labels is None:
-            if not return_logits:
-                raise ValueError("return_logits=False leaves nothing without labels")
-            return None
-        if not (isinstance(logits_to_keep, Integral) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")
-        if given is not None and labels.shape != given.shape[:2]:
-            expected, got = tuple(given.shape[:2]), tuple(labels.shape)
-            raise ValueError(f"labels must be {expected}, like the text, got {got}")
-        classes = head_rows(self.lm_head, self.config.get_text_config())
-        image_token = getattr(self.config, "image_token_index", None)
-        if shift_labels is None:
-            return targets_of(labels, classes, image_token)
-        if shift_labels.numel() != labels.numel():
-            expected, got = tuple(labels.shape), tuple(shift_labels.shape)
-            raise ValueError(f"shift_labels must be {expected}, like labels, got {got}")
-        return checked_targets(shift_labels.view_as(labels), classes, image_token)
-
-    def _caching(
-        self,
-        use_cache: bool | None,
-        cache: MllamaCache | None,
-        labels: Tensor | None,
-        *inputs: Tensor | None,
-    ) -> AbstractContextManager[bool]:
-        """As :meth:`no_grad_if_caching`. Raises: ValueError for a loss that would have no gradient."""
-        if labels is not None and (use_cache or cache is not None) and torch.is_grad_enabled():
-            if any(x is not None and x.requires_grad for x in (*inputs, *self.parameters())):
-                given = "past_key_values" if cache is not None else "use_cache=True"
-                raise ValueError(
-                    f"labels with {given}: a cache holds no graph, so the loss would have no gradient; "
-                    "train without it, or compute the loss under torch.no_grad()"
-                )
-        return self.no_grad_if_caching(use_cache, cache, labels)
-
-    def _head(
-        self,
-        hidden: Tensor,
-        targets: Tensor | None,
-        items: Tensor | int | None,
-        logits_to_keep: int | Tensor,
-        return_logits: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Loss and logits of hidden (B, L, E), as far as they are wanted."""
-        if targets is not None:
-            targets = targets.to(hidden.device)
-        if targets is not None and not return_logits:
-            is_target = targets != IGNORED
-            rows, targets = hidden[is_target], targets[is_target]
-            if not is_plain(self.lm_head):
-                return causal_lm_loss(self.lm_head(rows), targets, items), None
-            loss = self.ops.linear_cross_entropy(
-                rows, self.lm_head.weight, targets, reduction=reduction_for(items)
-            )
-            return per_item(loss, items), None
-        logits = project(self.ops, self.lm_head, _kept_columns(hidden, logits_to_keep))
-        return None if targets is None else causal_lm_loss(logits, targets, items), logits
-
-
-def _check_kept(logits_to_keep: int | Tensor) -> None:
-    wrong_shape = isinstance(logits_to_keep, Tensor) and logits_to_keep.dim() != 1
-    if logits_to_keep is None or wrong_shape:
-        got = f"a tensor of shape {tuple(logits_to_keep.shape)}" if wrong_shape else None
-        raise ValueError(
-            f"logits_to_keep must be a number of columns or their indices (n,), got {got}"
-        )
-
-
-def _kept_columns(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The columns of hidden (B, L, E) whose logits are wanted: the last so many (0: all), or by index."""
-    if isinstance(logits_to_keep, Integral):
-        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    return hidden[:, logits_to_keep]
-
-
-class MllamaForConditionalGeneration(_LanguageHead):
+class MllamaForConditionalGeneration(LanguageHead):
     """Llama 3.2 Vision: text and images in, logits out.
 
     Args:
@@ -298,7 +212,7 @@ class MllamaForConditionalGeneration(_LanguageHead):
         super().__init__(config, backend=backend, semantics=semantics)
         text = self.config.text_config
         self.model = MllamaModel(self.config, backend=self.ops)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.head = Projection(self, text.hidden_size, {"lm_head": text.vocab_size})
         self.init_weights()
 
     def forward(
@@ -328,7 +242,7 @@ class MllamaForConditionalGeneration(_LanguageHead):
             labels: (B, L) int64, -100 where there is no target; image tokens never are one. The shift
                 happens here.
             logits_to_keep: how many of the last columns to give logits for, 0 for all; or their indices.
-            return_logits: False for the loss alone: only rows with a target reach the head.
+            return_logits: False for the loss only: just the rows with a target reach the head.
             num_items_in_batch: what the sum of the losses is divided by, instead of the targets here: with
                 accumulated gradients those of all batches of a step.
             return_dict: False for a tuple.
@@ -370,8 +284,8 @@ class MllamaForConditionalGeneration(_LanguageHead):
         return output.to_tuple() if return_dict is False else output
 
 
-class MllamaForCausalLM(_LanguageHead):
-    """The text tower alone with its head; images only as precomputed states.
+class MllamaForCausalLM(LanguageHead):
+    """The text tower with its head, without the vision tower; images only as precomputed states.
 
     Args:
         config: a text configuration, or a whole one, whose text part is used.
@@ -391,7 +305,7 @@ class MllamaForCausalLM(_LanguageHead):
             getattr(config, "text_config", config), backend=backend, semantics=semantics
         )
         self.model = MllamaTextModel(self.config, backend=self.ops)
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.head = Projection(self, self.config.hidden_size, {"lm_head": self.config.vocab_size})
         self.init_weights()
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,28 +17,26 @@ class _Output(dict[str, Any]):
     May also be made of one, as libraries do that convert what is in it.
     """
 
-    def __post_init__(self) -> None:
-        first, *others = self._names()
-        given = vars(self)[first]
-        if isinstance(given, dict):
-            for name in (first, *others):
-                setattr(self, name, given.get(name))
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def _names(self) -> tuple[str, ...]:
-        return tuple(self.__dataclass_fields__)  # type: ignore[attr-defined]
+    def __post_init__(self) -> None:
+        given = vars(self)[next(iter(self.__dataclass_fields__))]
+        if isinstance(given, dict):
+            for name in self.__dataclass_fields__:
+                setattr(self, name, given.get(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        values, names = vars(self), self._names()
+        values, names = vars(self), self.__dataclass_fields__
         if len(values) == len(names):  # else it is being made
             dict.clear(self)
             dict.update(self, {n: values[n] for n in names if values[n] is not None})
 
     def __reduce__(self) -> Any:
-        return type(self), tuple(vars(self)[name] for name in self._names())
+        return type(self), tuple(vars(self)[name] for name in self.__dataclass_fields__)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key not in self._names():
+        if key not in self.__dataclass_fields__:
             raise KeyError(key)
         setattr(self, key, value)
 

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from mllama.wording import quoted, shown
+
 VisionTaps = Literal["input", "output"]
 ImagelessRows = Literal["zero", "leak"]
 DecodeRows = Literal["prompt_only", "repeat_last"]
@@ -42,7 +44,8 @@ class Semantics:
         for name, choices in _SWITCHES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(
-                    f"semantics: {name} must be one of {list(get_args(choices))}, got {getattr(self, name)!r}"
+                    f"semantics: {name} must be one of {list(get_args(choices))}, got "
+                    f"{quoted(getattr(self, name))}"
                 )
 
     @property
@@ -79,7 +82,8 @@ def resolve_semantics(choice: SemanticsLike) -> Semantics:
             return PRESETS["meta"]
         if choice not in PRESETS:
             raise ValueError(
-                f'semantics must be "auto", {", ".join(map(repr, PRESETS))} or switches, got {choice!r}'
+                f'semantics must be "auto", {", ".join(map(repr, PRESETS))} or switches, '
+                f"got {quoted(choice)}"
             )
         return PRESETS[choice]
     if not isinstance(choice, Mapping):
@@ -87,10 +91,13 @@ def resolve_semantics(choice: SemanticsLike) -> Semantics:
             f"semantics must be a name or a mapping of switches, got {type(choice).__name__}"
         )
     switches = dict(choice)
-    preset = resolve_semantics(switches.pop("preset", "meta"))
-    if unknown := sorted(set(switches) - set(_SWITCHES)):
+    preset = switches.pop("preset", "meta")
+    if not isinstance(preset, (str, Semantics)):
+        raise ValueError(f"semantics: preset must be a name, got {quoted(preset)}")
+    preset = resolve_semantics(preset)
+    if unknown := sorted(map(str, set(switches) - set(_SWITCHES))):
         raise ValueError(
-            f"semantics: unknown switches {unknown}, expected some of {list(_SWITCHES)}"
+            f"semantics: unknown switches {quoted(unknown)}, expected some of {list(_SWITCHES)}"
         )
     return replace(preset, **switches)
 
@@ -109,13 +116,15 @@ def semantics_of_checkpoint(
     version = config.get("transformers_version")
     if version is None:
         if (recorded := config.get("semantics", "auto")) != "auto":
-            return resolve_semantics(recorded), f"config.json records semantics {recorded!r}"
+            return resolve_semantics(recorded), f"config.json records semantics {quoted(recorded)}"
         return PRESETS["meta"], "config.json names no transformers_version"
     # transformers copies our "semantics" entry when it saves a model again, but what it then trained
     # or evaluated was its own graph; our own save_pretrained never writes a transformers_version.
-    numbers = re.match(r"(\d+)\.(\d+)", str(version))
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
     if numbers is None:
-        return PRESETS["meta"], f"config.json has an unreadable transformers_version {version!r}"
+        reason = f"config.json has an unreadable transformers_version {quoted(version)}"
+        return PRESETS["meta"], reason
+    written = f"written by transformers {shown(version, 40)}"
     if (int(numbers[1]), int(numbers[2])) >= _FIRST_OUTPUT_TAPS:
-        return PRESETS["transformers"], f"written by transformers {version}, which is 4.56 or later"
-    return PRESETS["meta"], f"written by transformers {version}, which is older than 4.56"
+        return PRESETS["transformers"], f"{written}, which is 4.56 or later"
+    return PRESETS["meta"], f"{written}, which is older than 4.56"

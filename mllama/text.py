@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mllama.arguments import refuse
@@ -14,185 +14,36 @@ from mllama.base import MllamaPreTrainedModel
 from mllama.cache import MllamaCache
 from mllama.checks import TextInputs, check_cross_attention_mask, check_states, check_text
 from mllama.config import MllamaTextConfig
-from mllama.layers import FusedLinear, Recomputing, ResidualStream, RMSNorm
+from mllama.kinds import Kinds, KnownKinds
+from mllama.layers import Recomputing, ResidualStream, RMSNorm, recomputing
 from mllama.outputs import BaseModelOutput
-from mllama.packing import Packing
 from mllama.rope import RotaryEmbedding
 from mllama.semantics import SemanticsLike
+from mllama.text_layers import (
+    DecoderLayer,
+    LayerInputs,
+    MllamaCrossAttentionDecoderLayer,
+    MllamaSelfAttentionDecoderLayer,
+)
 from mllama.tiles import ImageTiles, TileView, view_of_tokens
 from mllama.vocabulary import EXTRA_ROWS
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What all layers of one forward share besides the residual stream.
+class Checked:
+    """The text and the new images of a forward, checked by the model that the tower is part of.
 
     Attributes:
-        cos, sin: (N, D / 2) in the stream's dtype.
-        packing: how the N tokens form B sequences.
-        cache: where k and v of earlier tokens are; None to attend within this call only.
-        tile_states: (n, P, E) of the images that are new in this call; None if none is.
-        tile_table: (B, T) int32 slots of the tiles; None if there is no image at all, and then the
-            cross-attention layers are skipped.
-        view: which tiles each token sees.
+        given: the tower's arguments that the text was made of: what a hook has put in the place of one
+            counts instead.
     """
 
-    cos: Tensor
-    sin: Tensor
-    packing: Packing
-    cache: MllamaCache | None
-    tile_states: Tensor | None
-    tile_table: Tensor | None
-    view: TileView
+    text: TextInputs
+    tiles: ImageTiles | None
+    given: dict[str, Any]
 
 
-class MllamaTextMLP(nn.Module):
-    """Adds ``down(silu(gate(x)) * up(x))`` of the normalised stream to it."""
-
-    def __init__(self, config: MllamaTextConfig) -> None:
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = FusedLinear(self, width, {"gate_proj": inner, "up_proj": inner})
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(
-        self,
-        stream: ResidualStream,
-        norm: RMSNorm,
-        gate: Tensor | None = None,
-        row_mask: Tensor | None = None,
-    ) -> ResidualStream:
-        stream = stream.copy()
-        inner = stream.read(norm, self.gate_up_proj, swiglu=True)
-        stream.add(self.down_proj, inner, gate, row_mask)
-        return stream
-
-
-class MllamaTextSelfAttention(nn.Module):
-    """Adds causal grouped-query attention with rotary positions to the stream."""
-
-    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = FusedLinear(
-            self, config.hidden_size, {"q_proj": config.hidden_size, "k_proj": kv, "v_proj": kv}
-        )
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs) -> ResidualStream:
-        stream = stream.copy()
-        qkv = stream.read(norm, self.qkv_proj)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(qkv))
-        packing = inputs.packing
-        if inputs.cache is None:
-            out = self.ops.rotary_attention(
-                q,
-                k,
-                v,
-                inputs.cos,
-                inputs.sin,
-                cu_seqlens=packing.texts,
-                max_seqlen=packing.max_seqlen,
-            )
-        else:
-            k_pages, v_pages = inputs.cache.pages(self.layer)
-            out = self.ops.rotary_attention_cached(
-                q,
-                k,
-                v,
-                inputs.cos,
-                inputs.sin,
-                k_pages,
-                v_pages,
-                inputs.cache.page_table,
-                packing.cu_seqlens,
-                inputs.cache.lengths,
-                max_seqlen=packing.max_seqlen,
-            )
-        stream.add(self.o_proj, out.flatten(1))
-        return stream
-
-
-class MllamaTextCrossAttention(nn.Module):
-    """Adds gated grouped-query attention from text to image tiles, with normalised queries and keys."""
-
-    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.kv_proj = FusedLinear(self, config.hidden_size, {"k_proj": kv, "v_proj": kv})
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-
-    def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """states (n, P, E) to normalised k, and v, (n, P, Hkv, D)."""
-        k, v = (
-            t.unflatten(-1, (-1, self.head_dim)) for t in self.kv_proj.split(self.kv_proj(states))
-        )
-        return self.ops.rms_norm(k, self.k_norm.weight, self.k_norm.eps), v
-
-    def forward(
-        self, stream: ResidualStream, norm: RMSNorm, inputs: LayerInputs, gate: Tensor
-    ) -> ResidualStream:
-        stream = stream.copy()
-        k = v = None
-        if inputs.tile_states is not None:
-            k, v = self.keys_and_values(inputs.tile_states)
-        if inputs.cache is not None:
-            if k is not None:
-                inputs.cache.store_tiles(self.layer, k, v)
-            k, v = inputs.cache.tiles(self.layer)
-        out = self.ops.cross_attention(
-            stream.read(norm, self.q_proj).unflatten(-1, (-1, self.head_dim)),
-            k,
-            v,
-            inputs.view.tile_mask,
-            q_norm_weight=self.q_norm.weight,
-            eps=self.q_norm.eps,
-            tile_table=inputs.tile_table,
-            cu_seqlens=inputs.packing.cu_seqlens,
-            max_seqlen=inputs.packing.max_seqlen,
-        )
-        stream.add(self.o_proj, out.flatten(1), gate)
-        return stream
-
-
-class MllamaSelfAttentionDecoderLayer(nn.Module):
-    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MllamaTextSelfAttention(config, layer, ops)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MllamaTextMLP(config)
-
-    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> ResidualStream:
-        stream = self.self_attn(stream, self.input_layernorm, inputs)
-        return self.mlp(stream, self.post_attention_layernorm)
-
-
-class MllamaCrossAttentionDecoderLayer(nn.Module):
-    def __init__(self, config: MllamaTextConfig, layer: int, ops: Ops) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attn = MllamaTextCrossAttention(config, layer, ops)
-        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MllamaTextMLP(config)
-        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, stream: ResidualStream, inputs: LayerInputs) -> ResidualStream:
-        stream = self.cross_attn(stream, self.input_layernorm, inputs, self.cross_attn_attn_gate)
-        stream = self.mlp(
-            stream,
-            self.post_attention_layernorm,
-            self.cross_attn_mlp_gate,
-            inputs.view.row_mask,
-        )
-        stream.value()  # the gate is this layer's, and may be gone with it (FSDP) when the next one reads
-        return stream
+_LAYERS = (MllamaSelfAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer)
 
 
 class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
@@ -225,8 +76,8 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             )
             for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rotary = RotaryEmbedding(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self._rotary, self._kinds = RotaryEmbedding(config), KnownKinds()
         self.init_weights()
 
     def forward(
@@ -241,7 +92,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        checked: tuple[TextInputs, ImageTiles | None] | None = None,
+        checked: Checked | None = None,
         **others: Any,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Run the tower on (B, L) tokens.
@@ -250,7 +101,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             input_ids: (B, L) int64; or ``inputs_embeds`` (B, L, E) instead.
             attention_mask: (B, L) or (B, past + L), 0 at padding, which may lie anywhere.
             position_ids: (B, L) or (1, L); default: on from the cache, one per column, padding included.
-                Without mask and cache, another text begins wherever they do not go on by one: texts packed
+                Without mask and cache, another text begins wherever they do not continue by one: texts packed
                 into a row, which do not see each other.
             cross_attention_states: (B * M * tiles, P, E) projected vision states of images that are not
                 in the cache yet.
@@ -264,40 +115,52 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             output_hidden_states: return the stream before each layer, and the normed result; default:
                 the config's choice.
             return_dict: False for a tuple.
-            checked: the text and its new images in place of all that tells of them, from the model that
-                this one is part of.
+            checked: from the model that this one is part of, the same as it has checked it.
             others: see :mod:`mllama.arguments`.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected.
         """
         refuse(others)
+        tiles = checked.tiles if checked is not None else None
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
+        if checked is not None and all(map(is_, given.values(), checked.given.values())):
+            text = checked.text
+        else:
+            checked, cache = None, given.pop("past_key_values")
+            text = check_text(self.config, **given, cache=cache, embedding=self.embed_tokens)
+        if cross_attention_states is not (tiles.states if tiles is not None else None):
+            checked, tiles = None, self._tiles(cross_attention_states, text.batch, tiles)
         if checked is None:
-            text = check_text(
-                self.config,
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                self.embed_tokens,
-            )
-            tiles = None
-            if cross_attention_states is not None:
-                check_states(self.config, cross_attention_states, text.batch)
-                tiles = ImageTiles.of_states(cross_attention_states, text.batch)
             new_tiles = tiles.table.shape[1] if tiles is not None else 0
             check_cross_attention_mask(cross_attention_mask, text, new_tiles, past_key_values)
-            checked = text, tiles
         with self.no_grad_if_caching(use_cache, past_key_values) as caching:
             output = self.run(
-                *checked,
+                text,
+                tiles,
                 cross_attention_mask,
                 past_key_values,
                 caching,
                 self.wants_hidden_states(output_hidden_states),
             )
         return output.to_tuple() if return_dict is False else output
+
+    def _tiles(
+        self, states: Tensor | None, batch: int, checked: ImageTiles | None
+    ) -> ImageTiles | None:
+        """The new images by their states; of those that were checked, others in their places."""
+        if states is None:
+            return None
+        if checked is not None and states.shape == checked.states.shape:
+            return replace(checked, states=states)
+        check_states(self.config, states, batch)
+        return ImageTiles.from_states(states, batch)
 
     def run(
         self,
@@ -316,7 +179,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
             cache is None and caching
         ):  # FSDP may compute in another dtype than it keeps the weights in
             cache = MllamaCache(self.config, text.batch, dtype=embeds.dtype, device=embeds.device)
-        packing = text.packing(cache)
+        varlen = text.varlen(cache)
         if cache is not None:
             cache.reserve(text.length)
             if tiles is not None:
@@ -328,40 +191,56 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         if table is not None:
             view = view_of_tokens(
                 table,
-                packing,
+                varlen,
                 cross_attention_mask,
                 self.semantics,
-                cache.memory if cache is not None else None,
+                cache.visible_tiles if cache is not None else None,
                 cache.lengths if cache is not None else None,
                 past=cache.columns if cache is not None else 0,
                 new_images=tiles is not None,
             )
         positions = text.positions(cache)
-        x = packing.pack(embeds)
-        cos, sin = self._rotary(packing.pack(positions.expand(text.batch, -1)), x.dtype)
-        inputs = LayerInputs(
-            cos, sin, packing, cache, tiles.states if tiles is not None else None, table, view
-        )
-        stream, hidden = ResidualStream(self.ops, x), []
+        x = varlen.unpad(embeds)
+        cos, sin = self._rotary(varlen.unpad(positions.expand(text.batch, -1)), x.dtype)
+        states = tiles.states if tiles is not None else None
+        inputs = LayerInputs(cos, sin, positions, varlen, cache, states, table, view)
+        stream, hidden = ResidualStream(self.ops, x, varlen, self._kinds.of(self)), []
+        recomputed = self.recomputed(len(self.layers))
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, MllamaCrossAttentionDecoderLayer) and table is None:
+            if table is None and self._sees_images(layer, index):
                 continue  # no image: the layer adds nothing
             if output_hidden_states:
-                hidden.append(packing.unpack(stream.value()))
-            if self.recomputes(index):
-                x = self.run_layer(index, self._alone, layer, stream.value(), inputs)
-                stream = ResidualStream(self.ops, x)
+                hidden.append(varlen.pad(stream.value()))
+            if index in recomputed:
+                stream.x = recomputing(self._through, layer, stream.value(), inputs, stream.kinds)
+            elif stream.kinds.get(layer) in _LAYERS:
+                layer.add_to(stream, inputs)
             else:
-                stream = layer(stream, inputs)
-        last = packing.unpack(stream.norm(self.norm))
+                stream.x = _called(layer, stream.value(), inputs)
+        last = varlen.pad(stream.norm(self.norm))
         if cache is not None:
-            text.advance(cache, packing, positions)
+            text.advance(cache, varlen, positions)
         return BaseModelOutput(
             last_hidden_state=last,
             past_key_values=cache,
             hidden_states=(*hidden, last) if output_hidden_states else None,
         )
 
-    def _alone(self, layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
-        """The stream behind a layer from the stream x before it, with nothing pending."""
-        return layer(ResidualStream(self.ops, x), inputs).value()
+    def _sees_images(self, layer: nn.Module, index: int) -> bool:
+        """Whether a layer is one with cross-attention; of one that is wrapped its place says it."""
+        if isinstance(layer, DecoderLayer):
+            return isinstance(layer, MllamaCrossAttentionDecoderLayer)
+        return index in self.config.cross_attention_layers
+
+    def _through(self, layer: nn.Module, x: Tensor, inputs: LayerInputs, kinds: Kinds) -> Tensor:
+        """The stream after a layer from the stream x before it, with nothing pending."""
+        if kinds.get(layer) not in _LAYERS:
+            return _called(layer, x, inputs)
+        stream = ResidualStream(self.ops, x, inputs.varlen, kinds)
+        layer.add_to(stream, inputs)
+        return stream.value()
+
+
+def _called(layer: nn.Module, x: Tensor, inputs: LayerInputs) -> Tensor:
+    """What a layer that is not exactly the plain thing makes of the stream x, called as in `transformers`."""
+    return inputs.varlen.unpad(layer(inputs.varlen.pad(x), **inputs.published()))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama.packing import Packing
 from mllama.semantics import Semantics
+from mllama.varlen import VarlenBatch
 
 # What is at a place for an image of a sequence: nothing, where another one has more images; the image
 # of an image token; or an image that no token of the text stands for.
@@ -32,7 +32,7 @@ class ImageTiles:
     kinds: Tensor | None = None
 
     @classmethod
-    def of_states(cls, states: Tensor, batch: int, kinds: Tensor | None = None) -> ImageTiles:
+    def from_states(cls, states: Tensor, batch: int, kinds: Tensor | None = None) -> ImageTiles:
         """All tiles of ``cross_attention_states`` (B * images * tiles, P, E), batch-major."""
         table = torch.arange(states.shape[0], dtype=torch.int32, device=states.device)
         return cls(states, table.view(batch, -1), kinds)
@@ -58,7 +58,7 @@ class TileView:
     row_mask: Tensor | None
 
     @classmethod
-    def of_seen(cls, seen: Tensor | None, semantics: Semantics) -> TileView:
+    def from_seen(cls, seen: Tensor | None, semantics: Semantics) -> TileView:
         """From ``seen`` (N, T) bool, what the mask shows to each token; None if there was no mask."""
         if seen is None:
             return cls(None, None)
@@ -72,15 +72,15 @@ class TileView:
         masks = (self.tile_mask, self.row_mask)
         return TileView(*(None if mask is None else mask.clone() for mask in masks))
 
-    def of_each_token(self, packing: Packing) -> TileView:
+    def per_token(self, varlen: VarlenBatch) -> TileView:
         """From one row per sequence to one row per packed token."""
-        if packing.length == 1 and packing.rows is None:
+        if varlen.length == 1 and varlen.rows is None:
             return self
         return TileView(
             *(
                 None
                 if mask is None
-                else packing.pack(mask.unsqueeze(1).expand(-1, packing.length, *mask.shape[1:]))
+                else varlen.unpad(mask.unsqueeze(1).expand(-1, varlen.length, *mask.shape[1:]))
                 for mask in (self.tile_mask, self.row_mask)
             )
         )
@@ -106,7 +106,7 @@ class _Read:
     images: Tensor
 
     def first(self, lengths: Tensor) -> _Read:
-        """Without the tokens behind the first ``lengths`` (B,) of each sequence."""
+        """Without the tokens after the first ``lengths`` (B,) of each sequence."""
         return replace(self, at=self.at.masked_fill(self.at >= lengths.unsqueeze(1), _NOWHERE))
 
     def within(self, kept: Tensor) -> _Read:
@@ -152,10 +152,10 @@ class _Sight:
         """For one more token of each sequence."""
         after_mask = seen_after_prompt(self.seen, self.images, semantics)
         seen = torch.where(self.is_masked.unsqueeze(1), after_mask, self.seen)
-        return TileView.of_seen(seen, semantics)
+        return TileView.from_seen(seen, semantics)
 
 
-class TileMemory:
+class VisibleTiles:
     """What the next token of each sequence sees unless it comes with a mask of its own.
 
     It remembers what every token saw that was read with a mask or with new images, so that it can go
@@ -175,7 +175,7 @@ class TileMemory:
         self,
         seen: Tensor,
         images: Tensor,
-        packing: Packing,
+        varlen: VarlenBatch,
         lengths: Tensor,
         semantics: Semantics,
     ) -> None:
@@ -186,9 +186,7 @@ class TileMemory:
             images: (B, L, M) bool, the images that a mask shows to it; M is 0 without a mask.
             lengths: (B,) the tokens of each sequence so far.
         """
-        real = packing.unpack(
-            torch.ones(1, dtype=torch.bool, device=seen.device).expand(packing.total)
-        )
+        real = varlen.pad(torch.ones(1, dtype=torch.bool, device=seen.device).expand(varlen.total))
         at = (lengths.unsqueeze(1) + real.cumsum(1) - 1).masked_fill(~real, _NOWHERE)
         read = _Read(at, seen, images)
         self._reads, self._semantics = (*self._reads, read), semantics
@@ -196,7 +194,7 @@ class TileMemory:
         self.view = self._sight.view(semantics)
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget what the tokens behind the first ``lengths`` (B,) of each sequence saw."""
+        """Forget what the tokens after the first ``lengths`` (B,) of each sequence saw."""
         reads = tuple(read.first(lengths) for read in self._reads)
         if not all(new.at.equal(old.at) for new, old in zip(reads, self._reads)):
             self._recall(reads)
@@ -220,7 +218,7 @@ def _widened(mask: Tensor, columns: int) -> Tensor:
 def rows_of_chunk(cross_attention_mask: Tensor, past: int, length: int) -> Tensor:
     """The ``length`` rows of a (B, L', M, T) mask that follow ``past``, as (B, length, M * T) bool.
 
-    As in `transformers` the mask may cover the whole text; it may also hold the new rows alone.
+    As in `transformers` the mask may cover the whole text; it may also hold the new rows only.
     """
     if cross_attention_mask.shape[1] >= past + length:
         cross_attention_mask = cross_attention_mask[:, past : past + length]
@@ -242,10 +240,10 @@ def seen_after_prompt(seen: Tensor, images_seen: Tensor, semantics: Semantics) -
 
 def view_of_tokens(
     table: Tensor,
-    packing: Packing,
+    varlen: VarlenBatch,
     cross_attention_mask: Tensor | None,
     semantics: Semantics,
-    memory: TileMemory | None,
+    visible_tiles: VisibleTiles | None,
     lengths: Tensor | None,
     past: int,
     new_images: bool,
@@ -255,25 +253,25 @@ def view_of_tokens(
     Args:
         table: (B, T) of all tiles.
         cross_attention_mask: (B, L', M, tiles) or None.
-        memory: of the cache, if there is one.
+        visible_tiles: of the cache, if there is one.
         lengths: (B,) tokens in the cache, if there is one.
         past: text columns in the cache.
         new_images: whether some of the tiles are new in this forward.
     """
     if cross_attention_mask is not None:
-        shown = rows_of_chunk(cross_attention_mask, past, packing.length)
-        if memory is not None:
+        shown = rows_of_chunk(cross_attention_mask, past, varlen.length)
+        if visible_tiles is not None:
             images = shown.unflatten(-1, cross_attention_mask.shape[2:]).any(-1)
-            memory.remember(shown, images, packing, lengths, semantics)
-        return TileView.of_seen(packing.pack(shown), semantics)
-    if memory is not None and not new_images:
-        return memory.view.of_each_token(packing)
+            visible_tiles.remember(shown, images, varlen, lengths, semantics)
+        return TileView.from_seen(varlen.unpad(shown), semantics)
+    if visible_tiles is not None and not new_images:
+        return visible_tiles.view.per_token(varlen)
     # Every token sees all tiles of its sequence, and a sequence without images sees none, or all.
     sees_all = semantics.imageless_rows == "leak"
     seen = torch.ones_like(table, dtype=torch.bool) if sees_all else table >= 0
-    view = TileView.of_seen(None if sees_all else seen, semantics)
-    if memory is not None:
-        columns = seen.unsqueeze(1).expand(-1, packing.length, -1)
-        memory.remember(columns, columns[:, :, :0], packing, lengths, semantics)
-        memory.view = view
-    return view.of_each_token(packing)
+    view = TileView.from_seen(None if sees_all else seen, semantics)
+    if visible_tiles is not None:
+        columns = seen.unsqueeze(1).expand(-1, varlen.length, -1)
+        visible_tiles.remember(columns, columns[:, :, :0], varlen, lengths, semantics)
+        visible_tiles.view = view
+    return view.per_token(varlen)

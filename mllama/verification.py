@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllama.backend import Ops
+from mllama.loss import IGNORED
+from mllama.wording import reason
 from mllama_kernels import _dispatch, _library, reference
+from mllama_kernels.testing import Errors, allowed
 
 ALLOWED_RATIO = 2.0
-# In float32, before the store: rotation, score, scaling, exponential, weight, product, sum, quotient.
-_ROUNDINGS = 8
 # Arguments that an op writes to: each computation gets its own copy.
 _WRITTEN = {"rotary_attention_cached": ("k_cache", "v_cache")}
 # Calls of `sample`: greedy, and through every filter.
@@ -38,33 +38,17 @@ _SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-class Norms(NamedTuple):
-    """The largest element and the 2-norm of something, gathered over calls."""
-
-    largest: float = 0.0
-    root: float = 0.0
-
-    def with_(self, values: Tensor) -> Norms:
-        """These norms of what was gathered and the values together."""
-        largest, root = (torch.linalg.vector_norm(values, order).item() for order in (math.inf, 2))
-        return Norms(max(self.largest, largest), math.hypot(self.root, root))
-
-
 @dataclass
 class Comparison:
-    """Errors of one thing (an op over all its calls, or a layer) against the exact result.
+    """One thing (an op over all its calls, or a layer) against the exact result.
 
-    `error` and `plain_error` are those of the kernels and of plain PyTorch, `half_ulp` half a unit in the
-    last place of the result, all gathered over the calls: one call on a single row says too little.
+    `errors` are gathered over the calls; `compared` are the elements, whole numbers and truth values too.
     """
 
     name: str
     calls: int = 0
-    compared: int = 0  # elements
-    error: Norms = field(default_factory=Norms)
-    plain_error: Norms = field(default_factory=Norms)
-    half_ulp: Norms = field(default_factory=Norms)
-    float32_roundings: float = 0.0
+    compared: int = 0
+    errors: Errors = field(default_factory=Errors)
     problems: list[str] = field(default_factory=list)
 
     def add(self, actual: Any, plain: Tensor, exact: Tensor) -> None:
@@ -78,31 +62,14 @@ class Comparison:
             if wrong := int((actual != exact).sum()):
                 self.problems.append(f"{wrong} of {exact.numel()} elements differ")
             return
-        keep = exact.to(actual.dtype).isfinite()
-        a, p, e = (t[keep].double() for t in (actual, plain, exact))
-        if e.numel():
-            self.error = self.error.with_(a - e)
-            # Where plain PyTorch alone overflows, its error is no measure.
-            self.plain_error = self.plain_error.with_((p - e)[p.isfinite()])
-            self.half_ulp = self.half_ulp.with_(e * torch.finfo(actual.dtype).eps / 2)
-            self.float32_roundings = max(
-                self.float32_roundings,
-                _ROUNDINGS * torch.finfo(torch.float32).eps / 2 * e.abs().max().item(),
-            )
+        self.errors.add(actual, plain, exact)
 
     @property
     def ratio(self) -> float:
-        """The worse quotient of the two norms.
-
-        Plain PyTorch's error counts as half of what is always allowed at least: half an ulp for the
-        store and, in the largest error, a few float32 roundings before it.
-        """
-        allowed = Norms(self.half_ulp.largest + self.float32_roundings, self.half_ulp.root)
-        ratios = [
-            error / max(plain, floor / ALLOWED_RATIO, torch.finfo(torch.float64).tiny)
-            for error, plain, floor in zip(self.error, self.plain_error, allowed, strict=True)
-        ]
-        return math.inf if any(map(math.isnan, ratios)) else max(ratios)
+        """The worse quotient of the two norms of the error and of plain PyTorch's, which counts as half of
+        what is always allowed at least."""
+        limit = allowed(self.errors.plain, self.errors.floor(), ALLOWED_RATIO)
+        return ALLOWED_RATIO * self.errors.ratio(limit)
 
     @property
     def passed(self) -> bool:
@@ -123,8 +90,8 @@ class Comparison:
         return {
             "name": self.name,
             "calls": self.calls,
-            "error": self.error.largest,
-            "plain_error": self.plain_error.largest,
+            "error": self.errors.error.largest,
+            "plain_error": self.errors.plain.largest,
             "ratio": self.ratio,
             "problems": self.problems,
             "passed": self.passed,
@@ -175,7 +142,7 @@ class _Kernels(TorchDispatchMode):
 
 class _CheckedOps:
     """Stands where the op functions are and compares each call; gives back what the kernel gave, or what
-    plain PyTorch gave where a model could not go on with that."""
+    plain PyTorch gave where a model could not continue with that."""
 
     def __init__(self, kernels: Any, table: dict[str, Comparison]) -> None:
         self._kernels, self._table = kernels, table
@@ -198,7 +165,7 @@ class _CheckedOps:
             with _Kernels() as kernels:
                 result = getattr(self._kernels, name)(*args, **kwargs)
         except Exception as error:
-            row.problems.append(f"raised {type(error).__name__}: {error}")
+            row.problems.append(f"raised {type(error).__name__}: {reason(error)}")
             result = None
         else:
             if name not in kernels.ran:
@@ -233,7 +200,7 @@ def _reason(name: str, given: dict[str, Any]) -> str:
 def _take(
     row: Comparison, result: Any, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]
 ) -> bool:
-    """Compares the results of one call. Whether the model can go on with them: NaN would be every later
+    """Compares the results of one call. Whether the model can continue with them: NaN would be every later
     op's fault."""
     actual = _as_tuple(result)
     if len(actual) != len(plain):
@@ -328,13 +295,13 @@ def _sample(ops: Ops, logits: Tensor, input_ids: Tensor) -> None:
 def _loss(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
     """The loss of every row, which says more than their mean."""
     weight = model.get_output_embeddings().weight
-    labels = input_ids.where(input_ids < weight.shape[0], -100)
+    labels = input_ids.where(input_ids < weight.shape[0], IGNORED)
     model.ops.linear_cross_entropy(hidden, weight, labels, reduction="none")
 
 
 def failure(name: str, error: Exception) -> Comparison:
     """A row of what could not be compared at all."""
-    return Comparison(name, problems=[f"raised {type(error).__name__}: {error}"])
+    return Comparison(name, problems=[f"raised {type(error).__name__}: {reason(error)}"])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,12 @@ from mllama.backend import Ops
 from mllama.base import MllamaPreTrainedModel
 from mllama.checks import check_images
 from mllama.config import MllamaVisionConfig
-from mllama.layers import FusedLinear, Recomputing, multiply
-from mllama.outputs import VisionOutput
+from mllama.kinds import Asked, Kinds, KnownKinds
+from mllama.layers import Recomputing, recomputing
+from mllama.linear import Block, Projection
+from mllama.outputs import BaseModelOutput, VisionOutput
 from mllama.semantics import SemanticsLike
-
-# Each tile is padded with zero tokens to a multiple of this; they take part in the attention.
-_PAD_TO = 8
+from mllama_kernels._arguments import PAD_TO
 
 
 class Padding(NamedTuple):
@@ -37,7 +37,7 @@ class Padding(NamedTuple):
     blank: Tensor | None
 
     @classmethod
-    def of_tiles(cls, tile_mask: Tensor, tokens: int, num_patches: int) -> Padding:
+    def from_tiles(cls, tile_mask: Tensor, tokens: int, num_patches: int) -> Padding:
         """From ``tile_mask`` (M, tiles), not 0 at a tile of the image; ``tokens`` per tile, ``num_patches``
         of them real. Reads on the host whether there are blank images, unless exporting."""
         is_tile = tile_mask.bool()
@@ -49,7 +49,7 @@ class Padding(NamedTuple):
 
 
 class MllamaPrecomputedAspectRatioEmbedding(nn.Module):
-    """A vector per (aspect ratio, tile), scaled by ``tanh(gate)``."""
+    """Adds a vector per (aspect ratio, tile), scaled by ``tanh(gate)``."""
 
     def __init__(self, config: MllamaVisionConfig) -> None:
         super().__init__()
@@ -59,52 +59,72 @@ class MllamaPrecomputedAspectRatioEmbedding(nn.Module):
         )
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, aspect_ratio_ids: Tensor) -> Tensor:
-        """(M,) to (M, tiles, 1, E)."""
-        rows = self.embedding(aspect_ratio_ids).unflatten(-1, (self.max_num_tiles, 1, -1))
-        return rows * self.gate.tanh()
+    def forward(self, hidden_state: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
+        """hidden_state (M, tiles, P, E) and ids (M,) or (M, 1) to (M, tiles, P, E)."""
+        rows = self.embedding(aspect_ratio_ids).reshape(
+            -1, self.max_num_tiles, 1, hidden_state.shape[-1]
+        )
+        return hidden_state + rows * self.gate.tanh()
 
 
 class MllamaPrecomputedPositionEmbedding(nn.Module):
-    """The tables of the position embedding; the patch embedding op applies them."""
+    """Adds a vector per patch, and one per (aspect ratio, tile, patch), in the shares that a gate says."""
 
     def __init__(self, config: MllamaVisionConfig) -> None:
         super().__init__()
         tokens, width = config.num_patches, config.hidden_size
+        self.max_num_tiles = config.max_num_tiles
         self.gate = nn.Parameter(torch.zeros(1))
         self.embedding = nn.Parameter(torch.empty(tokens, width))
         self.tile_embedding = nn.Embedding(
             config.max_aspect_ratio_id + 1, config.max_num_tiles * tokens * width
         )
 
+    def forward(self, hidden_state: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
+        """hidden_state (M, tiles, P, E) and ids (M,) or (M, 1) to (M, tiles, P, E)."""
+        share = self.gate.tanh()
+        hidden_state = hidden_state + (1 - share) * self.embedding
+        tiles = self.tile_embedding(aspect_ratio_ids).reshape(
+            -1, self.max_num_tiles, *self.embedding.shape
+        )
+        return hidden_state + share * tiles
+
 
 class MllamaVisionMLP(nn.Module):
-    def __init__(self, config: MllamaVisionConfig) -> None:
+    def __init__(self, config: MllamaVisionConfig, ops: Ops) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.ops = ops
+        self.activation_fn = nn.GELU()
+        self.up = Projection(self, width, {"fc1": inner}, bias=True)
+        self.down = Projection(self, inner, {"fc2": width}, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return multiply(self.fc2, F.gelu(multiply(self.fc1, x)))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.run(hidden_states, Asked)
+
+    def run(self, x: Tensor, kinds: Kinds) -> Tensor:
+        return self.down(self.ops, self.activation_fn(self.up(self.ops, x, kinds)), kinds)
 
 
-class MllamaVisionAttention(nn.Module):
+class MllamaVisionAttention(Block):
     def __init__(self, config: MllamaVisionConfig, ops: Ops) -> None:
         super().__init__()
         width = config.hidden_size
         self.ops, self.head_dim = ops, config.head_dim
-        self.qkv_proj = FusedLinear(
-            self, width, {"q_proj": width, "k_proj": width, "v_proj": width}
-        )
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.qkv = Projection(self, width, {"q_proj": width, "k_proj": width, "v_proj": width})
+        self.output = Projection(self, width, {"o_proj": width})
 
-    def forward(self, x: Tensor, padding: Padding) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj.split(self.qkv_proj(x))
-        )
+    def forward(self, hidden_states: Tensor, attention_mask: Padding) -> tuple[Tensor, None]:
+        """hidden_states (M, S, E) to (M, S, E); there are no attention weights. The mask is the tower's."""
+        return self.run(hidden_states, _padding(attention_mask, self), Asked), None
+
+    def run(self, x: Tensor, padding: Padding, kinds: Kinds) -> Tensor:
+        qkv = self.qkv.split(self.qkv(self.ops, x, kinds))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
         if padding.blank is not None:
             q = q.masked_fill(padding.blank.view(-1, 1, 1, 1), 0)
-        return multiply(self.o_proj, self.ops.vision_attention(q, k, v, padding.mask).flatten(2))
+        out = self.ops.vision_attention(q, k, v, padding.mask)
+        return self.output(self.ops, out.flatten(2), kinds)
 
 
 class MllamaVisionEncoderLayer(nn.Module):
@@ -114,22 +134,28 @@ class MllamaVisionEncoderLayer(nn.Module):
         super().__init__()
         self.ops, self.is_gated = ops, is_gated
         self.self_attn = MllamaVisionAttention(config, ops)
-        self.mlp = MllamaVisionMLP(config)
+        self.mlp = MllamaVisionMLP(config, ops)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         if is_gated:
             self.gate_attn = nn.Parameter(torch.full((1,), math.pi / 4))
             self.gate_ffn = nn.Parameter(torch.full((1,), math.pi / 4))
 
-    def forward(self, x: Tensor, padding: Padding) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), padding)
-        x = self.ops.gated_residual(attended, x, self.gate_attn) if self.is_gated else x + attended
-        transformed = self.mlp(self.post_attention_layernorm(x))
-        return (
-            self.ops.gated_residual(transformed, x, self.gate_ffn)
-            if self.is_gated
-            else x + transformed
-        )
+    def forward(self, hidden_state: Tensor, attention_mask: Padding) -> Tensor:
+        """hidden_state (M, S, E) to (M, S, E). The mask is the tower's."""
+        return self.run(hidden_state, _padding(attention_mask, self), Asked)
+
+    def run(self, x: Tensor, padding: Padding, kinds: Kinds) -> Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        y = self.input_layernorm(x)
+        if kinds.get(attention) is MllamaVisionAttention:
+            y = attention.run(y, padding, kinds)
+        else:
+            y, _ = attention(y, attention_mask=padding)
+        x = self.ops.gated_residual(y, x, self.gate_attn) if self.is_gated else x + y
+        y = self.post_attention_layernorm(x)
+        y = mlp.run(y, kinds) if kinds.get(mlp) is MllamaVisionMLP else mlp(y)
+        return self.ops.gated_residual(y, x, self.gate_ffn) if self.is_gated else x + y
 
 
 class MllamaVisionEncoder(Recomputing, nn.Module):
@@ -141,22 +167,40 @@ class MllamaVisionEncoder(Recomputing, nn.Module):
             MllamaVisionEncoderLayer(config, ops, is_gated) for _ in range(num_layers)
         )
 
-    def forward(
-        self, x: Tensor, padding: Padding, taps: Mapping[int, list[int]] | None = None
-    ) -> tuple[Tensor, list]:
-        """x (M, S, E) through all layers.
+    def forward(self, hidden_states: Tensor, attention_mask: Padding) -> BaseModelOutput:
+        """hidden_states (M, S, E) through all layers, and what each of them gave. The mask is the tower's."""
+        padding = _padding(attention_mask, self)
+        kept = tuple(self.depths(hidden_states, padding, Asked))[1:]
+        last = kept[-1] if kept else hidden_states
+        return BaseModelOutput(last_hidden_state=last, hidden_states=kept)
 
-        ``taps`` maps a depth (0: before the first layer, 1: after it, ...) to the places in the
-        returned list where the stream at that depth goes.
-        """
-        taps = taps or {}
-        kept: list[Tensor] = [x] * sum(map(len, taps.values()))
-        for depth in range(len(self.layers) + 1):
-            if depth:
-                x = self.run_layer(depth - 1, self.layers[depth - 1], x, padding)
-            for place in taps.get(depth, ()):
-                kept[place] = x
-        return x, kept
+    def depths(self, x: Tensor, padding: Padding, kinds: Kinds) -> Iterator[Tensor]:
+        """The stream x (M, S, E), and what it is after each layer."""
+        yield x
+        recomputed = self.recomputed(len(self.layers))
+        for index, layer in enumerate(self.layers):
+            if index in recomputed:
+                x = recomputing(_through, layer, x, padding, kinds)
+            else:
+                x = _through(layer, x, padding, kinds)
+            yield x
+
+
+def _through(layer: nn.Module, x: Tensor, padding: Padding, kinds: Kinds) -> Tensor:
+    """The stream after a layer; called as `transformers` does where it is not exactly the plain thing."""
+    if kinds.get(layer) is MllamaVisionEncoderLayer:
+        return layer.run(x, padding, kinds)
+    return layer(hidden_state=x, attention_mask=padding)
+
+
+def _padding(given: Any, owner: nn.Module) -> Padding:
+    """Raises: TypeError for a mask of another kind: the modules of the vision tower are parts of it."""
+    if not isinstance(given, Padding):
+        raise TypeError(
+            f"{type(owner).__name__} is called by its vision tower, which gives a Padding as "
+            f"attention_mask; got {type(given).__name__}"
+        )
+    return given
 
 
 class MllamaVisionModel(MllamaPreTrainedModel):
@@ -202,6 +246,7 @@ class MllamaVisionModel(MllamaPreTrainedModel):
         )
         # Quirk: Meta's code taps the stream before local layer i, transformers 4.56 and later after it.
         shift = 1 if config.semantics.vision_taps == "output" else 0
+        self._kinds = KnownKinds()
         self._taps: dict[int, list[int]] = {}
         for place, layer in enumerate(config.intermediate_layers_indices):
             self._taps.setdefault(layer + shift, []).append(place)
@@ -242,28 +287,18 @@ class MllamaVisionModel(MllamaPreTrainedModel):
 
         All tile slots are computed, also those of padding: real tokens attend to them.
         """
-        position = self.gated_positional_embedding
-        x = self.ops.patch_embed(
-            pixel_values.to(self.patch_embedding.weight),
-            aspect_ratio_ids,
-            self.patch_embedding.weight,
-            self.class_embedding,
-            position.embedding,
-            position.gate,
-            position.tile_embedding.weight,
-            self.pre_tile_positional_embedding.embedding.weight,
-            self.pre_tile_positional_embedding.gate,
-            self.layernorm_pre.weight,
-            self.layernorm_pre.bias,
-            self.layernorm_pre.eps,
-            pad_to=_PAD_TO,
-        )
+        kinds = self._kinds.of(self)
+        weight = self.patch_embedding.weight
+        pixels = pixel_values.to(weight.dtype)
+        if not weight.is_meta:  # as offloaded weights are until the module runs
+            pixels = pixels.to(weight.device)
+        x = self._embed(pixels, aspect_ratio_ids, kinds)
         images, tiles, padded, _ = x.shape
-        padding = Padding.of_tiles(aspect_ratio_mask, padded, self.num_patches)
-        x, taps = self.transformer(x.flatten(1, 2), padding, self._taps)
+        padding = Padding.from_tiles(aspect_ratio_mask, padded, self.num_patches)
+        x, taps = self._encoded(self.transformer, x.flatten(1, 2), padding, kinds, self._taps)
         x = self.layernorm_post(x).view(images, tiles, padded, -1)
-        x = x + self.post_tile_positional_embedding(aspect_ratio_ids)
-        x, _ = self.global_transformer(x.flatten(1, 2), padding)
+        x = self.post_tile_positional_embedding(x, aspect_ratio_ids.unsqueeze(-1))
+        x, _ = self._encoded(self.global_transformer, x.flatten(1, 2), padding, kinds, {})
 
         def patches(t: Tensor) -> Tensor:
             return t.unflatten(1, (tiles, padded))[:, :, : self.num_patches]
@@ -271,3 +306,76 @@ class MllamaVisionModel(MllamaPreTrainedModel):
         # The channels of the taps interleave: c * taps + j.
         stacked = torch.stack([patches(tap) for tap in taps], dim=-1).flatten(-2)
         return torch.cat([patches(x), stacked], dim=-1)
+
+    def _embed(self, pixels: Tensor, ids: Tensor, kinds: Kinds) -> Tensor:
+        """Pixels (M, tiles, C, t, t) and ids (M,) to tokens (M, tiles, P rounded up to PAD_TO, E)."""
+        position, tile = self.gated_positional_embedding, self.pre_tile_positional_embedding
+        convolution, norm = self.patch_embedding, self.layernorm_pre
+        if self._embeds_in_one(kinds):
+            return self.ops.patch_embed(
+                pixels,
+                ids,
+                convolution.weight,
+                self.class_embedding,
+                position.embedding,
+                position.gate,
+                position.tile_embedding.weight,
+                tile.embedding.weight,
+                tile.gate,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                pad_to=PAD_TO,
+            )
+        images, tiles = pixels.shape[:2]
+        ids = ids.unsqueeze(-1)
+        x = convolution(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = tile(x.unflatten(0, (images, tiles)), ids)
+        first = self.class_embedding.expand(images, tiles, 1, -1)
+        x = norm(position(torch.cat([first, x], dim=2), ids))
+        return F.pad(x, (0, 0, 0, -x.shape[2] % PAD_TO))
+
+    def _embeds_in_one(self, kinds: Kinds) -> bool:
+        """Whether the op computes what the modules of the embedding would."""
+        position, tile = self.gated_positional_embedding, self.pre_tile_positional_embedding
+        convolution, norm = self.patch_embedding, self.layernorm_pre
+        return (
+            kinds.get(convolution) is nn.Conv2d
+            and kinds.get(norm) is nn.LayerNorm
+            and kinds.get(position) is MllamaPrecomputedPositionEmbedding
+            and kinds.get(tile) is MllamaPrecomputedAspectRatioEmbedding
+            and kinds.get(position.tile_embedding) is nn.Embedding
+            and kinds.get(tile.embedding) is nn.Embedding
+            and position.tile_embedding.max_norm is None
+            and tile.embedding.max_norm is None
+            and norm.bias is not None
+            and convolution.bias is None
+            and convolution.stride == convolution.kernel_size
+            and convolution.padding in (0, (0, 0), "valid")
+            and convolution.dilation == (1, 1)
+            and convolution.groups == 1
+        )
+
+    def _encoded(
+        self,
+        encoder: nn.Module,
+        x: Tensor,
+        padding: Padding,
+        kinds: Kinds,
+        taps: Mapping[int, list[int]],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (M, S, E) through all layers of an encoder.
+
+        ``taps`` maps a depth (0: before the first layer, 1: after it, ...) to the places in the
+        returned list where the stream at that depth goes.
+        """
+        if kinds.get(encoder) is MllamaVisionEncoder:
+            last, depths = None, encoder.depths(x, padding, kinds)
+        else:
+            output = encoder(x, attention_mask=padding)
+            last, depths = output.last_hidden_state, iter((x, *output.hidden_states))
+        kept: list[Tensor] = [x] * sum(map(len, taps.values()))
+        for depth, state in enumerate(depths):
+            for place in taps.get(depth, ()):
+                kept[place] = state
+        return (state if last is None else last), kept

@@ -2,7 +2,7 @@
 
 In the published layout the embedding has eight rows more than the head, and the head as many as
 `vocab_size` says. `resize_token_embeddings` gives both the same number, and the documentation of Mllama in
-`transformers` gives the head alone one more. So the modules themselves are asked for their rows, and the
+`transformers` gives only the head one more. So the modules themselves are asked for their rows, and the
 configuration only where they do not say.
 """
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mllama.config_fields import COUNT, value_problem
+from mllama.config_fields import integer, value_problem
 from mllama.layers import init_normal
+from mllama.shapes import EXTRA_ROWS
 
 if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig
 
-EXTRA_ROWS = 8  # of the embedding beyond `vocab_size`; the image token is the first of them
+_COUNT = integer(1, 2**24)  # of rows
 
 
 def embedding_rows(embedding: nn.Module, config: MllamaTextConfig) -> int:
@@ -175,7 +176,7 @@ def _row_count(given: int | None, multiple: int | None, module: nn.Module) -> in
     """Raises: ValueError naming what is no number of rows."""
     values: dict[str, Any] = {"new_num_tokens": given, "pad_to_multiple_of": multiple}
     asked = [name for name, value in values.items() if value is not None]
-    if problems := [p for name in asked for p in value_problem(name, COUNT, values)]:
+    if problems := [p for name in asked for p in value_problem(name, _COUNT, values)]:
         raise ValueError("; ".join(problems))
     count, step = values["new_num_tokens"], values["pad_to_multiple_of"] or 1
     count = module.weight.shape[0] if count is None else count

@@ -3,9 +3,10 @@
 :mod:`mllama_kernels.reference` has the same functions in plain PyTorch.
 """
 
-from mllama_kernels import reference
+from mllama_kernels import _dispatch, reference
 from mllama_kernels.cross_attention import cross_attention
 from mllama_kernels.gated_residual import gated_residual
+from mllama_kernels.linear import linear
 from mllama_kernels.linear_cross_entropy import linear_cross_entropy
 from mllama_kernels.patch_embed import patch_embed
 from mllama_kernels.rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "cross_attention",
     "gated_residual",
+    "linear",
     "linear_cross_entropy",
     "patch_embed",
     "reference",
@@ -30,3 +32,5 @@ __all__ = [
     "swiglu",
     "vision_attention",
 ]
+
+_dispatch.check_disabled()

@@ -12,12 +12,16 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Defaults of arguments that models go by too.
+IGNORED = -100  # a label that is no target, as it is to torch
+PAD_TO = 8  # the tokens of an image tile are padded with zeros to a multiple of this; they are attended to
+
 
 class Arguments:
-    """What an op takes, by its signature."""
+    """What an op takes, by the signature of a function; `op` is its name if that is not the function's."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._op = function.__name__
+    def __init__(self, function: Callable[..., Any], op: str | None = None) -> None:
+        self._op = op or function.__name__
         self._signature = inspect.signature(function)
         # Place, name, and whether None may stand there.
         self._tensors = tuple(

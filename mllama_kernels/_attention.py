@@ -15,6 +15,18 @@ def wants_lse(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def scale_for(name: str, q: Tensor, softmax_scale: float | None) -> float:
+    """The scale of a call, once q has heads to take it from.
+
+    Raises: RuntimeError: otherwise.
+    """
+    if q.dim() < 3 or q.shape[-1] == 0:
+        raise RuntimeError(
+            f"mllama_kernels.{name}: q must be (N, H, D) or (B, L, H, D), got shape {tuple(q.shape)}"
+        )
+    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+
 def fake(q: Tensor, packed: bool, with_lse: bool) -> tuple[Tensor, Tensor]:
     """The output of a call and its log-sum-exp: (B, H, L), or (H, N) when packed."""
     heads, rows = q.shape[-2], q.shape[-3]

@@ -23,13 +23,15 @@ BACKEND = os.environ.get("MLLAMA_KERNELS_BACKEND") or "auto"
 DISABLED = frozenset(os.environ.get("MLLAMA_KERNELS_DISABLE", "").replace(",", " ").split())
 if BACKEND not in ("auto", "kernels", "reference"):
     raise ValueError(f"MLLAMA_KERNELS_BACKEND={BACKEND!r}; expected auto, kernels or reference")
-if not DISABLED <= set(_library.OPS):
-    unknown = ", ".join(sorted(DISABLED - set(_library.OPS)))
-    raise ValueError(
-        f"MLLAMA_KERNELS_DISABLE names {unknown}; the ops are {', '.join(_library.OPS)}"
-    )
 
 _LIBRARY = torch.library.Library("mllama_kernels", "FRAGMENT")
+
+
+def check_disabled() -> None:
+    """Raises: ValueError for a name in MLLAMA_KERNELS_DISABLE that no op has; called when all are known."""
+    if unknown := DISABLED - set(_library.OPS):
+        names, ops = ", ".join(sorted(unknown)), ", ".join(_library.OPS)
+        raise ValueError(f"MLLAMA_KERNELS_DISABLE names {names}; the ops are {ops}")
 
 
 def switched_off(op: str) -> str | None:
@@ -68,6 +70,8 @@ def has_ops(device: torch.device) -> bool:
 def public(kernel: Function) -> Function:
     """The public function of an op: the kernel, or the reference of the same name."""
     name = kernel.__name__
+    if name not in _library.OPS:
+        _library.OPS.append(name)
     plain = getattr(reference, name)
     arguments = _arguments.Arguments(kernel)
     lead_name = arguments.lead
@@ -89,6 +93,11 @@ def public(kernel: Function) -> Function:
         return plain(*args, **kwargs)
 
     return op  # type: ignore[return-value]
+
+
+def kernel_of(op: Function) -> Function:
+    """The kernel that a public function chooses where :func:`why_not` has nothing against it."""
+    return getattr(op, "__wrapped__", op)
 
 
 def register(
@@ -114,7 +123,7 @@ def register(
     if _library.missing is not None:
         return
     qualified = f"mllama_kernels::{name}"
-    torch.library.register_fake(qualified)(_on_one_device(name, fake))
+    torch.library.register_fake(qualified)(_checked_fake(name, fake))
     if differentiable:
         backward = backward or functools.partial(no_backward, name)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -124,8 +133,10 @@ def register(
         )
 
 
-def _on_one_device(name: str, fake: Function) -> Function:
-    """The fake, which one meta tensor among others calls as well: its results would be memory as it lay."""
+def _checked_fake(name: str, fake: Function) -> Function:
+    """The fake, which one meta tensor among others calls as well: results of all would be memory as it lay.
+    torch lets None pass for a tensor."""
+    arguments = _arguments.Arguments(fake, name)
 
     @functools.wraps(fake)
     def shapes(*args: Any, **kwargs: Any) -> Any:
@@ -134,6 +145,7 @@ def _on_one_device(name: str, fake: Function) -> Function:
             raise RuntimeError(
                 f"mllama_kernels.{name}: all tensors must be on one device, got {', '.join(sorted(kinds))}"
             )
+        arguments.check(args, kwargs)
         return fake(*args, **kwargs)
 
     return shapes  # type: ignore[return-value]
@@ -156,7 +168,7 @@ def register_backward(name: str, fake: Callable[..., Any]) -> None:
     if _library.missing is not None:
         return
     qualified = f"mllama_kernels::{name}_backward"
-    torch.library.register_fake(qualified)(_on_one_device(name, fake))
+    torch.library.register_fake(qualified)(_checked_fake(f"{name}_backward", fake))
     torch.library.register_autograd(qualified, functools.partial(no_double_backward, name))
 
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "gated_residual",
-    "swiglu",
-    "skinny_linear",
-    "rotary_attention",
-    "rotary_attention_cached",
-    "cross_attention",
-    "vision_attention",
-    "patch_embed",
-    "linear_cross_entropy",
-    "sample",
-)
+INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+OPS: list[str] = []  # all of them, once mllama_kernels is imported: `_dispatch.public` enters each
 
 
 def _load() -> tuple[Path | None, str | None]:
-    """The library's path, or the reason it is not there."""
+    """The library's path, or the reason it is not there.
+
+    Raises: ValueError for an instruction set in MLLAMA_KERNELS_CPU_ISA that the library does not know.
+    """
+    wanted = os.environ.get("MLLAMA_KERNELS_CPU_ISA")
+    if wanted and wanted not in INSTRUCTION_SETS:
+        known = ", ".join(INSTRUCTION_SETS)
+        raise ValueError(f"MLLAMA_KERNELS_CPU_ISA={wanted!r}; expected one of {known}")
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
         return None, "the compiled library is missing; run `pip install .` in the source tree"

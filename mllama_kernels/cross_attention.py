@@ -39,10 +39,11 @@ def cross_attention(
         q_norm_weight: (D,); when given, q is first `rms_norm(q, q_norm_weight, eps)` per head.
         eps: of that norm.
         softmax_scale: factor on q.k before the softmax; default 1/sqrt(D).
-        tile_table: (B, T) int32, the slot of each tile of each sequence, -1 for none.
+        tile_table: (B, T) int32, the slot of each tile of each sequence, -1 for none. On CUDA slots that
+            the pool does not have count as none: that all are right is the caller's affair.
         cu_seqlens: (B + 1,) int32, first row of each packed sequence, then N.
         max_seqlen: bound on the rows of one sequence; default N. On CUDA, where bounds are not looked at,
-            rows beyond it are of no sequence, as those behind the last are: zeros.
+            rows beyond it are of no sequence, as those after the last are: zeros.
     Returns:
         Shape and dtype of q, contiguous. A row that sees no tile gives zeros.
     Backward:
@@ -55,7 +56,7 @@ def cross_attention(
         Llama Team 2024 (arXiv 2407.21783) sec. 7; softmax after Milakov, Gimelshein 2018
         (arXiv 1805.02867).
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _attention.scale_for("cross_attention", q, softmax_scale)
     longest = q.shape[0] if max_seqlen is None else max_seqlen
     with_lse = _attention.wants_lse(q, k, v, q_norm_weight)
     return torch.ops.mllama_kernels.cross_attention(
@@ -109,8 +110,8 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
         *(grad_out, q, k, v, out, lse, tile_mask, q_norm_weight),
         *(eps, softmax_scale, tile_table, cu_seqlens, max_seqlen),
     )
-    of_weight = None if q_norm_weight is None else grad_weight
-    return grad_q, grad_k, grad_v, None, of_weight, *[None] * 6
+    grad_q_norm = None if q_norm_weight is None else grad_weight
+    return grad_q, grad_k, grad_v, None, grad_q_norm, *[None] * 6
 
 
 _dispatch.register("cross_attention", _fake, setup_context=_setup_context, backward=_backward)

@@ -20,7 +20,7 @@ _GRAPH_DRIVER = (12, 3)
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the driver is made for, as "12.8"; None where it does not tell."""
+    """The newest CUDA that the driver supports, as "12.8"; None where it does not tell."""
     version = ctypes.c_int()
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _dispatch
+from mllama_kernels._arguments import IGNORED
 
 # Of the logits, in the dtype of x: enough for the matrix products to run at full speed.
 CHUNK_BYTES = 256 << 20
@@ -19,7 +20,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
@@ -68,7 +69,11 @@ def linear_cross_entropy(
         (arXiv 2204.02311) sec. 5.
     """
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r:.80}')
+    if x.dim() == 0:
+        raise RuntimeError(
+            "mllama_kernels.linear_cross_entropy: x must have at least one dimension"
+        )
     if labels.shape != x.shape[:-1]:
         raise RuntimeError(
             "mllama_kernels.linear_cross_entropy: labels must have shape "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_kernels import _dispatch
+from mllama_kernels._arguments import PAD_TO
 
 
 @_dispatch.public
@@ -26,7 +27,7 @@ def patch_embed(
     norm_bias: Tensor,
     eps: float = 1e-5,
     *,
-    pad_to: int = 8,
+    pad_to: int = PAD_TO,
 ) -> Tensor:
     """Patch convolution, tile and position embeddings, class token and LayerNorm.
 
@@ -40,7 +41,7 @@ def patch_embed(
     dtype. Tokens from P up to a multiple of `pad_to` are zero.
 
     Args:
-        pixel_values: (M, T, C, size, size), float32, float16 or bfloat16 (float64 on CPU).
+        pixel_values: (M, T, C, size, size), float32, float16 or bfloat16 (float64 on CPU); C at least 1.
         aspect_ratio_ids: (M,) int64 in [0, R). Outside it: an error on CPU, NaN tokens on CUDA.
         patch_weight: (E, C, patch, patch), the convolution's weight; stride is `patch`.
         class_embedding: (E,).
@@ -51,7 +52,7 @@ def patch_embed(
         pre_tile_gate: (1,).
         norm_weight, norm_bias: (E,).
         eps: of the LayerNorm.
-        pad_to: tokens per tile are rounded up to a multiple of this.
+        pad_to: tokens per tile are rounded up to a multiple of this; at most 2**20.
     Returns:
         (M, T, P rounded up, E) in the dtype of pixel_values.
     Backward:

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllama_kernels import reference_sampling
-from mllama_kernels._arguments import checked
+from mllama_kernels import reference_sampling, reference_tables
+from mllama_kernels._arguments import IGNORED, PAD_TO, checked
 
 __all__ = [
     "add_rms_norm",
     "cross_attention",
     "gated_residual",
+    "linear",
     "linear_cross_entropy",
     "patch_embed",
     "rms_norm",
@@ -78,7 +79,34 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-_swiglu = swiglu  # an argument of skinny_linear has the name
+_swiglu = swiglu  # an argument of linear has the name
+
+
+@checked
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    swiglu: bool = False,
+    weight_is_constant: bool = False,
+) -> Tensor:
+    """Norm, product, SwiGLU and residual; see :func:`mllama_kernels.linear`."""
+    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
+        raise ValueError("gate goes with residual, row_mask with gate")
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, eps)
+    y = F.linear(x, weight, bias)
+    if swiglu:
+        y = _swiglu(y)
+    if residual is None:
+        return y
+    return residual + y if gate is None else gated_residual(y, residual, gate, row_mask)
 
 
 @checked
@@ -94,20 +122,12 @@ def skinny_linear(
     swiglu: bool = False,
     weight_is_constant: bool = False,
 ) -> Tensor:
-    """Norm, product, SwiGLU and residual of a few rows; see :func:`mllama_kernels.skinny_linear`."""
-    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
-        raise ValueError("gate goes with residual, row_mask with gate")
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps)
-    y = F.linear(x, weight)
-    if swiglu:
-        y = _swiglu(y)
-    if residual is None:
-        return y
-    return residual + y if gate is None else gated_residual(y, residual, gate, row_mask)
+    """:func:`linear` of a few rows; see :func:`mllama_kernels.skinny_linear`."""
+    fused = {"residual": residual, "gate": gate, "row_mask": row_mask, "swiglu": swiglu}
+    return linear(x, weight, norm_weight=norm_weight, eps=eps, **fused)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary embedding of x (..., L, H, D) by cos, sin (..., L, D/2)."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
@@ -177,7 +197,7 @@ def rotary_attention(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """Causal grouped-query attention with RoPE; see :func:`mllama_kernels.rotary_attention`."""
-    q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     if cu_seqlens is None:
         return _attention(q, k, v, _causal(q.shape[1], k.shape[1], q.device), softmax_scale)
     if torch.compiler.is_exporting():
@@ -185,7 +205,7 @@ def rotary_attention(
         together = sequence.unsqueeze(-1) == sequence
         visible = together & _causal(q.shape[0], q.shape[0], q.device)
         return _attention(q, k, v, visible, softmax_scale)
-    bounds = cu_seqlens.tolist()
+    bounds = reference_tables.bounds_of("rotary_attention", cu_seqlens, q.shape[0], max_seqlen)
     length = _common_length(bounds, q.shape[0])
     if length:  # all at once; training spends its time here
         q, k, v = (t.unflatten(0, (-1, length)) for t in (q, k, v))
@@ -221,9 +241,12 @@ def rotary_attention_cached(
     interleaved: bool = False,
 ) -> Tensor:
     """Append to a paged cache and attend; see :func:`mllama_kernels.rotary_attention_cached`."""
-    q, k = _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    name = "rotary_attention_cached"
+    bounds = reference_tables.bounds_of(name, cu_seqlens, q.shape[0], max_seqlen)
+    reference_tables.check_written(name, k_cache=k_cache, v_cache=v_cache)
+    past = reference_tables.lengths_in_cache(name, bounds, cache_lens, page_table, k_cache)
+    q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     page_size = k_cache.shape[2]
-    bounds, past = cu_seqlens.tolist(), cache_lens.tolist()
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:])):
         if begin == end:
@@ -271,10 +294,11 @@ def cross_attention(
         visible = (sees.unsqueeze(-1) & (tile_table[sequence].unsqueeze(-1) == slots)).any(1)
         visible = visible.repeat_interleave(k.shape[1], dim=-1)
         return _attention(q, k.flatten(0, 1), v.flatten(0, 1), visible, softmax_scale)
+    bounds = reference_tables.bounds_of("cross_attention", cu_seqlens, q.shape[0], max_seqlen)
+    reference_tables.check_slots("cross_attention", tile_table, len(bounds) - 1, k.shape[0])
     if k.shape[0] == 0:  # no sequence has a tile
         return torch.zeros_like(q)
     tokens = k.shape[1]
-    bounds = cu_seqlens.tolist()
     length = _common_length(bounds, q.shape[0])
     if length:
         mask = (tile_table >= 0).unsqueeze(1).expand(-1, length, -1)
@@ -331,9 +355,10 @@ def patch_embed(
     norm_bias: Tensor,
     eps: float = 1e-5,
     *,
-    pad_to: int = 8,
+    pad_to: int = PAD_TO,
 ) -> Tensor:
     """Pixels to the tokens that enter the vision encoder; see :func:`mllama_kernels.patch_embed`."""
+    reference_tables.check_ids("patch_embed", aspect_ratio_ids, pre_tile_embedding.shape[0])
     images, tiles = pixel_values.shape[:2]
     width, patch = patch_weight.shape[0], patch_weight.shape[-1]
     x = F.conv2d(pixel_values.flatten(0, 1), patch_weight, stride=patch).flatten(2).transpose(1, 2)
@@ -355,7 +380,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
@@ -393,6 +418,7 @@ def sample(
     seen: Tensor | None = None,
 ) -> Tensor:
     """Logits to tokens; see :func:`mllama_kernels.sample`. Equal to the kernels bit for bit."""
+    reference_sampling.check_options(temperature, top_k, top_p, min_p, repetition_penalty)
     heat = temperature if do_sample else 1.0
     scaled = reference_sampling.scale_logits(logits, heat, repetition_penalty, seen)
     if do_sample:

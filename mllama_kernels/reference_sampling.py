@@ -1,6 +1,6 @@
 """The arithmetic of :func:`mllama_kernels.sample` in plain PyTorch, equal to the kernels bit for bit.
 
-Behind the scaled float32 logits all is integers, so that no order of additions can show: a token's
+From the scaled float32 logits on all is integers, so that no order of additions can show: a token's
 *level* is its distance from the row's largest logit in units of 2**-26, its *weight* is
 exp(-level * 2**-26) * 2**40, rounded.
 """
@@ -18,15 +18,34 @@ INVALID_TOKEN = -1
 _MAX_DISTANCE = 29  # exp(-29) * 2**40 rounds to 0
 _LEVELS_PER_UNIT = 2**26
 _MAX_WEIGHT = 2**40
-_LOG2_E = 3098164009  # with 31 bits behind the point
-# (2**f - 1) / f in powers of f, the highest first, with 31 bits behind the point.
+# What rounds to 0 or to infinity in float32.
+_FLOAT32_ZERO, _FLOAT32_INFINITY = 2.0**-150, (2 - 2.0**-24) * 2.0**127
+_LOG2_E = 3098164009  # with 31 bits after the point
+# (2**f - 1) / f in powers of f, the highest first, with 31 bits after the point.
 _EXP2 = (46022, 308748, 2881712, 20646516, 119196129, 515882277, 1488522244)
+
+
+def check_options(
+    temperature: float, top_k: int, top_p: float, min_p: float, repetition_penalty: float
+) -> None:
+    """Refuses what the kernels refuse: no token would be left, or every weight be NaN."""
+    divisors = {"temperature": temperature, "repetition_penalty": repetition_penalty}
+    for name, value in divisors.items():
+        if not _FLOAT32_ZERO < value < _FLOAT32_INFINITY:
+            raise RuntimeError(
+                f"mllama_kernels.sample: {name} must be a positive float32, got {value}"
+            )
+    if top_k < 0:
+        raise RuntimeError(f"mllama_kernels.sample: top_k must not be negative, got {top_k}")
+    for name, value in {"top_p": top_p, "min_p": min_p}.items():
+        if not 0 <= value <= 1:
+            raise RuntimeError(f"mllama_kernels.sample: {name} must be from 0 to 1, got {value}")
 
 
 def scale_logits(
     logits: Tensor, temperature: float, repetition_penalty: float, seen: Tensor | None
 ) -> Tensor:
-    """logits (B, V) in float32 behind penalty and temperature, every operation rounded."""
+    """logits (B, V) in float32 after penalty and temperature, every operation rounded."""
 
     def scalar(value: float) -> Tensor:  # a Python number would be inverted, not divided by
         return torch.full((), value, dtype=torch.float32, device=logits.device)

@@ -127,7 +127,7 @@ def _add_rms_norm_backward(
     ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if grad_y is None:
-        return *_of_the_sum_alone(ctx, grad_total), None
+        return *_of_the_sum_only(ctx, grad_total), None
     total, weight, x, gate, row_mask = ctx.saved_tensors
     op = torch.ops.mllama_kernels.add_rms_norm_backward
     grad_residual, grad_x, grad_weight, grad_gate = op(
@@ -138,7 +138,7 @@ def _add_rms_norm_backward(
     return grad_x, grad_residual, grad_weight, None, None if gate is None else grad_gate, None
 
 
-def _of_the_sum_alone(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+def _of_the_sum_only(ctx: Any, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of the first five arguments where the norm's result was not used."""
     _, _, x, gate, row_mask = ctx.saved_tensors
     grad_x, grad_gate = grad_total, None

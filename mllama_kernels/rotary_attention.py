@@ -38,7 +38,7 @@ def rotary_attention(
         interleaved: which elements form a pair (Meta's layout: True; that of transformers: False).
         cu_seqlens: (B + 1,) int32, first row of each packed sequence, then N.
         max_seqlen: bound on the rows of one packed sequence; default N. On CUDA, where bounds are not
-            looked at, rows beyond it are of no sequence, as those behind the last are: zeros.
+            looked at, rows beyond it are of no sequence, as those after the last are: zeros.
     Returns:
         Shape and dtype of q, contiguous.
     Backward:
@@ -50,7 +50,7 @@ def rotary_attention(
         Su et al. 2021 (arXiv 2104.09864); Ainslie et al. 2023 (arXiv 2305.13245); Dao 2023
         (arXiv 2307.08691) for the tiling.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _attention.scale_for("rotary_attention", q, softmax_scale)
     longest = q.shape[0] if max_seqlen is None else max_seqlen
     with_lse = _attention.wants_lse(q, k, v, cos, sin)
     return torch.ops.mllama_kernels.rotary_attention(
@@ -81,12 +81,18 @@ def rotary_attention_cached(
     cache_lens[b] + i of its pages and attends to positions 0 to cache_lens[b] + i. Lengths and pages are
     read on the device; nothing synchronises.
 
+    On CPU every length and every page that the call would read or write is checked before anything is
+    written. On CUDA the host does not see them, and the kernels keep within the tensors: bounds that do not
+    fit make rows of no sequence, positions beyond the pages and pages that the cache does not have are
+    neither written nor read. That the values are right is then the caller's affair; that no two sequences
+    append to one page is so on both devices.
+
     Args:
         q: (N, Hq, D) packed rows, dtypes and head sizes as in :func:`rotary_attention`.
         k, v: (N, Hkv, D).
         cos, sin: (N, D/2).
         k_cache, v_cache: (num_pages, Hkv, page_size, D) contiguous, written in place; page_size is a
-            multiple of 16.
+            multiple of 16. Neither shares memory with another argument.
         page_table: (B, max_pages) int32: page i of sequence b holds its positions from i * page_size.
         cu_seqlens: (B + 1,) int32, first row of each sequence, then N.
         cache_lens: (B,) int32, tokens in the cache before the call.
@@ -100,7 +106,7 @@ def rotary_attention_cached(
     Source:
         Kwon et al. 2023 (arXiv 2309.06180) for pages; Dao et al. 2023 (Flash-Decoding) for split keys.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _attention.scale_for("rotary_attention_cached", q, softmax_scale)
     return _Cached.apply(
         *(q, k, v, cos, sin, k_cache, v_cache, page_table, cu_seqlens, cache_lens),
         *(max_seqlen, scale, interleaved),

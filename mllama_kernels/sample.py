@@ -34,7 +34,7 @@ def sample(
     keeps what ties with the k-th, top-p what ties with the last it keeps. The draw inverts the distribution
     function of the kept weights, in the order of the tokens, at a 53-bit uniform number.
 
-    The op changes none of its arguments: to go on, a caller adds 1 to `step` and marks the token in
+    The op changes none of its arguments: to continue, a caller adds 1 to `step` and marks the token in
     `seen`. No row may advance a counter that the others still read, and a pure function is what a compiler
     can move and a test can repeat.
 

@@ -40,7 +40,7 @@ def vision_attention(
     Source:
         Llama Team 2024 (arXiv 2407.21783) sec. 7; Dao 2023 (arXiv 2307.08691) for the tiling.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _attention.scale_for("vision_attention", q, softmax_scale)
     with_lse = _attention.wants_lse(q, k, v)
     return torch.ops.mllama_kernels.vision_attention(q, k, v, padding, scale, with_lse)[0]
 

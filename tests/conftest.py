@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if library.missing:
         pytest.fail(f"the compiled ops are not there: {library.missing}")
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Every test starts with the variables of the run: libraries set some for good, as PEFT's BOFT does."""
+    before = dict(os.environ)
+    yield
+    name = "PYTEST_CURRENT_TEST"  # which says where this is
+    if {**os.environ, name: ""} != {**before, name: ""}:
+        for key in os.environ.keys() - before.keys() - {name}:
+            del os.environ[key]
+        os.environ.update({key: value for key, value in before.items() if key != name})
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 import mllama
-from mllama.generation import mixin as generation
+from mllama.generation import generate as generation
 
 SHAPE = Shape(vision_head_dim=32, head_dim=32, intermediate=96, tile_side=28)
 IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")

@@ -2,15 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../csrc/cpu/last_cache.cpp"
-#include "../csrc/cuda/attention_backward_config.h"
-#include "../csrc/cuda/attention_config.h"
-#include "../csrc/cuda/attention_sm90_config.h"
-#include "../csrc/cuda/cross_attention_sm90.h"
-#include "../csrc/cuda/rotary_attention_sm90.h"
-#include "../csrc/cuda/split_kv.h"
-#include "../csrc/cuda/tensor_map_dims.h"
-#include "../csrc/cuda/vision_attention_sm90.h"
+#include "../csrc/cpu/common/machine.cpp"
+#include "../csrc/cuda/attention/decode.h"
+#include "../csrc/cuda/attention/tile_size.h"
+#include "../csrc/cuda/common/tensor_map_dims.h"
+#include "../csrc/cuda/cross_attention/kernels.h"
 
 namespace py = pybind11;
 using namespace mllama;
@@ -67,41 +63,4 @@ PYBIND11_MODULE(host_module, m) {
     const auto dim = [&](int i) { return TensorMapDim{dims[i][0], dims[i][1], dims[i][2]}; };
     return tensor_map_fault({dim(0), dim(1), dim(2)}, element_bytes);
   });
-  // Strides of batch (or slot), token and head, of values alone: sm_90a's prefill of each
-  // attention.
-  m.def("uses_sm90", [](int64_t batch_stride, int64_t token_stride, int64_t head_stride) {
-    VisionAttentionParams vision{};
-    vision.dtype = DType::kBFloat16;
-    vision.batch = vision.seqlen = vision.num_heads = 2;
-    vision.head_dim = 64;
-    vision.q_batch_stride = vision.k_batch_stride = 256;
-    vision.q_token_stride = vision.k_token_stride = 128;
-    vision.q_head_stride = vision.k_head_stride = 64;
-    RotaryAttentionParams rotary{};
-    rotary.dtype = DType::kBFloat16;
-    rotary.batch = rotary.max_seqlen = rotary.num_kv_heads = 2;
-    rotary.head_dim = 64;
-    CrossAttentionParams cross{};
-    cross.dtype = DType::kBFloat16;
-    cross.num_slots = cross.tile_tokens = cross.num_kv_heads = 2;
-    cross.head_dim = 64;
-    cross.k_slot_stride = 256;
-    cross.k_token_stride = 128;
-    cross.k_head_stride = 64;
-    vision.v_batch_stride = rotary.v_batch_stride = cross.v_slot_stride = batch_stride;
-    vision.v_token_stride = rotary.v_token_stride = cross.v_token_stride = token_stride;
-    vision.v_head_stride = rotary.v_head_stride = cross.v_head_stride = head_stride;
-    return py::make_tuple(uses_vision_sm90(vision), uses_rotary_sm90(rotary),
-                          uses_cross_sm90(cross));
-  });
-  m.def("rotary_uses_split_kv",
-        [](bool paged, int64_t max_seqlen, int64_t num_q_heads, int64_t num_kv_heads) {
-          static const int32_t table = 0;
-          RotaryAttentionParams p{};
-          p.page_table = paged ? &table : nullptr;
-          p.max_seqlen = max_seqlen;
-          p.num_q_heads = num_q_heads;
-          p.num_kv_heads = num_kv_heads;
-          return uses_split_kv(p);
-        });
 }

@@ -5,9 +5,9 @@
 #include <array>
 #include <utility>
 
-#include "../csrc/cuda/error_text.cu"
-#include "../csrc/cuda/launch.cu"
-#include "../csrc/cuda/ragged.cuh"
+#include "../csrc/cuda/common/error_text.cu"
+#include "../csrc/cuda/common/launch.cu"
+#include "../csrc/cuda/common/ragged.cuh"
 
 namespace py = pybind11;
 using namespace mllama;

@@ -5,8 +5,8 @@
 Needs `cuobjdump` and `nvdisasm` (pip: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm) on PATH.
 
 - A kernel that starts before the previous one has ended waits for it on every path, before its end
-  and before it loads or stores global memory; it lets the next one start only behind that, and uses
-  no load that may be served by a cache the previous kernel did not write through (hopper.cuh).
+  and before it loads or stores global memory; it lets the next one start only after that, and uses
+  no load that may be served by a cache the previous kernel did not write through (sm90.cuh).
 - Loads that a kernel says are under way together are requested before the first of them is used.
 - Nothing spills to local memory.
 - Nothing touches the accumulators of a wgmma product in flight, or writes its operands.
@@ -116,7 +116,7 @@ def _joined(a: Flight, b: Flight) -> Flight:
 
 
 def _issue(instruction: Instruction, flight: Flight) -> Flight:
-    """What is in flight behind an instruction. The last product of a group names the barrier gsb0."""
+    """What is in flight after an instruction. The last product of a group names the barrier gsb0."""
     if instruction.opcode == "HGMMA":
         touched, written = instruction.registers
         *groups, issued = flight

@@ -13,6 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Of the published 11B checkpoint.
+PARAMS = {
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "vocab_size": 128256,
+    "ffn_dim_multiplier": 1.3,
+    "multiple_of": 1024,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "vision_chunk_size": 560,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": 8,
+}
 _RENAMES = [
     (r"language_model\.model\.norm", "text_model.norm"),
     (r"language_model\.lm_head", "text_model.output"),

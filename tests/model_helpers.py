@@ -168,8 +168,13 @@ class Counting:
         self._ops, self._counts = ops, counts
 
     def __getattr__(self, name: str) -> Any:
-        self._counts[name] += 1
-        return getattr(self._ops, name)
+        function = getattr(self._ops, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
 
 
 @dataclass

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mllama_kernels import _library
+from mllama_kernels import _library, testing
+from mllama_kernels.testing import assert_close_to_exact, to_double
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# For the largest error of attention's gradients, their 2-norm is held to twice plain PyTorch's: what is
-# subtracted from grad_out V^T is summed apart from it, so where one key has all the weight its error does
-# not cancel. Of 1920 draws in float32 eight had a largest error above twice plain PyTorch's, up to 2.5 times.
-ATTENTION_LARGEST = 4.0
 # Under a sanitizer a kernel takes some hundred times as long.
 REDUCED = os.environ.get("MLLAMA_TEST_REDUCED") == "1"
 
@@ -34,68 +31,16 @@ def several_blocks() -> int:
     return 150 if REDUCED or _library.simulated else 600
 
 
-def to_double(value: Any) -> Any:
-    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+def assert_no_worse(actual: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any) -> None:
+    """As `testing.assert_no_worse`, of an op, whose results are contiguous."""
+    assert all(t.is_contiguous() for t in ((actual,) if torch.is_tensor(actual) else actual))
+    testing.assert_no_worse(actual, *args, **kwargs)
 
 
-def assert_no_worse(
-    actual: Tensor | tuple[Tensor, ...],
-    reference: Callable[..., Any],
-    *args: Any,
-    k: float = 2.0,
-    largest: float | None = None,
-    **kwargs: Any,
-) -> None:
-    """Error against float64 is at most k times plain PyTorch's in the same dtype, or that of `compare`."""
-    exact = reference(*map(to_double, args), **{n: to_double(v) for n, v in kwargs.items()})
-    plain = reference(*args, **kwargs)
-    if torch.is_tensor(actual):
-        actual, exact, plain = (actual,), (exact,), (plain,)
-    assert len(actual) == len(exact)
-    for a, e, p in zip(actual, exact, plain):
-        compare(a, e, p, k, largest)
-
-
-def compare(
-    actual: Tensor,
-    exact: Tensor,
-    plain: Tensor,
-    k: float = 2.0,
-    largest: float | None = None,
-    roundings: int = 1,
-) -> None:
-    """One output against the float64 result, with plain PyTorch's error as the measure.
-
-    The 2-norm of the error may be k times that, the largest error `largest` times, k by default.
-
-    Half an ulp is always allowed: it is the rounding of the store. So are, for the largest error,
-    `roundings` of them, where the op's definition rounds before the store as well, and eight float32
-    roundings before that (rotation, score, scaling, exponential, weight, product, sum, quotient): the
-    largest of a few hundred errors is a matter of chance, and plain PyTorch's may be luckier than that.
-    The 2-norm of a few dozen errors is no less so.
-    """
-    ideal = exact.to(actual.dtype)  # what a perfect kernel would store
-    assert actual.shape == ideal.shape, (
-        f"shape {tuple(actual.shape)}, expected {tuple(ideal.shape)}"
-    )
+def compare(actual: Tensor, *args: Any, **kwargs: Any) -> None:
+    """As `testing.assert_close_to_exact`, of an op's result, which is contiguous."""
     assert actual.is_contiguous()
-    wrong = actual.isfinite() != ideal.isfinite()
-    assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} elements are (not) finite by mistake"
-    )
-    keep = ideal.isfinite() & plain.isfinite()
-    if exact.numel() < 4096:
-        k *= 1.5  # the quotient of the errors of two samples this small scatters
-    limits = {float("inf"): max(k, largest or k), 2: k}
-    a, p, e = (t[keep].double() for t in (actual, plain, exact))
-    for order, times in limits.items() if e.numel() else ():
-        error = torch.linalg.vector_norm(a - e, order).item()
-        ulps = torch.finfo(actual.dtype).eps / 2
-        if (order == float("inf") or e.numel() < 64) and actual.dtype != torch.float64:
-            ulps = roundings * ulps + 8 * torch.finfo(torch.float32).eps / 2
-        floor = ulps * torch.linalg.vector_norm(e, order).item()
-        allowed = max(times * torch.linalg.vector_norm(p - e, order).item(), floor)
-        assert error <= allowed, f"{order}-norm of the error is {error:.2e}, allowed {allowed:.2e}"
+    assert_close_to_exact(actual, *args, **kwargs)
 
 
 def gradients(
@@ -120,7 +65,7 @@ def assert_gradients_no_worse(
     function: Callable[..., Any],
     reference: Callable[..., Any],
     *args: Any,
-    k: float = 2.0,
+    times: float = 2.0,
     largest: float | None = None,
     grads: list[Tensor] | None = None,
     **kwargs: Any,
@@ -139,7 +84,7 @@ def assert_gradients_no_worse(
     exact = gradients(reference, tuple(map(to_double, args)), grads, **doubles)
     assert len(actual) == len(exact) > 0
     for a, e, p in zip(actual, exact, plain):
-        compare(a, e, p, k, largest, roundings=2)
+        compare(a, e, p, times, largest, roundings=2)
     return actual
 
 

@@ -37,7 +37,7 @@ TEMPLATE = """{{- bos_token }}
 {%- endif %}
 {%- if date_string is defined %}{{- 'Today: ' + date_string }}{% endif %}
 {%- for m in messages %}
-    {%- if m['role'] == 'skip' %}{% continue %}{% endif %}
+    {%- if m['role'] == 'function' %}{% continue %}{% endif %}
     {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}
     {%- if m['content'] is string %}
         {%- generation %}{{- m['content'] | trim }}{% endgeneration %}
@@ -93,7 +93,7 @@ def pair(adds_bos=False, **options):
     return ours, theirs
 
 
-def picture(rng):
+def random_image(rng):
     size = rng.randint(1, 120), rng.randint(1, 120)
     pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (*size[::-1], 3), np.uint8)
     return Image.fromarray(pixels)
@@ -116,7 +116,7 @@ CONVERSATIONS = [
     [
         {"role": "system", "content": "  Be brief. "},
         {"role": "user", "content": "the red circle?"},
-        {"role": "skip", "content": "nothing"},
+        {"role": "function", "content": "nothing"},
         {"role": "assistant", "content": "blue"},
         {"role": "user", "content": [{"type": "text", "text": "where is it?"}]},
     ],
@@ -125,7 +125,7 @@ CONVERSATIONS = [
 
 def equal_on_inputs(one, other):
     rng = random.Random(9)
-    image, text = picture(rng), f"{IMAGE}what is it? Grüße"
+    image, text = random_image(rng), f"{IMAGE}what is it? Grüße"
     options = {"add_special_tokens": False, "return_tensors": "pt"}
     assert_same(one(image, text, **options), other(image, text, **options))
     conversation = CONVERSATIONS[1]

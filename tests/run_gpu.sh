@@ -9,10 +9,11 @@ python=${PYTHON:-.venv/bin/python}
   exit 1
 }
 "$python" -m pytest -m "full or not full" "$@"
+files=$(PYTHON=$python bash tests/op_tests.sh)
 export MLLAMA_TEST_REDUCED=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck initcheck synccheck; do
   echo "=== compute-sanitizer --tool $tool"
   compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name regex:mllama \
     "$python" -m pytest -q -x -k "cuda and not torch_machinery" --timeout 3000 \
-    tests/test_{strides,devices,rms_norm,gated_residual,swiglu,skinny_linear,linear_cross_entropy,sample,patch_embed,{rotary,cross,vision}_attention{,_backward}}.py
+    tests/test_{strides,devices}.py $files
 done

@@ -81,8 +81,8 @@ class Kernel:
     def __init__(self, name: str, target: str, code: list[Instruction]) -> None:
         self.name, self.target, self.code = name, target, code
         self._at = {instruction.address: i for i, instruction in enumerate(code)}
-        # Where threads that met at a BSYNC go on: as a BSSY of the same barrier says, which is right
-        # behind the BSYNC unless that has been moved away.
+        # Where threads that met at a BSYNC continue: as a BSSY of the same barrier says, which is right
+        # after the BSYNC unless that has been moved away.
         self._ends: dict[str, set[int]] = {}
         for instruction in code:
             if instruction.opcode == "BSSY":

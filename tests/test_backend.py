@@ -10,18 +10,19 @@ import pytest
 import torch
 from test_dispatch import REASON, Kernels, set_build
 
+import mllama_kernels
 from mllama import MllamaForConditionalGeneration, backend
 from mllama.backend import Ops
 from mllama.demo import checkpoint_path
-from mllama.generation import mixin
-from mllama_kernels import _dispatch, _library
+from mllama.generation import generate
+from mllama_kernels import _dispatch, _library, reference
 
 KINDS = ("reference", "disabled", "no library", "no such device")
 
 
 @pytest.fixture(autouse=True)
 def nobody_was_told(monkeypatch):
-    monkeypatch.setattr(backend, "_told", set())
+    monkeypatch.setattr(backend, "_warned", set())
     if _library.missing:
         pytest.fail(_library.missing)
 
@@ -80,7 +81,7 @@ def test_a_model_on_a_device_without_kernels_says_so_once(monkeypatch):
         load()
         model.to("cpu")
         load(backend="reference")
-    monkeypatch.setattr(backend, "_told", set())
+    monkeypatch.setattr(backend, "_warned", set())
     with pytest.warns(UserWarning, match=message):
         model.to("cpu")
 
@@ -119,12 +120,12 @@ def test_one_disabled_op_is_told_from_all(monkeypatch):
 
 def test_graphs_are_captured_where_every_op_is_a_kernel(monkeypatch):
     model, tokens = load(), type("Tokens", (), {"is_cuda": True})()
-    assert mixin._captures(model, tokens)
+    assert generate._captures(model, tokens)
     monkeypatch.setattr(_dispatch, "DISABLED", frozenset(["sample"]))
-    assert not mixin._captures(model, tokens), "it reads on the host"
+    assert not generate._captures(model, tokens), "it reads on the host"
     monkeypatch.setattr(_dispatch, "DISABLED", frozenset())
     set_build(monkeypatch, "no such device")
-    assert not mixin._captures(model, tokens)
+    assert not generate._captures(model, tokens)
 
 
 def test_copies_keep_the_choice(monkeypatch):
@@ -133,3 +134,22 @@ def test_copies_keep_the_choice(monkeypatch):
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert twin.ops.choice == choice and twin.backend == model.backend
             assert twin.model.language_model.ops is twin.ops
+
+
+def test_the_ops_are_named_one_by_one():
+    """Editors and type checkers find each; a model on the CPU has the kernels themselves."""
+    named = {name: f for name, f in vars(Ops).items() if isinstance(f, staticmethod)}
+    assert named.keys() == set(_library.OPS)
+    ops, plain = Ops("auto", "cpu"), Ops("reference", "cpu")
+    for name, declared in named.items():
+        public = getattr(mllama_kernels, name)
+        assert declared.__func__ is public
+        assert getattr(ops, name) is _dispatch.kernel_of(public) is not public
+        assert getattr(plain, name) is getattr(reference, name)
+
+
+def test_an_op_without_kernel_decides_at_every_call(monkeypatch):
+    monkeypatch.setattr(_dispatch, "DISABLED", frozenset(["swiglu"]))
+    ops = Ops("auto", "cpu")
+    assert ops.swiglu is mllama_kernels.swiglu
+    assert ops.rms_norm is _dispatch.kernel_of(mllama_kernels.rms_norm)

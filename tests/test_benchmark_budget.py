@@ -82,21 +82,21 @@ def test_rounds_are_whole_and_at_least_one(clock):
     assert timing.interleave(rounds, 2, budget) == [[], []]
 
 
-def statuses(plan: measure.Plan) -> dict[str, str]:
-    row = measure.measure(case_of(), plan)
+def statuses(effort: measure.Effort) -> dict[str, str]:
+    row = measure.measure(case_of(), effort)
     json.dumps(row)
     return {impl["name"]: impl["status"] for impl in row["impls"]}
 
 
 def test_without_time_ours_and_plain_pytorch_are_measured():
-    plan = measure.Plan(CPU, rounds=3, seconds=1e-4, cold_bytes=10_000)
-    assert set(statuses(plan).values()) == {"timed"}
-    assert statuses(replace(plan, compiles=False))["torch.compile"] == "left out"
-    late = statuses(replace(plan, budget=Budget(0)))
+    effort = measure.Effort(CPU, rounds=3, seconds=1e-4, cold_bytes=10_000)
+    assert set(statuses(effort).values()) == {"timed"}
+    assert statuses(replace(effort, compiles=False))["torch.compile"] == "left out"
+    late = statuses(replace(effort, budget=Budget(0)))
     assert late == {OURS: "timed", PLAIN: "timed", "peer": "left out", "torch.compile": "left out"}
     stopped = Budget()
     stopped.interrupted = True
-    assert set(statuses(replace(plan, budget=stopped)).values()) == {"left out"}
+    assert set(statuses(replace(effort, budget=stopped)).values()) == {"left out"}
 
 
 def test_an_interrupted_case_keeps_its_whole_rounds():
@@ -108,21 +108,21 @@ def test_an_interrupted_case_keeps_its_whole_rounds():
         return x.sum(-1)
 
     case = case_of(impls=(Impl(OURS, ours), Impl(PLAIN, lambda x: x.sum(-1))))
-    plan = measure.Plan(CPU, rounds=10**6, seconds=1e-4, cold_bytes=10_000, budget=budget)
-    mine, plain = measure.measure(case, plan)["impls"]
+    effort = measure.Effort(CPU, rounds=10**6, seconds=1e-4, cold_bytes=10_000, budget=budget)
+    mine, plain = measure.measure(case, effort)["impls"]
     assert mine["status"] == plain["status"] == "timed"
     assert 1 <= len(mine["rounds_us"]) == len(plain["rounds_us"]) < 10**6
 
 
 @pytest.mark.parametrize("tflops, tile", [(1.0, 560), (1e-4, 112), (1e-9, 112)])
-def test_pictures_are_as_large_as_there_is_time_for(tflops, tile):
+def test_images_are_as_large_as_there_is_time_for(tflops, tile):
     def flops(model: object, wanted: scenario.Scenario) -> int:
         return 2 * sum(scenario.products(model, wanted))
 
     wanted = scenario.Scenario(1, 32, 8)
     chosen = scenario.fitting(scenario.REDUCED, wanted, flops, 60.0, tflops)
     assert chosen == replace(wanted, tile=tile)
-    assert chosen.picture_tokens == 4 * ((tile // 14) ** 2 + 1)
+    assert chosen.image_tokens == 4 * ((tile // 14) ** 2 + 1)
     assert ("tile pixels" in chosen.sizes(scenario.REDUCED)) == (tile != 560)
 
 
@@ -170,8 +170,8 @@ def test_an_interrupted_run_writes_what_it_has(tmp_path, number):
             process.send_signal(number)
             break
     _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "interrupted" in errors, errors
     document = json.loads(path.read_text())
-    assert process.returncode == 1 and "interrupted" in errors
     assert document["interrupted"] and document["parts"] == []
     assert document["rows"] or document["left_out"]
 

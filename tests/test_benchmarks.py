@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,22 +16,27 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
 
+import mllama_kernels  # noqa: E402
 from benchmarks import (  # noqa: E402
     cases,
     ceilings,
+    figure,
     goals,
     machine,
     measure,
     model,
     peers,
+    readme,
     report,
     run,
     scenario,
+    tables,
     timing,
     training,
 )
 from benchmarks.case import OURS, PLAIN, Case, Impl, Setting, absent  # noqa: E402
 from benchmarks.correctness import Gate  # noqa: E402
+from benchmarks.runs import committed, newest, read, superseded  # noqa: E402
 from mllama_kernels import _library  # noqa: E402
 
 CEILING = {"copy_gbps": 100.0, "read_gbps": 200.0, "matmul_tflops_float32": 1.0}
@@ -52,15 +59,15 @@ def case_of(*impls: Impl) -> Case:
     )
 
 
-def small_plan() -> measure.Plan:
-    return measure.Plan(torch.device("cpu"), rounds=3, seconds=1e-4, cold_bytes=10_000)
+def small_effort() -> measure.Effort:
+    return measure.Effort(torch.device("cpu"), rounds=3, seconds=1e-4, cold_bytes=10_000)
 
 
 def sample_run(kind: str = "cpu", **changes: object) -> dict:
     """A document as run.py writes it, from a case that takes no time."""
     plain = Impl(PLAIN, lambda x: x.sum(-1))
     case = case_of(Impl(OURS, lambda x: x.sum(-1)), plain, absent("flashinfer", "not here"))
-    row = measure.measure(case, small_plan())
+    row = measure.measure(case, small_effort())
     measure.add_floor(row, CEILING)
     described = machine.describe(torch.device("cpu")) | {"kind": kind, "gpu": "GPU"}
     document = {
@@ -137,7 +144,7 @@ def test_what_is_compared_is_selected_from_what_the_op_returns():
         truth=lambda x: x[:2].sum(-1),
         select=lambda output: (output[:2],),
     )
-    row = measure.measure(case, small_plan())
+    row = measure.measure(case, small_effort())
     assert [impl["status"] for impl in row["impls"]] == ["timed", "wrong"]
 
 
@@ -150,7 +157,7 @@ def test_a_wrong_implementation_is_not_timed():
             Impl("broken", lambda x: x.no_such_method()),
             Impl("sdpa cudnn", lambda x: x.sum(-1)),
         ),
-        small_plan(),
+        small_effort(),
     )
     status = {impl["name"]: impl["status"] for impl in row["impls"]}
     assert status == {
@@ -178,7 +185,7 @@ def test_the_backend_that_sdpa_took_is_seen(forced, used):
 def test_ours_is_held_to_less_than_a_peer():
     case = case_of()
     gate = Gate(case, case.make())
-    size = max(gate.plain.relative, gate.rounding.relative)
+    size = max(gate.plain.root, gate.rounding.root)
     off = gate.exact[0] * (1 + 4 * size)
     assert gate.check(Impl(OURS, wrong_sum), off, ours=True)[1]
     assert gate.check(Impl("peer", wrong_sum), off, ours=False)[1] is None
@@ -219,7 +226,7 @@ def test_a_backward_is_timed_only_if_its_gradients_are_right():
     wrong = Impl("wrong", WrongGradient.apply)
     no_grad = Impl("no gradient", lambda x, w: squares(x, w).detach())
     case = trained_squares(Impl(OURS, squares), Impl(PLAIN, squares), halves, wrong, no_grad)
-    row = measure.measure(case, small_plan())
+    row = measure.measure(case, small_effort())
     status = {impl["name"]: impl["status"] for impl in row["impls"]}
     assert status == {
         OURS: "timed",
@@ -242,11 +249,7 @@ def test_arguments_without_a_gradient_are_left_out():
     assert grad.shape == (8, 64)
 
 
-WITH_BACKWARD = ["rms_norm", "add_rms_norm", "gated_residual", "swiglu", "rotary_attention"]
-WITH_BACKWARD += ["cross_attention", "vision_attention", "patch_embed"]
-
-
-@pytest.mark.parametrize("op", WITH_BACKWARD)
+@pytest.mark.parametrize("op", sorted({*training.trained_ops()} - {"linear_cross_entropy"}))
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
 def test_ops_that_train_have_a_backward_case(op, device):
     found = [case for case in all_cases(op, device) if case.backward]
@@ -265,9 +268,10 @@ def all_cases(op: str, device: str, quick: bool = False) -> list[Case]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["host", "gpu"])
-@pytest.mark.parametrize("op", cases.MODULES)
+@pytest.mark.parametrize("op", cases.OPS)
 def test_every_op_has_cases(op, device):
     found = all_cases(op, device)
+    assert {case.op for case in found} == {op}
     assert all(case.impls[0].name == OURS for case in found)
     assert all(PLAIN in [impl.name for impl in case.impls] for case in found)
     assert len({str(case) for case in found}) == len(found)
@@ -276,7 +280,7 @@ def test_every_op_has_cases(op, device):
 
 
 def test_the_benchmark_knows_every_op():
-    assert set(_library.OPS) <= set(cases.MODULES)
+    assert set(_library.OPS) <= set(cases.OPS)
 
 
 def goal_on(**changes: object) -> goals.Goal:
@@ -300,7 +304,7 @@ def test_goals_are_looked_up():
     assert goals.reached(goal_on(measure="ratio", target=2), 2)
 
 
-@pytest.mark.parametrize("op", cases.MODULES)
+@pytest.mark.parametrize("op", cases.OPS)
 def test_every_goal_names_a_case_and_its_peers(op):
     for goal in [goal for goal in goals.GOALS if goal.op == op]:
         found = all_cases(op, goal.device)
@@ -320,41 +324,79 @@ def test_every_goal_of_the_model_names_a_scenario():
         assert any(goal.shape.items() <= shape.items() for shape in shapes), goal
 
 
-def test_a_goal_without_a_run_is_blank():
-    text = report.goal_table([])
-    assert all(line.endswith("|  |  |") for line in text.splitlines()[2:])
-
-
-def test_tables_come_from_the_document_alone():
+def test_tables_come_from_the_document_alone(monkeypatch):
     document = sample_run()
-    text = report.run_report(document)
+    text = tables.run_page(document)
     assert "`sum` rows 8" in text and "flashinfer: unavailable: not here" in text
     assert "sample: no such op" in text and document["machine"]["cpu"] in text
     assert "in the same run" in text
-    section = report.readme_section([document])
-    assert "no GPU run" in section and "`sum`" not in section  # float32 is in the run's own table
+    monkeypatch.setattr(readme, "HEADLINES", (readme.Headline("a sum", "sum", {"rows": 8}),))
+    assert "a sum" not in readme.speed([document])  # float32 is in the run's own table
     document["rows"][0]["dtype"] = "bfloat16"
-    assert "`sum` rows 8" in report.readme_section([document])
+    assert "| a sum, rows 8 | " in readme.speed([document])
 
 
-def test_only_the_newest_complete_run_of_a_kind_counts():
+def test_only_the_newest_complete_run_of_a_kind_counts(monkeypatch):
     runs = [
         sample_run(started="2026-01-01", file="old.json"),
         sample_run(started="2026-01-02", file="new.json"),
         sample_run(started="2026-01-03", file="part.json", parts=["model"]),
         sample_run("cuda", started="2026-01-04", file="gpu.json"),
     ]
-    assert report.newest(runs, "cpu", "ops")["file"] == "new.json"
-    assert report.newest(runs, "cpu", "model")["file"] == "part.json"
-    assert report.newest(runs, "cuda", "ops")["file"] == "gpu.json"
-    assert report.newest(runs[:2], "cuda", "ops") is None
+    assert newest(runs, "cpu", "ops")["file"] == "new.json"
+    assert newest(runs, "cpu", "model")["file"] == "part.json"
+    assert newest(runs, "cuda", "ops")["file"] == "gpu.json"
+    assert newest(runs[:2], "cuda", "ops") is None
     narrowed = sample_run(started="2026-01-05", file="avx2.json")
     narrowed["machine"]["kept_to"] = {"MLLAMA_KERNELS_CPU_ISA": "avx2"}
-    assert report.newest([*runs, narrowed], "cpu", "ops")["file"] == "new.json"
-    assert "MLLAMA_KERNELS_CPU_ISA=avx2" in report.machine_in_words(narrowed)
-    section = report.readme_section(runs)
-    assert all(name in section for name in ("new.md", "part.md", "gpu.md"))
-    assert "old.md" not in section
+    assert newest([*runs, narrowed], "cpu", "ops")["file"] == "new.json"
+    assert "MLLAMA_KERNELS_CPU_ISA=avx2" in tables.machine_in_words(narrowed)
+    for run_, commit in zip(runs, "abcd"):
+        run_["commit"], run_["rows"][0]["dtype"] = commit, "bfloat16"
+    monkeypatch.setattr(readme, "HEADLINES", (readme.Headline("a sum", "sum"),))
+    section = readme.speed(runs)
+    assert "commit b" in section and "commit d" in section and section.count("a sum") == 2
+    assert "commit a" not in section and "commit c" not in section
+    assert superseded([*runs, narrowed]) == ["old.json"]
+
+
+def test_goals_stand_with_the_results():
+    assert report.goal_table([]).count("\n") == 1
+    text = (report.RESULTS / "README.md").read_text()
+    assert report.goal_table(read(committed())) in text
+    assert all(f"({path.stem}.md)" in text for path in committed())
+
+
+def test_the_readme_has_a_line_per_op_and_few_figures():
+    text = report.README.read_text()
+    lines = readme.ops().splitlines()[2:]
+    assert {*_library.OPS} <= {line.split("`")[1] for line in lines} < {*mllama_kernels.__all__}
+    assert all(line in text for line in lines)
+    has = {op: readme.has_backward(getattr(mllama_kernels, op)) for op in _library.OPS}
+    assert [op for op in _library.OPS if has[op]] == training.trained_ops()
+    assert 1 <= readme.speed(read(committed())).count("x (") <= 2 * 12
+    with pytest.raises(ValueError, match="expected <!-- ops: made by"):
+        readme.replaced(text.replace("<!-- end of ops -->", ""), "ops", "")
+
+
+def test_the_figure_has_three_bars_of_each_kind_of_device():
+    """Well-formed, GPUs first, and bars as long as the ratios; a kind without the model shows ops."""
+    runs = read(committed())
+    (cpu,) = [run for run in runs if run is newest(runs, "cpu", "model")]
+    on_gpu = {"machine": cpu["machine"] | {"kind": "cuda", "gpu": "H200"}, "parts": ["ops"]}
+    gpu = cpu | on_gpu | {"versions": cpu["versions"] | {"cuda": "13.0", "cudnn": "9"}}
+    texts, lengths = [], []
+    for element in ElementTree.fromstring(figure.draw([*runs, gpu])).iter():
+        if element.tag.endswith("text"):
+            texts.append(element.text)
+        if element.get("fill") == figure.OURS:
+            lengths.append(float(element.get("width")))
+    ratios = [float(text.removesuffix("x")) for text in texts if re.fullmatch(r"[\d.]+x", text)]
+    assert len(ratios) == len(lengths) == 2 * figure.BARS
+    assert texts[1].startswith("H200") and "rotary_attention_cached" in texts
+    scale = figure.LONGEST / max(ratios)
+    assert lengths == pytest.approx([ratio * scale for ratio in ratios], abs=1)
+    assert len(figure.draw(runs).split(f'fill="{figure.OURS}"')) == 1 + figure.BARS
 
 
 def test_committed_tables_are_up_to_date(capsys):

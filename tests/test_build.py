@@ -25,7 +25,7 @@ def build(monkeypatch) -> types.ModuleType:
         "NVCC_THREADS",
     ):
         monkeypatch.delenv(name, raising=False)
-    for name in ("MLLAMA_KERNELS_CUDA", "MLLAMA_KERNELS_SIMULATE"):
+    for name in ("MLLAMA_KERNELS_CUDA", "MLLAMA_KERNELS_SIMULATE", "MLLAMA_KERNELS_SANITIZE"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("mllama_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -140,6 +140,37 @@ def test_architectures_that_cannot_work(build, monkeypatch, listed):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     with pytest.raises(SystemExit, match=r"8\.0 or newer"):
         build.gencode(fake_torch())
+
+
+def test_sanitizers_take_one_instruction_set(build, monkeypatch):
+    cxx = build.find_tool("c++", "")
+    assert build.sanitized_isa(cxx) is None
+    for wanted in build.ISA_FLAGS:
+        monkeypatch.setenv("MLLAMA_KERNELS_SANITIZE", wanted)
+        assert build.sanitized_isa(cxx) == wanted
+    monkeypatch.setenv("MLLAMA_KERNELS_SANITIZE", "1")
+    isa = build.sanitized_isa(cxx)
+    text = build.ninja_file(ROOT / "build", ROOT / "_C.so")
+    assert f"-DMLLAMA_ONLY_ISA={isa}" in text and "nvcc -O3" not in text
+    assert text.count("/cpu/rms_norm.cpp\n") == 1
+    assert text.count("-fsanitize=address,undefined") == 2  # to compile and to link
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MLLAMA_KERNELS_SANITIZE": "yes"}, ["SANITIZE=yes", "0, 1, generic"]),
+        ({"MLLAMA_KERNELS_SANITIZE": "1", "MLLAMA_KERNELS_CUDA": "1"}, ["unset MLLAMA_KERNELS_CUDA"]),
+        ({"MLLAMA_KERNELS_SANITIZE": "1", "MLLAMA_KERNELS_SIMULATE": "1"}, ["unset MLLAMA_KERNELS_SIM"]),
+    ],
+)  # fmt: skip
+def test_sanitizers_that_do_not_fit(build, monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        build.sanitized_isa(build.find_tool("c++", ""))
+    for word in ["found:", "needed:", "remedy:", *words]:
+        assert word in str(stop.value)
 
 
 def test_jobs(build, monkeypatch):

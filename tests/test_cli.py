@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import logging
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +17,11 @@ import pytest
 from PIL import Image
 
 from mllama import cli
-from mllama.commands import chat
+from mllama.commands import chat, info
+from mllama.commands.common import as_json, echo
 from mllama.demo import checkpoint_path, is_right, sample_picture
+from mllama.limits import OWN_FILES
+from mllama.training.options import TrainingOptions
 from mllama_kernels import reference
 
 
@@ -25,8 +32,8 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
-    path = tmp_path / "picture.png"
+def image_path(tmp_path) -> str:
+    path = tmp_path / "image.png"
     sample_picture(3)[0].save(path)
     return str(path)
 
@@ -37,8 +44,50 @@ def test_help_says_what_each_option_is(capsys, name):
         cli.main([name, "--help"] if name else ["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "usage: mllama" in out
+    assert not re.search(r"default: *(None|False|\[\])|none:", out)
     if name is None:
         assert all(command in out for command in cli.COMMANDS)
+
+
+def test_help_has_the_groups_in_the_order_of_need(capsys):
+    first = {"demo": "--image", "info": "--model", "finetune": "--model"}
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        _, _, text = capsys.readouterr().out.partition("\noptions:")
+        options = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
+        assert options[0] == first.get(name, "--model")
+        assert name == "info" or options[-4:] == ["--device", "--dtype", "--backend", "--semantics"]
+        if name == "finetune":
+            names = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainingOptions)}
+            assert names <= set(options)
+
+
+def test_a_default_that_says_something_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "longest answer (default: 512)" in out
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "verify"])
+def test_without_a_model_it_is_the_demo_model_and_says_so(capsys, monkeypatch, command):
+    """One line on stderr; stdout and the exit code are those of naming the folder."""
+    asked = {
+        "generate": ["--prompt", "Hi.", "--greedy", "--max-new-tokens", "3", "--json"],
+        "chat": ["--greedy", "--max-new-tokens", "3"],
+        "verify": ["--oracle", "none", "--json"],
+    }[command]
+    results = []
+    for model in ([], ["--model", str(checkpoint_path())]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi.\n"))
+        code, out, err = run(capsys, command, *asked, *model, "--device", "cpu")
+        assert code == 0
+        results.append((re.sub(r'"seconds": [0-9.]+', "", out), err.splitlines()))
+    (out, err), (expected, named) = results
+    told = [line for line in err if "--model" in line]
+    assert out == expected and len(told) == 1 and "demo model" in told[0]
+    assert len(err) == len(named) + 1 and not any("--model" in line for line in named)
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["generate"], ["demo", "--backend", "fast"]])
@@ -71,16 +120,16 @@ def test_demo_renders_and_answers(capsys, tmp_path):
     assert len(shares) >= 5 and sum(shares) >= len(shares) - 1
 
 
-def test_demo_takes_a_picture_and_questions(capsys, picture):
+def test_demo_takes_an_image_and_questions(capsys, image_path):
     question = "How many shapes are there?"
-    code, out, _ = run(capsys, "demo", "--image", picture, "--question", question, "--json")
+    code, out, _ = run(capsys, "demo", "--image", image_path, "--question", question, "--json")
     (answer,) = json.loads(out)["answers"]
     assert code == 0 and answer["question"] == question
     assert is_right(answer["answer"], str(len(sample_picture(3)[1].shapes))) or answer["answer"]
 
 
-def test_generate_streams_what_json_reports(capsys, picture):
-    base = ["generate", "--model", str(checkpoint_path()), "--image", picture, "--greedy"]
+def test_generate_streams_what_json_reports(capsys, image_path):
+    base = ["generate", "--model", str(checkpoint_path()), "--image", image_path, "--greedy"]
     base += ["--prompt", "Describe the picture.", "--max-new-tokens", "24", "--device", "cpu"]
     code, streamed, _ = run(capsys, *base)
     assert code == 0
@@ -90,20 +139,20 @@ def test_generate_streams_what_json_reports(capsys, picture):
     assert 0 < result["new_tokens"] <= 24
 
 
-def test_sampling_is_repeatable_by_seed(capsys, picture):
-    base = ["generate", "--model", str(checkpoint_path()), "--image", picture, "--device", "cpu"]
+def test_sampling_is_repeatable_by_seed(capsys, image_path):
+    base = ["generate", "--model", str(checkpoint_path()), "--image", image_path, "--device", "cpu"]
     base += ["--prompt", "Describe the picture.", "--temperature", "3", "--max-new-tokens", "12"]
     texts = [run(capsys, *base, "--seed", seed)[1] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_temperature_0_is_greedy(capsys, monkeypatch, picture):
-    base = ["generate", "--model", str(checkpoint_path()), "--image", picture, "--device", "cpu"]
+def test_temperature_0_is_greedy(capsys, monkeypatch, image_path):
+    base = ["generate", "--model", str(checkpoint_path()), "--image", image_path, "--device", "cpu"]
     base += ["--prompt", "Describe the picture.", "--max-new-tokens", "12"]
     expected = run(capsys, *base, "--greedy")
     for extra in (["0"], ["0.0", "--greedy"], ["0", "--top-p", "0.9", "--seed", "3"]):
         assert run(capsys, *base, "--temperature", *extra) == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {picture}\nDescribe the picture.\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {image_path}\nDescribe the picture.\n"))
     chat = ["chat", "--model", str(checkpoint_path()), "--device", "cpu", "--max-new-tokens", "12"]
     assert run(capsys, *chat, "--temperature", "0")[:2] == (0, expected[1])
 
@@ -123,14 +172,88 @@ def test_failures_exit_with_1_and_one_message(capsys, extra, message):
     assert code == 1 and out == "" and message in err and "Traceback" not in err
 
 
+_OBEYED = "\x1b]52;c;AAAA\x07\x1b[2J\x9b31m\u202e\r"
+
+
+def _edited(folder, name, **entries):
+    shutil.copytree(checkpoint_path(), folder, dirs_exist_ok=True)
+    stored = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**stored, **entries}))
+
+
+def _is_harmless(text):
+    return all(c.isprintable() or c in "\n\t" for c in text)
+
+
+@pytest.mark.parametrize("verbose", [[], ["-v"]], ids=str)
+def test_a_checkpoint_writes_nothing_to_the_terminal_that_it_obeys(capsys, tmp_path, verbose):
+    _edited(tmp_path, "config.json", transformers_version="4.45.0" + _OBEYED)
+    code, out, err = run(capsys, *verbose, "info", "--model", str(tmp_path))
+    assert code == 0 and "which is older than 4.56" in out and _is_harmless(out + err)
+    _edited(tmp_path, "config.json", transformers_version="4.99.0" + "9" * 10**6)
+    code, out, err = run(capsys, *verbose, "info", "--model", str(tmp_path))
+    assert code == 0 and len(out + err) < 10_000
+
+
+@pytest.mark.parametrize("template", ["{% " + _OBEYED + " %}", "{{ raise_exception(x * 5000) }}"])
+def test_errors_of_templates_are_errors_of_the_command(capsys, tmp_path, template):
+    template = template.replace("x", repr(_OBEYED))
+    _edited(tmp_path, "chat_template.json", chat_template=template)
+    ask = ["generate", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu"]
+    code, out, err = run(capsys, *ask)
+    assert code == 1 and out == "" and "Traceback" not in err
+    assert err.startswith("mllama generate: ") and _is_harmless(err) and len(err) < 5000
+
+
+def test_an_error_that_nobody_thought_of(capsys, monkeypatch):
+    def fails(*_, **__):
+        raise KeyError("\x1b[2J" + "x" * 10**6)
+
+    monkeypatch.setattr(info, "describe_checkpoint", fails)
+    code, _, err = run(capsys, "info", "--model", "x")
+    assert code == 1 and err.startswith("mllama info: unexpected KeyError: ")
+    assert "Traceback" not in err and _is_harmless(err) and len(err) < 5000
+
+
+def test_what_is_logged_is_escaped():
+    try:
+        raise KeyError(_OBEYED * 10_000)
+    except KeyError as error:
+        caught = (KeyError, error, error.__traceback__)
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "a %s", (_OBEYED,), caught)
+    said = cli._Escaped("%(name)s: %(message)s").format(record)
+    assert said.startswith("x: a \\x1b]52") and "Traceback" in said and "KeyError" in said
+    assert _is_harmless(said) and len(said) < 10_000
+
+
+def test_answers_are_escaped_only_for_a_terminal(capsys, monkeypatch):
+    pieces = ["a\tb\n", _OBEYED, "é漢"]
+    echo(iter(pieces))
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    text, _, _ = echo(iter(pieces))
+    said = capsys.readouterr().out
+    assert text == "".join(pieces)
+    assert said == "a\tb\n\\x1b]52;c;AAAA\\x07\\x1b[2J\\x9b31m\u202e\\ré漢\n"
+    assert _is_harmless(as_json({"x": _OBEYED.replace("\u202e", "")}))
+    assert json.loads(as_json({"x": _OBEYED})) == {"x": _OBEYED}
+
+
+def test_how_many_answers_there_are_is_not_the_checkpoints_choice(capsys, tmp_path):
+    _edited(tmp_path, "generation_config.json", num_return_sequences=16_384, do_sample=True)
+    ask = ["generate", "--model", str(tmp_path), "--prompt", "x", "--device", "cpu"]
+    for more in ([], ["--json"]):
+        assert run(capsys, *ask, "--max-new-tokens", "2", *more)[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "cut", "black"])
 @pytest.mark.parametrize("options", [[], ["--json"], ["--question", "Which?"]], ids=str)
-def test_demo_prints_nothing_before_a_bad_picture(capsys, picture, tmp_path, kind, options):
+def test_demo_prints_nothing_before_a_bad_image(capsys, image_path, tmp_path, kind, options):
     path = tmp_path / "bad.png"
     if kind == "text":
-        path.write_text("no picture")
+        path.write_text("no image")
     elif kind == "cut":  # which its header does not tell
-        data = Path(picture).read_bytes()
+        data = Path(image_path).read_bytes()
         path.write_bytes(data[: len(data) // 2])
     elif kind == "black":
         Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(path)
@@ -139,19 +262,19 @@ def test_demo_prints_nothing_before_a_bad_picture(capsys, picture, tmp_path, kin
 
 
 @pytest.mark.parametrize("options", [("--seed", "3"), ("--out", "x.png")])
-def test_demo_refuses_what_a_picture_of_your_own_leaves_unused(capsys, picture, options):
-    code, out, err = run(capsys, "demo", "--image", picture, *options)
-    assert (code, out) == (1, "") and f"{options[0]} is for a rendered picture" in err
+def test_demo_refuses_what_an_image_of_your_own_leaves_unused(capsys, image_path, options):
+    code, out, err = run(capsys, "demo", "--image", image_path, *options)
+    assert (code, out) == (1, "") and f"{options[0]} is for a rendered image" in err
 
 
-def test_demo_prints_nothing_before_a_bad_question(capsys, picture):
-    options = ["--question", "What?", "--question", "What is <|image|>?"]
-    code, out, err = run(capsys, "demo", "--image", picture, *options)
-    assert code == 1 and out == "" and "image tokens" in err
+def test_demo_prints_nothing_before_a_bad_question(capsys, image_path):
+    options = ["--question", "What?", "--question", "a" * (OWN_FILES.max_text + 1)]
+    code, out, err = run(capsys, "demo", "--image", image_path, *options)
+    assert code == 1 and out == "" and "(max_text)" in err and len(err) < 400
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_pictures_are_looked_at_before_the_model_is_loaded(capsys, command):
+def test_images_are_looked_at_before_the_model_is_loaded(capsys, command):
     asked = ["--prompt", "x"] if command == "generate" else []
     options = ["--model", "/nowhere", "--image", "missing.png", *asked]
     code, out, err = run(capsys, command, *options)
@@ -170,7 +293,7 @@ def test_words_of_the_command_line(capsys, prompt, raw):
     assert code == 0, err
     escaped = json.loads(out)
     code, out, err = run(capsys, *base, "--prompt", prompt)
-    if "<|image|>" in prompt:
+    if "<|image|>" in prompt and raw:
         assert code == 1 and out == "" and "escape_special_tokens" in err
         return
     clean = run(
@@ -181,31 +304,29 @@ def test_words_of_the_command_line(capsys, prompt, raw):
         assert json.loads(out)[name] == json.loads(clean[1])[name] == escaped[name]
 
 
-def test_a_path_may_be_of_any_bytes(capsys, picture, tmp_path):
+def test_a_path_may_be_of_any_bytes(capsys, image_path, tmp_path):
     path = tmp_path / f"{CUT}.png"
-    Path(picture).rename(path)
+    Path(image_path).rename(path)
     code, out, _ = run(capsys, "demo", "--image", str(path), "--question", "How many shapes?")
     assert code == 0 and "caf\ufffd.png" in out
     code, out, _ = run(capsys, "demo", "--image", str(path), "--question", CUT, "--json")
     assert code == 0 and json.loads(out)["picture"].endswith("caf\ufffd.png")
 
 
-def test_chat_reads_lines_of_any_bytes(capsys, monkeypatch, picture, tmp_path):
+def test_chat_reads_lines_of_any_bytes(capsys, monkeypatch, image_path, tmp_path):
     bad = tmp_path / "bad.png"
-    bad.write_text("no picture")
-    lines = f"/image {bad}\n/image {picture}\nHow many caf".encode() + b"\xc3\n/quit\n"
+    bad.write_text("no image")
+    lines = f"/image {bad}\n/image {image_path}\nHow many caf".encode() + b"\xc3\n/quit\n"
     stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
     base = ["chat", "--model", str(checkpoint_path()), "--greedy", "--device", "cpu"]
     code, out, err = run(capsys, *base)
     assert code == 0 and len(out.splitlines()) == 1
-    assert "bad.png is not a picture" in err
+    assert "bad.png is not an image" in err
 
 
-def test_chat_keeps_the_conversation(capsys, monkeypatch, picture):
-    lines = (
-        f"/image {picture}\nHow many shapes are there?\nDescribe the picture.\n/image nothing.png\n"
-    )
+def test_chat_keeps_the_conversation(capsys, monkeypatch, image_path):
+    lines = f"/image {image_path}\nHow many shapes are there?\nDescribe the picture.\n/image nothing.png\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines + "/reset\n/what\n/quit\n"))
     code, out, err = run(
         capsys, "chat", "--model", str(checkpoint_path()), "--greedy", "--device", "cpu"
@@ -214,7 +335,7 @@ def test_chat_keeps_the_conversation(capsys, monkeypatch, picture):
     assert len(out.splitlines()) == 2 and all(out.splitlines())
 
 
-def test_a_turn_that_fails_leaves_no_picture_behind(capsys, monkeypatch, tmp_path):
+def test_a_turn_that_fails_leaves_no_image_behind(capsys, monkeypatch, tmp_path):
     for seed in (3, 8):
         sample_picture(seed)[0].save(tmp_path / f"{seed}.png")
     command = ["chat", "--model", str(checkpoint_path()), "--greedy", "--device", "cpu"]
@@ -275,6 +396,28 @@ def test_verify_against_transformers(capsys):
     )
     report = json.loads(out)
     assert code == 0 and report["against"]["relative_difference"] <= 1e-4
+
+
+def test_verify_says_at_once_how_to_get_transformers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, out, err = run(capsys, "verify", "--against", "transformers")
+    assert code == 1 and "mllama-kernels[transformers]" in err and not out
+
+
+def test_transformers_is_given_nothing_but_weights_and_sizes(capsys, tmp_path):
+    """It would run what an attention names on the hub, and load the model that an adapter names."""
+    pytest.importorskip("transformers")
+    evil = {"attn_implementation": "evil/kernel", "transformers_weights": "../x.safetensors"}
+    _edited(tmp_path, "config.json", **evil, auto_map={"AutoModel": "evil.Model"})
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "evil/base",
+        "target_modules": ["q_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    ask = ["verify", "--model", str(tmp_path), "--against", "transformers", "--json"]
+    code, out, err = run(capsys, *ask, "--device", "cpu", "--oracle", "none")
+    assert code == 0 and json.loads(out)["against"]["passed"], err
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "cross_attention"])

@@ -1,4 +1,4 @@
-"""Values of configurations: every field takes its kind alone, every fault is told, and what is set counts."""
+"""Values of configurations: a field takes only its kind, every fault is reported, and what is set counts."""
 
 from __future__ import annotations
 
@@ -275,3 +275,28 @@ def test_no_stored_rope_goes_before_a_given_one(
     (tmp_path / "config.json").write_text(json.dumps(stored))
     rope = mllama.MllamaTextConfig.from_pretrained(tmp_path, **given).rope_parameters
     assert (rope["rope_theta"], rope["rope_type"], rope.get("factor")) == (theta, kind, factor)
+
+
+def test_one_thing_under_two_names_is_one_value():
+    assert (
+        mllama.MllamaConfig.from_dict(
+            {"image_token_id": 5, "image_token_index": 5}
+        ).image_token_index
+        == 5
+    )
+    with pytest.raises(ConfigError, match="there under two names, as 5 and 6"):
+        mllama.MllamaConfig.from_dict({"image_token_id": 5, "image_token_index": 6})
+
+
+def test_a_head_dim_that_is_another_one_is_refused():
+    """`transformers` makes the rotary frequencies of it."""
+    assert (
+        mllama.MllamaConfig.from_dict({"text_config": {"head_dim": 128}}).text_config.head_dim
+        == 128
+    )
+    assert (
+        mllama.MllamaConfig.from_dict({"text_config": {"head_dim": None}}).text_config.head_dim
+        == 128
+    )
+    with pytest.raises(ConfigError, match=r"head_dim must be .* 128, got 64"):
+        mllama.MllamaConfig.from_dict({"text_config": {"head_dim": 64}})

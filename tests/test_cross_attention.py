@@ -135,7 +135,7 @@ def test_tile_sizes_around_key_blocks(device, tokens):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim, tiles", grid([(128, 6)], [(128, 9), (64, 9), (80, 6)]))
 def test_visibility_patterns_within_a_block(device, dtype, dim, tiles):
-    """A tile for one row alone, for none, for all, for every other one, from some row on."""
+    """A tile for one row only, for none, for all, for every other one, from some row on."""
     rows = 40  # 160 rows of packed heads: two blocks, the second partly filled
     q, k, v, mask = make((1, rows, tiles, 130, 4, 1, dim), dtype, device)
     row = torch.arange(rows, device=device)[:, None]
@@ -282,7 +282,7 @@ def test_decode_of_many_heads(device, dtype, tokens, head):
     """More key heads than a CPU task takes at once, tiles that end within and at the end of its splits."""
     heads, kv_heads, dim = head
     if dim % 16 and (device.type == "cuda" or library.simulated):
-        pytest.skip("head_dim of the CPU kernels alone")
+        pytest.skip("head_dim of the CPU kernels only")
     for keys in (131, 256):
         q, k, v, mask = make((2, tokens, 2, keys, heads, kv_heads, dim), dtype, device)
         out = mllama_kernels.cross_attention(q, k, v, mask)

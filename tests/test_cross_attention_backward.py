@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -23,6 +22,7 @@ from test_cross_attention import make
 
 import mllama_kernels
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 # batch, rows, tiles, tokens per tile, query heads, key/value heads, head_dim
 CASES = grid(

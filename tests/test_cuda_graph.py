@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_flatten
 
 import mllama
 import mllama_kernels._library as library
+from mllama.generation import generate as generation
 from mllama.generation import idle
-from mllama.generation import mixin as generation
 from mllama.generation.cuda_graph import CapturedStep, DecodeStep
 from mllama.generation.idle import rounded_capacity
 
@@ -241,7 +241,7 @@ def test_a_capture_that_fails_at_its_end_leaves_no_trace(monkeypatch: pytest.Mon
         warnings.simplefilter("always")
         for _ in range(3):
             captured(None, cache)
-    assert [str(w.message)[:40] for w in caught] == ["decoding goes on without a CUDA graph: o"]
+    assert [str(w.message)[:42] for w in caught] == ["decoding continues without a CUDA graph: o"]
     assert cache.columns == 10, "each of the three steps is one column"
     assert current == before and device == ["cuda:0"]
 
@@ -466,7 +466,7 @@ def _adapter(model: Any) -> None:
 
 
 def _epsilon(model: Any) -> None:
-    model.model.language_model.norm.eps = 0.7
+    model.model.language_model.norm.variance_epsilon = 0.7
 
 
 def _train(model: Any) -> None:

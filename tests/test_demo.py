@@ -1,11 +1,13 @@
-"""The demo: pictures, questions, the shipped checkpoint's format, and whether the model answers rightly."""
+"""The demo: images, questions, the shipped checkpoint's format, and whether the model answers rightly."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +15,16 @@ import torch
 import mllama_kernels._library as library
 from mllama import MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
-from mllama.demo import train as training
-from mllama.demo.evaluate import Report, answer, evaluate
 from mllama.demo.questions import QUESTION_KINDS, Question, sample_questions
-from mllama.demo.seeing import patch_targets
 from mllama.demo.shapes import COLORS, IMAGE_SIZE, KINDS, LAYOUTS, PLACES, SIZES, Scene, Shape
 from mllama.training.log import Log, read_log
 
-PICTURES = 200
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.demo_model import train as training
+from tools.demo_model.evaluate import Report, answer, evaluate
+from tools.demo_model.seeing import patch_targets
+
+IMAGES = 200
 ANSWERS = pytest.mark.skipif(
     library.simulated, reason="thousands of tokens take hours on simulated CUDA kernels"
 )
@@ -33,11 +37,11 @@ def scenes(seed: int) -> list[Scene]:
 
 @pytest.fixture(scope="session")
 def first_seed(request: pytest.FixtureRequest) -> int:
-    """Of pictures nobody has seen: fresh in every run, printed in its header."""
+    """Of images nobody has seen: fresh in every run, printed in its header."""
     return 10_000_000 + request.config.getoption("--seed")
 
 
-def test_a_seed_gives_one_picture_and_its_questions(seed: int) -> None:
+def test_a_seed_gives_one_image_and_its_questions(seed: int) -> None:
     (one, scene), (again, same) = sample_picture(seed), sample_picture(seed)
     other, _ = sample_picture(seed + 1)
     assert one.tobytes() == again.tobytes() and scene == same
@@ -64,18 +68,18 @@ def test_scenes_hold_everything_that_is_promised(scenes: list[Scene]) -> None:
 
 def test_a_drawn_shape_has_its_colour_at_its_centre(seed: int) -> None:
     for i in range(50):
-        picture, scene = sample_picture(seed + i)
-        assert picture.size == (scene.width, scene.height) and picture.mode == "RGB"
+        image, scene = sample_picture(seed + i)
+        assert image.size == (scene.width, scene.height) and image.mode == "RGB"
         for shape in scene.shapes:
             x, y = shape.center
-            assert picture.getpixel((round(x), round(y))) == shape.rgb
-        assert picture.getpixel((0, 0)) == scene.rgb
+            assert image.getpixel((round(x), round(y))) == shape.rgb
+        assert image.getpixel((0, 0)) == scene.rgb
 
 
 def test_every_tile_grid_occurs_and_is_the_one_the_processor_chooses(seed: int) -> None:
     process = MllamaImageProcessor.from_pretrained(checkpoint_path())
     drawn = [sample_picture(seed + i) for i in range(200)]
-    encoded = process([[picture] for picture, _ in drawn])
+    encoded = process([[image] for image, _ in drawn])
     assert encoded["aspect_ratio_ids"][:, 0].tolist() == [
         LAYOUTS.index(scene.layout) + 1 for _, scene in drawn
     ]
@@ -222,7 +226,7 @@ def test_tokenizer_and_template_are_llama_3s() -> None:
 def test_checkpoint_loads_in_transformers(seed: int) -> None:
     transformers = pytest.importorskip("transformers")
     folder = checkpoint_path()
-    picture, _ = sample_picture(seed)
+    image, _ = sample_picture(seed)
     theirs = transformers.MllamaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -236,7 +240,7 @@ def test_checkpoint_loads_in_transformers(seed: int) -> None:
         processor = kind.from_pretrained(folder)
         prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
         options = {"add_special_tokens": False, "return_tensors": "pt"}
-        inputs.append(dict(processor(images=[[picture]], text=[prompt], **options)))
+        inputs.append(dict(processor(images=[[image]], text=[prompt], **options)))
     assert inputs[0].keys() == inputs[1].keys()
     for name in ("input_ids", "aspect_ratio_ids", "cross_attention_mask"):
         assert torch.equal(inputs[0][name], inputs[1][name]), name
@@ -246,7 +250,7 @@ def test_checkpoint_loads_in_transformers(seed: int) -> None:
 
 
 def test_training_writes_a_checkpoint_and_repeats(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training, "_PICTURES", 4)
+    monkeypatch.setattr(training, "_IMAGES", 4)
     weights, logs = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several sum some gradients in any order, and wait on a busy machine
@@ -263,13 +267,13 @@ def test_training_writes_a_checkpoint_and_repeats(tmp_path, monkeypatch) -> None
     assert model.dtype == torch.bfloat16
     assert [entry["step"] for entry in logs[0]] == list(range(1, 7)) and logs[0] == logs[1]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert len(report.answers) >= 10 and report.accuracy() < 0.9, "nothing is learnt in five steps"
+    assert len(report.answers) >= 10 and report.accuracy() < 0.9, "nothing is learned in five steps"
 
 
 @pytest.fixture(scope="module")
 def kernel_report(first_seed: int) -> Report:
     device = "cuda" if torch.cuda.is_available() and library.has_cuda else "cpu"
-    seeds = range(first_seed, first_seed + PICTURES)
+    seeds = range(first_seed, first_seed + IMAGES)
     return evaluate(checkpoint_path(), seeds, backend="kernels", device=device)
 
 
@@ -283,7 +287,7 @@ def test_answers_are_right_through_the_kernels(kernel_report: Report) -> None:
 
 @ANSWERS
 def test_the_reference_gives_the_same_answers(kernel_report: Report, first_seed: int) -> None:
-    seeds = range(first_seed, first_seed + PICTURES // 4)
+    seeds = range(first_seed, first_seed + IMAGES // 4)
     reference = evaluate(checkpoint_path(), seeds, backend="reference")
     kernels = [a for a in kernel_report.answers if a.seed in seeds]
     differ = [pair for pair in zip(kernels, reference.answers, strict=True) if pair[0] != pair[1]]
@@ -304,15 +308,15 @@ def test_answers_are_right_in_bfloat16(device: torch.device, first_seed: int) ->
 
 
 @ANSWERS
-def test_another_picture_gets_another_answer(device: torch.device, first_seed: int) -> None:
-    """Every picture keeps its own description when the pictures of a batch change places."""
+def test_another_image_gets_another_answer(device: torch.device, first_seed: int) -> None:
+    """Every image keeps its own description when the images of a batch change places."""
     model = MllamaForConditionalGeneration.from_pretrained(
         checkpoint_path(), backend="kernels", device=device, dtype=torch.float32
     )
     processor = MllamaProcessor.from_pretrained(checkpoint_path())
-    pictures = [sample_picture(first_seed + i)[0] for i in range(40)]
-    questions = ["What do you see?"] * len(pictures)
-    said = answer(model, processor, pictures, questions)
-    swapped = answer(model, processor, pictures[1:] + pictures[:1], questions)
+    images = [sample_picture(first_seed + i)[0] for i in range(40)]
+    questions = ["What do you see?"] * len(images)
+    said = answer(model, processor, images, questions)
+    swapped = answer(model, processor, images[1:] + images[:1], questions)
     assert swapped == said[1:] + said[:1]
     assert sum(a != b for a, b in zip(said, swapped, strict=True)) >= len(said) - 3

@@ -23,7 +23,7 @@ def rows(*shape: int, device: Any = "cpu") -> list[torch.Tensor]:
 
 
 def test_a_refused_launch_is_not_the_next_ones(device):
-    """More tiles than shared memory has room for are one op's error; the next one runs as ever."""
+    """More tiles than shared memory has room for are one op's error; the next one runs as usual."""
     if device.type == "cpu" and not _library.simulated:
         pytest.skip("a launch is of a CUDA device")
     q, k, v = rows(1, 3, 1, device=device)

@@ -21,7 +21,8 @@ from model_helpers import (
 )
 from torch import Tensor, nn
 
-from mllama.layers import FusedLinear, is_plain
+from mllama.kinds import Asked
+from mllama.linear import Block, Projection
 from mllama_kernels.skinny_linear import MAX_ROWS
 
 SHAPE = Shape(vision_head_dim=64, tile_side=28)
@@ -100,19 +101,30 @@ def test_what_is_put_around_a_linear_is_called(model: Any) -> None:
 
 
 def test_what_is_plain() -> None:
-    assert is_plain(nn.Linear(4, 3, bias=False))
-    assert not is_plain(nn.Linear(4, 3))
-    assert not is_plain(Adapted(nn.Linear(4, 3, bias=False)))
+    """A kernel reads the weight of exactly a plain linear; anything else is called."""
+
+    def read(linear: nn.Module) -> Any:
+        owner = Block()
+        projection = Projection(owner, 4, {"a": 3})
+        owner.a = linear
+        return projection.kernel_weight(Asked)
+
+    plain, biased = nn.Linear(4, 3, bias=False), nn.Linear(4, 3)
+    assert read(plain).matrix is plain.weight and read(plain).bias is None
+    assert read(biased).bias is biased.bias
+    assert read(Adapted(nn.Linear(4, 3, bias=False))) is None
     moved = nn.Linear(4, 3, bias=False)
-    moved.forward = moved.forward  # as offloading libraries replace it
-    assert not is_plain(moved)
+    moved.forward = lambda x: x  # as offloading libraries replace it
+    assert read(moved) is None
     parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, bias=False))
-    assert not is_plain(parametrised)
-    owner = nn.Module()
-    fused = FusedLinear(owner, 4, {"a": 2, "b": 3})
-    assert is_plain(fused)
+    assert read(parametrised) is None
+    owner = Block()
+    joint = Projection(owner, 4, {"a": 2, "b": 3})
+    assert joint.kernel_weight(Asked).matrix.equal(torch.cat([owner.a.weight, owner.b.weight]))
     owner.b = Adapted(owner.b)
-    assert not is_plain(fused)
+    assert joint.kernel_weight(Asked) is None
+    owner.b = nn.Linear(4, 3)
+    assert joint.kernel_weight(Asked) is None, "its bias would be lost"
 
 
 @pytest.mark.parametrize("change", ["assigned", "loaded", "nothing"])

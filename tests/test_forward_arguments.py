@@ -182,7 +182,7 @@ def test_a_loss_has_a_graph_or_is_refused(model: Any, batch: dict[str, Any]) -> 
     assert cache.columns == 9
     frozen = our_model(SHAPE, model).requires_grad_(False)
     assert frozen(**batch, labels=labels, use_cache=True).past_key_values.columns == 9
-    embeds = frozen.get_input_embeddings()(batch["input_ids"]).requires_grad_()  # a learnt prompt
+    embeds = frozen.get_input_embeddings()(batch["input_ids"]).requires_grad_()  # a learned prompt
     prompt = {name: value for name, value in batch.items() if name != "input_ids"}
     with pytest.raises(ValueError, match=r"labels with use_cache=True: .* no gradient"):
         frozen(**prompt, inputs_embeds=embeds, labels=labels, use_cache=True)

@@ -14,7 +14,7 @@ from model_helpers import BACKENDS, PAD_TOKEN, Prompt, Shape, batch_of, hf_model
 from torch import Tensor
 
 import mllama
-from mllama.generation import mixin as generation
+from mllama.generation import generate as generation
 from mllama.generation.sampling import row_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")

@@ -1,4 +1,4 @@
-"""Batches whose rows get pictures in different turns: a cached answer is that of the whole text."""
+"""Batches whose rows get images in different turns: a cached answer is that of the whole text."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ IMAGE, SIDE = SHAPE.vocab, SHAPE.tile_side
 
 @dataclass
 class Talk:
-    """One row: its tokens, and the pictures of its image tokens."""
+    """One row: its tokens, and the images of its image tokens."""
 
     tokens: list[int] = field(default_factory=list)
-    pictures: list[tuple[int, Tensor]] = field(default_factory=list)
+    images: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def add(self, rng: random.Random, pictures: int, first: bool = False) -> None:
-        """A turn of a few tokens with pictures anywhere among them."""
+    def add(self, rng: random.Random, images: int, first: bool = False) -> None:
+        """A turn of a few tokens with images anywhere among them."""
         text = [rng.randrange(FIRST_TEXT_TOKEN, SHAPE.vocab) for _ in range(rng.randint(1, 5))]
-        for _ in range(pictures):
+        for _ in range(images):
             text.insert(0 if first else rng.randint(0, len(text)), IMAGE)
             ratio_id = rng.randint(1, len(RATIOS))
             pixels = torch.zeros(4, 3, SIDE, SIDE)
             tiles = RATIOS[ratio_id - 1][0] * RATIOS[ratio_id - 1][1]
             pixels[:tiles] = torch.randn(tiles, 3, SIDE, SIDE)
-            self.pictures.append((ratio_id, pixels))
+            self.images.append((ratio_id, pixels))
         self.tokens += text
 
 
 def batch_of(talks: list[Talk], skip: list[int] | None = None) -> dict[str, Tensor]:
-    """The inputs of whole conversations, without the first ``skip`` pictures of each row."""
+    """The inputs of whole conversations, without the first ``skip`` images of each row."""
     longest = max(len(talk.tokens) for talk in talks)
     ids = torch.full((len(talks), longest), PAD_TOKEN)
     mask = torch.zeros_like(ids)
@@ -50,20 +50,20 @@ def batch_of(talks: list[Talk], skip: list[int] | None = None) -> dict[str, Tens
         ids[row, longest - len(talk.tokens) :] = torch.tensor(talk.tokens)
         mask[row, longest - len(talk.tokens) :] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
-    if not any(talk.pictures for talk in talks):
+    if not any(talk.images for talk in talks):
         return batch
-    tiles = [[RATIOS[i - 1][0] * RATIOS[i - 1][1] for i, _ in talk.pictures] for talk in talks]
+    tiles = [[RATIOS[i - 1][0] * RATIOS[i - 1][1] for i, _ in talk.images] for talk in talks]
     ranges = [get_cross_attention_token_mask(row, IMAGE) for row in ids.tolist()]
     dense = convert_sparse_cross_attention_mask_to_dense(ranges, tiles, 4, longest)
     batch["cross_attention_mask"] = torch.from_numpy(dense)
-    given = [talk.pictures[n:] for talk, n in zip(talks, skip or [0] * len(talks))]
+    given = [talk.images[n:] for talk, n in zip(talks, skip or [0] * len(talks))]
     if most := max(map(len, given)):
         batch["pixel_values"] = torch.zeros(len(talks), most, 4, 3, SIDE, SIDE)
         batch["aspect_ratio_ids"] = torch.zeros(len(talks), most, dtype=torch.int64)
         batch["aspect_ratio_mask"] = torch.zeros(len(talks), most, 4, dtype=torch.int64)
         batch["aspect_ratio_mask"][:, :, 0] = 1
-        for row, pictures in enumerate(given):
-            for place, (ratio_id, pixels) in enumerate(pictures):
+        for row, images in enumerate(given):
+            for place, (ratio_id, pixels) in enumerate(images):
                 batch["pixel_values"][row, place] = pixels
                 batch["aspect_ratio_ids"][row, place] = ratio_id
                 count = RATIOS[ratio_id - 1][0] * RATIOS[ratio_id - 1][1]
@@ -72,7 +72,7 @@ def batch_of(talks: list[Talk], skip: list[int] | None = None) -> dict[str, Tens
 
 
 def as_states(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The pictures as what the projector makes of them."""
+    """The images as what the projector makes of them."""
     if "pixel_values" not in batch:
         return batch
     batch = dict(batch)
@@ -135,9 +135,9 @@ def test_a_cached_turn_is_answered_as_the_whole_text(
         if earlier and rng.random() < 0.4:
             back = rng.randrange(len(earlier))
             del earlier[back + 1 :]
-            talks = [Talk([*talk.tokens], [*talk.pictures]) for talk in earlier[back][0]]
+            talks = [Talk([*talk.tokens], [*talk.images]) for talk in earlier[back][0]]
             cache.truncate(earlier[back][1])
-        old = [len(talk.pictures) for talk in talks]
+        old = [len(talk.images) for talk in talks]
         for talk in talks:
             talk.add(rng, rng.randint(0, 2))
         whole = batch_of(talks)
@@ -150,14 +150,14 @@ def test_a_cached_turn_is_answered_as_the_whole_text(
         for talk, answer in zip(talks, expected.tolist()):
             talk.tokens += answer
         earlier.append((talks, cache.lengths.tolist()))
-        talks = [Talk([*talk.tokens], [*talk.pictures]) for talk in talks]
+        talks = [Talk([*talk.tokens], [*talk.images]) for talk in talks]
 
 
 @pytest.mark.parametrize("draw", range(3))
-def test_rows_that_always_see_a_picture_do_so_with_the_semantics_of_transformers(
+def test_rows_that_always_see_an_image_do_so_with_the_semantics_of_transformers(
     draw: int, seed: int
 ) -> None:
-    """There a token that sees no picture attends to whatever tiles are around, also to padding."""
+    """There a token that sees no image attends to whatever tiles are around, also to padding."""
     rng = random.Random(1000 * seed + draw)
     answers = Answers(our_model(SHAPE, hf_model(SHAPE), semantics="transformers"), "cpu")
     talks, cache = [Talk(), Talk(), Talk()], answers.model.new_cache(3)
@@ -170,12 +170,12 @@ def test_rows_that_always_see_a_picture_do_so_with_the_semantics_of_transformers
             talk.tokens += answer
 
 
-def test_pictures_of_different_rows_as_states(answers: Answers) -> None:
-    """Row 1 gets its picture in the first turn, row 0 in the second; the third has none."""
+def test_images_of_different_rows_as_states(answers: Answers) -> None:
+    """Row 1 gets its image in the first turn, row 0 in the second; the third has none."""
     rng = random.Random(3)
     talks, cache = [Talk(), Talk()], answers.model.new_cache(2)
-    for pictures in ((0, 1), (1, 0), (0, 0)):
-        for talk, count in zip(talks, pictures):
+    for images in ((0, 1), (1, 0), (0, 0)):
+        for talk, count in zip(talks, images):
             talk.add(rng, count)
         whole = batch_of(talks)
         expected = answers.fresh(whole)
@@ -229,7 +229,7 @@ def test_states_without_image_tokens_stay_in_sight(answers: Answers) -> None:
 
 
 def test_without_a_mask_the_next_token_sees_what_the_last_kept_one_saw(answers: Answers) -> None:
-    """Back in an earlier turn that is its picture, not the one of the turn that is forgotten."""
+    """Back in an earlier turn that is its image, not the one of the turn that is forgotten."""
     rng = random.Random(7)
     talks, cache = [Talk(), Talk()], answers.model.new_cache(2)
     for talk, count in zip(talks, (0, 1)):
@@ -243,24 +243,24 @@ def test_without_a_mask_the_next_token_sees_what_the_last_kept_one_saw(answers: 
     answers(batch_of(talks), past_key_values=cache)
     assert cache.num_tiles == 2 * 4
     cache.truncate(kept)
-    talks = [Talk([*text, 9, 8], talk.pictures[:n]) for text, talk, n in zip(texts, talks, (0, 1))]
+    talks = [Talk([*text, 9, 8], talk.images[:n]) for text, talk, n in zip(texts, talks, (0, 1))]
     whole = batch_of(talks)
     answers.fresh(whole)
     text_alone = {name: whole[name] for name in ("input_ids", "attention_mask")}
     assert answers.agree(answers(text_alone, past_key_values=cache))
-    assert cache.num_tiles == 4, "the picture of the forgotten turn is forgotten"
+    assert cache.num_tiles == 4, "the image of the forgotten turn is forgotten"
 
 
 def test_the_beginning_of_the_text_is_answered_again(answers: Answers) -> None:
     """Also where it ends with an image, which is read again, and where the rest has others."""
     rng = random.Random(13)
     talks, cache, texts = [Talk(), Talk()], answers.model.new_cache(2), []
-    for pictures in ((1, 1), (0, 2), (1, 0)):
-        for talk, count in zip(talks, pictures):
+    for images in ((1, 1), (0, 2), (1, 0)):
+        for talk, count in zip(talks, images):
             talk.tokens.append(rng.randrange(FIRST_TEXT_TOKEN, SHAPE.vocab))
             talk.add(rng, count)
         talks[0].tokens.append(IMAGE)
-        talks[0].pictures.append(
+        talks[0].images.append(
             (1, torch.randn(4, 3, SIDE, SIDE) * torch.eye(4)[0].view(4, 1, 1, 1))
         )
         texts.append(batch_of(talks))
@@ -274,29 +274,29 @@ def test_the_beginning_of_the_text_is_answered_again(answers: Answers) -> None:
         assert answers.agree(answers(batch, past_key_values=cache)), f"turn {turn}"
 
 
-def test_forward_on_a_cache_sees_the_pictures_at_their_places(answers: Answers) -> None:
+def test_forward_on_a_cache_sees_the_images_at_their_places(answers: Answers) -> None:
     """Places are per forward there: the mask covers those of all rows, old ones first."""
     rng = random.Random(11)
     talks, cache = [Talk(), Talk()], answers.model.new_cache(2)
     given, logits, past = [0, 0], [], [0, 0]
-    for pictures in ((0, 1), (1, 0), (0, 0)):
-        for talk, count in zip(talks, pictures):
+    for images in ((0, 1), (1, 0), (0, 0)):
+        for talk, count in zip(talks, images):
             talk.tokens += [rng.randrange(FIRST_TEXT_TOKEN, SHAPE.vocab) for _ in range(2)]
             talk.add(rng, count)
             talk.tokens += [5] * (9 - (len(talk.tokens) - past[0]))
         past = [len(talk.tokens) for talk in talks]
         whole, new = batch_of(talks), batch_of(talks, skip=given)
         mask = whole["cross_attention_mask"][:, -9:]
-        places = torch.zeros(2, 9, cache.num_tiles // 4 + max(pictures), 4, dtype=torch.int64)
+        places = torch.zeros(2, 9, cache.num_tiles // 4 + max(images), 4, dtype=torch.int64)
         for row, place in ((1, 0), (0, 1)):
-            if talks[row].pictures:
+            if talks[row].images:
                 places[row, :, place] = mask[row, :, 0]
         inputs = {name: new[name] for name in IMAGE_INPUTS if name in new}
         inputs |= {"input_ids": whole["input_ids"][:, -9:], "cross_attention_mask": places}
         with torch.no_grad():
             out = answers.model(**to(inputs, answers.device), past_key_values=cache)
         logits.append(out.logits)
-        given = [len(talk.pictures) for talk in talks]
+        given = [len(talk.images) for talk in talks]
     with torch.no_grad():
         expected = answers.model(**to(whole, answers.device)).logits
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from generation_helpers import (
 )
 from model_helpers import Prompt, batch_of, hf_model, our_model
 
-from mllama.generation.mixin import GenerateOutput
+from mllama.generation.generate import GenerateOutput
 
 pytestmark = pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated")
 
@@ -55,7 +55,7 @@ def test_a_second_question_runs_no_vision_tower(passed_again: bool, semantics: s
         **turn, max_new_tokens=6, eos_token_id=[], past_key_values=first.past_key_values
     )
     assert actual.equal(expected)
-    assert len(vision_calls) == 1, "the picture was encoded again"
+    assert len(vision_calls) == 1, "the image was encoded again"
 
 
 def test_without_a_mask_a_second_question_sees_what_the_first_saw(
@@ -181,7 +181,7 @@ def test_an_interrupted_prefill_leaves_the_cache_as_it_was(
     cache, layer = model.new_cache(), model.model.language_model.layers[-1]
     original = layer.forward
 
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     layer.forward = interrupt

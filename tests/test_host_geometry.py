@@ -1,4 +1,4 @@
-"""Host-side C++ of the kernels: tiles, shared memory, split geometry, choice of path, caches."""
+"""Host-side C++ of the kernels: tiles, shared memory, split geometry, caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ SHARED_MEMORY_SM86 = 99 * 1024  # what one block may ask for on sm_86 and sm_89,
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return host_build.build("host_module", tmp_path_factory.mktemp("host"))
+    folder = tmp_path_factory.mktemp("host")
+    return host_build.build("host_module", folder, f"-I{host_build.TESTS / 'fake_cuda'}")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
@@ -65,10 +66,7 @@ def test_clusters_share_tiles_where_that_is_shorter(host, tiles):
 
 
 def test_what_tensor_maps_take(host):
-    """Rows that do not overlap, 16-byte strides below 2^40 bytes: one predicate for every attention."""
-    assert host.uses_sm90(256, 128, 64) == host.uses_sm90(64, 256, 128) == (True,) * 3
-    for strides in [(0, 128, 64), (256, 0, 64), (256, 128, 0), (256, 32, 64), (1 << 39, 128, 64)]:
-        assert host.uses_sm90(*strides) == (False,) * 3, strides
+    """Rows that do not overlap, 16-byte strides below 2^40 bytes."""
     assert not host.mappable(2, 68, 64, 2) and host.mappable(2, 72, 64, 2)
     assert not host.mappable(0, 64, 64, 2) and host.mappable(1 << 32, 64, 64, 2)
 
@@ -161,16 +159,6 @@ def test_cluster_slices_cover_the_output_and_fit(host, head_dim):
             assert blocks << log2 >= group * head_dim // 4
             merge = host.cluster_merge_bytes(group, log2)
             assert 2 * (rings + 8 * row + 2 * head_dim * 2 + 32 + merge + 1024) <= 228 * 1024
-
-
-def test_choice_of_the_decode_path(host):
-    assert host.rotary_uses_split_kv(True, 1, 32, 8)
-    assert host.rotary_uses_split_kv(True, 1, 64, 8)
-    assert not host.rotary_uses_split_kv(
-        True, 2, 32, 8
-    )  # more than one row per sequence: the main loop
-    assert not host.rotary_uses_split_kv(False, 1, 32, 8)  # no cache
-    assert not host.rotary_uses_split_kv(True, 1, 34, 2)  # a group of 17 does not fit one product
 
 
 def test_integer_helpers(host):

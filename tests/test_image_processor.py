@@ -4,14 +4,15 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mllama.limits import OWN_FILES
 from mllama.processing.image_processor import MllamaImageProcessor
-from mllama.processing.images import MAX_PIXELS
 from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
 
 theirs = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
@@ -29,7 +30,7 @@ def processors(tile, **options):
     return MllamaImageProcessor(**options), theirs.MllamaImageProcessorPil(**options)
 
 
-def picture(rng, width, height, mode="RGB"):
+def random_image(rng, width, height, mode="RGB"):
     """Noise in any mode; "P" gets a palette with a transparent entry half of the time."""
     noise = np.random.default_rng(rng.getrandbits(32))
     base = "LA" if mode == "PA" else "RGBA" if mode == "RGBa" else mode
@@ -67,21 +68,21 @@ def random_size(rng, tile):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "tiles"),
+    ("images", "tiles"),
     [
         (300, [14, 28, 42, 56, 70]),
         pytest.param(400, [84, 112, 224, 448, 560], marks=pytest.mark.full),
     ],
 )
-def test_random_sizes_and_modes_are_bit_equal(pictures, tiles):
+def test_random_sizes_and_modes_are_bit_equal(images, tiles):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    for count in range(pictures):
+    for count in range(images):
         tile = rng.choice(tiles)
         ours, reference = processors(tile, max_image_tiles=rng.choice([1, 2, 3, 4, 4, 4, 6]))
         size, mode = random_size(rng, tile), MODES[count % len(MODES)]
-        image = picture(rng, *size, mode)
+        image = random_image(rng, *size, mode)
         try:
             assert_equal(ours(image, return_tensors="pt"), reference(image, return_tensors="pt"))
         except AssertionError as error:
@@ -95,7 +96,7 @@ def test_random_sizes_and_modes_are_bit_equal(pictures, tiles):
 )
 def test_published_tile_sizes_are_bit_equal(tile, size):
     ours, reference = processors(tile)
-    image = picture(random.Random(tile), *size)
+    image = random_image(random.Random(tile), *size)
     assert_equal(ours(image), reference(image))
 
 
@@ -124,7 +125,7 @@ def test_geometry_equals_transformers_on_a_wide_range():
         (1600, 400, 560, 3, (400, 1600)),
     ],
 )
-def test_geometry_of_known_pictures(width, height, tile, aspect_id, resized):
+def test_geometry_of_known_images(width, height, tile, aspect_id, resized):
     grid = best_tile_grid(height, width, 4, tile)
     assert supported_aspect_ratios(4).index(grid) + 1 == aspect_id
     assert size_in_canvas(height, width, grid[0] * tile, grid[1] * tile, tile) == resized
@@ -133,7 +134,7 @@ def test_geometry_of_known_pictures(width, height, tile, aspect_id, resized):
 def test_batches_of_unequal_samples_are_bit_equal():
     rng = random.Random(3)
     ours, reference = processors(28)
-    a, b, c = (picture(rng, *size) for size in ((30, 90), (100, 20), (9, 9)))
+    a, b, c = (random_image(rng, *size) for size in ((30, 90), (100, 20), (9, 9)))
     for batch in ([[a], [], [b, c]], [[a, b, c]], [a, b], [[a], [b]], [[], [c]]):
         assert_equal(ours(batch, return_tensors="pt"), reference(batch, return_tensors="pt"))
     mask = ours([[a], [], [b, c]]).aspect_ratio_mask
@@ -195,7 +196,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_at_construction_and_at_the_call(options):
     rng = random.Random(5)
-    image = picture(rng, 90, 51)
+    image = random_image(rng, 90, 51)
     floats = np.random.default_rng(2).random((61, 40, 3))
     ours, reference = processors(28, **options)
     plain, _ = processors(28)
@@ -208,7 +209,7 @@ def test_options_at_construction_and_at_the_call(options):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "RGB", "1"])
 def test_without_conversion_to_rgb(mode):
     ours, reference = processors(28, do_convert_rgb=False, do_normalize=False)
-    image = picture(random.Random(1), 40, 70, mode)
+    image = random_image(random.Random(1), 40, 70, mode)
     assert_equal(ours(image), reference(image))
 
 
@@ -251,7 +252,7 @@ def test_config_round_trip(tmp_path):
 
 def test_results_are_independent_and_deterministic():
     ours, _ = processors(28)
-    image = picture(random.Random(8), 60, 60)
+    image = random_image(random.Random(8), 60, 60)
     first, second = ours(image).pixel_values, ours(image).pixel_values
     assert first.tobytes() == second.tobytes()
     first[:] = 0
@@ -286,17 +287,17 @@ def test_options_that_cannot_work(options, message):
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        ([], ValueError, "no picture given"),
-        ([[], []], ValueError, "no picture given"),
-        (3, TypeError, "images must be pictures .* got int"),
-        ([[Image.new("L", (2, 2)), 4]], TypeError, r"images\[0\]\[1\] is not a picture, got int"),
-        ([Image.new("L", (2, 2)), [3]], TypeError, r"images\[1\] is not a picture, got list"),
+        ([], ValueError, "no image given"),
+        ([[], []], ValueError, "no image given"),
+        (3, TypeError, "images must be images .* got int"),
+        ([[Image.new("L", (2, 2)), 4]], TypeError, r"images\[0\]\[1\] is not an image, got int"),
+        ([Image.new("L", (2, 2)), [3]], TypeError, r"images\[1\] is not an image, got list"),
         (np.zeros(4), ValueError, r"1 dimensions, shape \(4,\)"),
         (np.zeros((5, 4, 6)), ValueError, r"no axis of shape \(5, 4, 6\)"),
         (np.full((4, 4, 3), 300), ValueError, "values are 300 to 300; expected whole numbers"),
         (np.full((4, 4, 3), -0.5), ValueError, "values are -0.5 to -0.5; expected floats"),
         (np.full((4, 4, 3), np.nan), ValueError, "values are nan"),
-        (np.zeros((1, 9, 3), np.uint8), ValueError, r"shape \(1, 9, 3\) is a picture of one row"),
+        (np.zeros((1, 9, 3), np.uint8), ValueError, r"shape \(1, 9, 3\) is an image of one row"),
     ],
     ids=lambda v: str(v)[:30] if not isinstance(v, np.ndarray) else str(v.shape),
 )
@@ -311,10 +312,10 @@ def test_unknown_option_is_named():
 
 
 def test_pil_image_over_the_pixel_cap_is_refused():
-    processor = MllamaImageProcessor(max_pixels=100)
+    processor = MllamaImageProcessor(limits=replace(OWN_FILES, max_pixels=100))
     with pytest.raises(ValueError, match=r"images\[0\]\[0\] is 11 x 10 = 110 pixels; at most 100"):
         processor(Image.new("RGB", (11, 10)))
-    assert MllamaImageProcessor().max_pixels == MAX_PIXELS
+    assert MllamaImageProcessor().limits is OWN_FILES
 
 
 def test_config_of_another_processor_is_refused():
@@ -325,7 +326,7 @@ def test_config_of_another_processor_is_refused():
 def test_faster_than_transformers():
     """The ratio is printed; the bound is far below what is measured, for noisy machines."""
     ours, reference = processors(560)
-    image = picture(random.Random(9), 1920, 1080)
+    image = random_image(random.Random(9), 1920, 1080)
     seconds = []
     for processor in (ours, reference):
         processor(image, return_tensors="pt")

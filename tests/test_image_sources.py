@@ -1,10 +1,11 @@
-"""Pictures as strings: base64 in its forms, URLs, and messages that stay short; formats with a cost."""
+"""Images as strings: base64 in its forms, URLs, and messages that stay short; formats with a cost."""
 
 import base64
 import io
 import struct
 import time
 import urllib.parse
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from processor_helpers import pair
 from test_images import encoded, noise, png_header
 
+from mllama.limits import OWN_FILES
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.images import FORMATS, ImageOpenError, check_image, open_image
 
@@ -58,7 +60,6 @@ def test_parts_of_every_client():
         {"type": "image", "base64": uri},
         {"type": "image_url", "image_url": uri},
         {"type": "image_url", "image_url": {"url": uri, "detail": "high"}},
-        {"type": "image_url", "image_url": {"url": PLAIN}},
         {"type": "input_image", "image_url": uri},
         {"type": "input_image", "image_url": {"url": uri}},
     ]
@@ -90,7 +91,7 @@ def test_parts_of_every_client():
         ({"type": "image", "base64": PLAIN[:-40]}, "truncated or damaged"),
         (
             {"type": "image", "base64": "é" * 4000},
-            "picture of a message cannot be decoded, it is not",
+            "image of a message cannot be decoded, it is not",
         ),
     ],
     ids=str,
@@ -168,14 +169,20 @@ def test_bombs_of_the_added_formats(data):
 def test_caps_hold_for_the_added_formats():
     for kind in ("ICO", "PPM", *(["AVIF"] if "AVIF" in FORMATS else [])):
         with pytest.raises(ImageOpenError, match="37 x 23 = 851 pixels; at most 850"):
-            open_image(encoded(noise(), kind), max_pixels=850)
+            open_image(encoded(noise(), kind), limits=replace(OWN_FILES, max_pixels=850))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"P3 3000 3000 255 " + b"1 2 3 " * 3_000_000, "is text or has a maximum of its own"),
-        (b"P6 2000 2000 100 " + bytes(12_000_000), "is text or has a maximum of its own"),
+        (
+            b"P3 3000 3000 255 " + b"1 2 3 " * 3_000_000,
+            "pixels or bytes of text, of run lengths or with a maximum of its own",
+        ),
+        (
+            b"P6 2000 2000 100 " + bytes(12_000_000),
+            "pixels or bytes of text, of run lengths or with a maximum of its own",
+        ),
         (b"P6\n" + b"#" * 10_000_000, "no sizes in 1024 bytes of PPM"),
     ],
     ids=["text", "maximum", "comment"],
@@ -197,7 +204,7 @@ def test_every_kind_of_ppm(kind):
     assert open_image(io.BytesIO(data)).tobytes() == image.convert("RGB").tobytes()
 
 
-def test_the_largest_picture_of_an_icon():
+def test_the_largest_image_of_an_icon():
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "ICO", sizes=[(16, 16), (64, 64), (32, 32)])
     got = open_image(buffer.getvalue())

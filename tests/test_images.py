@@ -1,4 +1,4 @@
-"""Opening pictures: what is read, what equals `transformers`, and what hostile files get."""
+"""Opening images: what is read, what equals `transformers`, and what hostile files get."""
 
 import base64
 import io
@@ -7,11 +7,13 @@ import random
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mllama.limits import OWN_FILES
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.images import (
     FORMATS,
@@ -48,7 +50,7 @@ def test_every_format_by_path_bytes_and_file(kind, tmp_path):
     image = noise()
     data = encoded(image, kind)
     want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    path = tmp_path / f"picture.{kind.lower()}"
+    path = tmp_path / f"image.{kind.lower()}"
     path.write_bytes(data)
     uri = f"data:image/{kind.lower()};base64," + base64.b64encode(data).decode()
     with open(path, "rb") as file:
@@ -73,7 +75,7 @@ def test_paths_equal_transformers_with_exif_orientation(kind, orientation, tmp_p
 def test_paths_of_every_mode_equal_transformers(mode, tmp_path):
     theirs = pytest.importorskip("transformers.models.mllama.image_processing_pil_mllama")
     image = noise(mode)
-    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
     image.save(path)
     size = {"height": 28, "width": 28}
     got = MllamaImageProcessor(size=size)(str(path))
@@ -81,7 +83,7 @@ def test_paths_of_every_mode_equal_transformers(mode, tmp_path):
     assert got.pixel_values.tobytes() == want.pixel_values.tobytes()
 
 
-def test_an_opened_picture_is_not_rotated_but_its_path_is(tmp_path):
+def test_an_opened_image_is_not_rotated_but_its_path_is(tmp_path):
     path = tmp_path / "turned.jpg"
     path.write_bytes(with_orientation(noise(), "JPEG", 6))
     processor = MllamaImageProcessor(size=28)
@@ -89,7 +91,7 @@ def test_an_opened_picture_is_not_rotated_but_its_path_is(tmp_path):
     assert processor(path).aspect_ratio_ids.tolist() == [[5]]
 
 
-def test_transparency_is_laid_on_white_for_opened_pictures():
+def test_transparency_is_laid_on_white_for_opened_images():
     half_red = Image.new("RGBA", (2, 2), (255, 0, 0, 127))
     assert convert_to_rgb(half_red).getpixel((0, 0)) == (255, 128, 128)
     palette = Image.new("P", (2, 2), 0)
@@ -151,11 +153,11 @@ def test_decompression_bombs_are_refused_from_the_header(make, side, tmp_path):
 def test_caps_can_be_set():
     data = encoded(noise(), "PNG")
     with pytest.raises(ImageOpenError, match="37 x 23 = 851 pixels; at most 850"):
-        open_image(data, max_pixels=850)
-    assert open_image(data, max_pixels=851).size == SIZE
+        open_image(data, limits=replace(OWN_FILES, max_pixels=850))
+    assert open_image(data, limits=replace(OWN_FILES, max_pixels=851)).size == SIZE
     for source in (data, io.BytesIO(data)):
         with pytest.raises(ImageOpenError, match=r"has \d+ bytes; at most 99 are read"):
-            open_image(source, max_bytes=99)
+            open_image(source, limits=replace(OWN_FILES, max_bytes=99))
 
 
 def test_a_large_file_is_refused_without_reading_it(tmp_path):
@@ -194,15 +196,15 @@ def test_empty_sources_are_named(tmp_path):
         (b"<!doctype html><p>not found", "is an HTML or SVG document"),
         (b"\0\0\0\x1cftypavif\0\0\0\0", "is an HEIF, AVIF or video file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is a PostScript document"),
-        (b"hello, I am a picture", "is not a picture in one of PNG, JPEG, WEBP, GIF, BMP, TIFF"),
-        (encoded(Image.new("RGB", (3, 3)), "TGA"), "is not a picture in one of"),
-        (encoded(Image.new("RGB", (16, 16)), "JPEG2000"), "is not a picture in one of"),
+        (b"hello, I am an image", "is not an image in one of PNG, JPEG, WEBP, GIF, BMP, TIFF"),
+        (encoded(Image.new("RGB", (3, 3)), "TGA"), "is not an image in one of"),
+        (encoded(Image.new("RGB", (16, 16)), "JPEG2000"), "is not an image in one of"),
     ],
 )
 def test_other_files_are_refused_whatever_their_name(data, message, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
-    with pytest.raises(ImageOpenError, match=rf"picture\.png {message}"):
+    with pytest.raises(ImageOpenError, match=rf"image\.png {message}"):
         open_image(path)
 
 
@@ -218,7 +220,7 @@ def test_random_damage_never_escapes_as_another_error():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow reports odd metadata
             try:
-                image = open_image(bytes(data), max_pixels=10_000_000)
+                image = open_image(bytes(data), limits=replace(OWN_FILES, max_pixels=10_000_000))
             except ImageOpenError:
                 continue
         assert image.mode == "RGB"
@@ -233,13 +235,13 @@ def test_urls_are_not_fetched(url):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(ImageOpenError, match=r"absent\.png cannot be read: .*No such file"):
         open_image(tmp_path / "absent.png")
-    with pytest.raises(ImageOpenError, match="is not a regular file"):
+    with pytest.raises(ImageOpenError, match="it is not a regular file"):
         open_image(tmp_path)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(ImageOpenError, match="pipe is not a regular file"):
+    with pytest.raises(ImageOpenError, match="pipe cannot be read: it is not a regular file"):
         open_image(pipe)
-    with pytest.raises(ImageOpenError, match="cannot be read: embedded null"):
+    with pytest.raises(ImageOpenError, match="cannot be read: no file can be called so"):
         open_image("a\0b.png")
 
 
@@ -262,7 +264,7 @@ def test_a_text_file_object_is_refused():
         open_image(io.StringIO("x"))
 
 
-def test_a_damaged_opened_picture_is_named():
+def test_a_damaged_opened_image_is_named():
     data = encoded(noise(), "PNG")
     image = Image.open(io.BytesIO(data[: len(data) // 2]))
     with pytest.raises(ImageOpenError, match=r"images\[0\]\[1\] is truncated or damaged"):

@@ -57,12 +57,21 @@ def test_reference_backend_and_disabled_ops_run_plain_pytorch():
     ("environment", "message"),
     [
         ({"MLLAMA_KERNELS_BACKEND": "fast"}, "'fast'; expected auto, kernels or reference"),
-        ({"MLLAMA_KERNELS_DISABLE": "softmax"}, "names softmax; the ops are rms_norm"),
+        ({"MLLAMA_KERNELS_CPU_ISA": "sse"}, "'sse'; expected one of generic, avx2, avx512"),
+        (
+            {"MLLAMA_KERNELS_DISABLE": "softmax"},
+            "names softmax; the ops are cross_attention, gated_residual",
+        ),
     ],
 )
 def test_wrong_switches_are_named(environment, message):
     result = run("import mllama_kernels", **environment)
     assert result.returncode != 0 and message in result.stderr
+    command = run(
+        "import sys; from mllama.cli import main; sys.exit(main(['info']))", **environment
+    )
+    assert command.returncode == 1 and message in command.stderr
+    assert len(command.stderr.splitlines()) == 1 and not command.stdout
 
 
 def test_kernels_backend_says_why_it_cannot_run():

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import mllama
 import mllama_kernels
 from mllama_kernels import _library, reference
 
 ROOT = Path(__file__).parents[1]
-CORE = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "jinja2"}
+CORE = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "jinja2", "tqdm"}
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in (ROOT / "csrc" / folder).rglob("*.*") if path.is_file()]
 
 
 def imports_of(path: Path, top_level_only: bool) -> set[str]:
@@ -42,6 +47,22 @@ def test_only_core_dependencies_are_imported_at_the_top():
         assert others <= CORE | {"mllama", "mllama_kernels"} | drop_in, path
 
 
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        ("confined.py", set()),
+        ("confined_worker.py", set()),
+        ("processing/template_job.py", {"jinja2"}),
+        ("processing/tokenizer_job.py", {"tokenizers"}),
+    ],
+)
+def test_what_runs_in_a_process_of_its_own_imports_little(path, needs):
+    import sys
+
+    found = imports_of(ROOT / "mllama" / path, top_level_only=False)
+    assert found - set(sys.stdlib_module_names) == needs
+
+
 def test_only_the_drop_in_package_needs_transformers():
     import subprocess
     import sys
@@ -57,8 +78,23 @@ def test_only_the_bindings_include_torch():
 
 
 def test_cpu_sources_include_no_cuda():
-    for path in [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").iterdir()]:
+    for path in [*(ROOT / "csrc").glob("*.h"), *sources("cpu")]:
         assert not re.search(r"#include [<\"].*cuda", path.read_text()), path
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_op_includes_attention_and_that_common(device):
+    """Never up, and never another op, whose folder (on the CPU: files) stands beside."""
+    height = {"common": 0, "attention": 1}
+    for path in sources(device):
+        for name in re.findall(r'#include "(.*)"', path.read_text()):
+            target = (path.parent / name).resolve()
+            assert target.is_file(), (path, name)
+            above = height.get(path.parent.name, 2)
+            if target.parent == ROOT / "csrc":  # an op's parameters are for the op
+                assert above == 2 or target.stem in ("common", "build_info"), (path, name)
+            elif target.parent != path.parent:
+                assert height.get(target.parent.name, 2) < above, (path, name)
 
 
 def test_one_file_launches_and_one_reads_strides():
@@ -72,6 +108,20 @@ def test_one_file_launches_and_one_reads_strides():
         assert path.name == "strides.h" or not re.search(r"[.>]stride\(", text), path
 
 
+def test_a_kernel_without_code_for_an_architecture_traps():
+    """Launched there by mistake it must not end in silence, with whatever its results held."""
+    kernels = 0
+    for path in sources("cuda"):
+        text = path.read_text()
+        assert "kCompiles) return;" not in text, path
+        for start in re.finditer(r"\n__global__", text):
+            body = text[start.start() : text.index("\n}\n", start.start())]
+            if "{\n#ifdef MLLAMA_SM90A_DEVICE\n" in body:
+                assert body.endswith("\n#else\n  __trap();\n#endif"), path
+                kernels += 1
+    assert kernels >= 7
+
+
 @pytest.mark.parametrize("name", _library.OPS)
 def test_one_word_names_an_op_everywhere(name):
     word = {"add_rms_norm": "rms_norm", "rotary_attention_cached": "rotary_attention"}.get(
@@ -79,15 +129,17 @@ def test_one_word_names_an_op_everywhere(name):
     )
     for place in (
         f"csrc/{word}.h",
+        f"csrc/bindings/{word}.cpp",
         f"csrc/cpu/{word}.cpp",
-        f"csrc/cuda/{word}.cu",
+        f"csrc/cuda/{word}/{word}.cu",
         f"mllama_kernels/{word}.py",
         f"tests/test_{word}.py",
     ):
         assert (ROOT / place).is_file(), place
     assert getattr(mllama_kernels, name).__doc__ and getattr(reference, name).__doc__
     assert name in mllama_kernels.__all__ and name in reference.__all__
-    assert f"`{name}`" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/ops.md"):
+        assert f"| `{name}` |" in (ROOT / page).read_text(), page
 
 
 @pytest.mark.parametrize("name", _library.OPS)
@@ -103,3 +155,14 @@ def test_files_stay_small():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cu", ".cuh", ".h", ".cpp"}:
                 assert len(path.read_text().splitlines()) <= 450, path
+
+
+def test_type_checkers_see_the_public_names_where_they_are_imported_from():
+    """The one list of them at run time, and the imports that only a type checker reads."""
+    tree = ast.parse((ROOT / "mllama" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(a.name, a.asname, node.module) for node in block.body for a in node.names}
+    assert seen == {(name, name, module) for name, module in mllama._MODULES.items()}
+    assert set(dir(mllama)) == set(mllama.__all__) == {name for name, _, _ in seen}
+    for name, _, module in seen:
+        assert getattr(mllama, name).__module__ == module

@@ -20,6 +20,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    strided,
     takes_float64,
 )
 from torch import Tensor
@@ -155,6 +156,32 @@ def test_extreme_logits(device, vocab):
     torch.testing.assert_close(weight.grad[:, 0].cpu().double(), exact.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 33])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 1e-4}, {"z_loss": 1e-6}, {"label_smoothing": 0.1}]
+)
+def test_labels_that_are_all_but_certain(device, vocab, options):
+    """Their gradient is what is left of p - 1: only z_loss, far below the rounding of 1."""
+    logits = torch.linspace(-1, 1, vocab)
+    logits[-1] = 40
+    weight, x = logits.unsqueeze(-1).to(device), torch.ones(1, 1, device=device)
+    labels = torch.tensor([vocab - 1], device=device)
+
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = weight.to(dtype).detach().clone().requires_grad_()
+        function(x.to(dtype), leaf, labels, **options).backward()
+        return leaf.grad
+
+    plain = reference.linear_cross_entropy
+    exact, own = gradient(plain, torch.float64), gradient(OP, torch.float32)
+    if device.type == "cuda" or _library.simulated:  # the terms are rounded before they are added
+        torch.testing.assert_close(
+            own.double(), exact, rtol=1e-5, atol=torch.finfo(torch.float32).eps
+        )
+    else:
+        compare(own, exact, gradient(plain, torch.float32))
+
+
 def test_nan_and_infinity_are_seen(device):
     x, weight, labels = make(6, 8, 100, torch.float32, device)
     x[1, 0], x[2] = float("nan"), torch.finfo(torch.float32).max
@@ -245,7 +272,7 @@ def test_backward_twice(device):
 
 
 def test_small_gradients_survive_float16(device):
-    """The mean's divisor is applied behind the product with the weight, not to logits' gradients."""
+    """The mean's divisor is applied after the product with the weight, not to logits' gradients."""
     rows = 600
     x, weight, labels = make(rows, 16, 1000, torch.float16, device)
     labels[:] = 7
@@ -281,6 +308,22 @@ def test_strided_and_torch_machinery(device):
     sums = torch.rand(2, 24, device=device)
     opcheck("linear_cross_entropy_backward", (sums[0], x, weight, labels, sums, *options, 3000))
     assert_compiles(OP, x.detach(), weight.detach(), labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("width, vocab", [(17, 33), (100, 100), (38, 1004)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_lies_after_a_row_is_not_read(device, dtype, width, vocab):
+    """The library multiplies 16 bits by blocks of columns, and these are no whole blocks."""
+    x, weight, labels = make(100, width, vocab, dtype, device)
+    grads = torch.ones_like(labels, dtype=torch.float32)
+    held = []
+    for rows in (x, strided(x, 7)):
+        rows = rows.detach().requires_grad_()
+        loss = OP(rows, weight, labels, reduction="none")
+        held.append((loss, *torch.autograd.grad(loss, rows, grads)))
+    for a, b in zip(*held):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 6])

@@ -85,7 +85,7 @@ def test_code_that_waits_holds():
         (("@P0 BRA over", WAIT, "over:", LOAD.format(4, 0), END), "0x0030 LDG"),
         (("@P0 ACQBULK", LOAD.format(4, 0), END), "0x0010 LDG"),
         (("@P0 EXIT", WAIT, END), "0x0000 EXIT: ends without a wait"),
-        # Code laid out behind the wait that runs ahead of it.
+        # Code laid out after the wait that runs ahead of it.
         (
             ("BRA cold", "back:", WAIT, END, "cold:", "LDG.E R4, [R2.64]", "BRA back"),
             "0x0050 LDG.E",

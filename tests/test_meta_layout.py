@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_writer import meta_state_dict, write_original
+from meta_writer import PARAMS, meta_state_dict, write_original
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 import mllama
-from mllama.checkpoints import meta_files
+from mllama.checkpoints import meta_files, meta_params
 from mllama.checkpoints.checkpoint import CheckpointError
-from mllama.checkpoints.meta_files import (
-    config_from_params,
-    cross_attention_layers,
-    feed_forward_size,
-)
 from mllama.checkpoints.meta_layout import (
     gather_per_ratio,
     halves_from_pairs,
     resize_positions,
     resize_tile_positions,
+)
+from mllama.checkpoints.meta_params import (
+    config_from_params,
+    cross_attention_layers,
+    feed_forward_size,
 )
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
@@ -68,9 +68,9 @@ def small_tower(request, monkeypatch) -> None:
     """A tower of six layers for all tests that load weights; the others see the real constants."""
     if "published" not in request.fixturenames:
         return
-    monkeypatch.setattr(meta_files, "_VISION_LAYERS", 4)
-    monkeypatch.setattr(meta_files, "_GLOBAL_LAYERS", 2)
-    monkeypatch.setattr(meta_files, "_TAPS", [0, 2, 3])
+    monkeypatch.setattr(meta_params, "_VISION_LAYERS", 4)
+    monkeypatch.setattr(meta_params, "_GLOBAL_LAYERS", 2)
+    monkeypatch.setattr(meta_params, "_TAPS", [0, 2, 3])
 
 
 def _consistent_rows(tokens: int, width: int) -> Tensor:
@@ -168,22 +168,7 @@ def test_params_of_the_released_models():
     """Layer placement, feed-forward widths and rope of the published 11B and 90B configurations."""
     assert cross_attention_layers(32, 8) == [3, 8, 13, 18, 23, 28, 33, 38]
     assert cross_attention_layers(80, 20) == list(range(3, 100, 5))
-    params = {
-        "dim": 4096,
-        "n_layers": 32,
-        "n_heads": 32,
-        "n_kv_heads": 8,
-        "vocab_size": 128256,
-        "ffn_dim_multiplier": 1.3,
-        "multiple_of": 1024,
-        "norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "use_scaled_rope": True,
-        "vision_chunk_size": 560,
-        "vision_max_num_chunks": 4,
-        "vision_num_cross_attention_layers": 8,
-    }
-    config = config_from_params(params, 1280)
+    config = config_from_params(PARAMS, 1280)
     text, vision = config["text_config"], config["vision_config"]
     assert (text["intermediate_size"], text["num_hidden_layers"]) == (14336, 40)
     assert (text["bos_token_id"], text["pad_token_id"]) == (128000, 128004)

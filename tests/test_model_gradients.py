@@ -36,8 +36,13 @@ class Differentiable:
     def __getattr__(self, name: str) -> Any:
         if not hasattr(torch.ops.mllama_kernels, f"{name}_backward"):
             return getattr(reference, name)
-        self.calls.add(name)
-        return getattr(mllama_kernels, name)
+        kernel = getattr(mllama_kernels, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            self.calls.add(name)
+            return kernel(*args, **kwargs)
+
+        return recorded
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -45,7 +46,10 @@ def test_state_dicts_interchange(hf: Any, model: Any) -> None:
 def test_parameters_are_the_published_ones_fused(hf: Any, model: Any) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in hf.parameters())
     attention = model.model.language_model.layers[0].self_attn
-    assert attention.k_proj.weight.data_ptr() > attention.qkv_proj.weight.data_ptr()
+    weights = [getattr(attention, f"{n}_proj").weight for n in "qkv"]
+    for one, next_one in itertools.pairwise(weights):
+        assert one.data_ptr() + one.nbytes == next_one.data_ptr()
+    assert {name for name, _ in model.named_modules()} <= {name for name, _ in hf.named_modules()}
     assert attention.k_proj.weight.equal(hf.model.language_model.layers[0].self_attn.k_proj.weight)
 
 

@@ -94,7 +94,7 @@ def test_pipeline(processor: Any) -> None:
         "image-text-to-text", model=model, processor=processor.from_pretrained(folder)
     )
     assert pipeline.model is model and "MllamaForConditionalGeneration" in repr(pipeline)
-    picture = {"type": "image", "image": Image.new("RGB", (60, 60), (255, 0, 0))}
+    image = {"type": "image", "image": Image.new("RGB", (60, 60), (255, 0, 0))}
     question = {"type": "text", "text": "What colour is the square?"}
-    (answer,) = pipeline(text=[{"role": "user", "content": [picture, question]}], max_new_tokens=5)
+    (answer,) = pipeline(text=[{"role": "user", "content": [image, question]}], max_new_tokens=5)
     assert answer["generated_text"][-1] == {"role": "assistant", "content": "red"}

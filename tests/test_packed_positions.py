@@ -1,4 +1,4 @@
-"""Texts packed into a row, told by positions that begin again: computed as `transformers` does."""
+"""Texts packed into a row, told apart by positions that begin again: computed as `transformers` does."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_errors(device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_bad_id_spoils_its_image_alone(device, dtype):
+def test_bad_id_spoils_only_its_image(device, dtype):
     """Where ids cannot be looked at before the launch, an image with a bad one becomes NaN."""
     if device.type == "cpu":
         pytest.skip("on the CPU a bad id is an error")

@@ -1,13 +1,21 @@
 """Words as text: lone surrogates wherever text enters, and special tokens that are to stay plain."""
 
 import random
+import time
 
 import pytest
 import torch
-from processor_helpers import BOS, EOT, IMAGE, OTHERS, PAD, TEMPLATE, pair, picture
+from processor_helpers import BOS, EOT, IMAGE, OTHERS, PAD, TEMPLATE, pair, random_image
 
 from mllama.demo import checkpoint_path
-from mllama.processing.plain_text import escaped, from_command_line, unused_marks, well_formed
+from mllama.processing.plain_text import (
+    _MARKS,
+    _forms,
+    escaped,
+    from_command_line,
+    unused_marks,
+    well_formed,
+)
 from mllama.processing.processor import MllamaProcessor
 
 SPECIALS = [BOS, EOT, PAD, IMAGE, *OTHERS]
@@ -93,7 +101,7 @@ WORDS = [
 @pytest.mark.parametrize("words", WORDS, ids=ascii)
 def test_words_of_a_call_stay_words(words, adds_bos):
     ours, _ = pair(adds_bos)
-    image = picture(random.Random(3))
+    image = random_image(random.Random(3))
     bos, token = ours.tokenizer.bos_token_id, ours.image_token_id
     body = plain_ids(ours, words)
     assert not set(body) & set(ours.tokenizer.all_special_ids) - {ours.tokenizer.unk_token_id}
@@ -112,7 +120,7 @@ def test_words_of_a_call_stay_words(words, adds_bos):
 @pytest.mark.parametrize("words", WORDS, ids=ascii)
 def test_words_of_a_conversation_stay_words(words):
     ours, _ = pair()
-    image = picture(random.Random(4))
+    image = random_image(random.Random(4))
     conversation = [
         {
             "role": "user",
@@ -166,12 +174,13 @@ def test_words_in_pieces_make_no_token():
     ours, _ = pair()
     template = (
         "{{ bos_token }}{{ tools | tojson }}{% for d in documents %}{{ d.text }}{% endfor %}"
-        "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% for m in messages %}<{{ m.name }}>{% for p in m.content %}{{ p.text }}{% endfor %}"
         "{{ '<|eot_id|>' }}{% endfor %}"
     )
     conversation = [
         {
-            "role": "|image|",
+            "role": "user",
+            "name": "|image|",
             "content": [{"type": "text", "text": "<|im"}, {"type": "text", "text": "age|>"}],
         }
     ]
@@ -211,8 +220,13 @@ def test_marks_that_the_text_holds_are_not_taken():
     text = f"\ufdd0{IMAGE}\ufdd1"
     got = ours(text=text, escape_special_tokens=True).input_ids[0]
     assert got[1:] == plain_ids(ours, text)
-    part = {"type": "image", "url": "<|image|>.png", "text": "<"}
-    assert escaped(part, [IMAGE], "#") == {"type": "image", "url": "<|image|>.png", "text": "<#"}
+    part = {"type": "text", "role": "user", "text": "<", "<|image|>": {"type": "<", "role": "a|b"}}
+    assert escaped(part, [IMAGE], "#") == {
+        "type": "text",
+        "role": "user",
+        "text": "<#",
+        "<#|#image|#>": {"type": "<#", "role": "a|#b"},
+    }
 
 
 @pytest.mark.parametrize("how", ["tojson(ensure_ascii=True)", "urlencode"])
@@ -243,7 +257,7 @@ def test_truncation_and_offsets_of_escaped_words():
 
 def test_the_default_is_a_refusal_that_names_the_option():
     ours, _ = pair()
-    image = picture(random.Random(6))
+    image = random_image(random.Random(6))
     for call in (
         lambda: ours(text=f"what is {IMAGE}?"),
         lambda: ours(image, f"{IMAGE}what is {IMAGE}?"),
@@ -265,7 +279,7 @@ def test_calls_that_cannot_escape():
     mixed = MllamaProcessor(ours.image_processor, theirs.tokenizer, TEMPLATE)
     with pytest.raises(ValueError, match="escape_special_tokens needs a MllamaTokenizer"):
         mixed(text="x", escape_special_tokens=True)
-    with pytest.raises(ValueError, match="1 texts came with 2 lists of pictures"):
+    with pytest.raises(ValueError, match="1 texts came with 2 lists of images"):
         ours([["a.png"], []], ["x"], escape_special_tokens=True)
     option = {"processor_kwargs": {"escape_special_tokens": True}}
     got = ours.apply_chat_template(conversation, tokenize=True, **option)
@@ -299,7 +313,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_the_model_sees_the_same_shapes():
     ours, _ = pair()
-    image = picture(random.Random(7))
+    image = random_image(random.Random(7))
     content = [{"type": "image", "image": image}, {"type": "text", "text": IMAGE}]
     got = ours.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -311,3 +325,13 @@ def test_the_model_sees_the_same_shapes():
     assert got.cross_attention_mask.shape == (1, got.input_ids.shape[1], 1, 4)
     assert torch.equal(got.attention_mask, torch.ones_like(got.input_ids))
     assert isinstance(got.pixel_values, torch.Tensor) and got.pixel_values.isfinite().all()
+
+
+def test_looking_for_a_mark_takes_no_time_for_many_short_texts():
+    start = time.process_time()
+    assert len(unused_marks(["a", {"b": "%41"}] * 200_000, 32)) == 32
+    assert time.process_time() - start < 10
+    for mark in _MARKS:
+        for form in (mark, *_forms(mark)):
+            assert mark not in unused_marks(["a", ["é" + form + "x"]], 31), form
+    assert len(unused_marks(["\\ufdd", "%EF%B7%B0", "%EF%B7", "\\uFdd0", "\ufdcf"], 32)) == 32

@@ -1,4 +1,4 @@
-"""The processor against `transformers`: same ids, masks and pictures, and calls that cannot work."""
+"""The processor against `transformers`: same ids, masks and images, and calls that cannot work."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processor_helpers import BOS, IMAGE, WORDS, assert_same, mllama_processing, pair, picture
+from processor_helpers import BOS, IMAGE, WORDS, assert_same, mllama_processing, pair, random_image
 
 from mllama.processing.image_spans import cross_attention_mask, image_spans
 from mllama.processing.images import ImageOpenError
@@ -30,7 +30,7 @@ def test_random_batches_equal_transformers(tensors):
     for _ in range(40):
         counts = [rng.randint(1, 3) for _ in range(rng.randint(1, 4))]
         texts = [random_prompt(rng, n) for n in counts]
-        images = [[picture(rng) for _ in range(n)] for n in counts]
+        images = [[random_image(rng) for _ in range(n)] for n in counts]
         options = {
             "padding": rng.choice([True, "longest"]),
             "padding_side": rng.choice(["left", "right"]),
@@ -44,7 +44,7 @@ def test_random_batches_equal_transformers(tensors):
 
 def test_single_inputs_and_defaults_equal_transformers():
     ours, theirs = pair()
-    image, text = picture(random.Random(1)), f"{IMAGE}what is it?"
+    image, text = random_image(random.Random(1)), f"{IMAGE}what is it?"
     for call in (
         {"images": image, "text": text},
         {"images": [image], "text": [text]},
@@ -62,11 +62,11 @@ def test_single_inputs_and_defaults_equal_transformers():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_mixed_batch(side):
-    """Rows without, with one and with two pictures; `transformers` 5.17 refuses such a batch, so
+    """Rows without, with one and with two images; `transformers` 5.17 refuses such a batch, so
     the parts it is made of are the reference."""
     rng = random.Random(2)
     ours, theirs = pair()
-    a, b, c = (picture(rng) for _ in range(3))
+    a, b, c = (random_image(rng) for _ in range(3))
     images = [[a], [], [b, c]]
     texts = [f"{IMAGE}what is it?", "the red circle and a blue square", f"{IMAGE}a {IMAGE}{BOS}b c"]
     got = ours(images, texts, padding=True, padding_side=side, return_tensors="pt")
@@ -88,7 +88,7 @@ def test_mixed_batch(side):
     ]
 
 
-def test_batch_whose_rows_all_lack_pictures_is_text_alone():
+def test_batch_whose_rows_all_lack_images_is_text_alone():
     ours, theirs = pair()
     got = ours([[], []], ["a", "b c"], padding=True, return_tensors="pt")
     assert_same(got, theirs(text=["a", "b c"], padding=True, return_tensors="pt"))
@@ -130,7 +130,7 @@ def test_tile_slots_of_the_mask_follow_the_call():
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_there_is_one_bos(adds_bos):
     ours, theirs = pair(adds_bos)
-    image = picture(random.Random(5))
+    image = random_image(random.Random(5))
     for text in (f"{IMAGE}what", f"{BOS}{IMAGE}what", f"{IMAGE}{BOS}what", f"a {IMAGE}"):
         got = ours(image, text, return_tensors="pt")
         bos = ours.tokenizer.bos_token_id
@@ -143,7 +143,7 @@ def test_there_is_one_bos(adds_bos):
 
 
 class Untouchable:
-    """A picture that must not be opened."""
+    """An image that must not be opened."""
 
     def read(self, size):
         raise AssertionError("opened before the checks")
@@ -153,8 +153,8 @@ class Untouchable:
     ("images", "text", "message"),
     [
         (None, None, "give images, text or both"),
-        (None, f"{IMAGE}x", r"the texts have \[1\] image tokens, and no picture was given"),
-        (Untouchable(), "x", r"have \[0\] image tokens .* their pictures number \[1\]"),
+        (None, f"{IMAGE}x", r"the texts have \[1\] image tokens, and no image was given"),
+        (Untouchable(), "x", r"have \[0\] image tokens .* their images number \[1\]"),
         ([[Untouchable()], []], [f"{IMAGE}x"], r"\[1\] image tokens .* number \[1, 0\]"),
         ([[], [Untouchable()]], [f"{IMAGE}x", "y"], r"\[1, 0\] .* \[0, 1\]; pass one list"),
         ([Untouchable(), Untouchable()], [f"{IMAGE}x"] * 2, r"\[1, 1\] .* \[2\]; pass one list"),
@@ -197,7 +197,7 @@ def test_calls_that_cannot_work(call, error, message):
 
 def test_batch_moves_and_casts():
     ours, _ = pair()
-    batch = ours(picture(random.Random(3)), f"{IMAGE}x", return_tensors="pt")
+    batch = ours(random_image(random.Random(3)), f"{IMAGE}x", return_tensors="pt")
     assert batch.to(torch.bfloat16) is batch
     assert batch.pixel_values.dtype == torch.bfloat16 and batch.input_ids.dtype == torch.int64
     batch.to("meta", torch.float16)

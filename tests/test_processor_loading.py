@@ -4,6 +4,7 @@ import base64
 import inspect
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ from processor_helpers import (
     equal_on_inputs,
     mllama_processing,
     pair,
-    picture,
+    random_image,
     transformers,
 )
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from mllama.limits import OWN_FILES
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.processor import MllamaProcessor
 from mllama.processing.tiktoken import read_tiktoken
@@ -58,13 +60,15 @@ def test_options_go_where_they_belong(folder):
         pad_token=EOT,
         size=42,
         max_image_tiles=2,
-        max_pixels=10**6,
+        limits=replace(OWN_FILES, max_pixels=10**6),
         do_normalize=None,
     )
     assert got.tokenizer.padding_side == got.tokenizer.truncation_side == "left"
     assert got.tokenizer.model_max_length == 77 and got.tokenizer.pad_token == EOT
     assert got.image_processor.size["width"] == 42 and got.image_processor.max_image_tiles == 2
-    assert got.image_processor.max_pixels == 10**6 and got.image_processor.do_normalize is True
+    assert (
+        got.image_processor.limits.max_pixels == 10**6 and got.image_processor.do_normalize is True
+    )
     assert got.chat_template == TEMPLATE
 
 
@@ -285,7 +289,7 @@ def test_metas_folder_is_read(tmp_path, where, monkeypatch):
     theirs = TikTokenConverter("x").converted()
     for text in texts:
         assert theirs.encode(text).ids == got.tokenizer(text, add_special_tokens=False).input_ids
-    image = picture(rng)
+    image = random_image(rng)
     batch = got(image, f"{IMAGE}what is it?", return_tensors="pt")
     assert batch.pixel_values.shape == (1, 1, 2, 3, 56, 56)
     got.save_pretrained(tmp_path / "saved")

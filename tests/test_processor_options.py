@@ -17,8 +17,8 @@ from processor_helpers import (
     backend,
     mllama_processing,
     pair,
-    picture,
     pil,
+    random_image,
     transformers,
 )
 
@@ -95,7 +95,7 @@ def test_every_argument_of_apply_chat_template_is_known():
 
 def test_neutral_values_change_nothing():
     ours, _ = pair()
-    image, want = picture(random.Random(1)), None
+    image, want = random_image(random.Random(1)), None
     neutral = {
         "stride": 0,
         "is_split_into_words": False,
@@ -150,7 +150,7 @@ def test_what_the_tokenizer_returns_equals_transformers(adds_bos, side):
 
 def test_groups_equal_transformers():
     ours, theirs = pair()
-    image = picture(random.Random(2))
+    image = random_image(random.Random(2))
     for options in (
         {"common_kwargs": {"return_tensors": "pt"}},
         {"text_kwargs": {"padding": "max_length", "max_length": 20, "return_tensors": "pt"}},
@@ -193,7 +193,7 @@ def test_options_that_cannot_work(options, error, message):
 
 def test_device_of_the_image_inputs():
     ours, _ = pair()
-    image = picture(random.Random(3))
+    image = random_image(random.Random(3))
     for got in (
         ours(image, IMAGE, return_tensors="pt", device="meta"),
         ours(image, IMAGE, return_tensors="pt", images_kwargs={"device": torch.device("meta")}),
@@ -224,7 +224,7 @@ class Turned(pil.MllamaImageProcessorPil):
 def test_image_processors_of_transformers_inside_ours(kind, as_list):
     ours, theirs = pair()
     rng = random.Random(4)
-    images = [[picture(rng)], [picture(rng), picture(rng)]]
+    images = [[random_image(rng)], [random_image(rng), random_image(rng)]]
     texts = [f"{IMAGE}a", f"{IMAGE}{IMAGE}b"]
     want = theirs(images, texts, padding=True, return_tensors="pt")
     turned = Turned(**IMAGE_OPTIONS)
@@ -406,7 +406,7 @@ def test_the_pipeline_takes_our_processor():
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.MllamaForConditionalGeneration(config).eval()
-    image = picture(random.Random(8))
+    image = random_image(random.Random(8))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]
     chat = [{"role": "user", "content": content}]
     answers = []
@@ -427,7 +427,7 @@ def test_the_pipeline_takes_our_processor():
 
 def test_the_image_processor_alone():
     processor = MllamaImageProcessor(**IMAGE_OPTIONS)
-    image = picture(random.Random(9))
+    image = random_image(random.Random(9))
     want = processor(image).pixel_values
     assert np.array_equal(processor(image, data_format="channels_first").pixel_values, want)
     with pytest.raises(ValueError, match="do_center_crop=True is not supported here"):

@@ -11,12 +11,23 @@ from numerics import randn
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mllama import products
-from mllama.layers import FusedLinear, multiply
-from mllama.products import _ONEDNN_LINEAR
+import mllama_kernels
+from mllama.kinds import Asked
+from mllama.linear import Block, Projection
+from mllama_kernels import _product as products
+from mllama_kernels._product import _ONEDNN_LINEAR
 
 pytestmark = pytest.mark.skipif(_ONEDNN_LINEAR is None, reason="PyTorch was built without oneDNN")
 CPU = torch.device("cpu")
+
+
+def multiply(module: nn.Module, x: Tensor) -> Tensor:
+    """What a projection makes of x, but for few rows, which have an op of their own."""
+    owner = Block()
+    projection = Projection(owner, 1, {"linear": 1})
+    owner.linear = module
+    weight = projection.kernel_weight(Asked)
+    return module(x) if weight is None else products.product(x, weight.matrix, weight.bias)
 
 
 class Calls(TorchDispatchMode):
@@ -65,12 +76,12 @@ def test_large_float32_products_are_those_of_onednn(bias, shape):
 
 
 @torch.no_grad()
-def test_of_a_fused_linear_too():
-    owner = nn.Module()
-    fused = FusedLinear(owner, 256, {"k_proj": 96, "v_proj": 160})
+def test_of_a_projection_too():
+    owner = Block()
+    fused = Projection(owner, 256, {"k_proj": 96, "v_proj": 160})
     x = randn(128, 256, dtype=torch.float32, device=CPU)
     with Calls() as calls:
-        y = multiply(fused, x)
+        y = fused(mllama_kernels, x)
     assert calls.count == 1
     assert_close(y, x, torch.cat([owner.k_proj.weight, owner.v_proj.weight]))
 
@@ -108,9 +119,9 @@ def test_all_else_is_the_modules_own_call(monkeypatch):
 
 def test_compiled():
     linear, x = make(), randn(128, 256, dtype=torch.float32, device=CPU)
-    compiled = torch.compile(multiply, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(products.product, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(linear, x), linear(x))
+        torch.testing.assert_close(compiled(x, linear.weight, None), linear(x))
 
 
 @pytest.fixture
@@ -208,3 +219,15 @@ def test_what_this_cpu_multiplies(monkeypatch):
     assert products.multiplies(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not products.multiplies(torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_its_place(bias, device):
+    """Into columns of wider rows, and nowhere else."""
+    x, weight = (randn(n, 24, dtype=torch.float32, device=device) for n in (5, 16))
+    shift = randn(16, dtype=torch.float32, device=device) if bias else None
+    wide = torch.full((5, 30), torch.nan, device=device)
+    with torch.no_grad():
+        products.product_into(wide[:, 7:23], x, weight, shift)
+    torch.testing.assert_close(wide[:, 7:23], F.linear(x, weight, shift))
+    assert wide[:, :7].isnan().all() and wide[:, 23:].isnan().all()

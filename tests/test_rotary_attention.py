@@ -142,7 +142,7 @@ def test_cached_steps_match_float64(device, dtype, head, interleaved):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("paged", [False, True])
 def test_not_a_number_stays_in_its_sequence(device, dtype, paged):
-    """What lies behind a sequence's last key, here the next sequence or NaN, is never multiplied."""
+    """What lies after a sequence's last key, here the next sequence or NaN, is never multiplied."""
     lengths, past = [21, 40, 130], 7
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     q, k, v, _, _ = (t[0].clone() for t in make((1, sum(lengths), 4, 2, 64), dtype, device))
@@ -227,7 +227,7 @@ def decode_rows(cache, heads, kv_heads, dim, dtype, device):
     "case", grid([(EDGES, 16, 4, 1, 64)], [(EDGES, 48, 8, 1, 128), ([33000, 32767], 64, 2, 1, 64)])
 )
 def test_decode_at_the_edges_of_blocks_and_splits(device, dtype, case):
-    """Ragged lengths, one row each; keys behind a sequence's end are NaN and stay out."""
+    """Ragged lengths, one row each; keys after a sequence's end are NaN and stay out."""
     pasts, page_size, heads, kv_heads, dim = case
     cache = filled(len(pasts), max(pasts) + 1, kv_heads, dim, dtype, device, page_size)
     cache.lens = torch.tensor(pasts, dtype=torch.int32, device=device)

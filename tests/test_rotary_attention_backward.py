@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -23,6 +22,7 @@ from test_rotary_attention import angles, make
 
 import mllama_kernels
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 # batch, length, query heads, key/value heads, head_dim
 CASES = grid(
@@ -141,9 +141,7 @@ def test_log_sum_exp(device, dtype):
     op = torch.ops.mllama_kernels.rotary_attention
     out, lse = op(q, k, v, cos, sin, 0.2, False, None, q.shape[1], True)
     assert out.equal(mllama_kernels.rotary_attention(q, k, v, cos, sin, softmax_scale=0.2))
-    rotated_q, rotated_k = (
-        reference._rotate(t, cos, sin, False).double().transpose(1, 2) for t in (q, k)
-    )
+    rotated_q, rotated_k = (reference.rotate(t, cos, sin).double().transpose(1, 2) for t in (q, k))
     scores = 0.2 * rotated_q @ rotated_k.repeat_interleave(3, 1).transpose(-1, -2)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=device).triu(1)
     expected = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)

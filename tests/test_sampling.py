@@ -88,7 +88,7 @@ def test_frequencies_match_the_probabilities(top_p: float) -> None:
     assert wrong > limit, "the test must be able to tell temperature 1.3 from 1.5"
 
 
-def test_rows_depend_on_their_own_seed_alone() -> None:
+def test_rows_depend_only_on_their_own_seed() -> None:
     config = SamplingConfig(do_sample=True, repetition_penalty=1.1)
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(20, 4, 50, generator=generator)

@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import static, static_compiler
-from benchmarks.static_compiler import Resources
+from benchmarks.static import compiler, table
+from benchmarks.static.compiler import Resources
 
 
 @pytest.fixture
 def document() -> dict:
-    return json.loads(static.RESULTS.read_text())
+    return json.loads(table.RESULTS.read_text())
 
 
 def test_table_is_that_of_the_results(document):
-    assert static.table(document) == static.TABLE.read_text()
+    assert table.as_markdown(document) == table.TABLE.read_text()
 
 
 def test_committed_results_keep_the_rules(document):
-    assert static.failures(document["rows"], {}) == []
+    assert table.failures(document["rows"], {}) == []
 
 
 def test_each_broken_rule_is_named(document):
@@ -32,22 +32,22 @@ def test_each_broken_rule_is_named(document):
     row["moved_to_expected"] = 1.2
     launch = row["launches"][0]
     launch["shared_wavefronts"], launch["shared_conflicts"] = 1000, 500
-    moves, conflicts = static.failures([row], {})
+    moves, conflicts = table.failures([row], {})
     assert row["op"] in moves and "moves 1.2 times" in moves
     assert "500 of 1000 shared wavefronts are conflicts" in conflicts
-    (spills,) = static.failures([], {90: {"kernel": Resources(255, 8)}})
+    (spills,) = table.failures([], {90: {"kernel": Resources(255, 8)}})
     assert spills == "sm_90a: kernel spills registers"
 
 
 def test_differences_are_named(document):
     rows = document["rows"]
-    assert static.differences(rows, copy.deepcopy(rows)) == []
+    assert table.differences(rows, copy.deepcopy(rows)) == []
     changed = copy.deepcopy(rows[:1])
     changed[0]["launches"][0]["sectors"] += 1
-    (message,) = static.differences(rows, changed)
+    (message,) = table.differences(rows, changed)
     assert rows[0]["op"] in message and "sectors" in message
     changed[0]["shape"] = "unheard of"
-    (message,) = static.differences(rows, changed)
+    (message,) = table.differences(rows, changed)
     assert "not in the committed table" in message
 
 
@@ -63,4 +63,4 @@ def test_differences_are_named(document):
     ],
 )
 def test_occupancy(arch, threads, registers, shared_bytes, blocks):
-    assert static_compiler.blocks_per_sm(arch, threads, registers, shared_bytes) == blocks
+    assert compiler.blocks_per_sm(arch, threads, registers, shared_bytes) == blocks

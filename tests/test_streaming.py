@@ -11,7 +11,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers import TextStreamer as HfTextStreamer
 
-from mllama.generation.stopping import RowText, StopCondition, StopStringScanner, special_tokens
+from mllama.generation.stopping import (
+    RowText,
+    StopCondition,
+    StopStrings,
+    StopStringScanner,
+    special_tokens,
+)
 from mllama.generation.streaming import IncrementalDetokenizer, TextStreamer, make_decoder
 from mllama.processing.tokenizer import MllamaTokenizer
 
@@ -127,7 +133,7 @@ def test_decoders_of_every_kind_agree() -> None:
 
 
 def scan(pieces: list[str], stop_strings: list[str]) -> tuple[str, bool]:
-    scanner = StopStringScanner(stop_strings)
+    scanner = StopStringScanner(StopStrings(stop_strings))
     text = "".join(scanner.push(piece) for piece in pieces) + scanner.flush()
     return text, scanner.stopped
 
@@ -159,7 +165,7 @@ def test_stop_strings_however_the_text_is_cut(
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
-    scanner = StopStringScanner(["STOP"])
+    scanner = StopStringScanner(StopStrings(["STOP"]))
     assert scanner.push("go S") == "go "
     assert scanner.push("T") == ""
     assert scanner.push("ART S") == "START "
@@ -190,14 +196,14 @@ def test_stop_strings_against_a_plain_search(seed: int) -> None:
 
 def test_stop_string_within_characters_of_several_tokens() -> None:
     tokenizer = byte_tokenizer()
-    row = RowText(tokenizer, ["語。"])
+    row = RowText(tokenizer, StopStrings(["語。"]))
     text = "".join(row.push(token) for token in tokenizer.encode("日本語。次").ids)
     assert row.stopped and text + row.flush() == "日本"
 
 
 def test_row_flushes_an_unfinished_stop_string_and_an_unfinished_character() -> None:
     tokenizer = byte_tokenizer()
-    row = RowText(tokenizer, ["END"])
+    row = RowText(tokenizer, StopStrings(["END"]))
     ids = [*tokenizer.encode("the EN").ids, *byte_ids(tokenizer, "é".encode()[:1])]
     text = "".join(row.push(token) for token in ids)
     assert text == "the " and row.flush() == "EN\N{REPLACEMENT CHARACTER}" and not row.stopped

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import mllama
 from mllama.layers import ResidualStream
+from mllama.varlen import VarlenBatch
 
 SHAPE = Shape(layers=3, cross=(1,), local_layers=2, global_layers=1, taps=(0, 1), tile_side=28)
 Batch = dict[str, Tensor]
@@ -91,9 +92,9 @@ def test_only_what_is_trained_has_gradients(model: Any, batch: Batch) -> None:
 
 
 def test_images_given_as_states_have_gradients(model: Any, batch: Batch) -> None:
-    pictures = {n: batch[n] for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
-    states = model.model.encode_images(**pictures).states.detach().requires_grad_()
-    rest = {name: value for name, value in batch.items() if name not in pictures}
+    images = {n: batch[n] for n in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    states = model.model.encode_images(**images).states.detach().requires_grad_()
+    rest = {name: value for name, value in batch.items() if name not in images}
     model(**rest, cross_attention_states=states).loss.backward()
     assert states.grad.abs().max() > 0
 
@@ -116,7 +117,7 @@ def test_checkpointing_computes_again_and_changes_nothing(model: Any, batch: Bat
 
 
 def assert_same(again: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
-    """Bits, but for the gates: the sum behind one is taken with the next norm or, where a layer ends
+    """Bits, but for the gates: the sum after one is taken with the next norm or, where a layer ends
     with its own sum, alone, in another order."""
     again = with_gates_as_one(again)
     for name, gradient in with_gates_as_one(plain).items():
@@ -150,7 +151,7 @@ def test_checkpointing_keeps_one_tensor_per_text_layer(model: Any, batch: Batch)
     assert kept[1] < kept[0] / 3
 
 
-def test_checkpointing_is_for_training_alone(model: Any, batch: Batch) -> None:
+def test_checkpointing_is_for_training_only(model: Any, batch: Batch) -> None:
     model.gradient_checkpointing_enable()
     model.eval()
     with torch.no_grad():
@@ -167,12 +168,12 @@ def test_the_stream_settles_to_what_the_norm_reads(model: Any) -> None:
     """Between checkpointed layers nothing is pending; the values are those of the fused way."""
     layer = model.model.language_model.layers[0]
     x, delta = torch.randn(20, SHAPE.heads * SHAPE.head_dim), torch.randn(20, SHAPE.intermediate)
-    read = []
+    read, varlen = [], VarlenBatch.dense(1, 20, x.device)
     for settle in (False, True):
-        stream = ResidualStream(model.ops, x)
-        stream.add(layer.mlp.down_proj, delta)
+        stream = ResidualStream(model.ops, x, varlen)
+        stream.add(layer.mlp.down, delta)
         if settle:
-            stream = ResidualStream(model.ops, stream.value())
+            stream = ResidualStream(model.ops, stream.value(), varlen)
         read.append(stream.norm(layer.input_layernorm))
     assert read[0].equal(read[1])
 
@@ -220,7 +221,7 @@ def test_outputs_on_request(model: Any, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "hooked"])
-def test_the_loss_alone(model: Any, batch: Batch, plain: bool) -> None:
+def test_the_loss_without_logits(model: Any, batch: Batch, plain: bool) -> None:
     """The same loss and gradients when only the rows with a target reach the head."""
     whole = model(**batch)
     expected = gradients(model, batch)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # last: an installed or simulated build of the kernels goes first
 
 import mllama  # noqa: E402
-from benchmarks import goals, measure, report, scenario, training_step  # noqa: E402
+from benchmarks import goals, measure, scenario, tables, training_step  # noqa: E402
 from benchmarks.case import OURS  # noqa: E402
 from benchmarks.model import PEER  # noqa: E402
 
@@ -43,7 +43,7 @@ def test_models_that_agree_are_timed(pair):
     row |= {"shape": {"tokens": 3}, "flops": 10, "bytes": 0, "bound": "copy"}
     measure.add_floor(row, ceiling)
     run = {"rows": [], "training": [row], "machine": {"kind": "cpu"}}
-    assert report.training_table(run).count("tokens 3") == 3
+    assert tables.training_table(run).count("tokens 3") == 3
     goal = goals.Goal("x", "training", {}, "ratio", 1, "cpu", "float32", (PEER,))
     ratio = next(impl for impl in row["impls"] if impl["name"] == PEER)["ours_is_faster"]["median"]
     assert goals.value_of(goal, run) == ratio

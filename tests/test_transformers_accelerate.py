@@ -60,7 +60,8 @@ def test_the_report():
         "the module's own forward serves",
         "  rms_norm          inputs of another dtype than the weight",
         "  rotary_attention  4-D masks, padding between tokens, several new tokens over a cache, one over a",
-        "                    static cache, output_attentions, dropout; padding under torch.compile",
+        "                    static cache, output_attentions, dropout, hooks with keyword arguments; padding",
+        "                    under torch.compile",
     ]
     nothing = accelerate(model, rms_norm=False, rotary_attention=False, swiglu=False)
     assert str(nothing).splitlines()[1:] == ["replaced", "  nothing"]

@@ -144,7 +144,7 @@ class Draw:
                 batch["cross_attention_mask"] = torch.cat([before, mask], dim=1)
                 names.append("cross_attention_mask")
             if self.rng.random() < 0.2:
-                batch["aspect_ratio_mask"][1, 0] = 0  # a picture that is padding all over
+                batch["aspect_ratio_mask"][1, 0] = 0  # an image that is padding all over
             self.given |= {name: batch[name] for name in names}
         if self.family == "mllama text" and self.rng.random() < 0.6:
             self.given["cross_attention_states"] = torch.randn(ROWS * 2, 17, SHAPE.heads * 64)

@@ -11,7 +11,11 @@ from torch import nn
 from transformers_helpers import assert_same, build, count_ops, llama_config, text_batch
 
 from mllama_kernels.transformers import attention_interface
-from mllama_kernels.transformers.rows import Sequences, sequences_of_padding, sequences_of_positions
+from mllama_kernels.transformers.rows import (
+    Sequences,
+    sequences_from_padding,
+    sequences_from_positions,
+)
 
 
 def test_from_pretrained(tmp_path, monkeypatch):
@@ -157,22 +161,22 @@ def test_dropout_and_head_sizes_fall_back(monkeypatch):
     assert not calls
 
 
-def test_sequences_of_padding():
+def test_sequences_from_padding():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
-    bounds = sequences_of_padding(mask).cu_seqlens.tolist()
+    bounds = sequences_from_padding(mask).cu_seqlens.tolist()
     assert bounds == [0, 2, 5, 5, 5, 8, 10, 11, 13, 15, 15, 20, 20]
-    assert sequences_of_padding(torch.ones(2, 5)) == Sequences(None, 5)
-    assert sequences_of_padding(torch.tensor([[1, 0, 1]])) is None
+    assert sequences_from_padding(torch.ones(2, 5)) == Sequences(None, 5)
+    assert sequences_from_padding(torch.tensor([[1, 0, 1]])) is None
 
 
 def test_sequences_as_a_mask():
-    sequences = sequences_of_positions(torch.tensor([[0, 1, 0, 1], [5, 6, 7, 8]]))
+    sequences = sequences_from_positions(torch.tensor([[0, 1, 0, 1], [5, 6, 7, 8]]))
     assert sequences.cu_seqlens.tolist() == [0, 2, 4, 8]
     two = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2)).tril().bool()
     assert sequences.mask(2)[0, 0].equal(two)
     assert sequences.mask(2)[1, 0].equal(torch.ones(4, 4).tril().bool())
     assert Sequences(None, 3).mask(2).equal(torch.ones(2, 1, 3, 3).tril().bool())
-    assert sequences_of_positions(torch.arange(6).expand(2, -1)) == Sequences(None, 6)
+    assert sequences_from_positions(torch.arange(6).expand(2, -1)) == Sequences(None, 6)
 
 
 def test_a_static_cache_keeps_its_masks():

@@ -50,8 +50,10 @@ def test_a_mask_is_resolved_once_per_call(monkeypatch):
     from mllama_kernels.transformers import text
 
     resolved = []
-    real = text.sequences_of_padding
-    monkeypatch.setattr(text, "sequences_of_padding", lambda mask: resolved.append(1) or real(mask))
+    real = text.sequences_from_padding
+    monkeypatch.setattr(
+        text, "sequences_from_padding", lambda mask: resolved.append(1) or real(mask)
+    )
     model = llama()
     accelerate(model)
     model(**text_batch(padding="left"))

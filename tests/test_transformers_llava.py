@@ -47,26 +47,29 @@ def test_logits_and_tokens(attention, monkeypatch):
     assert calls["vision_attention"] == 3
 
 
-def test_the_norm_after_the_embeddings_stays_a_norm(monkeypatch):
-    """It passes through only what the embeddings before it have normalised."""
+def test_embeddings_and_the_norm_after_them_stay_what_they_are(monkeypatch):
+    """Called by themselves, they embed and normalise; only the tower has both in one op."""
     model, batch = llava(), llava_batch()
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     x = torch.randn(2, 10, 128)
     with torch.no_grad():
-        expected = tower.pre_layrnorm(x)
+        expected, embedded = tower.pre_layrnorm(x), tower.embeddings(batch["pixel_values"])
         features = tower(pixel_values=batch["pixel_values"]).last_hidden_state
         expected_images = model(**batch).image_hidden_states
         accelerate(model)
-        embedded = tower.embeddings(batch["pixel_values"])
-        assert tower.pre_layrnorm(x).equal(expected)
-        assert tower.pre_layrnorm(embedded) is embedded
-        assert not tower.pre_layrnorm(embedded).equal(embedded), "only once"
+        assert tower.embeddings(batch["pixel_values"]).equal(embedded)
+        assert tower.embeddings(pixel_values=batch["pixel_values"]).equal(embedded)
+        assert tower.pre_layrnorm(x).equal(expected) and tower.pre_layrnorm(input=x).equal(expected)
         clone = copy.deepcopy(model)
         calls = count_ops(monkeypatch)
         for copied in (clone, model):
             assert_same(copied(**batch).image_hidden_states, expected_images)
         assert calls["patch_embed"] == 2
+        # A copy of one of them, as adapters train it in the place of the module.
+        tower.embeddings = copy.deepcopy(tower.embeddings)
+        assert_same(model(**batch).image_hidden_states, expected_images)
+        assert calls["patch_embed"] == 3
         assert_same(tower(pixel_values=batch["pixel_values"]).last_hidden_state, features)
 
 

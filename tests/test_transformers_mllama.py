@@ -264,7 +264,7 @@ def test_vision_taps_of_a_bare_tower_in_meta_semantics():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows", ["seen", "unseen"])
-def test_a_picture_without_tiles(attention, rows):
+def test_an_image_without_tiles(attention, rows):
     """Each of its tokens sees all of them alike; so does every tile a token whose mask is zero."""
     model, batch = mllama_model(attention), batch_of(SHAPE, PROMPTS)
     batch["aspect_ratio_mask"][1, 0] = batch["aspect_ratio_mask"][2] = 0

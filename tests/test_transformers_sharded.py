@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers_helpers import (
     assert_same,
     build,
+    count_ops,
     gradients,
     llama_config,
     mllama_config,
@@ -26,6 +28,10 @@ from transformers_helpers import (
 from mllama_kernels.transformers import accelerate
 
 PROCESSES = 2
+ATTENTION = {
+    "mllama": {"rotary_attention": 2, "cross_attention": 1, "vision_attention": 3},
+    "tied": {"rotary_attention": 2},
+}
 EVERY_OP = {"mllama": 7, "tied": 4}  # that accelerate replaces, the loss included
 
 
@@ -108,7 +114,11 @@ def _check(family: str, sharding: str, accelerated_first: bool, loss: bool, rank
     with_logits = not loss or "head" in sharding
     expected, grads = _expected(family, rank)
     for _ in range(2):  # the second step finds parameters resharded
-        out = model(**batches[rank])
+        with pytest.MonkeyPatch.context() as patch:
+            calls = count_ops(patch)
+            out = model(**batches[rank])
+        # The masks of ours get through the hooks and wrappers that shard a model.
+        assert {op: calls[op] for op in ATTENTION[family]} == ATTENTION[family]
         assert (out.logits is not None) == with_logits
         assert_same(out.loss.detach(), expected)
         out.loss.backward()

@@ -9,6 +9,7 @@ from model_helpers import Prompt, Shape, batch_of
 from torch import nn
 from transformers_helpers import (
     assert_same,
+    assert_same_gradients,
     build,
     count_ops,
     gradients,
@@ -52,15 +53,6 @@ def _step(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), gradients(model)
 
 
-def _assert_same_gradients(actual: dict, expected: dict) -> None:
-    """Within 1e-4 of each gradient's largest value; where terms cancel, of the largest of all, 1e-6."""
-    assert actual.keys() == expected.keys()
-    largest = max(g.abs().max() for g in expected.values())
-    for name, gradient in expected.items():
-        error = (actual[name] - gradient).abs().max()
-        assert error <= 1e-4 * gradient.abs().max() + 1e-6 * largest, (name, float(error))
-
-
 @needs_backward
 @pytest.mark.parametrize("kind", ["llama", "mllama", "llava"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -75,7 +67,7 @@ def test_gradients(kind, checkpointing, monkeypatch):
     calls = count_ops(monkeypatch)
     again, actual = _step(model, batch)
     assert_same(again, loss)
-    _assert_same_gradients(actual, expected)
+    assert_same_gradients(actual, expected)
     assert calls["rotary_attention"] >= (2 if kind == "mllama" else 3)
 
 
@@ -111,7 +103,7 @@ def test_a_loss_without_logits(kind, monkeypatch):
             assert out.logits is None
         assert_same(out[0].detach(), loss)
         out[0].backward()
-        _assert_same_gradients(gradients(model), grads)
+        assert_same_gradients(gradients(model), grads)
         assert calls["linear_cross_entropy"] == number + 1
     with torch.no_grad():
         assert model(**batch).logits is not None
@@ -179,7 +171,7 @@ def test_lora(order, monkeypatch, tmp_path):
     report.revert()
     _, expected = _step(adapted, batch)
     assert len(expected) == 3 * len(targets) * 2
-    _assert_same_gradients(actual, expected)
+    assert_same_gradients(actual, expected)
     with torch.no_grad():
         assert_same(logits, adapted(**batch).logits)
     accelerate(adapted)

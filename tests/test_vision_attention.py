@@ -112,7 +112,7 @@ def test_large_scores_do_not_overflow(device, dtype):
     out = mllama_kernels.vision_attention(q, k, v)
     assert out.isfinite().all()
     if dtype != torch.float32:  # plain PyTorch rounds the scores themselves
-        assert_no_worse(out, reference.vision_attention, q, k, v, k=4.0)
+        assert_no_worse(out, reference.vision_attention, q, k, v, times=4.0)
         return
     # A score near 2^15 rounds about ten times by 2^-24 of itself, in its sum, its scaling and its
     # exponent. Where two nearly tie, a quarter of their difference's error goes from one value to

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from numerics import (
-    ATTENTION_LARGEST,
     FLOATS,
     assert_gradcheck,
     assert_gradients_no_worse,
@@ -23,6 +22,7 @@ from test_vision_attention import make, tile_padding
 
 import mllama_kernels
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 CASES = grid(
     [(1, 40, 2, 64), (1, 72, 1, 80), (2, 65, 1, 128)],
@@ -93,16 +93,16 @@ def test_all_padding_gets_zeros(device, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_padding_gets_nothing_from_padding(device, dtype):
-    """A gradient for padding queries alone reaches no padding key, one for the others all keys."""
+    """A gradient for padding queries only reaches no padding key, one for the others all keys."""
     q, k, v = make(1, 150, 1, 80, dtype, device)
     padding = torch.rand(1, 150, device=device) < 0.4
     padding[0, 0], padding[0, 1] = True, False
-    for of_padding in (True, False):
-        rows = padding if of_padding else ~padding
+    for at_padding in (True, False):
+        rows = padding if at_padding else ~padding
         grad = rows[..., None, None] * randn(*q.shape, dtype=dtype, device=device)
         grad_q, _, grad_v = gradients(mllama_kernels.vision_attention, (q, k, v, padding), [grad])
         assert not grad_q[~rows].any() and grad_q[rows].any(-1).all()
-        assert grad_v[padding].any() != of_padding and grad_v[~padding].any(-1).all()
+        assert grad_v[padding].any() != at_padding and grad_v[~padding].any(-1).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

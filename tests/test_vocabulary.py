@@ -108,7 +108,7 @@ def test_transformers_loads_an_enlarged_checkpoint_only_in_its_own_layout(
         transformers.MllamaForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_new_tokens_are_read_learnt_and_written(ours: Any) -> None:
+def test_new_tokens_are_read_learned_and_written(ours: Any) -> None:
     ids = torch.tensor([[3, 111, 5]])
     with pytest.raises(ValueError, match=rf"within 0\.\.{E - 1}"):
         ours(ids)

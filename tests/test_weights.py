@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -16,12 +17,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 import mllama
 from mllama.checkpoints import saving
 from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.key_layout import canonical_name
-from mllama.progress import ByteProgress
+from mllama.kinds import Asked
 
 TEXT = {
     "vocab_size": 96,
@@ -382,10 +384,12 @@ def test_a_save_that_stops_while_renaming_does_not_pass_for_complete(
 
 
 def test_loaded_junk_is_not_written_on(folder, tmp_path):
-    _edit_json(folder / "config.json", auto_map={"AutoModel": "evil.Model"}, custom="kept")
+    code = {"auto_map": {"AutoModel": "evil.Model"}}
+    _edit_json(folder / "config.json", **code, text_config={**TEXT, **code}, custom="kept")
     _load(folder).save_pretrained(tmp_path / "ours")
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert "auto_map" not in written and "transformers_version" not in written
+    assert "auto_map" not in written["text_config"]
     assert written["custom"] == "kept"
     assert written["architectures"] == ["MllamaForConditionalGeneration"]
 
@@ -444,7 +448,7 @@ def test_faults_of_the_files_in_one_error(theirs, folder):
     assert "the entry of entry3 is not a file name: '..'" in text
     assert "the entry of entry4 is not a safetensors file (pickle files are never loaded)" in text
     assert "the entry of entry5 is not a file name: 7" in text
-    assert "missing:" not in text  # the tensors of unreadable files are told by the file
+    assert "missing:" not in text  # the tensors of unreadable files are reported with the file
 
 
 def test_index_that_points_outside_reads_nothing_there(theirs, folder, tmp_path):
@@ -480,7 +484,8 @@ def test_damaged_header(folder, header):
 def test_empty_weights_file(folder):
     (folder / "model.safetensors").write_bytes(b"")
     assert _problems(folder) == [
-        "model.safetensors is truncated or not a safetensors file: 0 bytes, its header would take 0"
+        "model.safetensors is truncated or not a safetensors file: its 0 bytes do not hold the header that "
+        "they announce"
     ]
 
 
@@ -622,10 +627,11 @@ def test_fused_projections_are_filled_in_place(theirs, folder):
     """The published q, k and v are rows of one parameter, not copies of it."""
     model = _load(folder)
     attention = model.model.language_model.layers[0].self_attn
-    storages = {
-        getattr(attention, f"{name}_proj").weight.untyped_storage().data_ptr() for name in "qkv"
-    }
-    assert len(storages) == 1
+    weights = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
+    matrix = attention.qkv.kernel_weight(Asked).matrix
+    assert matrix.data_ptr() == weights[0].data_ptr()
+    for one, next_one in itertools.pairwise(weights):
+        assert one.data_ptr() + one.nbytes == next_one.data_ptr()
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(p.numel() for p in theirs.parameters())
 
@@ -635,11 +641,15 @@ def test_progress_is_silent_without_a_terminal(folder, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_progress_line_on_a_terminal(monkeypatch, capsys):
+def test_progress_is_silent_where_stderr_is_closed(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    _load(folder)
+
+
+def test_progress_line_on_a_terminal(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with ByteProgress("loading", 2_000_000_000) as progress:
-        progress.advance(500_000_000)
-        progress.advance(1_500_000_000)
+    model = _load(folder)
     text = capsys.readouterr().err
-    assert text.startswith("\rloading [") and text.endswith("\n")
-    assert "100%" in text and "2.00 of 2.00 GB" in text
+    assert text.startswith("\rloading: ") and text.endswith("\n")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert "100%" in text and f"{tqdm.format_sizeof(size)}/{tqdm.format_sizeof(size)}" in text

@@ -139,4 +139,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Within 1e-4 of each gradient's largest value; where terms cancel, of the largest of all, 1e-6."""
+    assert actual.keys() == expected.keys()
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max()
+        assert error <= 1e-4 * gradient.abs().max() + 1e-6 * largest, (name, float(error))
+
+
 cast = model_helpers.cast_hf

@@ -104,7 +104,7 @@ def _accelerate_every_model() -> None:
 
 
 def compare(plain: Path, accelerated: Path, failures: Path) -> int:
-    """Print the counts, and write the tests that pass without the kernels alone. Returns their number."""
+    """Print the counts, and write the tests that pass only without the kernels. Returns their number."""
     results = [json.loads(path.read_text()) for path in (plain, accelerated)]
     without, with_kernels = (result["outcomes"] for result in results)
     for name, outcomes in (("plain", without), ("accelerated", with_kernels)):

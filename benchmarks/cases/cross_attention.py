@@ -13,8 +13,9 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.peers import flex, sdpa, sdpa_backends, with_every_head
 from benchmarks.shapes import HKV, HQ, TILE_TOKENS, TILES, D, sample_rows
-from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
+from benchmarks.training import ATTENTION_FLOPS, by_heads, trained
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 
 def make(setting: Setting, rows: int, visible: int) -> Arguments:

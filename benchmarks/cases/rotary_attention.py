@@ -13,8 +13,9 @@ import mllama_kernels as ours
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
 from benchmarks.peers import compiled, sdpa, sdpa_backends, with_every_head
 from benchmarks.shapes import HKV, HQ, D, angles, rotate, sample_rows, softmax
-from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
+from benchmarks.training import ATTENTION_FLOPS, by_heads, trained
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 
 def make(setting: Setting, length: int) -> Arguments:
@@ -54,7 +55,7 @@ def every_head_beforehand(*args: Tensor) -> Arguments:
 
 
 def peers(setting: Setting) -> list[Impl]:
-    """The whole work in plain PyTorch, then the attention alone, on q and k that are rotated already."""
+    """The whole work in plain PyTorch, then only the attention, on q and k that are rotated already."""
     causal = partial(sdpa, is_causal=True)
     return [
         Impl(PLAIN, rotated_sdpa),
@@ -92,7 +93,7 @@ def turned_back(setting: Setting, grads: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def peers_with_backward(setting: Setting) -> list[Impl]:
-    alone = sdpa_backends(
+    attention_only = sdpa_backends(
         setting,
         partial(sdpa, is_causal=True),
         rotated_beforehand,
@@ -102,7 +103,7 @@ def peers_with_backward(setting: Setting) -> list[Impl]:
     return [
         Impl(PLAIN, rotated_sdpa),
         compiled(rotated_sdpa),
-        *(replace(impl, result=partial(turned_back, setting)) for impl in alone),
+        *(replace(impl, result=partial(turned_back, setting)) for impl in attention_only),
     ]
 
 

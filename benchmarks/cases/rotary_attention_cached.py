@@ -16,7 +16,7 @@ from benchmarks.shapes import HKV, HQ, PAGE, D, angles, rotate, softmax
 
 
 def make(setting: Setting, batch: int, new: int, past: int) -> Arguments:
-    """``new`` tokens of each of ``batch`` sequences behind ``past`` cached ones, on shuffled pages."""
+    """``new`` tokens of each of ``batch`` sequences after ``past`` cached ones, on shuffled pages."""
     pages = -(-(past + new) // PAGE)
     q = setting.randn(batch * new, HQ, D)
     k, v = (setting.randn(batch * new, HKV, D) for _ in range(2))
@@ -64,7 +64,7 @@ def append_and_attend(
 
 
 def attention_beforehand(new: int, past: int, *args: Tensor) -> Arguments:
-    """For attention alone: q rotated, and the cache with the new token in it."""
+    """For attention only: q rotated, and the cache with the new token in it."""
     q, k, v, cos, sin, k_cache, v_cache, position = static_cache(new, past, *args)
     append_and_attend(q, k, v, cos, sin, k_cache, v_cache, position)
     return rotate(q, cos, sin), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
@@ -93,12 +93,12 @@ def flat_attention(causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def peers(setting: Setting, new: int, past: int) -> list[Impl]:
-    alone = partial(flat_attention, new > 1)
+    attention = partial(flat_attention, new > 1)
     prepare = partial(attention_beforehand, new, past)
     names = ("", "flash", "cudnn") if new > 1 else ("", "flash", "cudnn", "math")
     return [
         Impl(PLAIN, append_and_attend, partial(static_cache, new, past)),
-        *sdpa_backends(setting, alone, prepare, ", no RoPE, no cache write", names),
+        *sdpa_backends(setting, attention, prepare, ", no RoPE, no cache write", names),
     ]
 
 

@@ -20,8 +20,9 @@ from benchmarks.shapes import (
     sample_rows,
     softmax,
 )
-from benchmarks.training import ATTENTION_FLOPS, ATTENTION_LARGEST, by_heads, trained
+from benchmarks.training import ATTENTION_FLOPS, by_heads, trained
 from mllama_kernels import reference
+from mllama_kernels.testing import ATTENTION_LARGEST
 
 TOKENS = TILES * PADDED_TILE_TOKENS
 

@@ -9,22 +9,44 @@
 
 namespace mllama {
 
-// cu_seqlens (batch + 1,) over `tokens` rows. Values are checked where the host can read them.
-inline void check_cu_seqlens(const Checker& c, const Tensor& cu_seqlens, int64_t tokens,
+// How many sequences cu_seqlens (batch + 1,) cuts `tokens` rows into. Values are checked where the
+// host can read them.
+inline int64_t checked_batch(const Checker& c, const Tensor& cu_seqlens, int64_t tokens,
                              int64_t max_seqlen) {
   c.typed(cu_seqlens, "cu_seqlens", ScalarType::Int);
   check(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous(), c.op,
         "cu_seqlens must be a contiguous (batch + 1,) tensor, got shape ", shape(cu_seqlens));
-  if (!cu_seqlens.is_cpu()) return;
+  const int64_t batch = cu_seqlens.size(0) - 1;
+  if (!cu_seqlens.is_cpu()) return batch;
   const int32_t* bounds = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t last = cu_seqlens.size(0) - 1;
-  check(bounds[0] == 0 && bounds[last] == tokens, c.op, "cu_seqlens must run from 0 to ", tokens,
-        ", got ", bounds[0], " to ", bounds[last]);
-  for (int64_t b = 0; b < last; ++b) {
-    const int64_t length = bounds[b + 1] - bounds[b];
-    check(length >= 0 && length <= max_seqlen, c.op, "sequence ", b, " has ", length,
+  check(bounds[0] == 0 && bounds[batch] == tokens, c.op, "cu_seqlens must run from 0 to ", tokens,
+        ", got ", bounds[0], " to ", bounds[batch]);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = int64_t{bounds[b + 1]} - bounds[b];
+    check(length >= 0 && length <= max_seqlen, c.op, "by cu_seqlens sequence ", b, " has ", length,
           " rows; max_seqlen says 0 to ", max_seqlen);
   }
+  return batch;
+}
+
+// The bound on the rows of a packed sequence as the kernels get it: no more than there are. It does
+// not become 1, which chooses the kernels of decoding, unless the caller says so.
+inline int64_t row_bound(int64_t max_seqlen, int64_t tokens) {
+  return std::min(max_seqlen, std::max<int64_t>(tokens, 2));
+}
+
+inline void check_max_seqlen(const Checker& c, int64_t max_seqlen) {
+  check(max_seqlen >= 0, c.op, "max_seqlen must not be negative, got ", max_seqlen);
+}
+
+// Whether no sequence has a row: whatever the tables of a GPU hold, there is nothing to launch.
+template <typename Params>
+bool has_no_rows(const Params& p) {
+  return p.tokens == 0 || p.batch == 0 || p.max_seqlen == 0;
+}
+
+inline bool has_no_keys(const CrossAttentionParams& p) {
+  return p.tiles == 0 || p.tile_tokens == 0 || p.num_slots == 0;
 }
 
 inline const int32_t* int_data(const OptionalTensor& t) {
@@ -78,6 +100,7 @@ Results results(const Checker& c, const Tensor& q, const Tensor& grad_out, const
 
 // Tables of angles: rows at one stride, each on a 16-byte boundary.
 inline Tensor table(const Checker& c, const Tensor& t, const char* what) {
+  c.floating(t, what);
   check(t.dim() == 2 || t.dim() == 3, c.op, what, " must have 2 or 3 dimensions, got shape ",
         shape(t));
   const bool uniform = t.dim() == 2 || joint_stride(t, 0);
@@ -99,16 +122,13 @@ inline RotaryAttentionParams rotary_params(const Checker& c, const Tensor& q, co
   c.head_dim(d);
   c.heads(heads, kv_heads);
   c.softmax_scale(softmax_scale);
-  check(max_seqlen >= 0, c.op, "max_seqlen must not be negative, got ", max_seqlen);
   for (const auto& [t, what] : {std::pair<const Tensor&, const char*>{k, "k"}, {v, "v"}}) {
-    c.floating(t, what);
     c.last_contiguous(t, what);
     packed ? c.sizes(t, what, {q.size(0), kv_heads, d})
            : c.sizes(t, what, {q.size(0), q.size(1), kv_heads, d});
   }
   c.last_contiguous(q, "q");
   for (const auto& [t, what] : {std::pair<const Tensor&, const char*>{cos, "cos"}, {sin, "sin"}}) {
-    c.floating(t, what);
     packed ? c.sizes(t, what, {q.size(0), d / 2})
            : c.sizes(t, what, {cos.size(0), q.size(1), d / 2});
   }
@@ -155,17 +175,19 @@ inline RotaryCall rotary_call(const Checker& c, const Tensor& q, const Tensor& k
                               bool interleaved, const OptionalTensor& cu_seqlens,
                               int64_t max_seqlen) {
   const bool packed = cu_seqlens.has_value();
+  check_max_seqlen(c, max_seqlen);
   for (const auto& [t, what] :
        {std::pair<const Tensor&, const char*>{q, "q"}, {k, "k"}, {v, "v"}}) {
+    c.floating(t, what);
     check(t.dim() == (packed ? 3 : 4), c.op, what, " must be ",
           packed ? "(N, H, D) with cu_seqlens" : "(B, L, H, D)", ", got shape ", shape(t));
   }
+  const int64_t batch = packed ? checked_batch(c, *cu_seqlens, q.size(0), max_seqlen) : q.size(0);
+  const int64_t longest = packed ? row_bound(max_seqlen, q.size(0)) : q.size(1);
   RotaryCall call{aligned(q), aligned(k), aligned(v), table(c, cos, "cos"), table(c, sin, "sin")};
-  const int64_t batch = packed ? cu_seqlens->size(0) - 1 : q.size(0);
   RotaryAttentionParams& p = call.params;
-  p = rotary_params(c, call.q, call.k, call.v, call.cos, call.sin, packed, batch,
-                    packed ? max_seqlen : q.size(1), softmax_scale, interleaved);
-  if (packed) check_cu_seqlens(c, *cu_seqlens, p.tokens, max_seqlen);
+  p = rotary_params(c, call.q, call.k, call.v, call.cos, call.sin, packed, batch, longest,
+                    softmax_scale, interleaved);
   call.rotated_k = torch::stable::new_empty(call.q, {p.tokens, p.num_kv_heads, p.head_dim});
   call.lse_sizes = packed ? std::vector{p.num_q_heads, p.tokens}
                           : std::vector{batch, p.num_q_heads, p.max_seqlen};
@@ -214,18 +236,18 @@ inline CrossCall cross_call(const Checker& c, const Tensor& q_in, const Tensor& 
   c.last_contiguous(q_in, "q");
   for (const auto& [t, what] : {std::pair<const Tensor&, const char*>{k_in, "k"}, {v_in, "v"}}) {
     c.floating(t, what);
-    c.last_contiguous(t, what);
     packed ? c.sizes(t, what, {k_in.size(0), k_in.size(1), kv_heads, d})
            : c.sizes(t, what, {q_in.size(0), k_in.size(1), k_in.size(2), kv_heads, d});
+    c.last_contiguous(t, what);
   }
-  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  c.eps(eps);
+  check_max_seqlen(c, max_seqlen);
   CrossCall call{};
   CrossAttentionParams& p = call.params;
   p.tokens = packed ? q_in.size(0) : q_in.size(0) * q_in.size(1);
-  p.batch = packed ? cu_seqlens->size(0) - 1 : q_in.size(0);
-  p.max_seqlen = packed ? max_seqlen : q_in.size(1);
+  p.batch = packed ? checked_batch(c, *cu_seqlens, p.tokens, max_seqlen) : q_in.size(0);
+  p.max_seqlen = packed ? row_bound(max_seqlen, p.tokens) : q_in.size(1);
   if (packed) {
-    check_cu_seqlens(c, *cu_seqlens, p.tokens, max_seqlen);
     c.typed(*tile_table, "tile_table", ScalarType::Int);
     check(tile_table->dim() == 2 && tile_table->size(0) == p.batch && tile_table->is_contiguous(),
           c.op, "tile_table must be a contiguous (", p.batch, ", T) tensor, got shape ",
@@ -240,16 +262,15 @@ inline CrossCall cross_call(const Checker& c, const Tensor& q_in, const Tensor& 
   }
   p.tiles = packed ? tile_table->size(1) : k_in.size(1);
   if (tile_mask) {
-    c.typed(*tile_mask, "tile_mask", ScalarType::Bool);
     packed ? c.sizes(*tile_mask, "tile_mask", {p.tokens, p.tiles})
            : c.sizes(*tile_mask, "tile_mask", {q_in.size(0), q_in.size(1), p.tiles});
-    call.tile_mask = torch::stable::contiguous(*tile_mask);
+    call.tile_mask = c.bools(*tile_mask, "tile_mask");
     p.tile_mask_row_stride = p.tiles;
   }
   if (q_norm_weight) {
     c.floating(*q_norm_weight, "q_norm_weight");
     c.sizes(*q_norm_weight, "q_norm_weight", {d});
-    call.q_norm_weight = aligned(*q_norm_weight);
+    call.q_norm_weight = aligned(torch::stable::contiguous(*q_norm_weight));
   }
   const Tensor& q = call.q = aligned(q_in);
   const Tensor& k = call.k = packed ? aligned(k_in) : slots(k_in);
@@ -306,9 +327,8 @@ inline VisionCall vision_call(const Checker& c, const Tensor& q_in, const Tensor
   VisionCall call{aligned(q_in), aligned(k_in), aligned(v_in)};
   const Tensor &q = call.q, &k = call.k, &v = call.v;
   if (padding) {
-    c.typed(*padding, "padding", ScalarType::Bool);
     c.sizes(*padding, "padding", {q.size(0), q.size(1)});
-    call.padding = torch::stable::contiguous(*padding);
+    call.padding = c.bools(*padding, "padding");
   }
   call.lse_sizes = {q.size(0), q.size(2), q.size(1)};
   VisionAttentionParams& p = call.params;
@@ -334,6 +354,13 @@ inline VisionCall vision_call(const Checker& c, const Tensor& q_in, const Tensor
   p.softmax_scale = softmax_scale;
   p.dtype = c.dtype();
   return call;
+}
+
+// The results of rows none of which sees a key.
+inline std::tuple<Tensor, Tensor> seeing_nothing(Tensor& out, Tensor& lse) {
+  torch::stable::zero_(out);
+  torch::stable::fill_(lse, HUGE_VAL);
+  return {out, lse};
 }
 
 }  // namespace mllama

@@ -21,7 +21,7 @@
 
 #include "../build_info.h"
 #include "../common.h"
-#include "strides.h"
+#include "memory.h"
 
 #ifdef MLLAMA_WITH_CUDA
 // Weak: CPU builds of torch have no CUDA streams, yet must load a library that was built with CUDA.
@@ -88,6 +88,17 @@ struct Checker {
   const Tensor& lead;
   const char* lead_name;
 
+  Checker(const char* op, const Tensor& lead, const char* lead_name)
+      : op(op), lead(lead), lead_name(lead_name) {
+    present(lead, lead_name);
+  }
+
+  void present(const Tensor& t, const char* what) const {
+    const auto [needed, held] = storage_bytes(t);
+    check(needed <= held, op, what, " needs ", needed, " bytes of memory; its storage holds ",
+          held);
+  }
+
   DType dtype() const {
     const ScalarType type = lead.scalar_type();
     if (type == ScalarType::Float) return DType::kFloat32;
@@ -110,6 +121,7 @@ struct Checker {
   void device(const Tensor& t, const char* what) const {
     check(t.is_cpu() == lead.is_cpu() && t.get_device_index() == lead.get_device_index(), op, what,
           " must be on the device of ", lead_name);
+    present(t, what);
   }
 
   void floating(const Tensor& t, const char* what) const {
@@ -122,6 +134,23 @@ struct Checker {
     device(t, what);
     check(t.scalar_type() == type, op, what, " must be ", name(type), ", got ",
           name(t.scalar_type()));
+  }
+
+  // Contiguous; bytes that are no bool are refused where the host can read them.
+  Tensor bools(const Tensor& t, const char* what) const {
+    typed(t, what, ScalarType::Bool);
+    const Tensor flags = torch::stable::contiguous(t);
+    check(!flags.is_cpu() || holds_bools(flags), op, what, " must hold bytes 0 and 1 alone");
+    return flags;
+  }
+
+  // Of sizes that are not negative.
+  int64_t product(const char* what, std::initializer_list<int64_t> factors) const {
+    int64_t total = 1;
+    for (int64_t factor : factors)
+      check(!__builtin_mul_overflow(total, factor, &total), op, "the sizes of ", what,
+            " are too large");
+    return total;
   }
 
   void sizes(const Tensor& t, const char* what, const std::vector<int64_t>& want) const {
@@ -150,8 +179,16 @@ struct Checker {
     }
   }
 
+  // The kernels multiply by the float32 value: 0 times a hidden score would be NaN.
   void softmax_scale(double scale) const {
-    check(scale > 0 && std::isfinite(scale), op, "softmax_scale must be positive, got ", scale);
+    const float used = static_cast<float>(scale);
+    check(used > 0 && std::isfinite(used), op, "softmax_scale must be positive in float32, got ",
+          scale);
+  }
+
+  void eps(double value) const {
+    check(value >= 0 && std::isfinite(value), op, "eps must not be negative or infinite, got ",
+          value);
   }
 
   void heads(int64_t q_heads, int64_t kv_heads) const {

@@ -8,7 +8,8 @@ namespace mllama {
 namespace {
 
 constexpr int64_t kVectorElements = 8;  // rows of logits start on 16 bytes in every dtype
-constexpr int64_t kProductTile = 128;   // chunks are whole tiles of the matrix product
+constexpr int64_t kMaxClasses = INT32_MAX;
+constexpr int64_t kProductTile = 128;  // chunks are whole tiles of the matrix product
 
 Tensor rows_of(const Tensor& t, int64_t begin, int64_t count) { return narrow(t, 0, begin, count); }
 
@@ -38,6 +39,8 @@ CrossEntropyTerms checked_terms(const Checker& c, const Tensor& x, const Tensor&
   c.floating(weight, "weight");
   check(weight.dim() == 2 && weight.size(1) == x.size(1) && weight.size(0) > 0, c.op,
         "weight must be (V, ", x.size(1), "), got shape ", shape(weight));
+  check(weight.size(0) <= kMaxClasses, c.op, "weight must have at most ", kMaxClasses,
+        " rows, got shape ", shape(weight));
   c.typed(labels, "labels", ScalarType::Long);
   c.sizes(labels, "labels", {x.size(0)});
   check(label_smoothing >= 0 && label_smoothing <= 1, c.op,

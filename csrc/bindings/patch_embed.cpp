@@ -6,6 +6,9 @@
 namespace mllama {
 namespace {
 
+// Far beyond any picture and any tile of a kernel: what is computed from them stays within 63 bits.
+constexpr int64_t kMaxSide = 1 << 20, kMaxPadTo = 1 << 20;
+
 // Operands of one dtype, made contiguous and aligned; they live until the launch.
 class Operands {
  public:
@@ -59,8 +62,12 @@ std::tuple<Tensor, Tensor> patch_embed(
   p.patch = patch_weight.size(2);
   check(p.dim > 0 && p.patch > 0 && p.size >= p.patch && patch_weight.size(1) == p.channels, c.op,
         "patch_weight ", shape(patch_weight), " does not fit pixel_values ", shape(pixel_values));
-  check(pad_to > 0, c.op, "pad_to must be positive, got ", pad_to);
-  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  check(p.channels > 0, c.op, "pixel_values must have channels, got shape ", shape(pixel_values));
+  check(p.size <= kMaxSide, c.op, "pixel_values must have at most ", kMaxSide,
+        " pixels a side, got shape ", shape(pixel_values));
+  check(pad_to > 0 && pad_to <= kMaxPadTo, c.op, "pad_to must be from 1 to ", kMaxPadTo, ", got ",
+        pad_to);
+  c.eps(eps);
   p.grid = p.size / p.patch;
   const int64_t tokens = p.grid * p.grid + 1;
   p.out_tokens = round_up(tokens, pad_to);
@@ -77,8 +84,9 @@ std::tuple<Tensor, Tensor> patch_embed(
   p.class_embedding = operands.take(class_embedding, "class_embedding", {e});
   p.position_embedding = operands.take(position_embedding, "position_embedding", {tokens, e});
   p.position_gate = operands.take(position_gate, "position_gate", {1});
-  p.tile_position_embedding = operands.take(tile_position_embedding, "tile_position_embedding",
-                                            {p.ratios, p.tiles * tokens * e});
+  p.tile_position_embedding =
+      operands.take(tile_position_embedding, "tile_position_embedding",
+                    {p.ratios, c.product("pixel_values", {p.tiles, tokens, e})});
   p.pre_tile_embedding =
       operands.take(pre_tile_embedding, "pre_tile_embedding", {p.ratios, p.tiles * e});
   p.pre_tile_gate = operands.take(pre_tile_gate, "pre_tile_gate", {1});
@@ -123,6 +131,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& t
         "grad_out must be (M, T, P rounded up, E) for tokens of shape ", shape(tokens),
         ", got shape ", shape(grad_out));
   p.out_tokens = grad_out.size(2);
+  const int64_t tile_elements = c.product("tokens", {p.tiles, p.positions, p.dim});
   Operands operands(c);
   p.grad_out = operands.take(grad_out, "grad_out", {p.images, p.tiles, p.out_tokens, p.dim});
   p.tokens = operands.take(tokens, "tokens", {p.images, p.tiles, p.positions, p.dim});
@@ -130,12 +139,13 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& t
   p.position_embedding =
       operands.take(position_embedding, "position_embedding", {p.positions, p.dim});
   p.position_gate = operands.take(position_gate, "position_gate", {1});
-  p.tile_position_embedding = operands.take(tile_position_embedding, "tile_position_embedding",
-                                            {p.ratios, p.tiles * p.positions * p.dim});
+  p.tile_position_embedding =
+      operands.take(tile_position_embedding, "tile_position_embedding", {p.ratios, tile_elements});
   p.pre_tile_embedding =
       operands.take(pre_tile_embedding, "pre_tile_embedding", {p.ratios, p.tiles * p.dim});
   p.pre_tile_gate = operands.take(pre_tile_gate, "pre_tile_gate", {1});
   p.norm_weight = operands.take(norm_weight, "norm_weight", {p.dim});
+  c.eps(eps);
   p.eps = eps;
   p.dtype = c.dtype();
 
@@ -148,7 +158,7 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& t
       {&p.grad_class_embedding, {p.dim}},
       {&p.grad_position_embedding, {p.positions, p.dim}},
       {&p.grad_position_gate, {1}},
-      {&p.grad_tile_position_embedding, {p.ratios, p.tiles * p.positions * p.dim}},
+      {&p.grad_tile_position_embedding, {p.ratios, tile_elements}},
       {&p.grad_pre_tile_embedding, {p.ratios, p.tiles * p.dim}},
       {&p.grad_pre_tile_gate, {1}},
       {&p.grad_norm_weight, {p.dim}},
@@ -161,6 +171,10 @@ std::vector<Tensor> patch_embed_backward(const Tensor& grad_out, const Tensor& t
     grads.push_back(
         torch::stable::new_empty(tokens, wanted[i] ? results[i].sizes : std::vector<int64_t>{0}));
     if (wanted[i]) *results[i].field = grads.back().mutable_data_ptr();
+  }
+  if (tokens.numel() == 0) {
+    for (Tensor& grad : grads) torch::stable::zero_(grad);
+    return grads;
   }
   Tensor patches = grads[0];
   if (p.grad_pre_tile_embedding != nullptr && p.grad_patches == nullptr) {

@@ -13,10 +13,19 @@ inline Tensor narrow(const Tensor& t, int64_t dim, int64_t begin, int64_t count)
   return torch::stable::narrow(whole, dim, begin, count);
 }
 
+// The library multiplies bfloat16 by blocks of 32 columns. Where the last block is not whole and
+// rows are apart, it reads what lies behind them, and a NaN there times its zero is a NaN.
+inline Tensor with_whole_blocks(const Tensor& a) {
+  const bool reads_beyond = a.is_cpu() && a.scalar_type() == ScalarType::BFloat16 &&
+                            a.size(1) % 32 != 0 && stride(a, 1) == 1 && !a.is_contiguous();
+  return reads_beyond ? torch::stable::contiguous(a) : a;
+}
+
 // out = a b, in the dtype of all three.
 inline void library_product(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  std::array<StableIValue, 3> stack{from(with_whole_blocks(with_packed_vector(a))),
+                                    from(with_packed_vector(b)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's handle over

@@ -35,7 +35,7 @@ Tensor sample(const Tensor& logits_in, const Tensor& seeds_in, const Tensor& ste
   if (seen_in) {
     c.typed(*seen_in, "seen", ScalarType::Bool);
     c.sizes(*seen_in, "seen", {p.rows, p.vocab});
-    if (repetition_penalty != 1) seen = torch::stable::contiguous(*seen_in);
+    if (repetition_penalty != 1) seen = c.bools(*seen_in, "seen");
   }
   const Tensor logits = with_contiguous_rows(logits_in);
   const Tensor seeds = torch::stable::contiguous(seeds_in);

@@ -22,7 +22,7 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
         "weight must have an even number of rows with swiglu, got ", weight.size(0));
   c.last_contiguous(weight, "weight");  // a copy would cost more than the product
   const int64_t n = swiglu ? weight.size(0) / 2 : weight.size(0);
-  check(eps >= 0, c.op, "eps must not be negative, got ", eps);
+  c.eps(eps);
   check(!gate || residual_in, c.op, "gate is given without residual");
   check(!row_mask_in || gate, c.op, "row_mask is given without gate");
   OptionalTensor norm_weight, residual, row_mask;
@@ -41,9 +41,8 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
     check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
   }
   if (row_mask_in) {
-    c.typed(*row_mask_in, "row_mask", ScalarType::Bool);
     c.sizes(*row_mask_in, "row_mask", {rows});
-    row_mask = torch::stable::contiguous(*row_mask_in);
+    row_mask = c.bools(*row_mask_in, "row_mask");
   }
   const Tensor x = with_contiguous_rows(x_in);
   Tensor out = torch::stable::new_empty(x, {rows, n});

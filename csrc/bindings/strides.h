@@ -15,10 +15,13 @@ namespace mllama {
 
 using torch::stable::Tensor;
 
-// Of dimension i; where it has no meaning, what a contiguous tensor would have.
+// Of dimension i; where it has no meaning, what a contiguous tensor would have. That of an empty
+// tensor may be beyond 63 bits, and wraps.
 inline int64_t stride(const Tensor& t, int64_t i) {
   if (t.size(i) > 1 && t.numel() > 0) return t.stride(i);
-  return i + 1 == t.dim() ? 1 : stride(t, i + 1) * std::max<int64_t>(t.size(i + 1), 1);
+  if (i + 1 == t.dim()) return 1;
+  return static_cast<int64_t>(static_cast<uint64_t>(stride(t, i + 1)) *
+                              static_cast<uint64_t>(std::max<int64_t>(t.size(i + 1), 1)));
 }
 
 inline bool rows_contiguous(const Tensor& t) { return stride(t, t.dim() - 1) == 1; }
@@ -27,9 +30,18 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
   return rows_contiguous(t) ? t : torch::stable::contiguous(t);
 }
 
+// A matrix that is one row or one column, its elements one after another and its strides those of a
+// contiguous tensor: by others the library multiplies in another order.
+inline Tensor with_packed_vector(const Tensor& t) {
+  const bool is_vector = t.size(0) == 1 || t.size(1) == 1;
+  if (!is_vector || (t.stride(0) == t.size(1) && t.stride(1) == 1)) return t;
+  Tensor packed = torch::stable::new_empty(t, {t.size(0), t.size(1)});
+  return torch::stable::copy_(packed, t);
+}
+
 // Of dimensions i and i + 1 taken as one, if one stride serves both.
 inline std::optional<int64_t> joint_stride(const Tensor& t, int64_t i) {
-  if (t.size(i) <= 1) return stride(t, i + 1);
+  if (t.size(i) <= 1 || t.numel() == 0) return stride(t, i + 1);
   if (t.size(i + 1) <= 1) return stride(t, i);
   if (stride(t, i) != stride(t, i + 1) * t.size(i + 1)) return std::nullopt;
   return stride(t, i + 1);
@@ -60,7 +72,8 @@ inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels
   };
   std::vector<Level> found;  // innermost first
   const Tensor& lead = *tensors.front();
-  for (int64_t i = lead.dim() - 2; i >= 0; --i) {
+  const int64_t first = lead.numel() == 0 ? -1 : lead.dim() - 2;
+  for (int64_t i = first; i >= 0; --i) {
     if (lead.size(i) == 1) continue;
     Level level{lead.size(i), {}};
     for (const Tensor* t : tensors) level.strides.push_back(stride(*t, i));
@@ -74,7 +87,6 @@ inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels
       found.push_back(level);
     }
   }
-  if (lead.numel() == 0) found.clear();
   if (static_cast<int64_t>(found.size()) > levels) return false;
   const std::vector<int64_t> none(tensors.size(), 0);
   if (found.size() == 1 && levels == 2) found.insert(found.begin(), Level{1, none});
@@ -83,6 +95,20 @@ inline bool merge_rows(const std::vector<const Tensor*>& tensors, int64_t levels
   rows.outer = found.size() < 2 ? 1 : found[1].size;
   rows.outer_stride = found.size() < 2 ? none : found[1].strides;
   return true;
+}
+
+// Likewise of tensors whose rows are contiguous; where they are not, or need more levels, the
+// tensors become contiguous copies.
+inline Rows merged_rows(const std::vector<Tensor*>& tensors, int64_t levels) {
+  const std::vector<const Tensor*> views(tensors.begin(), tensors.end());
+  Rows rows;
+  const bool contiguous =
+      std::all_of(views.begin(), views.end(), [](const Tensor* t) { return rows_contiguous(*t); });
+  if (!contiguous || !merge_rows(views, levels, rows)) {
+    for (Tensor* t : tensors) *t = torch::stable::contiguous(*t);
+    merge_rows(views, levels, rows);
+  }
+  return rows;
 }
 
 }  // namespace mllama

@@ -1,17 +1,17 @@
-// Gradients of cross_attention; see attention_backward.cpp. A tile is a segment, and a slot a set
-// of keys that may be a tile of several sequences: their parts are summed in the order of the
-// table.
+// Gradients of cross_attention; see attention/attention_backward.cpp. A tile is a segment, and a
+// slot a set of keys that may be a tile of several sequences: their parts are summed in the order
+// of the table.
 //
 // Norm       grad_q goes back through it on its way out: with n = x / rms and g = grad * weight,
 //            grad_x = (g - n * mean(g * n)) / rms. grad_q_norm_weight sums grad * round(n) over
 //            each block of rows, then over the blocks in order.
 // Precision  float32 (float64 for float64), blocks of weight gradients in float64.
 #include "../cross_attention.h"
-#include "attention_backward_driver.h"
-#include "cross_rows.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "sequence_gradients.h"
+#include "attention/attention_backward_driver.h"
+#include "attention/cross_rows.h"
+#include "attention/sequence_gradients.h"
+#include "common/dtypes.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -55,6 +55,7 @@ class Gradients : public SequenceGradients<T, CrossRows<T, Params>> {
   int64_t users(int64_t set) const { return user_begin_[set + 1] - user_begin_[set]; }
   KeyUser user(int64_t set, int64_t i) const { return users_[user_begin_[set] + i]; }
   int64_t set(KeyUser user) const { return slot(user.sequence, user.segment); }
+  int64_t segments() const { return p_.tiles; }
   bool shares_sets() const {
     for (int64_t s = 0; s < sets(); ++s) {
       if (users(s) > 1) return true;
@@ -62,12 +63,13 @@ class Gradients : public SequenceGradients<T, CrossRows<T, Params>> {
     return false;
   }
 
-  GradientTask<T> make_task(int64_t b, int64_t h, Scratch& scratch) const {
-    Segment* segments = scratch.take<Segment>(p_.tiles);
-    for (int64_t t = 0; t < p_.tiles; ++t) {
-      segments[t] = slot(b, t) < 0 ? Segment{} : this->segment(b, h, t, 0);
+  GradientTask<T> make_task(int64_t b, int64_t h, int64_t first, int64_t last,
+                            Scratch& scratch) const {
+    Segment* segments = scratch.take<Segment>(last - first);
+    for (int64_t t = first; t < last; ++t) {
+      segments[t - first] = slot(b, t) < 0 ? Segment{} : this->segment(b, h, t, 0);
     }
-    GradientTask<T> task = this->task(b, h, segments, p_.tiles);
+    GradientTask<T> task = this->task(b, h, segments, last - first);
     task.visible_stride = p_.tile_mask_row_stride;
     return task;
   }

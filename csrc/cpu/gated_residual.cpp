@@ -4,10 +4,10 @@
 // Aliasing   out may be x or residual.
 #include "../gated_residual.h"
 
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "stores.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/stores.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

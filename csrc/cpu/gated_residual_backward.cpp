@@ -5,10 +5,10 @@
 // Precision  grad_x rounded once; the sum in float64, for 16-bit types from row to row.
 // Traffic    grad_out, x, grad_x: each once; hidden rows of the inputs are not read.
 #include "../gated_residual.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "stores.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/stores.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

@@ -6,7 +6,7 @@
 #include "../linear_cross_entropy.h"
 
 #include "cross_entropy.h"
-#include "kernels.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

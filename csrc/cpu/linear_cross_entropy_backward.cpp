@@ -2,7 +2,7 @@
 // Threads    rows.
 // Traffic    logits read once and written once.
 #include "cross_entropy.h"
-#include "kernels.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

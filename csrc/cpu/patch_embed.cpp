@@ -7,13 +7,14 @@
 //            tokens once more, as LayerNorm is given them.
 #include "../patch_embed.h"
 
-#include "dtypes.h"
-#include "gemm_amx.h"
-#include "gemm_dot.h"
-#include "gemm_fma.h"
-#include "kernels.h"
-#include "rows.h"
-#include "scratch.h"
+#include "common/dtypes.h"
+#include "common/gemm_amx.h"
+#include "common/gemm_dot.h"
+#include "common/gemm_fma.h"
+#include "common/machine.h"
+#include "common/rows.h"
+#include "common/scratch.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

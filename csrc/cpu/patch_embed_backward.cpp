@@ -11,10 +11,10 @@
 // Traffic    grad_out and tokens read, grad_patches written and read again; the tables read and
 //            their gradients written once, also rows of zeros that no image has chosen.
 #include "../patch_embed.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "scratch.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/scratch.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

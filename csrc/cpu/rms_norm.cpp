@@ -7,11 +7,11 @@
 // Aliasing   y may be x, residual_out may be residual or x.
 #include "../rms_norm.h"
 
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "scratch.h"
-#include "stores.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/scratch.h"
+#include "common/stores.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

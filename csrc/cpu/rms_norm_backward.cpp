@@ -13,10 +13,10 @@
 //            Each result is rounded once.
 // Traffic    total, grad_y, grad_total, x read, grad_residual, grad_x written, each once.
 #include "../rms_norm.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "stores.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/stores.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

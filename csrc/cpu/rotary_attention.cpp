@@ -3,10 +3,10 @@
 // attention_driver.h. Rows past the last sequence are zero.
 #include "../rotary_attention.h"
 
-#include "attention_driver.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "rotary_rows.h"
+#include "attention/attention_driver.h"
+#include "attention/rotary_rows.h"
+#include "common/dtypes.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -17,9 +17,7 @@ class Sequences : public RotaryRows<T, RotaryAttentionParams> {
   using Base::group_;
   using Base::k_offset;
   using Base::load_queries;
-  using Base::lse_head_stride;
   using Base::p_;
-  using Base::q_offset;
   using Base::rotate;
   using Base::row;
   using Base::start;
@@ -29,14 +27,7 @@ class Sequences : public RotaryRows<T, RotaryAttentionParams> {
   using Base::tokens;
 
   void append() const {
-    const int64_t chunks = ceil_div(p_.max_seqlen, kAppendTokens);
-    parallel_for(0, p_.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / chunks, first = i % chunks * kAppendTokens;
-        const int64_t last = min(tokens(b), first + kAppendTokens);
-        for (int64_t t = first; t < last; ++t) append_token(b, t);
-      }
-    });
+    this->for_tokens([&](int64_t b, int64_t t) { append_token(b, t); });
   }
 
   // For AttentionDriver.
@@ -48,26 +39,15 @@ class Sequences : public RotaryRows<T, RotaryAttentionParams> {
     load_queries(b, h, first, tokens, q);
     Segment* keys = scratch.take<Segment>(1);
     *keys = segment(b, h);
-    AttentionTask task = {};
-    task.q = q;
-    task.out_token_stride = p_.num_q_heads * p_.head_dim;
-    task.out = static_cast<T*>(p_.out) + q_offset(b, h, first);
-    task.lse = this->lse(b, h, first);
-    task.lse_head_stride = lse_head_stride();
-    task.tokens = tokens;
-    task.group = group_;
-    task.head_dim = p_.head_dim;
+    AttentionTask task = this->query_task(b, h, first, tokens, q);
     task.segments = keys;
     task.num_segments = 1;
     task.causal = true;
     task.past = past(b) + first;
-    task.softmax_scale = p_.softmax_scale;
     return task;
   }
 
  private:
-  static constexpr int64_t kAppendTokens = 16;
-
   int64_t past(int64_t b) const { return p_.cache_lens ? p_.cache_lens[b] : 0; }
 
   // Where the cache holds head h of position t of sequence b, in elements.

@@ -1,13 +1,13 @@
 // Gradients of rotary_attention: keys are rotated first, queries on their way into a block;
-// gradients are rotated back on their way out. See attention_backward.cpp.
+// gradients are rotated back on their way out. See attention/attention_backward.cpp.
 //
 // Precision  the rotation back is in float32 (float64 for float64), and rounds once.
 #include "../rotary_attention.h"
-#include "attention_backward_driver.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "rotary_rows.h"
-#include "sequence_gradients.h"
+#include "attention/attention_backward_driver.h"
+#include "attention/rotary_rows.h"
+#include "attention/sequence_gradients.h"
+#include "common/dtypes.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -33,15 +33,11 @@ class Gradients : public SequenceGradients<T, RotaryRows<T, Params>> {
   using Base::tokens;
 
   void rotate_keys() const {
-    parallel_for(0, p_.batch * p_.max_seqlen, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / p_.max_seqlen, t = i % p_.max_seqlen;
-        if (t >= tokens(b)) continue;
-        const T* k = row(p_.k, b, t, p_.k_batch_stride, p_.k_token_stride);
-        for (int64_t h = 0; h < p_.num_kv_heads; ++h) {
-          rotate(k + h * p_.k_head_stride, start(b) + t,
-                 static_cast<T*>(p_.k_cache) + k_offset(b, h) + t * k_token_stride());
-        }
+    this->for_tokens([&](int64_t b, int64_t t) {
+      const T* k = row(p_.k, b, t, p_.k_batch_stride, p_.k_token_stride);
+      for (int64_t h = 0; h < p_.num_kv_heads; ++h) {
+        rotate(k + h * p_.k_head_stride, start(b) + t,
+               static_cast<T*>(p_.k_cache) + k_offset(b, h) + t * k_token_stride());
       }
     });
   }
@@ -52,9 +48,10 @@ class Gradients : public SequenceGradients<T, RotaryRows<T, Params>> {
   int64_t users(int64_t) const { return 1; }
   KeyUser user(int64_t set, int64_t) const { return {set, 0}; }
   int64_t set(KeyUser user) const { return user.sequence; }
+  int64_t segments() const { return 1; }
   bool shares_sets() const { return false; }
 
-  GradientTask<T> make_task(int64_t b, int64_t h, Scratch& scratch) const {
+  GradientTask<T> make_task(int64_t b, int64_t h, int64_t, int64_t, Scratch& scratch) const {
     constexpr int64_t size = sizeof(T);
     const T* k = static_cast<const T*>(p_.k_cache) + k_offset(b, h);
     const T* v = row(p_.v, b, 0, p_.v_batch_stride, p_.v_token_stride) + h * p_.v_head_stride;

@@ -9,9 +9,9 @@
 #include "../sample.h"
 
 #include "../sample_math.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "scratch.h"
+#include "common/dtypes.h"
+#include "common/scratch.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

@@ -15,10 +15,10 @@
 // Aliasing   out may be x or residual.
 #include "../skinny_linear.h"
 
-#include "dtypes.h"
-#include "kernels.h"
-#include "rows.h"
-#include "scratch.h"
+#include "common/dtypes.h"
+#include "common/rows.h"
+#include "common/scratch.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

@@ -4,10 +4,10 @@
 // Precision  float32 (float64 for float64); each result is rounded once.
 // Traffic    grad_out and gate_up read, grad_gate_up written, each once.
 #include "../swiglu.h"
-#include "dtypes.h"
-#include "kernels.h"
-#include "simd.h"
-#include "stores.h"
+#include "common/dtypes.h"
+#include "common/simd.h"
+#include "common/stores.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

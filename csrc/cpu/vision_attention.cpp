@@ -1,10 +1,10 @@
-// vision_attention: one task per (image, head, run of queries); see attention.cpp.
+// vision_attention: one task per (image, head, run of queries); see attention/attention.cpp.
 // Padding queries do not see padding keys; every other pair attends.
 #include "../vision_attention.h"
 
-#include "attention.h"
-#include "dtypes.h"
-#include "kernels.h"
+#include "attention/attention.h"
+#include "common/dtypes.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {

@@ -1,9 +1,9 @@
-// Gradients of vision_attention; see attention_backward.cpp. An image's keys are two segments,
-// gathered: real tokens, which all queries see, and padding, which real queries see.
+// Gradients of vision_attention; see attention/attention_backward.cpp. An image's keys are two
+// segments, gathered: real tokens, which all queries see, and padding, which real queries see.
 #include "../vision_attention.h"
-#include "attention_backward_driver.h"
-#include "dtypes.h"
-#include "kernels.h"
+#include "attention/attention_backward_driver.h"
+#include "common/dtypes.h"
+#include "ops.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -45,21 +45,24 @@ class Gradients : public GradientRows<T> {
   int64_t users(int64_t) const { return 1; }
   KeyUser user(int64_t set, int64_t) const { return {set / 2, set % 2}; }
   int64_t set(KeyUser user) const { return 2 * user.sequence + user.segment; }
+  int64_t segments() const { return 2; }
   bool shares_sets() const { return false; }
 
-  GradientTask<T> make_task(int64_t b, int64_t h, Scratch& scratch) const {
+  GradientTask<T> make_task(int64_t b, int64_t h, int64_t first, int64_t last,
+                            Scratch& scratch) const {
     const auto start = [&](const void* base, int64_t batch_stride, int64_t head_stride) {
       return static_cast<const T*>(base) + b * batch_stride + h * head_stride;
     };
-    Segment* segments = scratch.take<Segment>(2);
-    for (int64_t i = 0; i < 2; ++i) {
+    Segment* segments = scratch.take<Segment>(last - first);
+    for (int64_t i = first; i < last; ++i) {
       const auto gathered = [&](const T* base, int64_t token_stride) {
         const int64_t bytes = token_stride * (int64_t)sizeof(T);
         return KeyRows{reinterpret_cast<const char*>(base), 0, tokens_of(2 * b + i), 1, bytes};
       };
-      segments[i] = {gathered(start(p_.k, p_.k_batch_stride, p_.k_head_stride), p_.k_token_stride),
-                     gathered(start(p_.v, p_.v_batch_stride, p_.v_head_stride), p_.v_token_stride),
-                     keys(2 * b + i), i == 0 ? nullptr : real_ + b * p_.seqlen};
+      segments[i - first] = {
+          gathered(start(p_.k, p_.k_batch_stride, p_.k_head_stride), p_.k_token_stride),
+          gathered(start(p_.v, p_.v_batch_stride, p_.v_head_stride), p_.v_token_stride),
+          keys(2 * b + i), i == 0 ? nullptr : real_ + b * p_.seqlen};
     }
     GradientTask<T> task = {};
     task.rows = this;
@@ -75,7 +78,7 @@ class Gradients : public GradientRows<T> {
     task.group = 1;
     task.head_dim = p_.head_dim;
     task.segments = segments;
-    task.num_segments = 2;
+    task.num_segments = last - first;
     task.visible_stride = 1;
     task.softmax_scale = p_.softmax_scale;
     return task;

@@ -1,8 +1,7 @@
-"""What a checkpoint is to the loader, whatever its files look like, and how its faults are told."""
+"""What a checkpoint is to the loader, whatever its files look like, and how its faults are reported."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,15 +10,27 @@ from typing import Any, Protocol
 
 import torch
 
+from mllama.files import FileRefused, read_text
+from mllama.strict_json import parse_json
+from mllama.wording import shown
+
+# Published ones have at most 60 kB (a tokenizer_config.json with 256 special tokens).
+MAX_CONFIG_BYTES = 4 * 2**20
+_LISTED = 500  # faults in one message: those of a model whose every tensor is called otherwise
+
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded. `problems` holds one line per fault; the message lists all."""
+    """A checkpoint cannot be loaded. `problems` holds one line per fault; the message lists them, and counts
+    those beyond some hundreds."""
 
     def __init__(self, folder: Path, problems: list[str]) -> None:
         self.problems = list(problems)
         count = f"{len(problems)} problem" + ("s" if len(problems) != 1 else "")
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        super().__init__(f"the checkpoint in {folder} cannot be loaded, {count}:{lines}")
+        lines = "".join(f"\n  - {problem}" for problem in problems[:_LISTED])
+        if len(problems) > _LISTED:
+            lines += f"\n  - and {len(problems) - _LISTED} more"
+        where = shown(str(folder))
+        super().__init__(f"the checkpoint in {where} cannot be loaded, {count}:{lines}")
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,34 @@ class Checkpoint(Protocol):
         ...
 
 
-def read_json(path: Path) -> dict[str, Any]:
+class OwnFiles:
+    """Tells of two names of one file: a checkpoint has none, and a thousand links would be read as often."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, int], str] = {}
+
+    def fault(self, path: Path) -> str | None:
+        """What is wrong with a file of the checkpoint after the others; None also where it is missing."""
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            return None
+        first = self._seen.setdefault((status.st_dev, status.st_ino), path.name)
+        if first == path.name or not status.st_ino:
+            return None
+        return f"{shown(path.name)} and {shown(first)} are one file"
+
+
+def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file; a `CheckpointError` that names the file when there is none."""
+    name = shown(path.name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(path.parent, [f"{path.name} is not readable JSON: {error}"]) from None
+        value = parse_json(read_text(path, max_bytes), constants=True)
+    except FileRefused as error:
+        raise CheckpointError(path.parent, [f"{name} cannot be read: {error}"]) from None
+    except ValueError as error:
+        raise CheckpointError(path.parent, [f"{name} is not readable JSON: {error}"]) from None
     if not isinstance(value, dict):
         kind = type(value).__name__
-        raise CheckpointError(path.parent, [f"{path.name} must hold a JSON object, got {kind}"])
+        raise CheckpointError(path.parent, [f"{name} must hold a JSON object, got {kind}"])
     return value

@@ -7,6 +7,8 @@ import re
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from mllama.wording import quoted, shown
+
 # Exactly one slash, no path syntax: what the hub accepts as a repository id.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 # Never pickle files, and not Meta's original/ folder: it would double the download.
@@ -49,16 +51,20 @@ def resolve_folder(
         ValueError: a subfolder that is none.
     """
     if subfolder and ((part := PurePath(subfolder)).is_absolute() or ".." in part.parts):
-        raise ValueError(f"subfolder must be a path below the checkpoint's, got {subfolder!r}")
+        raise ValueError(
+            f"subfolder must be a path below the checkpoint's, got {quoted(subfolder)}"
+        )
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _below(path, subfolder)
     if path.exists():
-        raise NotADirectoryError(f"{path} is a file; expected the folder of a checkpoint")
+        raise NotADirectoryError(
+            f"{shown(str(path))} is a file; expected the folder of a checkpoint"
+        )
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"there is no folder {path}, and {name!r} is no hub id (owner/name)"
+            f"there is no folder {shown(str(path))}, and {quoted(name)} is no hub id (owner/name)"
         )
     try:
         from huggingface_hub import snapshot_download

@@ -8,7 +8,7 @@ Three layouts are met in the wild (`{}` stands for the rest of the name):
     vision      model.vision_model.{}        vision_model.{}            -
     projector   model.multi_modal_projector.{}  multi_modal_projector.{}  -
 
-A folder that holds one tower alone (`MllamaTextModel`, `MllamaVisionModel`) has bare names, `{}`.
+A folder that holds only one tower (`MllamaTextModel`, `MllamaVisionModel`) has bare names, `{}`.
 Third-party tools that dump an in-memory state dict write the canonical names; `transformers` (4 and
 5) and `save_pretrained` here write the published ones. Every name is first made canonical, then
 translated to the model class that is being loaded.
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import re
 
-_TEXT = "model.language_model."
-_HEAD = "lm_head."
-_VISION = "model.vision_model."
-_PROJECTOR = "model.multi_modal_projector."
+TEXT = "model.language_model."
+HEAD = "lm_head."
+VISION = "model.vision_model."
+PROJECTOR = "model.multi_modal_projector."
 _TEXT_MEMBERS = ("embed_tokens.", "layers.", "norm.")
 _VISION_MEMBERS = (
     "class_embedding",
@@ -37,19 +37,19 @@ _VISION_MEMBERS = (
 
 # First match wins: the longer prefixes of a family come first.
 _TO_CANONICAL: tuple[tuple[str, str], ...] = (
-    ("language_model.model.", _TEXT),
-    ("language_model.lm_head.", _HEAD),
-    ("vision_model.", _VISION),
-    ("multi_modal_projector.", _PROJECTOR),
-    *((f"model.{member}", _TEXT + member) for member in _TEXT_MEMBERS),
-    *((member, _TEXT + member) for member in _TEXT_MEMBERS),
-    *((member, _VISION + member) for member in _VISION_MEMBERS),
+    ("language_model.model.", TEXT),
+    ("language_model.lm_head.", HEAD),
+    ("vision_model.", VISION),
+    ("multi_modal_projector.", PROJECTOR),
+    *((f"model.{member}", TEXT + member) for member in _TEXT_MEMBERS),
+    *((member, TEXT + member) for member in _TEXT_MEMBERS),
+    *((member, VISION + member) for member in _VISION_MEMBERS),
 )
 _TO_PUBLISHED: tuple[tuple[str, str], ...] = (
-    (_TEXT, "language_model.model."),
-    (_HEAD, "language_model.lm_head."),
-    (_VISION, "vision_model."),
-    (_PROJECTOR, "multi_modal_projector."),
+    (TEXT, "language_model.model."),
+    (HEAD, "language_model.lm_head."),
+    (VISION, "vision_model."),
+    (PROJECTOR, "multi_modal_projector."),
 )
 # The published names as regular expressions, with the whole model's names: PEFT applies them to an adapter
 # that was saved when modules were called so in memory too (transformers before 4.52).
@@ -57,11 +57,11 @@ OLDER_NAMES = {f"^{re.escape(published)}": own for own, published in _TO_PUBLISH
 # Per model class: what each canonical prefix is called in the class's own state dict. A part that
 # is not listed does not exist in the class, and its tensors in a checkpoint are left alone.
 _CLASS_PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
-    "MllamaForConditionalGeneration": tuple((p, p) for p in (_TEXT, _HEAD, _VISION, _PROJECTOR)),
-    "MllamaModel": tuple((p, p.removeprefix("model.")) for p in (_TEXT, _VISION, _PROJECTOR)),
-    "MllamaForCausalLM": ((_TEXT, "model."), (_HEAD, _HEAD)),
-    "MllamaTextModel": ((_TEXT, ""),),
-    "MllamaVisionModel": ((_VISION, ""),),
+    "MllamaForConditionalGeneration": tuple((p, p) for p in (TEXT, HEAD, VISION, PROJECTOR)),
+    "MllamaModel": tuple((p, p.removeprefix("model.")) for p in (TEXT, VISION, PROJECTOR)),
+    "MllamaForCausalLM": ((TEXT, "model."), (HEAD, HEAD)),
+    "MllamaTextModel": ((TEXT, ""),),
+    "MllamaVisionModel": ((VISION, ""),),
 }
 # Classes whose own names are also the names on disk.
 _BARE = ("MllamaForCausalLM", "MllamaTextModel", "MllamaVisionModel")
@@ -79,7 +79,7 @@ def canonical_name(name: str) -> str:
 
     Names that belong to no layout come back unchanged, so that they are reported as extra.
     """
-    if name.startswith((_TEXT, _HEAD, _VISION, _PROJECTOR)):
+    if name.startswith((TEXT, HEAD, VISION, PROJECTOR)):
         return name
     return _replace(name, _TO_CANONICAL) or name
 
@@ -99,7 +99,7 @@ class KeyLayout:
     def is_other_part(self, canonical: str) -> bool:
         """True for a tensor of a part (vision tower, head, ...) that the class does not have."""
         owned = tuple(prefix for prefix, _ in self._rules)
-        parts = (_TEXT, _HEAD, _VISION, _PROJECTOR)
+        parts = (TEXT, HEAD, VISION, PROJECTOR)
         return canonical.startswith(parts) and not canonical.startswith(owned)
 
     def module_name(self, canonical: str) -> str:

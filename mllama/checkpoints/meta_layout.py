@@ -190,7 +190,7 @@ def _text_recipes(text: dict[str, Any]) -> dict[str, Recipe]:
         "lm_head.weight": Recipe((("text_model.output.weight", 0),)),
     }
     cross = text["cross_attention_layers"]
-    own = [layer for layer in range(text["num_hidden_layers"]) if layer not in cross]
+    own = sorted(set(range(text["num_hidden_layers"])) - set(cross))
     for index, layer in enumerate(cross):
         source = f"text_model.cross_attention_layers.{index}"
         _block_recipes(plan, _CROSS_BLOCK, source, f"{prefix}.layers.{layer}")
@@ -259,6 +259,6 @@ def recipes(config: dict[str, Any]) -> dict[str, Recipe]:
     """Every parameter of the model (canonical name) and how it is made from Meta's tensors.
 
     Args:
-        config: a `config.json` dictionary, as `meta_files.config_from_params` derives it.
+        config: a `config.json` dictionary, as `meta_params.config_from_params` derives it.
     """
     return _text_recipes(config["text_config"]) | _vision_recipes(config["vision_config"])

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from mllama.memory import require_room
+from mllama.wording import quoted
+
 # Names by which `transformers` and `accelerate` spread a model over what there is.
 _CHOSEN = ("auto", "balanced", "balanced_low_0", "sequential")
 _ONE_DEVICE = (
@@ -27,7 +30,9 @@ def resolve_device(device: Any, device_map: Any) -> torch.device:
     """
     named = [_one_device(value) for value in (device, _unmapped(device_map)) if value is not None]
     if len(set(named)) > 1:
-        raise ValueError(f"device={device!r} and device_map={device_map!r} are different devices")
+        raise ValueError(
+            f"device={quoted(device)} and device_map={quoted(device_map)} are different devices"
+        )
     place = named[0] if named else torch.get_default_device()
     if place.type == "meta":
         raise ValueError(
@@ -38,15 +43,8 @@ def resolve_device(device: Any, device_map: Any) -> torch.device:
 
 
 def check_room(place: torch.device, nbytes: int) -> None:
-    """Raises: ValueError if a GPU has less than ``nbytes`` free."""
-    if place.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(place)
-    free += torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-    if nbytes > free:
-        raise ValueError(
-            f"the model takes {nbytes / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; {_ONE_DEVICE}"
-        )
+    """Raises: ValueError if a device has less than ``nbytes`` free."""
+    require_room(place, nbytes, "the model", _ONE_DEVICE if place.type == "cuda" else "")
 
 
 def _unmapped(device_map: Any) -> Any:
@@ -58,7 +56,7 @@ def _unmapped(device_map: Any) -> Any:
     places = {_one_device(value) for value in device_map.values()}
     if len(places) != 1:
         raise ValueError(
-            f"device_map={dict(device_map)!r} names {len(places)} devices: {_ONE_DEVICE}"
+            f"device_map={quoted(dict(device_map))} names {len(places)} devices: {_ONE_DEVICE}"
         )
     return places.pop()
 
@@ -73,12 +71,14 @@ def _one_device(value: Any) -> torch.device:
     except (RuntimeError, TypeError):
         raise ValueError(
             f"a device must be one such as 'cpu' or 'cuda:0', an index, or in a device_map one of "
-            f"{list(_CHOSEN)}, got {value!r}"
+            f"{list(_CHOSEN)}, got {quoted(value)}"
         ) from None
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if place.index is None:
             place = torch.device("cuda", torch.cuda.current_device() if count else 0)
         if place.index >= count:
-            raise ValueError(f"device {value!r} was asked for, but there are {count} CUDA devices")
+            raise ValueError(
+                f"device {quoted(value)} was asked for, but there are {count} CUDA devices"
+            )
     return place

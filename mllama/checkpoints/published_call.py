@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mllama.wording import quoted
+
 # Accepted at any value. They choose how `transformers` loads or computes: here files are always mapped and
 # copied one tensor at a time, the ops compute attention, and nothing that a checkpoint names is executed.
 _WITHOUT_MEANING = frozenset(
@@ -113,6 +115,6 @@ def _check(
     for name, value in arguments.items():
         neutral, instead = unmet.get(name, ((value,), ""))
         if not any(value is one or (type(value) is type(one) and value == one) for one in neutral):
-            refused.append(f"{name}={value!r:.80}: {instead}")
+            refused.append(f"{name}={quoted(value)}: {instead}")
     if refused:
         raise ValueError(f"{call}() cannot honour " + "; ".join(refused))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mllama.checkpoints.checkpoint import CheckpointError, TensorInfo, read_json
+from mllama.checkpoints.checkpoint import CheckpointError, OwnFiles, TensorInfo, read_json
 from mllama.checkpoints.key_layout import canonical_name
+from mllama.checkpoints.safetensors_header import (
+    MAX_NAME,
+    MAX_TENSORS,
+    BadHeader,
+    Header,
+    read_header,
+)
+from mllama.files import FileRefused, check_regular
+from mllama.wording import listed, quoted, reason, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,72 +28,42 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-# The format's own limit; a larger announced header is a damaged file, not one to allocate for.
-_MAX_HEADER_BYTES = 100_000_000
+# The 90B model's index names 1,700 tensors in 37 files, in 150 kB.
+MAX_INDEX_BYTES = 8 * 2**20
+_MAX_FILES = 2_000
 
 
-class _BadHeader(Exception):
-    """The header cannot be used; the text says why and names the file."""
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The tensor entries of a safetensors header and the file size they imply."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
-            raise _BadHeader(
-                f"{path.name} is truncated or not a safetensors file: {size:,} bytes, "
-                f"its header would take {length:,}"
-            )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                if not isinstance(entry["dtype"], str) or not all(
-                    type(n) is int and n >= 0 for n in (*entry["shape"], *entry["data_offsets"])
-                ):
-                    raise ValueError
-            ends = [entry["data_offsets"][1] for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise _BadHeader(f"{path.name} has a damaged safetensors header") from None
-    return header, 8 + length + max(ends, default=0)
-
-
-def _data_problem(path: Path, expected: int) -> str | None:
-    """Why the data of a file whose header is readable cannot be trusted, or None."""
-    size = path.stat().st_size
-    if size != expected:
-        kind = "truncated" if size < expected else "damaged (bytes after the last tensor)"
-        return f"{path.name} is {kind}: {size:,} bytes, its header announces {expected:,}"
-    try:  # the library checks the rest: offsets without gaps or overlaps, sizes that fit the shapes
-        with safe_open(path, framework="pt"):
-            return None
-    except (SafetensorError, OSError, ValueError) as error:
-        return f"{path.name} is damaged: {error}"
-
-
-def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The usable part of the index (tensor name to file name) and its faults."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+def _read_index(folder: Path) -> tuple[dict[str, set[str]], list[str]]:
+    """The usable part of the index, file name to tensor names, and its faults."""
+    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         return {}, [f"{INDEX} has no weight_map"]
-    good: dict[str, str] = {}
-    bad: dict[str, list[str]] = {}
+    if len(weight_map) > MAX_TENSORS:
+        return {}, [f"{INDEX} names {len(weight_map):,} tensors; at most {MAX_TENSORS:,} are read"]
+    good: dict[str, set[str]] = {}
+    problems = []
     for name, file in weight_map.items():
-        # Only plain file names: a path could leave the folder. Both separators, on every system.
-        if not isinstance(file, str) or not file.strip("."):
-            bad.setdefault(f"is not a file name: {file!r}", []).append(name)
-        elif "/" in file or "\\" in file or "\0" in file or Path(file).is_absolute():
-            bad.setdefault(f"leaves the folder: {file!r}", []).append(name)
-        elif not file.endswith(".safetensors"):
-            reason = f"is not a safetensors file (pickle files are never loaded): {file!r}"
-            bad.setdefault(reason, []).append(name)
+        fault = _name_fault(file)
+        if len(name) > MAX_NAME:
+            fault = f"has a name of {len(name):,} characters, at most {MAX_NAME}"
+        if fault is None:
+            good.setdefault(file, set()).add(name)
         else:
-            good[name] = file
-    return good, [
-        f"{INDEX}: the entry of {name} {reason}" for reason, names in bad.items() for name in names
-    ]
+            problems.append(f"{INDEX}: the entry of {shown(name)} {fault}")
+    if len(good) > _MAX_FILES:
+        return {}, [f"{INDEX} names {len(good):,} files; at most {_MAX_FILES:,} are read"]
+    return good, problems
+
+
+def _name_fault(file: object) -> str | None:
+    """Why an entry of the index names no file beside it; both separators, on every system."""
+    if not isinstance(file, str) or not file.strip(".") or len(file) > MAX_NAME:
+        return f"is not a file name: {quoted(file)}"
+    if "/" in file or "\\" in file or "\0" in file or Path(file).is_absolute():
+        return f"leaves the folder: {quoted(file)}"
+    if not file.endswith(".safetensors"):
+        return f"is not a safetensors file (pickle files are never loaded): {quoted(file)}"
+    return None
 
 
 class SafetensorsCheckpoint:
@@ -101,67 +78,100 @@ class SafetensorsCheckpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.problems: list[str] = []
         self.unreadable: set[str] = set()
+        self._sizes: dict[str, int] = {}
         if (folder / SINGLE).is_file():
             self._add_file(SINGLE, None)
         elif (folder / INDEX).is_file():
-            weight_map, problems = _read_index(folder)
+            files, problems = _read_index(folder)
             self.problems += problems
-            for file in sorted(set(weight_map.values())):
-                self._add_file(
-                    file, {name for name, held_by in weight_map.items() if held_by == file}
-                )
+            own = OwnFiles()
+            for file, indexed in sorted(files.items()):
+                if (fault := own.fault(folder / file)) is None:
+                    self._add_file(file, indexed)
+                else:
+                    self._unreadable(indexed, fault)
         else:
             raise CheckpointError(folder, [_no_weights(folder)])
 
     def _add_file(self, file: str, indexed: set[str] | None) -> None:
         path = self.folder / file
         try:
-            header, expected = _read_header(path)
-        except FileNotFoundError:
-            self._unreadable(indexed, f"{file} is missing")
-            return
-        except (OSError, _BadHeader) as error:
+            header = read_header(path)
+        except BadHeader as error:
             self._unreadable(indexed, str(error))
             return
-        problem = _data_problem(path, expected)
-        if problem is not None:
-            self.problems.append(problem)
+        if len(self.tensors) + len(header.tensors) > MAX_TENSORS:
+            self._unreadable(indexed, f"{shown(file)}: more than {MAX_TENSORS:,} tensors in all")
+            return
+        self._check_data(path, header)
         if indexed is not None:
-            absent = sorted(indexed - header.keys())
-            self.problems += [f"{file} lacks {name}, which {INDEX} places in it" for name in absent]
-            unlisted = sorted(header.keys() - indexed)
+            where = shown(file)
             self.problems += [
-                f"{file} holds {name}, which {INDEX} does not list" for name in unlisted
+                f"{where} lacks {shown(name)}, which {INDEX} places in it"
+                for name in sorted(indexed - header.tensors.keys())
             ]
-        for name, entry in header.items():
-            self._add_tensor(name, file, entry)
+            self.problems += [
+                f"{where} holds {shown(name)}, which {INDEX} does not list"
+                for name in sorted(header.tensors.keys() - indexed)
+            ]
+        for name, (kind, shape) in header.tensors.items():
+            self._add_tensor(name, file, kind, shape)
+
+    def _check_data(self, path: Path, header: Header) -> None:
+        self._sizes[path.name] = header.size
+        if header.problem is not None:
+            self.problems.append(header.problem)
+            return
+        try:  # the library has the last word on what it will be asked to map
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception as error:
+            self.problems.append(f"{shown(path.name)} is damaged: {reason(error)}")
 
     def _unreadable(self, indexed: set[str] | None, problem: str) -> None:
         names = {canonical_name(name) for name in indexed or ()}
         self.unreadable |= names
         self.problems.append(problem + (f" ({len(names)} tensors)" if names else ""))
 
-    def _add_tensor(self, name: str, file: str, entry: dict[str, Any]) -> None:
+    def _add_tensor(self, name: str, file: str, kind: str, shape: tuple[int, ...]) -> None:
         canonical = canonical_name(name)
         other = self.tensors.get(canonical)
         if other is not None:
             self.problems.append(
-                f"{name} in {file} and {other.stored_name} in {other.file} are the same parameter"
+                f"{shown(name)} in {shown(file)} and {shown(other.stored_name)} in {shown(other.file)} are "
+                "the same parameter"
             )
             return
-        kind = entry["dtype"]
-        shape = tuple(entry["shape"])
-        self.tensors[canonical] = TensorInfo(name, file, shape, _DTYPES.get(kind), kind)
+        self.tensors[canonical] = TensorInfo(name, file, shape, _DTYPES.get(kind), shown(kind))
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (canonical name, tensor); a tensor keeps its whole file mapped while it lives."""
+        """Yields (canonical name, tensor); a tensor keeps its whole file mapped while it lives.
+
+        Raises: CheckpointError for a file that is no longer the one whose header was read. A file that is
+            cut while it is mapped ends the process, as a mapping does: nobody may write to a checkpoint
+            that is being loaded.
+        """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, members in sorted(by_file.items()):
-            with safe_open(self.folder / file, framework="pt", device="cpu") as handle:
-                for name in members:
-                    yield name, handle.get_tensor(self.tensors[name].stored_name)
+            self._check_unchanged(file)
+            try:
+                with safe_open(self.folder / file, framework="pt", device="cpu") as handle:
+                    for name in members:
+                        yield name, handle.get_tensor(self.tensors[name].stored_name)
+            except (SafetensorError, OSError) as error:
+                problem = f"{shown(file)} cannot be read: {reason(error)}"
+                raise CheckpointError(self.folder, [problem]) from None
+
+    def _check_unchanged(self, file: str) -> None:
+        try:
+            size = check_regular(self.folder / file)
+        except FileRefused as error:
+            problem = f"{shown(file)} cannot be read any more: {error}"
+            raise CheckpointError(self.folder, [problem]) from None
+        if size != self._sizes[file]:
+            raise CheckpointError(self.folder, [f"{shown(file)} was changed while it was loaded"])
 
 
 def _no_weights(folder: Path) -> str:
@@ -172,7 +182,7 @@ def _no_weights(folder: Path) -> str:
     )
     if pickles:
         return (
-            f"only pickle files hold weights ({', '.join(pickles)}); loading one can run any code, "
+            f"only pickle files hold weights ({listed(pickles)}); loading one can run any code, "
             f"so they are refused: convert them to safetensors"
         )
     return f"no weights: expected {SINGLE}, {INDEX}, or Meta's params.json with consolidated.*.pth"

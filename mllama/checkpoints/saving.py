@@ -166,7 +166,11 @@ def _split(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
 
 
 def _fresh(entries: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key not in _STALE}
+    return {
+        key: _fresh(value) if isinstance(value, dict) else value
+        for key, value in entries.items()
+        if key not in _STALE
+    }
 
 
 def _config_json(model: nn.Module, stored: torch.dtype) -> dict[str, Any]:

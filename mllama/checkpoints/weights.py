@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError, read_json
+from mllama.checkpoints.expected import check_depth, expected_shapes
 from mllama.checkpoints.given_config import ConfigSource, config_source
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
-from mllama.checkpoints.key_layout import KeyLayout
+from mllama.checkpoints.key_layout import HEAD, TEXT, KeyLayout
 from mllama.checkpoints.meta_files import MetaCheckpoint, find_meta_folder
 from mllama.checkpoints.placement import check_room
 from mllama.checkpoints.published_call import check_other_arguments
@@ -26,10 +28,12 @@ from mllama.checkpoints.saving import save_pretrained
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.config_fields import ConfigError
 from mllama.generation.config import GenerationConfig
-from mllama.layers import FusedLinear
-from mllama.progress import ByteProgress
+from mllama.linear import projections_of
+from mllama.progress import bar
 from mllama.semantics import SemanticsLike, resolve_semantics
+from mllama.shapes import Shapes
 from mllama.vocabulary import fits
+from mllama.wording import quoted, shown
 
 __all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
 
@@ -50,6 +54,8 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+_EMBEDDING, _HEAD = TEXT + "embed_tokens.weight", HEAD + "weight"
 
 
 def load_pretrained(
@@ -102,23 +108,23 @@ def load_pretrained(
     download = {key: options.pop(key) for key in options.keys() & DOWNLOAD_OPTIONS}
     fields = {key: options.pop(key) for key in options.keys() & kind.option_names()}
     check_other_arguments(options)
-    plan = _plan(
+    matched = _match_checkpoint(
         cls, name_or_path, backend, semantics, given=config, fields=fields, download=download
     )
-    model = plan.model
+    model = matched.model
     chosen = requested or _stored_dtype(
-        plan.folder, plan.raw, plan.checkpoint, plan.sources.values()
+        matched.folder, matched.raw, matched.checkpoint, matched.sources.values()
     )
     check_room(device, sum(p.numel() for p in model.parameters()) * chosen.itemsize)
     model.ops.settle(device)
     # Whatever the caller is inside of: a default device is not where files are read to.
     with torch.inference_mode(False), torch.device("cpu"):
         _materialise(model, chosen, device)
-        _fill(model, plan.checkpoint, plan.sources)
-    model.semantics_reason = plan.reason
+        _fill(model, matched.checkpoint, matched.sources)
+    model.semantics_reason = matched.reason
     model.name_or_path = model.config.name_or_path = os.fspath(name_or_path)
     if generation_config is None:
-        generation_config = _generation_config(plan.folder, plan.config, plan.checkpoint)
+        generation_config = _generation_config(matched.folder, matched.config, matched.checkpoint)
     elif not isinstance(generation_config, Mapping):
         generation_config = generation_config.to_diff_dict()  # without all that is a mere default
     model.generation_config = generation_config
@@ -130,34 +136,36 @@ def one_dtype(dtype: torch.dtype | str | None, older: torch.dtype | str | None) 
     if dtype is None or older is None:
         return older if dtype is None else dtype
     if str(dtype).removeprefix("torch.") != str(older).removeprefix("torch."):
-        raise ValueError(f"dtype={dtype!r} and torch_dtype={older!r} contradict each other")
+        raise ValueError(
+            f"dtype={quoted(dtype)} and torch_dtype={quoted(older)} contradict each other"
+        )
     return dtype
 
 
 def describe_checkpoint(
     cls: type[nn.Module], name_or_path: str | os.PathLike[str]
 ) -> dict[str, str | int]:
-    """What `load_pretrained` would load, from the headers of the files alone: the folder, its layout,
+    """What `load_pretrained` would load, from the headers of the files only: the folder, its layout,
     parameters, bytes, dtype, and the semantics with their reason.
 
     Raises: as :func:`load_pretrained`.
     """
-    plan = _plan(cls, name_or_path, "auto", "auto")
-    stored = [plan.checkpoint.tensors[name] for name in plan.sources.values()]
-    dtype = _stored_dtype(plan.folder, plan.raw, plan.checkpoint, plan.sources.values())
+    matched = _match_checkpoint(cls, name_or_path, "auto", "auto")
+    stored = [matched.checkpoint.tensors[name] for name in matched.sources.values()]
+    dtype = _stored_dtype(matched.folder, matched.raw, matched.checkpoint, matched.sources.values())
     return {
-        "folder": str(plan.folder),
-        "layout": "Meta's original" if plan.original else "safetensors",
-        "parameters": sum(p.numel() for p in plan.model.parameters()),
+        "folder": str(matched.folder),
+        "layout": "Meta's original" if matched.original else "safetensors",
+        "parameters": sum(p.numel() for p in matched.model.parameters()),
         "bytes": sum(tensor.nbytes for tensor in stored),
         "dtype": str(dtype).removeprefix("torch."),
-        "semantics": plan.model.semantics.name,
-        "semantics_reason": plan.reason,
+        "semantics": matched.model.semantics.name,
+        "semantics_reason": matched.reason,
     }
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _MatchedCheckpoint:
     """A checkpoint whose every tensor has been matched to a model that lies on the meta device."""
 
     folder: Path
@@ -170,7 +178,7 @@ class _Plan:
     sources: dict[str, str]
 
 
-def _plan(
+def _match_checkpoint(
     cls: type[nn.Module],
     name_or_path: str | os.PathLike[str],
     backend: str,
@@ -179,17 +187,22 @@ def _plan(
     given: Any = None,
     fields: Mapping[str, Any] = {},
     download: Mapping[str, Any] = {},
-) -> _Plan:
+) -> _MatchedCheckpoint:
     folder = resolve_folder(name_or_path, **download)
     raw, checkpoint, original = _open(folder, given is not None)
     source = config_source(given, raw, original_layout=original, download=download)
     config, reason = _config(cls, folder, source, semantics, fields)
+    layout = KeyLayout(cls.__name__)
+    check_depth(folder, config, checkpoint)
+    expected = expected_shapes(config, layout)
+    rows = _stored_rows(config, checkpoint, expected, layout)
+    expected |= {name: (count, *expected[name][1:]) for name, count in rows.items()}
+    # Before a module is built: a configuration by itself can ask for any number of them.
+    sources = _sources_of(folder, source.entries, checkpoint, layout, expected)
     with torch.device("meta"), _SkipInit():
         model = cls(config, backend=backend)
-        _fit_vocabulary(model, checkpoint)
-    expected = dict(model.state_dict())
-    sources = _match(folder, source.entries, checkpoint, KeyLayout(cls.__name__), expected)
-    return _Plan(folder, raw, checkpoint, original, config, reason, model, sources)
+        _fit_vocabulary(model, rows, layout)
+    return _MatchedCheckpoint(folder, raw, checkpoint, original, config, reason, model, sources)
 
 
 class _SkipInit(TorchFunctionMode):
@@ -211,7 +224,7 @@ class _SkipInit(TorchFunctionMode):
 def _open(folder: Path, has_config: bool) -> tuple[dict[str, Any], Checkpoint, bool]:
     """The folder's configuration, empty where it has none but one is given, its tensors, and whether it is
     Meta's layout."""
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").exists():  # what is no regular file is refused by name
         return read_json(folder / "config.json"), SafetensorsCheckpoint(folder), False
     meta_folder = find_meta_folder(folder)
     if meta_folder is not None:
@@ -237,25 +250,37 @@ def _no_config(folder: Path) -> str:
     return "no config.json, and no params.json with consolidated.*.pth (Meta's layout) either"
 
 
-def _fit_vocabulary(model: Any, checkpoint: Checkpoint) -> None:
-    """Give the model, still without weights, as many tokens as the checkpoint has, where that is possible."""
-    tables = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+def _stored_rows(
+    config: _Config, checkpoint: Checkpoint, expected: Shapes, layout: KeyLayout
+) -> dict[str, int]:
+    """How many tokens embedding and head have in the files, where that differs from the configuration and is
+    possible."""
+    names = (_EMBEDDING, _HEAD)
     stored, head = (
         info.shape[0] if (info := checkpoint.tensors.get(name)) and len(info.shape) == 2 else None
-        for name in tables
+        for name in names
     )
-    embedding = model.get_input_embeddings()
-    if stored is None or not isinstance(embedding, nn.Embedding):
-        return
-    if not fits(model.vocab_size, stored, head):
-        return  # the shapes are reported as wrong
-    if stored != embedding.num_embeddings:
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if vocab_size is None or stored is None or not fits(vocab_size, stored, head):
+        return {}  # the shapes are reported as wrong
+    found = {layout.module_name(n): rows for n, rows in zip(names, (stored, head), strict=True)}
+    return {
+        name: rows
+        for name, rows in found.items()
+        if name in expected and rows not in (None, expected[name][0])
+    }
+
+
+def _fit_vocabulary(model: Any, rows: dict[str, int], layout: KeyLayout) -> None:
+    """Give the model, still without weights, as many tokens as the files have."""
+    if stored := rows.get(layout.module_name(_EMBEDDING)):
+        embedding = model.get_input_embeddings()
         padding = embedding.padding_idx
         padding = None if padding is None or padding >= stored else padding
         model.set_input_embeddings(nn.Embedding(stored, embedding.embedding_dim, padding))
-    old_head = model.get_output_embeddings()
-    if old_head is not None and head not in (None, old_head.out_features):
-        model.set_output_embeddings(nn.Linear(old_head.in_features, head, bias=False))
+    if head := rows.get(layout.module_name(_HEAD)):
+        in_features = model.get_output_embeddings().in_features
+        model.set_output_embeddings(nn.Linear(in_features, head, bias=False))
 
 
 def _config(
@@ -267,12 +292,15 @@ def _config(
 ) -> tuple[_Config, str]:
     """The configuration `cls` needs, its semantics settled, logged, and the reason for them."""
     kind = _CONFIGS[cls.__name__]
-    entries = kind.entries_of(source.entries)
+    try:
+        entries = kind.entries_of(source.entries)
+    except ConfigError as error:
+        raise _unusable(folder, error) from None
     if entries is None:
-        stored = source.entries.get("model_type")
+        stored = quoted(source.entries.get("model_type"))
         raise CheckpointError(
             folder,
-            [f"{source.name} has model_type {stored!r}, {cls.__name__} needs {kind.model_type!r}"],
+            [f"{source.name} has model_type {stored}, {cls.__name__} needs {kind.model_type!r}"],
         )
     semantics, reason = source.semantics, source.reason
     if not (isinstance(wanted, str) and wanted == "auto"):
@@ -281,16 +309,20 @@ def _config(
     try:
         return kind.from_dict(kind.replaced(entries, {**fields, "semantics": semantics})), reason
     except ConfigError as error:
-        problems = [f"the configuration is unusable: {problem}" for problem in error.problems]
-        raise CheckpointError(folder, problems) from None
+        raise _unusable(folder, error) from None
 
 
-def _match(
+def _unusable(folder: Path, error: ConfigError) -> CheckpointError:
+    problems = [f"the configuration is unusable: {problem}" for problem in error.problems]
+    return CheckpointError(folder, problems)
+
+
+def _sources_of(
     folder: Path,
     raw: dict[str, Any],
     checkpoint: Checkpoint,
     layout: KeyLayout,
-    expected: dict[str, Tensor],
+    expected: Shapes,
 ) -> dict[str, str]:
     """Where each parameter (by state-dict name) comes from; every fault in one error."""
     problems = list(checkpoint.problems)
@@ -304,41 +336,46 @@ def _match(
             continue
         name = layout.module_name(canonical)
         if name not in expected:
-            problems.append(f"extra: {info.stored_name} {info.shape} in {info.file}")
+            problems.append(
+                f"extra: {shown(info.stored_name)} {quoted(info.shape)} in {shown(info.file)}"
+            )
             continue
         sources[name] = canonical
-        wanted = tuple(expected[name].shape)
+        wanted = expected[name]
         if info.shape != wanted:
-            problems.append(f"wrong shape: {info.stored_name} is {info.shape}, expected {wanted}")
+            problems.append(
+                f"wrong shape: {shown(info.stored_name)} is {quoted(info.shape)}, expected {wanted}"
+            )
         if info.dtype is None:
             problems.append(
-                f"wrong dtype: {info.stored_name} is {info.dtype_name}, "
+                f"wrong dtype: {shown(info.stored_name)} is {info.dtype_name}, "
                 f"expected one of {', '.join(_DTYPES)}"
             )
     accounted = set(sources) | {layout.module_name(name) for name in checkpoint.unreadable}
     # Where no header could be read, every tensor would be missing: the file's own fault says it.
     if checkpoint.tensors or not checkpoint.problems:
         for name in expected.keys() - accounted:
-            shape = tuple(expected[name].shape)
-            problems.append(f"missing: {layout.published_name(name)} {shape}")
+            problems.append(f"missing: {layout.published_name(name)} {expected[name]}")
     if problems:
         raise CheckpointError(folder, sorted(problems))
     return sources
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {list(_DTYPES)} or 'auto', got {dtype!r}")
+        raise ValueError(f"dtype must be one of {list(_DTYPES)} or 'auto', got {quoted(dtype)}")
     return _DTYPES[name]
 
 
 def _stored_dtype(
     folder: Path, raw: dict[str, Any], checkpoint: Checkpoint, names: Iterable[str]
 ) -> torch.dtype:
-    for entries in (raw, *(raw.get(kind.part) or {} for kind in _CONFIGS.values() if kind.part)):
-        named = entries.get("dtype") or entries.get("torch_dtype")
-        if named:
+    parts = (raw.get(kind.part) for kind in _CONFIGS.values() if kind.part)
+    for entries in (raw, *(part for part in parts if isinstance(part, Mapping))):
+        named = entries.get("dtype")
+        named = entries.get("torch_dtype") if named is None else named
+        if named is not None:
             try:
                 return _parse_dtype(named)
             except ValueError as error:
@@ -353,23 +390,28 @@ def _stored_dtype(
 def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give a model built on the meta device uninitialised parameters on `device`."""
     for module in model.modules():
+        for projection in projections_of(module):
+            projection.materialise(dtype, device)
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-            module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
-        if isinstance(module, FusedLinear):  # behind its linears in this order
-            shape = (sum(module.sizes), module.in_features)
-            module.lay_out(torch.empty(shape, dtype=dtype, device=device))
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module.register_parameter(name, nn.Parameter(empty, parameter.requires_grad))
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
     # state_dict() holds the parameters' own memory: filling it needs no second copy.
-    state = model.state_dict()
-    targets = {canonical: state[name] for name, canonical in sources.items()}
+    load = {name: tensor.copy_ for name, tensor in model.state_dict().items()}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for projection in projections_of(module):
+            for name in projection.parameter_names():
+                load[prefix + name] = functools.partial(projection.load_weight, name)
+    targets = {canonical: load[name] for name, canonical in sources.items()}
     total = sum(checkpoint.tensors[name].nbytes for name in targets)
-    with torch.no_grad(), ByteProgress("loading", total) as progress:
+    with torch.no_grad(), bar("loading", total, "B", unit_scale=True) as progress:
         for name, tensor in checkpoint.read(targets):
-            targets[name].copy_(tensor)
-            progress.advance(checkpoint.tensors[name].nbytes)
+            targets[name](tensor)
+            progress.update(checkpoint.tensors[name].nbytes)
 
 
 def _generation_config(folder: Path, config: _Config, checkpoint: Checkpoint) -> GenerationConfig:
@@ -377,7 +419,7 @@ def _generation_config(folder: Path, config: _Config, checkpoint: Checkpoint) ->
     path = folder / "generation_config.json"
     if isinstance(checkpoint, MetaCheckpoint):
         entries = checkpoint.generation_config
-    elif path.is_file():
+    elif path.exists():
         entries = read_json(path)
     else:
         text = getattr(config, "text_config", config)

@@ -1,5 +1,5 @@
-"""Talk with a model. A line is a turn; /image PATH adds a picture to the next one, /reset forgets, /quit
-ends."""
+"""Talk with a model. A line is a turn; /image PATH adds an image to the next one, /reset forgets everything,
+/quit ends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 from mllama.commands.common import (
-    add_adapter_argument,
+    add_checkpoint_arguments,
     add_escape_argument,
-    add_model_arguments,
+    add_execution_arguments,
+    add_length_arguments,
     add_sampling_arguments,
     chat_inputs,
-    check_pictures,
+    check_images,
+    checkpoint_of,
     echo,
     load,
     sampling_options,
@@ -22,35 +24,40 @@ from mllama.commands.common import (
 )
 from mllama.processing.images import ImageOpenError
 from mllama.processing.plain_text import from_command_line
+from mllama.wording import message, shown
 
-_HELP = (
-    "/image PATH   picture for the next turn\n/reset        forget everything\n/quit         end"
-)
+_HELP = "/image PATH   image for the next turn\n/reset        forget everything\n/quit         end"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
+    group = parser.add_argument_group("conversation")
+    add_checkpoint_arguments(group)
+    group.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image for the first turn; may be repeated",
     )
-    add_adapter_argument(parser)
-    parser.add_argument("--image", action="append", default=[], help="a picture for the first turn")
-    parser.add_argument(
+    group.add_argument(
         "--system",
         type=from_command_line,
-        default=None,
+        metavar="TEXT",
         help="system message (the template may refuse it)",
     )
-    add_escape_argument(parser)
-    add_sampling_arguments(parser, max_new_tokens=512)
-    add_model_arguments(parser)
+    add_escape_argument(group)
+    add_length_arguments(parser.add_argument_group("answers"))
+    add_sampling_arguments(parser)
+    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
-    check_pictures(options.image)
-    model, processor = load(options.model, options, options.adapter)
+    check_images(options.image)
+    folder = checkpoint_of(options)
+    model, processor = load(folder, options, options.adapter)
     if processor.chat_template is None:
-        raise ValueError(f"{options.model} has no chat template; use `mllama generate --raw`")
+        raise ValueError(f"{folder} has no chat template; use `mllama generate --raw`")
     opening = [{"role": "system", "content": options.system}] if options.system else []
     messages, images, cache = [*opening], list(options.image), model.new_cache()
     print(_HELP, file=sys.stderr)
@@ -66,13 +73,13 @@ def run(options: argparse.Namespace) -> int:
             messages, images, cache = [*opening], [], model.new_cache()
         elif line.startswith("/image "):
             path = line.removeprefix("/image ").strip()
-            if not Path(path).is_file():
-                print(f"no such file: {path}", file=sys.stderr)
+            if not Path(path).exists():
+                print(f"no such file: {shown(path)}", file=sys.stderr)
                 continue
             try:
-                check_pictures([path])
+                check_images([path])
             except ImageOpenError as error:
-                print(f"{error}", file=sys.stderr)
+                print(message(str(error)), file=sys.stderr)
             else:
                 images.append(path)
         elif line.startswith("/"):
@@ -91,10 +98,10 @@ def run(options: argparse.Namespace) -> int:
                 print("(interrupted)", file=sys.stderr)
                 messages.pop()
             except Exception as error:  # a turn that cannot work must not lose the conversation
-                print(f"{error}", file=sys.stderr)
+                print(message(str(error)), file=sys.stderr)
                 messages.pop()
                 images = []
-                cache.truncate(kept)  # else another picture here would pass for this turn's
+                cache.truncate(kept)  # else another image here would pass for this turn's
             else:
                 messages.append({"role": "assistant", "content": answer})
                 images = []

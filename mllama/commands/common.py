@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,11 +15,13 @@ import torch
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
+from mllama.demo import checkpoint_path
 from mllama.processing.images import check_image
 from mllama.processing.plain_text import from_command_line
 from mllama.semantics import PRESETS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def positive(text: str) -> int:
@@ -28,17 +32,30 @@ def positive(text: str) -> int:
     return value
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
+def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which weights: a checkpoint, the demo model without one, and an adapter on top."""
     group.add_argument(
-        "--device", default=None, help="cpu, cuda, cuda:1; none: cuda if there is one"
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder, or hub id with the extra hub (default: the demo model)",
     )
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's")
+    group.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="folder of a LoRA adapter (PEFT) to add to the weights; needs the extra train",
+    )
+
+
+def add_execution_arguments(
+    parser: argparse.ArgumentParser,
+    dtypes: Iterable[str] = DTYPES,
+    dtype_help: str = "auto: the checkpoint's",
+) -> None:
+    group = parser.add_argument_group("execution")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
-    add_semantics_argument(group)
-
-
-def add_semantics_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--semantics",
         choices=("auto", *PRESETS),
@@ -48,29 +65,32 @@ def add_semantics_argument(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    group = parser.add_argument_group("generation (none: the checkpoint's generation_config)")
+def add_length_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--max-new-tokens", type=positive, default=max_new_tokens, help="at most so many"
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer"
     )
-    group.add_argument("--greedy", action="store_true", help="take the likeliest token")
-    group.add_argument(
-        "--temperature", type=float, default=None, help="divides the logits; 0: --greedy"
-    )
-    group.add_argument("--top-k", type=int, default=None, help="keep the k likeliest tokens")
-    group.add_argument("--top-p", type=float, default=None, help="keep the likeliest mass p")
-    group.add_argument(
-        "--min-p", type=float, default=None, help="drop tokens below p * the likeliest"
-    )
-    group.add_argument("--repetition-penalty", type=float, default=None, help="above 1 discourages")
-    group.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     group.add_argument(
         "--stop",
         type=from_command_line,
         action="append",
-        default=None,
+        metavar="TEXT",
         help="text to stop at; may be repeated",
     )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling", "Default: the checkpoint's generation_config.")
+    group.add_argument("--greedy", action="store_true", help="take the likeliest token")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="divides the logits; 0: --greedy"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest mass P")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="drop tokens below P times the likeliest"
+    )
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 discourages")
+    group.add_argument("--seed", type=int, help="makes sampling repeatable")
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -91,27 +111,29 @@ def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
     return {**chosen, "max_new_tokens": options.max_new_tokens}
 
 
-def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        default=None,
-        help="folder of a LoRA adapter (PEFT) to add to the weights; needs the extra train",
-    )
-
-
-def add_escape_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def add_escape_argument(
+    group: argparse._ArgumentGroup, default: bool | None = True, note: str = ""
+) -> None:
+    group.add_argument(
         "--escape-special-tokens",
-        action="store_true",
-        help="read special tokens in the words, such as <|image|>, as plain text",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help="read special tokens in the words, such as <|image|>, as plain text" + note,
     )
 
 
-def check_pictures(paths: Iterable[str | Path]) -> None:
-    """Look at pictures before a model is loaded. Raises: ImageOpenError for one that is not there or none."""
+def check_images(paths: Iterable[str | Path]) -> None:
+    """Look at images before a model is loaded. Raises: ImageOpenError for one that cannot be read."""
     for path in paths:
         check_image(path)
+
+
+def checkpoint_of(options: argparse.Namespace) -> str:
+    """The checkpoint of --model; without it that of the demo model, and a line on stderr that says so."""
+    if options.model is not None:
+        return options.model
+    print("no --model: using the demo model, which knows only shapes", file=sys.stderr)
+    return str(checkpoint_path())
 
 
 def load(
@@ -134,7 +156,7 @@ def load(
 
 
 def what_runs(model: MllamaForConditionalGeneration) -> str:
-    """The backend where the model is, with the ops that it does not hold for."""
+    """The backend on the model's device, with the ops that run in plain PyTorch there."""
     plain = model.ops.plain_ops(model.device)
     if model.backend == "reference":
         return f"reference on {model.device} ({next(iter(plain.values()))})"
@@ -146,7 +168,7 @@ def chat_inputs(
     processor: MllamaProcessor,
     messages: list[dict[str, Any]],
     device: torch.device,
-    escape_special_tokens: bool = False,
+    escape_special_tokens: bool = True,
 ) -> dict[str, Any]:
     """A conversation as the model's inputs, ready for the assistant's turn."""
     batch = processor.apply_chat_template(
@@ -161,16 +183,31 @@ def chat_inputs(
 
 
 def user_turn(text: str, images: list[str]) -> dict[str, Any]:
-    """A user's message: the pictures first, as the model was trained."""
+    """A user's message: the images first, as the model was trained."""
     parts: list[dict[str, Any]] = [{"type": "image", "path": path} for path in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
+def as_json(result: dict[str, Any]) -> str:
+    """One line of JSON in which no character is a control character."""
+    text = json.dumps(result, ensure_ascii=False)
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _write_escaped(text: str) -> None:
+    sys.stdout.write(_CONTROL.sub(lambda match: repr(match[0])[1:-1], text))
+
+
 def echo(pieces: Iterator[str]) -> tuple[str, int, float]:
-    """Writes pieces to stdout as they come; the whole text, their number and the seconds taken."""
+    """Writes pieces to stdout as they come; the whole text, their number and the seconds taken.
+
+    A terminal gets no control characters but line feeds and tabs: a checkpoint decides what is in the text. A
+    file or a pipe gets it as it is.
+    """
     start, text, count = time.perf_counter(), [], 0
+    write = _write_escaped if sys.stdout.isatty() else sys.stdout.write
     for piece in pieces:
-        sys.stdout.write(piece)
+        write(piece)
         sys.stdout.flush()
         text.append(piece)
         count += 1

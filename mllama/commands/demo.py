@@ -1,5 +1,5 @@
-"""Answer questions about a picture with the tiny Llama 3.2 Vision model in the package. Without --image it
-renders a picture of its own and says where it is."""
+"""Answer questions about an image with the tiny Llama 3.2 Vision model in the package. Without --image it
+renders one of its own and says where it is."""
 
 from __future__ import annotations
 
@@ -11,35 +11,50 @@ import tempfile
 import time
 from pathlib import Path
 
-from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn, what_runs
+from mllama.commands.common import (
+    add_execution_arguments,
+    chat_inputs,
+    load,
+    user_turn,
+    what_runs,
+)
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.processing.plain_text import from_command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image", default=None, help="a picture of your own (the model knows shapes)"
+    group = parser.add_argument_group("image and questions")
+    group.add_argument(
+        "--image", metavar="FILE", help="an image of your own (the model knows shapes)"
     )
-    parser.add_argument(
-        "--question", type=from_command_line, action="append", default=None, help="may be repeated"
+    group.add_argument(
+        "--question",
+        type=from_command_line,
+        action="append",
+        metavar="TEXT",
+        help="may be repeated (default: some about the rendered image)",
     )
-    parser.add_argument("--seed", type=int, default=None, help="which picture to render; none: any")
-    parser.add_argument("--out", default=None, help="where to write the rendered picture")
-    parser.add_argument("--json", action="store_true", help="print one JSON object when done")
-    add_model_arguments(parser)
+    group.add_argument("--seed", type=int, help="which image to render (default: any)")
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where to write the rendered image (default: in the folder for temporary files)",
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object when done")
+    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     for name in ("seed", "out"):
         if options.image is not None and getattr(options, name) is not None:
-            raise ValueError(f"--{name} is for a rendered picture, and --image was given")
+            raise ValueError(f"--{name} is for a rendered image, and --image was given")
     asked: list[tuple[str, str | None]] = [(text, None) for text in options.question or []]
     if options.image is None:
         seed = random.randrange(10**6) if options.seed is None else options.seed
-        picture, scene = sample_picture(seed)
+        image, scene = sample_picture(seed)
         path = Path(options.out or Path(tempfile.gettempdir()) / f"mllama-demo-{seed}.png")
-        picture.save(path)
+        image.save(path)
         asked = asked or list(questions_for(scene, seed))
     else:
         path = Path(options.image)

@@ -1,9 +1,10 @@
-"""Train adapters (LoRA), or all weights, of a model on conversations about pictures.
+"""Train adapters (LoRA), or all weights, of a model on conversations about images.
 
 The data is a JSON Lines file with one conversation per line, image paths relative to it:
 {"messages": [{"role": "user", "content": [{"type": "image", "path": "1.jpg"}, {"type": "text", "text":
-"What is this?"}]}, {"role": "assistant", "content": "A harbour."}]}. What the assistant says is learnt.
-A run that was killed goes on with --resume and ends as if it had not been."""
+"What is this?"}]}, {"role": "assistant", "content": "A harbour."}]}. The loss is that of what the assistant
+says. Images have to be inside the folder of the data, or that of --allow-paths. A run that was killed
+continues with --resume and ends as if it had not been."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 
 from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
-from mllama.backend import BACKENDS
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import resolve_folder
-from mllama.commands.common import add_semantics_argument, what_runs
+from mllama.commands.common import add_execution_arguments, what_runs
+from mllama.processing.paths import check_allow_paths
 from mllama.processing.tiktoken import MAX_LENGTH
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.conversations import DataError
@@ -29,59 +30,85 @@ from mllama.training.loop import Trainer
 from mllama.training.options import TrainingOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_HELP = {
-    "lora_rank": "rank of the adapters; 0 trains all weights",
-    "lora_alpha": "adapters are scaled by alpha / rank; 0: twice the rank",
-    "lora_dropout": "share of an adapter's inputs that is zeroed in training",
-    "lora_vision": "adapters in the vision tower too",
-    "epochs": "passes over the data",
-    "max_steps": "optimiser steps instead of epochs",
-    "batch_size": "conversations computed at once",
-    "accumulate": "batches per optimiser step",
-    "learning_rate": "its peak; 0: 2e-4 for adapters, 1e-5 for all weights",
-    "warmup": "share of the steps in which the rate rises; then it falls along a cosine",
-    "weight_decay": "of matrices",
-    "max_grad_norm": "longer gradients are scaled down to it; 0: never",
-    "max_length": "refuse conversations of more tokens; 0: what the model takes",
-    "gradient_checkpointing": "compute layers twice to save memory",
-    "save_every": "steps between checkpoints of the run",
-    "seed": "of adapters, dropout and the order of the data",
+# The fields of TrainingOptions, in the order a reader needs them.
+_TRAINING = {
+    "length and batches": {
+        "epochs": "passes over the data",
+        "max_steps": "optimiser steps instead of epochs; 0: epochs",
+        "batch_size": "conversations computed at once",
+        "accumulate": "batches per optimiser step",
+        "max_length": "refuse conversations of more tokens; 0: what the model takes",
+        "gradient_checkpointing": "compute layers twice to save memory",
+    },
+    "optimiser": {
+        "learning_rate": "its peak; 0: 2e-4 for adapters, 1e-5 for all weights",
+        "warmup": "share of the steps in which the rate rises; then it falls along a cosine",
+        "weight_decay": "of matrices",
+        "max_grad_norm": "longer gradients are scaled down to it; 0: never",
+    },
+    "adapters": {
+        "lora_rank": "rank of the adapters; 0 trains all weights",
+        "lora_alpha": "adapters are scaled by alpha / rank; 0: twice the rank",
+        "lora_dropout": "share of an adapter's inputs that is zeroed in training",
+        "lora_vision": "adapters in the vision tower too",
+    },
+    "run": {
+        "save_every": "steps between checkpoints of the run",
+        "seed": "of adapters, dropout and the order of the data",
+        "escape_special_tokens": "read special tokens in the data's words, such as <|eot_id|>, as plain text",
+    },
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
-    )
-    parser.add_argument("--data", type=Path, required=True, help="conversations to learn (JSONL)")
-    parser.add_argument(
-        "--eval-data", type=Path, default=None, help="others whose loss is measured at checkpoints"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the adapter, log and checkpoints"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    group = parser.add_argument_group("training")
-    for field in dataclasses.fields(TrainingOptions):
-        kind: dict[str, Any] = (
-            {"action": "store_true"}
-            if field.default is False
-            else {"type": type(field.default), "default": field.default}
-        )
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, help=_HELP[field.name], **kind)
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("model, data and output")
     group.add_argument(
-        "--device", default=None, help="cpu, cuda, cuda:1; none: cuda if there is one"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="checkpoint folder, or hub id with the extra hub",
     )
     group.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="computed in; auto: the checkpoint's. What is trained is kept in float32",
+        "--data", type=Path, required=True, metavar="FILE", help="conversations to train on (JSONL)"
     )
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
-    add_semantics_argument(group)
+    group.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the adapter, log and checkpoints",
+    )
+    group.add_argument("--resume", action="store_true", help="continue the run in --output")
+    group.add_argument(
+        "--eval-data",
+        type=Path,
+        metavar="FILE",
+        help="others whose loss is measured at checkpoints",
+    )
+    group.add_argument(
+        "--allow-paths",
+        type=Path,
+        metavar="DIR",
+        help="folder that the data's images have to be inside of (default: that of each data file)",
+    )
+    fields = {field.name: field.default for field in dataclasses.fields(TrainingOptions)}
+    for title, options in _TRAINING.items():
+        group = parser.add_argument_group(title)
+        for name, text in options.items():
+            default = fields[name]
+            kind: dict[str, Any] = {"type": type(default), "metavar": "N"}
+            if isinstance(default, float):
+                kind["metavar"] = "X"
+            if default is False:
+                kind = {"action": "store_true"}
+            elif default is True:
+                kind = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
+    add_execution_arguments(
+        parser,
+        ("auto", *DTYPES),
+        "computed in; auto: the checkpoint's. What is trained is kept in float32",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         require_peft()
     processor = MllamaProcessor.from_pretrained(options.model)
     limit = _longest(options, training)
-    examples, held_out = _read(options, processor, limit)
+    examples, held_out = _read(options, training, processor, limit)
     folder = RunFolder(options.output, _asked(options, training), options.resume)
     if folder.is_finished:
         print(f"the run in {options.output} is finished", file=sys.stderr)
@@ -120,13 +147,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(
-    options: argparse.Namespace, processor: MllamaProcessor, limit: int
+    options: argparse.Namespace,
+    training: TrainingOptions,
+    processor: MllamaProcessor,
+    limit: int,
 ) -> tuple[list[Example], list[Example]]:
-    """The examples to learn and those held out. Raises: as `read_examples`, for both files together."""
+    """The examples to train on and those held out. Raises: as `read_examples`, for both files together."""
     read, faults = [], []
+    if options.allow_paths is not None:
+        check_allow_paths(options.allow_paths)
+    chosen = {
+        "escape_special_tokens": training.escape_special_tokens,
+        "folder": options.allow_paths,
+    }
     for path in (options.data, options.eval_data):
         try:
-            read.append([] if path is None else read_examples(path, processor, limit))
+            read.append([] if path is None else read_examples(path, processor, limit, **chosen))
         except (DataError, OSError) as error:
             faults.append(error)
     if len(faults) == 1:
@@ -146,7 +182,7 @@ def _longest(options: argparse.Namespace, training: TrainingOptions) -> int:
 
 
 def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, Any]:
-    """What decides the result of a run, besides the pictures' content and the versions installed."""
+    """What decides the result of a run, besides the images' content and the versions installed."""
     named = ("model", "device", "dtype", "backend", "semantics")
     asked = {name: getattr(options, name) for name in named} | dataclasses.asdict(training)
     asked["data"] = fingerprint(options.data)

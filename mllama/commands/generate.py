@@ -1,18 +1,20 @@
-"""Continue a prompt about pictures, streamed to stdout."""
+"""Continue a prompt about images, streamed to stdout."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 from mllama.commands.common import (
-    add_adapter_argument,
+    add_checkpoint_arguments,
     add_escape_argument,
-    add_model_arguments,
+    add_execution_arguments,
+    add_length_arguments,
     add_sampling_arguments,
+    as_json,
     chat_inputs,
-    check_pictures,
+    check_images,
+    checkpoint_of,
     echo,
     load,
     sampling_options,
@@ -22,32 +24,42 @@ from mllama.processing.plain_text import from_command_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, help="checkpoint folder, or hub id with the extra hub"
+    group = parser.add_argument_group("prompt")
+    add_checkpoint_arguments(group)
+    group.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image; may be repeated"
     )
-    add_adapter_argument(parser)
-    parser.add_argument("--image", action="append", default=[], help="a picture; may be repeated")
-    parser.add_argument(
-        "--prompt", type=from_command_line, required=True, help="the question or instruction"
+    group.add_argument(
+        "--prompt",
+        type=from_command_line,
+        required=True,
+        metavar="TEXT",
+        help="the question or instruction",
     )
-    parser.add_argument(
+    group.add_argument(
         "--raw",
         action="store_true",
-        help="continue the prompt as it is, one <|image|> in it per picture, without the chat template "
+        help="continue the prompt as it is, one <|image|> in it per image, without the chat template "
         "(base models)",
     )
-    add_escape_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object when done")
-    add_sampling_arguments(parser, max_new_tokens=512)
-    add_model_arguments(parser)
+    add_escape_argument(
+        group, None, " (default: on without --raw, whose words are a template of your own)"
+    )
+    group = parser.add_argument_group("answer")
+    add_length_arguments(group)
+    group.add_argument("--json", action="store_true", help="print one JSON object when done")
+    add_sampling_arguments(parser)
+    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
-    check_pictures(options.image)
-    model, processor = load(options.model, options, options.adapter)
+    check_images(options.image)
+    model, processor = load(checkpoint_of(options), options, options.adapter)
+    is_raw = options.raw or processor.chat_template is None
     escape = options.escape_special_tokens
-    if options.raw or processor.chat_template is None:
+    escape = not is_raw if escape is None else escape
+    if is_raw:
         batch = processor(
             images=options.image or None,
             text=options.prompt,
@@ -62,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         echo(model.stream(**inputs, tokenizer=processor, **sampling))
         return 0
     start = time.perf_counter()
-    ids = model.generate(**inputs, tokenizer=processor, **sampling)
+    ids = model.generate(**inputs, tokenizer=processor, num_return_sequences=None, **sampling)
     new = ids[0, inputs["input_ids"].shape[1] :]
     result = {
         "text": processor.decode(new, skip_special_tokens=True),
@@ -71,5 +83,5 @@ def run(options: argparse.Namespace) -> int:
         "backend": model.backend,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    print(json.dumps(result, ensure_ascii=False))
+    print(as_json(result))
     return 0

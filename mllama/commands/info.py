@@ -12,7 +12,7 @@ from mllama.checkpoints.weights import describe_checkpoint
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=None, help="checkpoint folder, or hub id with the extra hub"
+        "--model", metavar="DIR", help="checkpoint folder, or hub id with the extra hub"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 

@@ -6,6 +6,7 @@ failed or an op did not run as a kernel."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -14,8 +15,16 @@ from typing import Any
 import torch
 
 from mllama import MllamaForConditionalGeneration
-from mllama.commands.common import add_model_arguments, chat_inputs, load, user_turn
-from mllama.demo import checkpoint_path, sample_picture
+from mllama.checkpoints.bare_copy import bare_copy
+from mllama.checkpoints.hub import resolve_folder
+from mllama.commands.common import (
+    add_execution_arguments,
+    chat_inputs,
+    checkpoint_of,
+    load,
+    user_turn,
+)
+from mllama.demo import sample_picture
 from mllama.verification import (
     ALLOWED_RATIO,
     Comparison,
@@ -30,26 +39,40 @@ _LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=None, help="checkpoint folder; none: the demo model")
-    parser.add_argument("--image", default=None, help="a picture; none: a rendered one")
-    parser.add_argument("--prompt", default="What is in the picture?", help="the question about it")
-    parser.add_argument(
-        "--against", choices=("transformers",), default=None, help="also compare the logits with it"
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder, or hub id with the extra hub (default: the demo model)",
     )
-    parser.add_argument(
+    group.add_argument("--image", metavar="FILE", help="an image (default: a rendered one)")
+    group.add_argument(
+        "--prompt",
+        default="What is in the picture?",
+        metavar="TEXT",
+        help="the question about it",
+    )
+    group.add_argument(
+        "--against", choices=("transformers",), help="also compare the logits with its own"
+    )
+    group.add_argument(
         "--oracle",
         choices=("auto", "float64", "float32", "none"),
         default="auto",
         help="dtype of the model the layers are measured by; auto: the widest that fits into memory",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model_arguments(parser)
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    folder = options.model or str(checkpoint_path())
     if options.backend == "reference":
         raise ValueError("verify compares the kernels with the reference; leave --backend alone")
+    if options.against and importlib.util.find_spec("transformers") is None:
+        raise ModuleNotFoundError(
+            "--against transformers needs it: pip install 'mllama-kernels[transformers]'"
+        )
+    folder = checkpoint_of(options)
     options.backend = "auto"  # an op that cannot run as a kernel is for the report to name
     model, processor = load(folder, options)
     image: Any = options.image or sample_picture(0)[0]
@@ -118,7 +141,9 @@ def _print_table(options: argparse.Namespace, title: str, rows: list[Comparison]
     columns = f"{'calls':>6} {'error':>10} {'plain':>10} {'ratio':>7}"
     _say(options, f"\n{title:26} {columns}  (at most {ALLOWED_RATIO})")
     for row in rows:
-        errors = f"{row.error.largest:10.2e} {row.plain_error.largest:10.2e} {row.ratio:7.2f}"
+        errors = (
+            f"{row.errors.error.largest:10.2e} {row.errors.plain.largest:10.2e} {row.ratio:7.2f}"
+        )
         _say(options, f"{row.name:26} {row.calls:6} {errors}  {row.verdict}")
 
 
@@ -144,7 +169,10 @@ def _against_transformers(
     """Logits beside those of the installed `transformers`, both under its semantics."""
     import transformers
 
-    theirs = transformers.MllamaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype)
+    with bare_copy(resolve_folder(folder), model.config) as copy:
+        theirs = transformers.MllamaForConditionalGeneration.from_pretrained(
+            copy, dtype=model.dtype, use_safetensors=True
+        )
     theirs = theirs.to(model.device).eval()
     want = theirs(**inputs).logits.float()
     del theirs

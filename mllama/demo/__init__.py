@@ -1,6 +1,7 @@
-"""A tiny real Llama 3.2 Vision model for questions about pictures of shapes, and those pictures.
+"""A tiny real Llama 3.2 Vision model for questions about images of shapes, and those images.
 
-The checkpoint lies in the package; ``python -m mllama.demo.train --out DIR`` makes it anew.
+The checkpoint lies in the package; in the source tree ``python -m tools.demo_model.train --out DIR`` makes
+it anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def checkpoint_path() -> Path:
     folder = Path(__file__).parent / "checkpoint"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"no demo checkpoint in {folder}; make one: python -m mllama.demo.train --out {folder}"
+            f"no demo checkpoint in {folder}; install the package again, or make one in its source tree: "
+            f"python -m tools.demo_model.train --out {folder}"
         )
     return folder

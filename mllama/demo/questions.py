@@ -200,7 +200,7 @@ def _singles(scene: Scene, name: _Namer) -> list[tuple[Shape, str]]:
 
 
 def _unique(scene: Scene, rng: random.Random, namers: tuple[_Namer, ...]) -> tuple[Shape, str]:
-    """A shape and a name that fits it alone, from a random one of the namers that have such a name."""
+    """A shape and a name that fits only it, from a random one of the namers that have such a name."""
     singles = [single for single in (_singles(scene, name) for name in namers) if single]
     return rng.choice(rng.choice(singles))
 

@@ -1,11 +1,11 @@
-"""Pictures of one to four shapes, drawn from a seed.
+"""Images of one to four shapes, drawn from a seed.
 
-A picture is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at
+An image is cut into four quarters (top left, top right, bottom left, bottom right); a quarter holds at
 most one shape, and the whole shape lies inside it, so every position has one name. The proportions are
 those of each of the supported tile grids (1x1 ... 2x2 ... 1x4) equally often, at the grid's own size or
 up to four times larger.
 
-To be learnt in minutes the world is a tidy one: two sizes of shape, centres about half a patch apart, and
+To be learned in minutes the world is a tidy one: two sizes of shape, centres about half a patch apart, and
 backgrounds darker than every shape.
 """
 
@@ -15,6 +15,8 @@ import random
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
+
+from mllama.wording import quoted
 
 IMAGE_SIZE = 56  # side of one tile of the demo model, pixels
 LAYOUTS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))  # (tile rows, columns)
@@ -50,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn; `shapes` are in reading order, one per place at most."""
+    """An image before it is drawn; `shapes` are in reading order, one per place at most."""
 
     width: int
     height: int
@@ -61,10 +63,10 @@ class Scene:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draws a scene: grid, picture size, background, and one to four shapes (equal ones included)."""
+    """Draws a scene: grid, image size, background, and one to four shapes (equal ones included)."""
     layout = rng.choice(LAYOUTS)
-    # Of all grids, that of the picture's own proportions shrinks it least with the least area; but a
-    # picture larger than one tile never gets 1x1.
+    # Of all grids, that of the image's own proportions shrinks it least with the least area; but an
+    # image larger than one tile never gets 1x1.
     factor = 1 if layout == (1, 1) else rng.choice(_ENLARGEMENTS)
     width, height = layout[1] * IMAGE_SIZE * factor, layout[0] * IMAGE_SIZE * factor
     background = rng.choice(sorted(BACKGROUNDS))
@@ -82,7 +84,7 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draws a scene as an RGB picture."""
+    """Draws a scene as an RGB image."""
     image = Image.new("RGB", (scene.width, scene.height), scene.rgb)
     canvas = ImageDraw.Draw(image)
     for shape in scene.shapes:
@@ -99,12 +101,14 @@ def draw(scene: Scene) -> Image.Image:
             canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=shape.rgb)
             canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=shape.rgb)
         else:
-            raise ValueError(f"shape kind must be one of {', '.join(KINDS)}, got {shape.kind!r}")
+            raise ValueError(
+                f"shape kind must be one of {', '.join(KINDS)}, got {quoted(shape.kind)}"
+            )
     return image
 
 
 def sample_picture(seed: int) -> tuple[Image.Image, Scene]:
-    """The picture and scene of a seed; the same seed gives the same picture everywhere."""
+    """The image and scene of a seed; the same seed gives the same image everywhere."""
     scene = sample_scene(random.Random(seed))
     return draw(scene), scene
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mllama.generation.options import Settings
 from mllama.generation.sampling import SamplingConfig, row_seeds
+from mllama.wording import quoted
 
 # What transformers uses where neither the call nor the checkpoint says anything.
 _DEFAULT_NEW_TOKENS = 20
@@ -104,12 +105,9 @@ def make_plan(
         does not fit into the context.
     """
     eos, pad_token_id = stop_token_ids(settings)
-    stop_strings = settings["stop_strings"] or ()
-    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-    if not all(isinstance(s, str) and s for s in stop_strings):
-        raise ValueError(f"stop_strings must be non-empty strings, got {list(stop_strings)!r}")
+    stop_strings = tuple(settings["stop_strings"] or ())
     if stop_strings and settings["tokenizer"] is None:
-        raise ValueError(f"stop_strings={list(stop_strings)!r} need tokenizer= to be found")
+        raise ValueError(f"stop_strings={quoted(list(stop_strings))} need tokenizer= to be found")
     criteria = _callables(settings, "stopping_criteria")
     for name, ends_rows in (("stop_strings", stop_strings), ("stopping_criteria", criteria)):
         if ends_rows and batch_size > 1 and pad_token_id is None:
@@ -118,6 +116,8 @@ def make_plan(
     if prefix is not None and not callable(prefix):
         raise TypeError(f"prefix_allowed_tokens_fn must be callable, got {type(prefix).__name__}")
     sampling = _sampling(settings)
+    # All of them at most, and a number that the op can read.
+    sampling = replace(sampling, top_k=min(sampling.top_k, vocab_size))
     new_tokens = _new_tokens(settings, prompt_length, text_length, max_text_length)
     return GenerationPlan(
         max_new_tokens=new_tokens,
@@ -128,35 +128,25 @@ def make_plan(
         sampling=sampling,
         seeds=_seeds(settings["seed"], batch_size, sampling.do_sample),
         tokenizer=settings["tokenizer"],
-        no_repeat_ngram_size=_count(settings, "no_repeat_ngram_size"),
+        no_repeat_ngram_size=settings["no_repeat_ngram_size"] or 0,
         bad_words_ids=_bad_words(settings["bad_words_ids"], vocab_size),
         prefix_allowed_tokens_fn=prefix,
         logits_processor=_callables(settings, "logits_processor"),
         stopping_criteria=criteria,
         returns=_returns(settings),
-        returns_dict=_flag(settings, "return_dict_in_generate"),
+        returns_dict=bool(settings["return_dict_in_generate"]),
     )
 
 
 def stop_token_ids(settings: Settings) -> tuple[tuple[int, ...], int | None]:
-    """The stop tokens, and the padding token: by default the first of them.
-
-    Raises: ValueError naming the option.
-    """
-    eos = _token_ids("eos_token_id", settings["eos_token_id"])
-    pad = _token_ids("pad_token_id", settings["pad_token_id"])
-    if len(pad) > 1:
-        raise ValueError(f"pad_token_id must be one token, got {list(pad)}")
+    """The stop tokens, and the padding token: by default the first of them."""
+    eos, pad = _token_ids(settings["eos_token_id"]), _token_ids(settings["pad_token_id"])
     return eos, (pad or eos or (None,))[0]
 
 
 def sequences_per_prompt(settings: Settings) -> int:
-    """num_return_sequences. Raises: ValueError if it is no number of samples."""
-    count = settings["num_return_sequences"]
-    if count is None:
-        return 1
-    if not _is_integer(count) or count < 1:
-        raise ValueError(f"num_return_sequences must be an integer >= 1, got {count!r}")
+    """num_return_sequences. Raises: ValueError for several equal answers."""
+    count = settings["num_return_sequences"] or 1
     if count > 1 and not _sampling(settings, warn=False).do_sample:
         raise ValueError(
             f"num_return_sequences={count} is not supported in greedy decoding, where the answers would "
@@ -169,43 +159,24 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _count(settings: Settings, name: str) -> int:
-    value = settings[name]
-    if value is not None and (not _is_integer(value) or value < 0):
-        raise ValueError(f"{name} must be an integer >= 0 (0: off), got {value!r}")
-    return value or 0
-
-
-def _flag(settings: Settings, name: str) -> bool:
-    value = settings[name]
-    if value not in (True, False, None):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
 def _callables(settings: Settings, name: str) -> tuple[Callable[..., Any], ...]:
     given = settings[name]
     if given is None:
         return ()
     if not isinstance(given, Sequence) or not all(map(callable, given)):
-        raise TypeError(f"{name} must be a list of callables, got {given!r}")
+        raise TypeError(f"{name} must be a list of callables, got {quoted(given)}")
     return tuple(given)
 
 
-def _bad_words(given: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    if not given:
-        return ()
-    words = list(given) if isinstance(given, list) else None
-    if words is None or not all(isinstance(word, list) and word for word in words):
-        raise ValueError(f"bad_words_ids must be a list of lists of token ids, got {given!r}")
-    if not all(_is_integer(t) and 0 <= t < vocab_size for word in words for t in word):
-        raise ValueError(f"bad_words_ids must lie within 0..{vocab_size - 1}, got {given!r}")
-    return tuple(dict.fromkeys(map(tuple, words)))
+def _bad_words(given: list[list[int]] | None, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    if any(token >= vocab_size for word in given or () for token in word):
+        raise ValueError(f"bad_words_ids must lie within 0..{vocab_size - 1}, got {quoted(given)}")
+    return tuple(dict.fromkeys(map(tuple, given or ())))
 
 
 def _returns(settings: Settings) -> frozenset[str]:
     names = ("scores", "logits", "hidden_states")
-    wanted = frozenset(name for name in names if _flag(settings, f"output_{name}"))
+    wanted = frozenset(name for name in names if settings[f"output_{name}"])
     if wanted and not settings["return_dict_in_generate"]:
         flags = [f"output_{name}" for name in names if name in wanted]
         warnings.warn(f"{flags} need return_dict_in_generate=True: ignored", stacklevel=5)
@@ -226,8 +197,6 @@ def _new_tokens(
     if count is None and length is None:
         return min(_DEFAULT_NEW_TOKENS, room)
     name, value = ("max_length", length) if count is None else ("max_new_tokens", count)
-    if not _is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     if count is None:
         count = length - prompt_length
         if count < 1:
@@ -243,31 +212,30 @@ def _new_tokens(
 
 
 def _min_new_tokens(settings: Settings, prompt_length: int, new_tokens: int) -> int:
-    count, length = _count(settings, "min_new_tokens"), _count(settings, "min_length")
-    if settings["min_new_tokens"] is None:
+    count, length = settings["min_new_tokens"], settings["min_length"] or 0
+    if count is None:
         count = max(length - prompt_length, 0)
     if count > new_tokens:
-        warnings.warn(
-            f"at least {count} new tokens are asked for and at most {new_tokens}", stacklevel=5
-        )
+        # No warning has a number of the caller's in it: Python remembers each text forever.
+        warnings.warn("more new tokens are asked for at least than at most", stacklevel=5)
     return count
 
 
 def _sampling(settings: Settings, warn: bool = True) -> SamplingConfig:
-    do_sample, penalty = _flag(settings, "do_sample"), settings["repetition_penalty"]
+    do_sample, penalty = settings["do_sample"], settings["repetition_penalty"]
     fallback = {"top_k": _DEFAULT_TOP_K}
     values: dict[str, Any] = {} if penalty is None else {"repetition_penalty": penalty}
     for name, neutral in _NEUTRAL.items():
         value = settings[name] if name in settings else fallback.get(name)
         values[name] = neutral if value is None else value
-    is_greedy = values["temperature"] == 0 and not isinstance(values["temperature"], bool)
+    is_greedy = values["temperature"] == 0
     if is_greedy:
         values["temperature"] = _NEUTRAL["temperature"]
     checked = SamplingConfig(do_sample=True, **values)
     if do_sample and not is_greedy:
         return checked
     idle = [
-        f"{name}={values[name]!r}"
+        name
         for name, neutral in _NEUTRAL.items()
         if name in settings.chosen and values[name] not in (neutral, fallback.get(name))
     ]
@@ -276,20 +244,19 @@ def _sampling(settings: Settings, warn: bool = True) -> SamplingConfig:
     return SamplingConfig(repetition_penalty=checked.repetition_penalty)
 
 
-def _token_ids(name: str, value: int | Sequence[int] | None) -> tuple[int, ...]:
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-    if not all(map(_is_integer, ids)):
-        raise ValueError(f"{name} must be a token id or several, got {value!r}")
-    return ids
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def _seeds(seed: int | Sequence[int] | None, batch_size: int, do_sample: bool) -> list[int]:
     if seed is None:
-        # Greedy decoding leaves the state of torch's generator alone.
+        # Greedy decoding does not touch the state of torch's generator.
         seed = int(torch.randint(2**62, ())) if do_sample else 0
     if _is_integer(seed):
         return row_seeds(seed, batch_size)
     is_list = isinstance(seed, list) and len(seed) == batch_size
     if not is_list or not all(map(_is_integer, seed)):
-        raise ValueError(f"seed must be an integer, or {batch_size} (one per row), got {seed!r}")
+        raise ValueError(
+            f"seed must be an integer, or {batch_size} (one per row), got {quoted(seed)}"
+        )
     return seed

@@ -52,7 +52,7 @@ class DecodeStep:
         self.take(self.sampler(logits))
 
     def take(self, tokens: Tensor) -> None:
-        """Go on with these tokens (B,)."""
+        """Continue with these tokens (B,)."""
         self.tokens.copy_(tokens)
         self._input_ids.copy_(self.tokens.clamp_min(0).unsqueeze(1))  # a marker has no embedding
 
@@ -66,7 +66,7 @@ class CapturedStep:
     """Runs a DecodeStep, from the third call on as one replay of a CUDA graph.
 
     The calls before warm up, and are steps like the others, so nothing has to be undone. Where the
-    capture fails, the steps go on without a graph and a warning says why; the next run tries again.
+    capture fails, the steps run without a graph and a warning says why; the next run tries again.
 
     In a later run with the same cache, after restart(), the graph is replayed from the first call on
     if its fingerprint is still that of model and cache. Neither may change while a run lasts.
@@ -124,7 +124,7 @@ class CapturedStep:
             ):
                 self.step(model, cache)
         except RuntimeError as error:
-            warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
+            warnings.warn(f"decoding continues without a CUDA graph: {error}", stacklevel=2)
             cache.columns = columns  # a failed step may have been counted, and computed nothing
             self._run_aside(model, cache)
             return

@@ -38,7 +38,7 @@ def rounded_capacity(tokens: int) -> int:
     """Room for ``tokens``: pages rounded up to a power of two.
 
     No result depends on the rounding: the splits of decode attention change at powers of two alone
-    (csrc/cuda/split_kv.h).
+    (csrc/cuda/attention/decode.h).
     """
     pages = -(-tokens // PAGE_SIZE)
     return PAGE_SIZE * 2 ** (pages - 1).bit_length()
@@ -69,6 +69,17 @@ class IdleCaches:
         """Free all; those in use are not kept either when their calls end."""
         with self._lock:
             self._entries = []
+
+    def has(self, bucket: Bucket) -> bool:
+        """Whether there is one that a call of this kind can take."""
+        with self._lock:
+            return any(entry[0] == bucket for entry in self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the caches that are kept, which a call that needs the room frees."""
+        with self._lock:
+            return sum(cache.nbytes for _, cache in self._entries)
 
     @contextmanager
     def lend(self, bucket: Bucket, make: Callable[[], MllamaCache]) -> Iterator[MllamaCache]:

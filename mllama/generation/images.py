@@ -16,7 +16,7 @@ IMAGE_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 @dataclass(frozen=True)
 class CachedImages:
-    """Where a cache has the images that a prompt goes on with.
+    """Where a cache has the images that a prompt continues with.
 
     A row has its images in the order of the text, at places that every row has: a turn gives each row
     as many places as the row with the most new images needs. So rows have gaps, and the j-th image of a

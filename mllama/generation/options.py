@@ -10,6 +10,9 @@ from typing import Any, TypedDict
 import numpy as np
 from torch import Tensor
 
+from mllama.generation.fields import MAX_BAD_TOKENS, MAX_LIST, entries_within, option_problems
+from mllama.wording import quoted
+
 
 class GenerationOptions(TypedDict, total=False):
     """The keyword arguments of ``generate`` beside the model's inputs.
@@ -42,7 +45,8 @@ class GenerationOptions(TypedDict, total=False):
         to a bool or a (B,) bool tensor: which rows end here.
     eos_token_id: a stop token or several; [] or None for none.
     pad_token_id: fills rows that finished early; by default the first stop token.
-    stop_strings: a string or several; a row ends with the token that completes one of them.
+    stop_strings: a string or several (see :mod:`mllama.generation.fields` for how many); a row ends with the
+        token that completes one of them.
     tokenizer: a processor or tokenizer, needed for stop_strings.
     return_dict_in_generate: return a :class:`mllama.outputs.GenerateOutput`, which has the cache and,
         one tensor or tuple for each new token,
@@ -132,7 +136,7 @@ WITHOUT_EFFECT = frozenset(
     + ("transformers_version", "_from_model_config", "_commit_hash")
 )
 
-# Accepted as None alone; any other value is refused with the hint.
+# Accepted only as None; any other value is refused with the hint.
 REFUSED: dict[str, str] = {
     "constraints": _ACCELERATE,
     "force_words_ids": _ACCELERATE,
@@ -197,39 +201,54 @@ def settle(
         checkpoint: the model's defaults. What is not known there is ignored with a warning.
         generation_config: a mapping, an object of transformers or None.
         options: of the call; None is a choice, not a gap.
-    Raises: TypeError for an unknown name; ValueError for one with a value that cannot be met.
+    Raises: TypeError for an unknown name; ValueError that names all with a value that cannot be met.
     """
     config = _entries(generation_config)
     _refuse_unknown("arguments", options)
     _refuse_unknown("entries of generation_config", config)
     for few, length in _PAIRS:
         if options.get(few) is not None and options.get(length) is not None:
-            raise ValueError(f"give {few}={options[few]} or {length}={options[length]}, not both")
+            few_, length_ = (f"{name}={quoted(options[name])}" for name in (few, length))
+            raise ValueError(f"give {few_} or {length_}, not both")
     if unknown := _unknown(checkpoint):
-        warnings.warn(f"the model's generation_config has unknown {unknown}: ignored", stacklevel=4)
+        warnings.warn(
+            f"the model's generation_config has unknown {quoted(unknown)}: ignored", stacklevel=4
+        )
     merged: dict[str, Any] = {}
     for layer in ({k: v for k, v in checkpoint.items() if v is not None}, config, options):
         for pair in _PAIRS:
             if any(layer.get(name) is not None for name in pair):
                 merged = {name: value for name, value in merged.items() if name not in pair}
         merged |= layer
-    for name, value in merged.items():
-        source = "" if name in options else " (from generation_config; the call may override it)"
-        _refuse(name, value, source)
     values = {
         name: value if name in _OBJECTS else plain(value)
         for name, value in merged.items()
         if name in HONOURED
     }
+    faults = option_problems(values)
+    problems = []
+    for name, value in merged.items():
+        source = "" if name in options else " (from generation_config; the call may override it)"
+        if refusal := _refusal(name, value, source):
+            problems.append(refusal)
+        elif name in faults:
+            problems.append(faults[name] + source)
+    if problems:
+        count = f"{len(problems)} options cannot be met: " if len(problems) > 1 else ""
+        raise ValueError(count + "; ".join(problems))
     return Settings(values, frozenset(config) | frozenset(options))
 
 
-def plain(value: Any) -> Any:
-    """Numbers and arrays of numpy and torch, also in lists, as those of Python."""
+def plain(value: Any, depth: int = 2) -> Any:
+    """Numbers and arrays of numpy and torch, also in lists of lists, as those of Python.
+
+    Lists that are longer than any option's, and lists of those, stay as they are.
+    """
     if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+    is_list = isinstance(value, (list, tuple)) and depth and len(value) <= MAX_LIST
+    if is_list and entries_within(value) <= MAX_BAD_TOKENS:
+        return [plain(item, depth - 1) for item in value]
     return value
 
 
@@ -249,26 +268,27 @@ def _entries(generation_config: Any) -> dict[str, Any]:
 
 
 def _unknown(names: Mapping[str, Any]) -> list[str]:
-    return sorted(set(names) - HONOURED - NEUTRAL.keys() - WITHOUT_EFFECT - REFUSED.keys())
+    return sorted(
+        map(str, set(names) - HONOURED - NEUTRAL.keys() - WITHOUT_EFFECT - REFUSED.keys())
+    )
 
 
 def _refuse_unknown(what: str, names: Mapping[str, Any]) -> None:
     if unknown := _unknown(names):
         known = ", ".join(GenerationOptions.__annotations__)
-        raise TypeError(f"unknown {what} {unknown}; options are {known}")
+        raise TypeError(f"unknown {what} {quoted(unknown)}; options are {known}")
 
 
-def _refuse(name: str, value: Any, source: str) -> None:
-    """Raise for an option that asks for something there is not."""
+def _refusal(name: str, value: Any, source: str) -> str | None:
+    """Why an option cannot be met that asks for something there is not."""
     if value is None:
-        return
+        return None
     if name in REFUSED:
         given = f"{name} of type {type(value).__name__}" if hasattr(value, "__dict__") else None
-        raise ValueError(
-            f"{given or f'{name}={value!r}'} is not supported{source}: {REFUSED[name]}"
-        )
+        return f"{given or f'{name}={quoted(value)}'} is not supported{source}: {REFUSED[name]}"
     if name in NEUTRAL:
         neutral, hint = NEUTRAL[name]
         if plain(value) not in neutral:
             only = " or ".join(map(repr, neutral))
-            raise ValueError(f"{name}={value!r} is not supported, only {only}{source}: {hint}")
+            return f"{name}={quoted(value)} is not supported, only {only}{source}: {hint}"
+    return None

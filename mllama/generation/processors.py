@@ -41,7 +41,7 @@ def processors_of(plan: GenerationPlan, prompt_length: int) -> list[Processor]:
 
 
 def _merged(made: Iterable[tuple[str, Processor]], given: Sequence[Any]) -> list[Processor]:
-    """Those given behind those made; one of transformers replaces what does the same."""
+    """Those given, after those made; one of transformers replaces what does the same."""
     by_name = {type(processor).__name__: processor for processor in reversed(given)}
     merged = [by_name.get(name, processor) for name, processor in made]
     return merged + [processor for processor in given if not any(processor is p for p in merged)]
@@ -59,22 +59,39 @@ def _no_repeat(size: int) -> Processor:
         length = ids.shape[1]
         if length < size:
             return scores
-        windows = ids.unfold(1, size, 1)
-        repeats = (windows[..., :-1] == ids[:, length + 1 - size :].unsqueeze(1)).all(-1)
-        ends = windows[..., -1].masked_fill(~repeats, scores.shape[1])
+        ends, tail = ids[:, size - 1 :], ids[:, length + 1 - size :]
+        repeats = torch.ones_like(ends, dtype=torch.bool)
+        for i in range(size - 1):  # not all at once, which would take length times size
+            repeats &= ids[:, i : i + ends.shape[1]] == tail[:, i : i + 1]
+        ends = ends.masked_fill(~repeats, scores.shape[1])
         return scores.masked_fill(_marked(ends, scores), -torch.inf)
 
     return process
 
 
 def _no_bad_words(words: Sequence[tuple[int, ...]]) -> Processor:
+    # By the tokens that must stand before the last one: a row is looked up once for every length of those.
+    endings: dict[tuple[int, ...], list[int]] = {}
+    for *prefix, last in words:
+        endings.setdefault(tuple(prefix), []).append(last)
+    lengths = sorted({len(prefix) for prefix in endings})
+
     def process(ids: Tensor, scores: Tensor) -> Tensor:
+        length = ids.shape[1]
+        tails = ids[:, max(length - lengths[-1], 0) :].tolist()
+        banned = [
+            [
+                last
+                for n in lengths
+                if not n or n < length
+                for last in endings.get(tuple(tail[len(tail) - n :]), ())
+            ]
+            for tail in tails
+        ]
+        rows = [row for row, tokens in enumerate(banned) for _ in tokens]
         scores = scores.clone()
-        for *prefix, last in words:
-            if prefix and len(prefix) >= ids.shape[1]:
-                continue
-            follows = ids[:, ids.shape[1] - len(prefix) :] == ids.new_tensor(prefix)
-            scores[:, last] = scores[:, last].masked_fill(follows.all(1), -torch.inf)
+        columns = [token for tokens in banned for token in tokens]
+        scores[rows, columns] = -torch.inf
         return scores
 
     return process
@@ -117,7 +134,7 @@ def _marked(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def filtered(scores: Tensor, sampling: SamplingConfig) -> Tensor:
-    """scores (B, V) behind temperature, top-k, top-p and min-p, -inf for what they drop.
+    """scores (B, V) after temperature, top-k, top-p and min-p, -inf for what they drop.
 
     The formulas of transformers; the op :func:`mllama_kernels.sample` decides alike but in integers.
     """
@@ -175,7 +192,7 @@ class GuidedSampler:
     """A sampler whose logits pass through processors, which see the whole text.
 
     Args:
-        sample: from scores (B, V) to tokens (B,), the penalty aside.
+        sample: from scores (B, V) to tokens (B,), without the penalty.
         plan: of the call.
         input_ids: (B, L) the prompt as given.
         record: where scores and logits are kept.

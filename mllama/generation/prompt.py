@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mllama.cache import MllamaCache
 from mllama.generation.images import IMAGE_INPUTS, CachedImages, new_images
+from mllama.wording import quoted
 
 MODEL_INPUTS = (
     "attention_mask",
@@ -56,6 +57,9 @@ class Prompt:
         infer_padding: bool,
     ) -> None:
         self._inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in self._inputs.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {quoted(value)}")
         self._embeds = self._inputs.pop("inputs_embeds", None)
         self.has_ids = input_ids is not None
         ids = _checked_ids(input_ids, self._embeds)
@@ -155,7 +159,7 @@ class Prompt:
         return CachedImages.of(cache, tiles_per_image, *self._image_counts(reused))
 
     def _image_counts(self, reused: list[int]) -> tuple[list[int], list[int]]:
-        """Image tokens of each row among the first ``reused`` tokens and behind them."""
+        """Image tokens of each row among the first ``reused`` tokens and after them."""
         old = [self.image_tokens(row, 0, count) for row, count in enumerate(reused)]
         new = [self.image_tokens(row, count) for row, count in enumerate(reused)]
         return old, new

@@ -5,8 +5,6 @@ The choice itself is the op :func:`mllama_kernels.sample`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 import mllama_kernels
+from mllama.config_fields import Kind, integer, named, number, value_problem
 from mllama_kernels.reference_sampling import INVALID_TOKEN
 
 __all__ = ["INVALID_TOKEN", "Sampler", "SamplingConfig", "row_seeds"]
@@ -27,7 +26,7 @@ def row_seeds(seed: int, rows: int) -> list[int]:
     """The seed of each row of a batch: the first row's is ``seed`` itself.
 
     The others are hashes of seed and row, so that no row repeats one of a batch with another seed.
-    ``generate(..., seed=[row_seeds(11, 3)[2]])`` repeats row 2 of seed 11 alone.
+    ``generate(..., seed=[row_seeds(11, 3)[2]])`` repeats only row 2 of seed 11.
     """
     return [seed, *(_mix(_mix(seed) + row * _ROW_STRIDE) for row in range(1, rows))]
 
@@ -38,6 +37,31 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
     return x ^ x >> 31
+
+
+_SCALE = number(1e-30, 1e30)  # logits stay finite
+
+
+def _temperature(value: Any) -> float:
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("a number > 0; for greedy decoding pass do_sample=False")
+    return _SCALE.read(value)
+
+
+def _share(value: Any) -> float:
+    try:
+        return number(0, 1).read(value)
+    except ValueError:
+        raise ValueError from None  # in the field's own words
+
+
+SAMPLING_FIELDS = {
+    "temperature": Kind("a number > 0", _temperature),
+    "top_k": named(integer(0, 2**31 - 1), "an integer >= 0 (0: off)"),
+    "top_p": Kind("a number from 0 to 1 (1: off)", _share),
+    "min_p": Kind("a number from 0 to 1 (0: off)", _share),
+    "repetition_penalty": named(_SCALE, "a number > 0 (1: off)"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,21 +87,12 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        hint = "; for greedy decoding pass do_sample=False" if self.temperature == 0 else ""
-        _check(self, "temperature", lambda x: x > 0, f"a number > 0{hint}")
-        _check(self, "top_k", lambda x: isinstance(x, int) and x >= 0, "an integer >= 0 (0: off)")
-        _check(self, "top_p", lambda x: 0 <= x <= 1, "a number from 0 to 1 (1: off)")
-        _check(self, "min_p", lambda x: 0 <= x <= 1, "a number from 0 to 1 (0: off)")
-        _check(self, "repetition_penalty", lambda x: x > 0, "a number > 0 (1: off)")
-
-
-def _check(
-    config: SamplingConfig, name: str, holds: Callable[[float], bool], expected: str
-) -> None:
-    value = getattr(config, name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        values = vars(self)
+        problems = [
+            p for name, kind in SAMPLING_FIELDS.items() for p in value_problem(name, kind, values)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 class Sampler:

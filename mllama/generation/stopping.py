@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mllama.generation.streaming import IncrementalDetokenizer, make_decoder, text_tokenizer
+
+
+class StopStrings:
+    """Stop strings compiled into an automaton that reads a text once, whatever their number.
+
+    A state is the longest end of the text that begins a stop string. Source: Aho, Corasick 1975, "Efficient
+    string matching".
+
+    Args:
+        stop_strings: none of them empty.
+
+    Attributes:
+        depth: per state how long that beginning is.
+        found: per state the length of the longest stop string that ends there, 0 for none.
+    """
+
+    def __init__(self, stop_strings: Sequence[str] = ()) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self.depth, self.found = [0], [0]
+        for string in stop_strings:
+            state = 0
+            for character in string:
+                state = self._next[state].setdefault(character, len(self._next))
+                if state == len(self._next):
+                    self._next.append({})
+                    self.depth.append(0)
+                    self.found.append(0)
+            self.found[state] = len(string)
+        # Where to continue for a character that does not: the longest end that begins a string as well.
+        self._shorter = [0] * len(self._next)
+        queue = deque([0])
+        while queue:
+            state = queue.popleft()
+            for character, after in self._next[state].items():
+                self.depth[after] = self.depth[state] + 1
+                self._shorter[after] = self.step(self._shorter[state], character) if state else 0
+                self.found[after] = self.found[after] or self.found[self._shorter[after]]
+                queue.append(after)
+
+    def step(self, state: int, character: str) -> int:
+        """The state after one more character."""
+        while state and character not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(character, 0)
 
 
 class StopStringScanner:
@@ -16,8 +61,8 @@ class StopStringScanner:
     is passed on; the stop string and what follows it are not.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
-        self._stop_strings = stop_strings
+    def __init__(self, stop_strings: StopStrings) -> None:
+        self._strings, self._state = stop_strings, 0
         self._held = ""
         self.stopped = False
 
@@ -25,25 +70,21 @@ class StopStringScanner:
         """Add a piece; returns the text that is certain to be no part of a stop string."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        found = [(at + len(s), at) for s in self._stop_strings if (at := text.find(s)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        held = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        text, state = self._held + piece, self._state
+        for end, character in enumerate(piece, start=len(self._held) + 1):
+            state = self._strings.step(state, character)
+            if length := self._strings.found[state]:
+                self.stopped, self._held = True, ""
+                return text[: end - length]
+        self._state = state
+        certain = len(text) - self._strings.depth[state]
+        self._held = text[certain:]
+        return text[:certain]
 
     def flush(self) -> str:
         """The beginning of a stop string that was never completed, at the end of the text."""
-        held, self._held = self._held, ""
+        held, self._held, self._state = self._held, "", 0
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop but is not all of it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class RowText:
@@ -52,10 +93,10 @@ class RowText:
 
     Args:
         tokenizer: a processor or tokenizer, see make_decoder().
-        stop_strings: none of them empty.
+        stop_strings: that end it.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: StopStrings) -> None:
         self._detokenizer = IncrementalDetokenizer(make_decoder(tokenizer))
         self._scanner = StopStringScanner(stop_strings)
 
@@ -100,7 +141,8 @@ class StopCondition:
         strings = [s for s in stop_strings if s not in special]
         self.text: list[RowText] = []
         if tokenizer is not None:
-            self.text = [RowText(tokenizer, strings) for _ in range(batch_size)]
+            compiled = StopStrings(strings)
+            self.text = [RowText(tokenizer, compiled) for _ in range(batch_size)]
         self.finished = [False] * batch_size
 
     def push(self, row: int, token: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
+from mllama.wording import quoted
+
 # A character is at most four bytes long, so at most three of them can wait for the rest. A decoder
 # shows them as one replacement character, or as one each.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -30,6 +32,13 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
 
     def end(self) -> None: ...
+
+
+def check_streamer(streamer: Any) -> None:
+    """Raises: TypeError for what is neither None nor a Streamer."""
+    if streamer is None or all(callable(getattr(streamer, n, None)) for n in ("put", "end")):
+        return
+    raise TypeError(f"streamer must have the methods put and end, got {quoted(streamer)}")
 
 
 def text_tokenizer(tokenizer: Any) -> Any:

@@ -1,1 +1,1 @@
-"""From pictures, texts and conversations to the model's inputs, and from ids back to text."""
+"""From images, texts and conversations to the model's inputs, and from ids back to text."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mllama.wording import quoted
+
 
 class BatchFeature(dict[str, Any]):
     """A dict of model inputs whose entries are also attributes.
@@ -38,6 +40,25 @@ class BatchFeature(dict[str, Any]):
         return self
 
 
+def check_container(return_tensors: Any, device: Any) -> None:
+    """Raises: ValueError for another name than "pt", "np" and None, no device, or one without "pt"."""
+    if return_tensors is not None and (
+        not isinstance(return_tensors, str) or return_tensors not in ("pt", "np")
+    ):
+        raise ValueError(f'return_tensors must be "pt", "np" or None, got {quoted(return_tensors)}')
+    try:
+        kind = "cpu"
+        if device is not None:
+            kind = torch.device(device).type
+            torch.empty(0, device=device)  # is it there? torch says so by errors of many kinds
+    except Exception:
+        raise ValueError(
+            f"device must name one of torch's that is here, got {quoted(device)}"
+        ) from None
+    if return_tensors != "pt" and kind != "cpu":
+        raise ValueError(f'device {quoted(str(device))} needs return_tensors="pt"')
+
+
 def convert_to_tensors(
     data: Mapping[str, Any],
     return_tensors: str | None,
@@ -51,10 +72,7 @@ def convert_to_tensors(
         device: where torch tensors go.
     Raises: ValueError for another name, for rows of unequal length, or a device without "pt".
     """
-    if return_tensors not in ("pt", "np", None):
-        raise ValueError(f'return_tensors must be "pt", "np" or None, got {return_tensors!r}')
-    if device is not None and return_tensors != "pt" and torch.device(device).type != "cpu":
-        raise ValueError(f'device {str(device)!r} needs return_tensors="pt"')
+    check_container(return_tensors, device)
     if return_tensors is None:
         return BatchFeature(data)
     if return_tensors == "np":

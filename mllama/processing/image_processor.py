@@ -1,4 +1,4 @@
-"""Pictures to tiles: the published image processor, value for value.
+"""Images to tiles: the published image processor, value for value.
 
 Convert to RGB, resize in uint8 (Pillow, antialiased), pad to a grid of tiles, rescale and normalise
 to float32, cut into tiles. A uint8 pixel has 256 values, so the float arithmetic runs on a table of
@@ -8,8 +8,6 @@ to float32, cut into tiles. A uint8 pixel has 256 values, so the float arithmeti
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,13 +21,18 @@ from PIL import Image
 
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
-from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
-from mllama.processing.images import MAX_BYTES, MAX_PIXELS, convert_to_rgb, load_image, nest_images
+from mllama.checkpoints.meta_params import params_entries
+from mllama.limits import OWN_FILES, Limits
+from mllama.processing.batch_feature import BatchFeature, check_container, convert_to_tensors
+from mllama.processing.bounds import check_array, check_limits, check_samples
+from mllama.processing.image_options import checked_options
+from mllama.processing.images import convert_to_rgb, load_image, nest_images
 from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS, refuse_foreign
+from mllama.processing.paths import AllowPaths, check_allow_paths
 from mllama.processing.pixels import eight_bit
 from mllama.processing.tiling import best_tile_grid, size_in_canvas, supported_aspect_ratios
+from mllama.wording import quoted
 
-IMAGE_LIMITS = ("max_pixels", "max_bytes")
 _CONFIG_FILE = "preprocessor_config.json"
 _NESTED_CONFIG_FILE = "processor_config.json"
 _META_PARAMS = "params.json"
@@ -40,7 +43,7 @@ _META_STATISTICS = {  # fixed in Meta's code
 
 
 class MllamaImageProcessor:
-    """Pictures of any size to float32 tiles, aspect-ratio ids and masks.
+    """Images of any size to float32 tiles, aspect-ratio ids and masks.
 
     Args:
         do_convert_rgb: PIL images and 4-channel arrays become RGB, transparency laid on white.
@@ -49,8 +52,8 @@ class MllamaImageProcessor:
         resample: Pillow's filter, 2 is bilinear.
         do_rescale, rescale_factor: multiply by `rescale_factor`.
         do_normalize, image_mean, image_std: subtract and divide, per channel or one number for all.
-        max_image_tiles: tiles a picture may fill.
-        max_pixels, max_bytes: what is accepted from a file; not stored with the processor.
+        max_image_tiles: tiles an image may fill.
+        limits: what is accepted of an image and of a call; not stored with the processor.
     The defaults are those of the published class; published checkpoints come with their own.
     Raises: ValueError naming the option and its value.
     """
@@ -76,10 +79,11 @@ class MllamaImageProcessor:
         do_pad: bool = True,
         max_image_tiles: int = 4,
         *,
-        max_pixels: int = MAX_PIXELS,
-        max_bytes: int = MAX_BYTES,
+        limits: Limits = OWN_FILES,
     ) -> None:
-        options = _checked(
+        check_limits(limits)
+        options = checked_options(
+            limits,
             do_convert_rgb=do_convert_rgb,
             do_resize=do_resize,
             size=224 if size is None else size,
@@ -103,8 +107,7 @@ class MllamaImageProcessor:
         self.image_std: float | list[float] = options["image_std"]
         self.do_pad: bool = options["do_pad"]
         self.max_image_tiles: int = options["max_image_tiles"]
-        self.max_pixels = max_pixels
-        self.max_bytes = max_bytes
+        self.limits = limits
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """The same as `preprocess`."""
@@ -117,13 +120,15 @@ class MllamaImageProcessor:
         input_data_format: str | None = None,
         return_tensors: str | None = None,
         device: str | torch.device | None = None,
+        limits: Limits | None = None,
+        allow_paths: AllowPaths = True,
         **options: Any,
     ) -> BatchFeature:
-        """Turn pictures into the image inputs of the model.
+        """Turn images into the image inputs of the model.
 
         Args:
-            images: one picture (one sample), a flat list (one sample with all of them), or a list
-                with one list per sample, where [] is a sample without a picture. A picture is a
+            images: one image (one sample), a flat list (one sample with all of them), or a list
+                with one list per sample, where [] is a sample without an image. An image is a
                 path, the bytes of a file, a binary file object, a PIL image, or a numpy array or
                 tensor (H, W, C), (C, H, W) or (H, W): bools, integers 0..255 or within the range of a
                 type of 16 or 32 bits (see `mllama.processing.pixels`), or floats 0..1 or 0..255.
@@ -132,64 +137,75 @@ class MllamaImageProcessor:
                 default the axis that has 1 or 3 (else 4) entries, the first if both have 3.
             return_tensors: "pt", "np", or None (numpy arrays as well).
             device: where the tensors of "pt" go.
+            limits: bounds of this call instead of those of the class.
+            allow_paths: False when nothing may be read from the disk, a folder when only files inside it
+                may. Open files and decoded images are the caller's own.
             **options: any option of the class, for this call; others of `transformers` where they change
                 nothing.
-        Returns, with B samples, N the most pictures of a sample and T = max_image_tiles:
-            pixel_values: (B, N, T, C, t, t) float32; absent tiles and pictures are zero.
-            aspect_ratio_ids: (B, N) int64; 0 where a sample has no such picture.
+        Returns, with B samples, N the most images of a sample and T = max_image_tiles:
+            pixel_values: (B, N, T, C, t, t) float32; absent tiles and images are zero.
+            aspect_ratio_ids: (B, N) int64; 0 where a sample has no such image.
             aspect_ratio_mask: (B, N, T) int64, 1 for real tiles; the first is always 1.
-            num_tiles: list of lists of int, real tiles of each picture; never a tensor.
-        Raises: ImageOpenError, ValueError or TypeError naming the picture or the option.
+            num_tiles: list of lists of int, real tiles of each image; never a tensor.
+        Raises: ImageOpenError, ValueError or TypeError naming the image, the option or the bound, all of
+            them before an image is opened but for what is wrong with an image itself.
         """
         others = {k: v for k, v in options.items() if k not in IMAGE_OPTIONS}
         refuse_foreign(others, "image option", IMAGE_OPTIONS)
-        chosen = {k: v for k, v in options.items() if k in IMAGE_OPTIONS and v is not None}
-        now = _checked(**{**{name: getattr(self, name) for name in IMAGE_OPTIONS}, **chosen})
+        limits = self.limits if limits is None else limits
+        check_container(return_tensors, device)
+        check_limits(limits)
+        check_allow_paths(allow_paths)
         samples = nest_images(images)
         if not any(samples):
-            raise ValueError("no picture given: images is empty, or every sample in it is")
-        pictures = [
-            [
-                self._resized(picture, f"images[{i}][{j}]", now, input_data_format)
-                for j, picture in enumerate(sample)
-            ]
+            raise ValueError("no image given: images is empty, or every sample in it is")
+        check_samples(samples, limits, allow_paths)
+        now = self.call_options(samples, options, limits)
+
+        def resized(source: Any, name: str) -> _Fitted:
+            image = load_image(source, name=name, limits=limits, allow_paths=allow_paths)
+            return _resized(image, name, now, input_data_format)
+
+        fitted = [
+            [resized(source, f"images[{i}][{j}]") for j, source in enumerate(sample)]
             for i, sample in enumerate(samples)
         ]
-        if now["do_rescale"] and any(p.faint for sample in pictures for p in sample):
+        if now["do_rescale"] and any(p.faint for sample in fitted for p in sample):
             warnings.warn(
-                "a picture of numbers 0..1 is multiplied by rescale_factor once more and becomes nearly "
-                "black; pass do_rescale=False for such pictures",
+                "an image of numbers 0..1 is multiplied by rescale_factor once more and becomes nearly "
+                "black; pass do_rescale=False for such images",
                 stacklevel=3,
             )
-        batch = _pack(pictures, now)
-        num_tiles = [[p.rows * p.columns for p in sample] for sample in pictures]
+        batch = _pack(fitted, now)
+        num_tiles = [[p.rows * p.columns for p in sample] for sample in fitted]
         encoded = convert_to_tensors(batch, return_tensors, device)
         encoded["num_tiles"] = num_tiles
         return encoded
 
-    def _resized(
-        self, source: Any, name: str, options: dict[str, Any], data_format: str | None
-    ) -> _Picture:
-        image = load_image(source, name=name, max_pixels=self.max_pixels, max_bytes=self.max_bytes)
-        try:
-            image, scaled, faint = _to_pil(image, options["do_convert_rgb"], data_format)
-        except (ValueError, TypeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name}: {error}") from error
-        tile, max_tiles = options["size"]["height"], options["max_image_tiles"]
-        width, height = image.size
-        rows, columns = best_tile_grid(height, width, max_tiles, tile)
-        new_height, new_width = size_in_canvas(height, width, rows * tile, columns * tile, tile)
-        resized = image.resize((new_width, new_height), resample=options["resample"])
-        pixels = np.asarray(resized)
-        return _Picture(pixels.reshape(new_height, new_width, -1), scaled, faint, rows, columns)
+    def call_options(
+        self, samples: Sequence[Sequence[Any]], options: Mapping[str, Any], limits: Limits
+    ) -> dict[str, Any]:
+        """All options of a call for some images, with those of the class where `options` say nothing.
+
+        Raises: ValueError naming the option, or the size of what would be made.
+        """
+        own = {name: getattr(self, name) for name in IMAGE_OPTIONS}
+        chosen = {k: v for k, v in options.items() if k in IMAGE_OPTIONS and v is not None}
+        now = checked_options(limits, **{**own, **chosen})
+        tile, tiles = now["size"]["height"], now["max_image_tiles"]
+        channels = 3 if now["do_convert_rgb"] else 4
+        shape = (len(samples), max(map(len, samples)), tiles, channels, tile, tile)
+        check_array("pixel_values", shape, "max_pixel_values", limits.max_pixel_values)
+        return now
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **options: Any) -> MllamaImageProcessor:
         """Build from the contents of a config file; keys that are not options are ignored."""
         kind = config.get("image_processor_type")
         if kind is not None and not str(kind).startswith("Mllama"):
-            raise ValueError(f"image_processor_type is {kind!r}, expected MllamaImageProcessor")
+            raise ValueError(
+                f"image_processor_type is {quoted(kind)}, expected MllamaImageProcessor"
+            )
         known = {k: config[k] for k in IMAGE_OPTIONS if config.get(k) is not None}
         return cls(**{**known, **options})
 
@@ -244,65 +260,46 @@ class MllamaImageProcessor:
         return f"MllamaImageProcessor({self.to_dict()})"
 
 
-class _Picture:
-    """A resized picture and the grid of tiles it goes into."""
+class _Fitted:
+    """A resized image and the grid of tiles it goes into."""
 
     def __init__(
         self, pixels: np.ndarray, scaled: bool, faint: bool, rows: int, columns: int
     ) -> None:
         self.pixels = pixels  # (height, width, C) uint8
         self.scaled = scaled  # came as floats 0..1
-        self.faint = faint  # came as numbers whose largest is at most 1, and not as 0 alone
+        self.faint = faint  # came as numbers whose largest is at most 1, and not only as 0
         self.rows = rows
         self.columns = columns
 
 
+def _resized(
+    image: Image.Image | np.ndarray | torch.Tensor,
+    name: str,
+    options: dict[str, Any],
+    data_format: str | None,
+) -> _Fitted:
+    try:
+        image, scaled, faint = _to_pil(image, options["do_convert_rgb"], data_format)
+    except (ValueError, TypeError, RuntimeError) as error:  # the last of no values, like meta
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name}: {error}") from error
+    tile, max_tiles = options["size"]["height"], options["max_image_tiles"]
+    width, height = image.size
+    rows, columns = best_tile_grid(height, width, max_tiles, tile)
+    new_height, new_width = size_in_canvas(height, width, rows * tile, columns * tile, tile)
+    resized = image.resize((new_width, new_height), resample=options["resample"])
+    pixels = np.asarray(resized)
+    return _Fitted(pixels.reshape(new_height, new_width, -1), scaled, faint, rows, columns)
+
+
 def _from_params(path: Path) -> dict[str, Any]:
-    params = read_json(path)
-    params = params.get("model", params)
+    params = params_entries(read_json(path))
     size = params.get("vision_chunk_size")
     if not isinstance(size, int):
         raise ValueError(f"{path} has no vision_chunk_size: not a Llama 3.2 Vision model")
     tiles = params.get("vision_max_num_chunks", 4)
     return {**_META_STATISTICS, "size": size, "max_image_tiles": tiles}
-
-
-def _checked(**options: Any) -> dict[str, Any]:
-    """Validate options and bring them to the types that the config file stores."""
-    for name in ("do_resize", "do_pad"):
-        if not options[name]:
-            raise ValueError(f"{name}=False is not supported: the model needs whole tiles")
-    size = options["size"]
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    elif isinstance(size, Sequence) and len(size) == 2:
-        size = {"height": size[0], "width": size[1]}
-    elif not isinstance(size, Mapping) or not {"height", "width"} <= set(size):
-        raise ValueError(f"size must be an int or have keys height and width, got {size!r}")
-    height, width = size["height"], size["width"]
-    if height != width or not isinstance(height, int) or height < 1:
-        raise ValueError(f"size must be square and positive, got height {height}, width {width}")
-    tiles = options["max_image_tiles"]
-    if not isinstance(tiles, int) or isinstance(tiles, bool) or tiles < 1:
-        raise ValueError(f"max_image_tiles must be a positive integer, got {tiles!r}")
-    for name in ("image_mean", "image_std"):
-        value = options[name]
-        each = [value] if isinstance(value, (int, float)) else value
-        if not _are_numbers(each) or (name == "image_std" and 0 in each):
-            wanted = "not 0, " if name == "image_std" else ""
-            raise ValueError(f"{name} must be a number, {wanted}or one per channel, got {value!r}")
-        options[name] = value if each is not value else [float(v) for v in value]
-    if not _are_numbers([options["rescale_factor"]]):
-        raise ValueError(f"rescale_factor must be a number, got {options['rescale_factor']!r}")
-    options["size"] = {"height": height, "width": width}
-    options["resample"] = int(Image.Resampling(options["resample"]))
-    return options
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, (Sequence, np.ndarray)) and all(
-        isinstance(v, numbers.Real) and math.isfinite(v) for v in values
-    )
 
 
 def _to_pil(
@@ -317,18 +314,16 @@ def _to_pil(
         array = array.astype(np.uint8) if array.dtype == bool else array
     else:
         if isinstance(image, torch.Tensor):
-            image = image.detach().cpu()
+            image = image.detach().cpu().resolve_conj().resolve_neg()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
         array = image
         if array.ndim not in (2, 3) or 0 in array.shape:
-            raise ValueError(
-                f"expected a picture (H, W, C), (C, H, W) or (H, W), got {image.shape}"
-            )
+            raise ValueError(f"expected an image (H, W, C), (C, H, W) or (H, W), got {image.shape}")
         if array.ndim == 3 and _channels_first(array.shape, data_format):
             array = array.transpose(1, 2, 0)
         if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
             raise ValueError(
-                f"a picture has 1, 3 or 4 channels, shape {tuple(image.shape)} as {data_format} has "
+                f"an image has 1, 3 or 4 channels, shape {tuple(image.shape)} as {data_format} has "
                 f"{array.shape[2]}"
             )
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
@@ -344,13 +339,13 @@ def _channels_first(shape: tuple[int, ...], data_format: str | None) -> bool:
         data_format = getattr(data_format, "value", data_format)
         if data_format not in ("channels_first", "channels_last"):
             raise ValueError(
-                f"input_data_format must be channels_first or channels_last, got {data_format!r}"
+                f"input_data_format must be channels_first or channels_last, got {quoted(data_format)}"
             )
         return data_format == "channels_first"
     ends = {shape[0], shape[2]}
     if 1 in ends and ends <= {1, 3, 4}:
         raise ValueError(
-            f"shape {shape} is a picture of one row, of one column, or channels first; say which by "
+            f"shape {shape} is an image of one row, of one column, or channels first; say which by "
             'input_data_format="channels_last" or "channels_first"'
         )
     for channels in ((1, 3), (4,)):
@@ -371,13 +366,18 @@ def _lookup_table(
 ) -> np.ndarray:
     """(C, 256) float32: what each uint8 value becomes, with the published order of roundings."""
     value = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 256))
-    for factor in (1 / 255 if scaled else None, rescale_factor):
-        if factor is not None:
-            value = (value.astype(np.float64) * factor).astype(np.float32)
-    value = value.astype(np.float32)
-    if mean is not None and std is not None:
-        value = (value - _column(mean, channels, "image_mean")) / _column(
-            std, channels, "image_std"
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        for factor in (1 / 255 if scaled else None, rescale_factor):
+            if factor is not None:
+                value = (value.astype(np.float64) * factor).astype(np.float32)
+        value = value.astype(np.float32)
+        if mean is not None and std is not None:
+            shifted = value - _column(mean, channels, "image_mean")
+            value = shifted / _column(std, channels, "image_std")
+    if not np.isfinite(value).all():
+        raise ValueError(
+            f"pixel values are beyond float32 with rescale_factor {quoted(rescale_factor)}, image_mean "
+            f"{quoted(mean)} and image_std {quoted(std)}"
         )
     value.flags.writeable = False
     return value
@@ -386,51 +386,51 @@ def _lookup_table(
 def _column(numbers: float | tuple[float, ...], channels: int, name: str) -> np.ndarray:
     if isinstance(numbers, tuple) and len(numbers) != channels:
         raise ValueError(
-            f"a picture has {channels} channels, {name} has {len(numbers)} values; pass RGB "
-            "pictures, or statistics that fit"
+            f"an image has {channels} channels, {name} has {len(numbers)} values; pass RGB "
+            "images, or statistics that fit"
         )
     column = numbers if isinstance(numbers, tuple) else (numbers,) * channels
     return np.array(column, dtype=np.float32)[:, None]
 
 
-def _pack(pictures: list[list[_Picture]], options: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Write every picture straight into the one buffer that is returned."""
+def _pack(images: list[list[_Fitted]], options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Write every image straight into the one buffer that is returned."""
     tile, max_tiles = options["size"]["height"], options["max_image_tiles"]
-    channels = sorted({p.pixels.shape[2] for sample in pictures for p in sample})
+    channels = sorted({p.pixels.shape[2] for sample in images for p in sample})
     if len(channels) > 1:
-        raise ValueError(f"pictures of one batch must have the same channels, got {channels}")
+        raise ValueError(f"images of one batch must have the same channels, got {channels}")
     mean, std = (
         tuple(v) if isinstance(v, list) else v
         for v in (options["image_mean"], options["image_std"])
     )
     normalize = options["do_normalize"]
-    shape = len(pictures), max(len(sample) for sample in pictures)
+    shape = len(images), max(len(sample) for sample in images)
     ratios = supported_aspect_ratios(max_tiles)
     pixel_values = np.zeros((*shape, max_tiles, channels[0], tile, tile), dtype=np.float32)
     ids = np.zeros(shape, dtype=np.int64)
     mask = np.zeros((*shape, max_tiles), dtype=np.int64)
-    mask[:, :, 0] = 1  # absent pictures too: an encoder with no valid token has no softmax
-    for i, sample in enumerate(pictures):
-        for j, picture in enumerate(sample):
+    mask[:, :, 0] = 1  # absent images too: an encoder with no valid token has no softmax
+    for i, sample in enumerate(images):
+        for j, image in enumerate(sample):
             table = _lookup_table(
                 channels[0],
-                picture.scaled,
+                image.scaled,
                 options["rescale_factor"] if options["do_rescale"] else None,
                 mean if normalize else None,
                 std if normalize else None,
             )
-            _write_tiles(pixel_values[i, j], picture, table)
-            ids[i, j] = ratios.index((picture.rows, picture.columns)) + 1
-            mask[i, j, : picture.rows * picture.columns] = 1
+            _write_tiles(pixel_values[i, j], image, table)
+            ids[i, j] = ratios.index((image.rows, image.columns)) + 1
+            mask[i, j, : image.rows * image.columns] = 1
     return {"pixel_values": pixel_values, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
-def _write_tiles(tiles: np.ndarray, picture: _Picture, table: np.ndarray) -> None:
-    """Fill (T, C, t, t) from a picture; the rest of its canvas gets the value of a black pixel."""
+def _write_tiles(tiles: np.ndarray, image: _Fitted, table: np.ndarray) -> None:
+    """Fill (T, C, t, t) from an image; the rest of its canvas gets the value of a black pixel."""
     tile = tiles.shape[-1]
-    for index in range(picture.rows * picture.columns):
-        row, column = divmod(index, picture.columns)
-        part = picture.pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
+    for index in range(image.rows * image.columns):
+        row, column = divmod(index, image.columns)
+        part = image.pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
         height, width, _ = part.shape
         for channel, values in enumerate(table):
             target = tiles[index, channel]

@@ -1,4 +1,4 @@
-"""Which text sees which picture: from image tokens to the mask of the cross-attention layers."""
+"""Which text sees which image: from image tokens to the mask of the cross-attention layers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def image_spans(input_ids: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
-    """The half-open range of tokens that sees each picture of one (padded) sequence.
+    """The half-open range of tokens that sees each image of one (padded) sequence.
 
-    A picture is seen from its own token up to the next image token; the last one to the end, right
+    An image is seen from its own token up to the next image token; the last one to the end, right
     padding included. Adjacent image tokens are one group: each is seen to the end of the group's text.
     """
     starts = [i for i, token in enumerate(input_ids) if token == image_token_id]
@@ -31,11 +31,11 @@ def cross_attention_mask(
 
     Args:
         input_ids: padded rows, or rows of different lengths.
-        num_tiles: real tiles of every picture of every row.
+        num_tiles: real tiles of every image of every row.
         image_token_id: id of the image token.
-        max_image_tiles: T, tile slots of a picture.
-    Returns: (B, L, N, T) int64 with L the longest row and N the most pictures of a row; 1 where the
-        token sees the tile. Slots of absent tiles and pictures are 0.
+        max_image_tiles: T, tile slots of an image.
+    Returns: (B, L, N, T) int64 with L the longest row and N the most images of a row; 1 where the
+        token sees the tile. Slots of absent tiles and images are 0.
     """
     spans = [image_spans(row, image_token_id) for row in input_ids]
     length = max(len(row) for row in input_ids)

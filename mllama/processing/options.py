@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllama.wording import quoted
+
 IMAGE_OPTIONS = (
     "do_convert_rgb",
     "do_resize",
@@ -73,6 +75,7 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
     "audio_kwargs": ({},),
     "load_audio_from_video": (False,),
 }
+_ALL = frozenset((*_TEXT, *_IMAGE, *_GROUPS, *_FOREIGN, "return_tensors"))
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class CallOptions:
 
 def is_option(name: str) -> bool:
     """Whether a call of the processor takes it."""
-    return name in (*_TEXT, *_IMAGE, *_GROUPS, *_FOREIGN, "return_tensors")
+    return name in _ALL
 
 
 def refuse_foreign(
@@ -100,12 +103,12 @@ def refuse_foreign(
     """
     for name, value in options.items():
         if name not in _FOREIGN:
-            raise TypeError(f"unknown {kind} {name!r}; there are {', '.join(known)}")
+            raise TypeError(f"unknown {kind} {quoted(name)}; there are {', '.join(known)}")
         neutral = _FOREIGN[name]
         value = getattr(value, "value", value)  # an enumeration's name
         if value is not None and ... not in neutral and value not in neutral:
             only = f"; only {neutral[0]!r} is" if neutral else ""
-            raise ValueError(f"{name}={value!r} is not supported here{only}")
+            raise ValueError(f"{name}={quoted(value)} is not supported here{only}")
 
 
 def call_options(return_tensors: str | None, options: Mapping[str, Any]) -> CallOptions:
@@ -114,7 +117,7 @@ def call_options(return_tensors: str | None, options: Mapping[str, Any]) -> Call
     Raises: TypeError for unknown options and those given twice; ValueError as `refuse_foreign`.
     """
     flat = dict(options)
-    given = {name: dict(flat.pop(name, None) or {}) for name in _GROUPS}
+    given = {name: _group(name, flat.pop(name, None)) for name in _GROUPS}
     common = given["common_kwargs"]
     found = {
         "text": _taken("text_kwargs", _TEXT, given["text_kwargs"], flat, common),
@@ -125,14 +128,20 @@ def call_options(return_tensors: str | None, options: Mapping[str, Any]) -> Call
         flat.pop("return_tensors", None),
         *(group.get("return_tensors") for group in given.values()),
     ]
-    asked = {kind for kind in kinds if kind is not None}
-    if len(asked) > 1:
-        raise TypeError(f"return_tensors was given twice: {', '.join(sorted(map(repr, asked)))}")
+    asked = [kind for kind in kinds if kind is not None]
+    if any(kind != asked[0] for kind in asked):
+        raise TypeError(f"return_tensors was given twice: {', '.join(sorted(map(quoted, asked)))}")
     refuse_foreign(flat)
     for name in common:
         if name not in (*_TEXT, *_IMAGE, "return_tensors"):
             refuse_foreign({name: common[name]})
-    return CallOptions(found["text"], found["images"], asked.pop() if asked else None)
+    return CallOptions(found["text"], found["images"], asked[0] if asked else None)
+
+
+def _group(name: str, options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"{name} must be a dict of options, got {quoted(options)}")
+    return dict(options or {})
 
 
 def _taken(
@@ -145,7 +154,9 @@ def _taken(
     """The options of one part; those that were keywords leave `flat`."""
     for name in given:
         if name not in (*names, *_FOREIGN, "return_tensors"):
-            raise TypeError(f"unknown option {name!r} in {group}; there are {', '.join(names)}")
+            raise TypeError(
+                f"unknown option {quoted(name)} in {group}; there are {', '.join(names)}"
+            )
         if name in flat and flat[name] is not None:
             raise TypeError(f"{name} was given twice, in {group} and as a keyword")
     refuse_foreign({name: value for name, value in given.items() if name in _FOREIGN})

@@ -1,7 +1,7 @@
 """Words of a user as text: whatever Unicode they hold, and with special tokens in them kept plain.
 
 Special tokens are plain where a mark stands inside them: the mark is a character of no meaning, which a chat
-template carries along and the tokenizer leaves out (see `MllamaTokenizer.__call__`). So a template's own
+template copies and the tokenizer leaves out (see `MllamaTokenizer.__call__`). So a template's own
 tokens keep their ids, and no word of a message becomes one.
 """
 
@@ -12,10 +12,21 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from mllama.processing.conversation import ROLES
+
 # Unicode's noncharacters for internal use: no text that is exchanged holds them.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-# Entries of a content part that choose or hold a picture, and are not words.
-_NOT_WORDS = ("type", "image", "path", "url", "base64")
+# One of them, or what JSON in ASCII or a URL writes for it.
+_ANY_MARK = re.compile(
+    "[\ufdd0-\ufdef]|\\\\ufd[de][0-9a-f]|\\\\uFD[DE][0-9A-F]|%EF%B7%[9A][0-9A-F]"
+)
+# Words of the messages' own format, by which templates find and compare entries.
+_FIXED: dict[str, tuple[str, ...]] = {"role": ROLES, "type": ("text", "image", "function")}
+_FORMAT = frozenset(
+    "role content type text image name id tool_calls tool_call_id function arguments parameters "
+    "description properties required title".split()
+)
+_DEEPEST = 100
 
 
 def well_formed(text: str) -> str:
@@ -37,10 +48,9 @@ def from_command_line(text: str) -> str:
 
 def unused_marks(values: Any, count: int) -> list[str]:
     """Marks that occur in none of the strings inside. Raises: ValueError when there are not so many."""
-    used: set[str] = set()
-    for text in _strings(values):
-        used |= {mark for mark in _MARKS if mark in text or any(f in text for f in _forms(mark))}
-    marks = [mark for mark in _MARKS if mark not in used]
+    # As one text: there may be a million of them. No form of a mark has a line feed in it.
+    found = set(_ANY_MARK.findall("\n".join(_strings(values))))
+    marks = [mark for mark in _MARKS if found.isdisjoint((mark, *_forms(mark)))]
     if len(marks) < count:
         raise ValueError("the text holds nearly all of the noncharacters U+FDD0 to U+FDEF")
     return marks[:count]
@@ -57,32 +67,48 @@ def check_marked(text: str, mark: str) -> None:
 def escaped(value: Any, special_tokens: Collection[str], mark: str) -> Any:
     """A copy in which no words, and no concatenation of them, hold a special token.
 
+    Keys are words too: a template may write them. Those of the messages' own format stay, and so do roles and
+    the types of parts.
+
     Args:
         value: a string, or lists and dicts with strings inside, such as messages.
         special_tokens: of the tokenizer.
         mark: see `unused_marks`.
+    Raises: TypeError for another kind of value; ValueError for what is nested too deeply.
     """
-    # Words could bring punctuation to a token: "<|" + "user" + "|>" is still the template's own.
-    signs = {
-        c for token in special_tokens for c in token if not (c.isalnum() or c.isspace() or c == "_")
-    }
-    breaks = re.compile("|".join(map(re.escape, sorted(signs)))) if signs else None
-    whole = re.compile("|".join(map(re.escape, special_tokens))) if special_tokens else None
+    breaks = str.maketrans({sign: sign + mark for sign in _breaking(special_tokens)})
 
-    def escape(item: Any) -> Any:
+    def escape(item: Any, depth: int) -> Any:
         if isinstance(item, str):
-            text = well_formed(item)
-            text = breaks.sub(lambda m: m[0] + mark, text) if breaks else text
-            return whole.sub(lambda m: m[0][0] + mark + m[0][1:], text) if whole else text
+            return well_formed(item).translate(breaks)
+        if item is None or isinstance(item, (bool, int, float)):
+            return item
+        if depth > _DEEPEST:
+            raise ValueError(f"values are nested more than {_DEEPEST} deep")
         if isinstance(item, Mapping):
-            is_part = "type" in item
             return {
-                key: content if is_part and key in _NOT_WORDS else escape(content)
+                key if key in _FORMAT else escape(key, depth): content
+                if isinstance(content, str) and content in _FIXED.get(key, ())
+                else escape(content, depth + 1)
                 for key, content in item.items()
             }
-        return [escape(content) for content in item] if isinstance(item, (list, tuple)) else item
+        if isinstance(item, (list, tuple)):
+            return [escape(content, depth + 1) for content in item]
+        raise TypeError(f"words are strings, in lists and dicts, got {type(item).__name__}")
 
-    return escape(value)
+    return escape(value, 0)
+
+
+def _breaking(special_tokens: Collection[str]) -> set[str]:
+    """Characters such that a mark after each is inside every special token that words make.
+
+    Punctuation where a token has any before its end: "<|" + "user" + "|>" is still the template's own.
+    """
+    breaking: set[str] = set()
+    for token in filter(None, special_tokens):
+        signs = {c for c in token[:-1] if not (c.isalnum() or c.isspace() or c == "_")}
+        breaking |= signs or {token[0]}
+    return breaking
 
 
 def _forms(mark: str) -> tuple[str, ...]:
@@ -90,10 +116,13 @@ def _forms(mark: str) -> tuple[str, ...]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, Mapping):
-        yield from _strings(list(value.values()))
+    waiting = [value]  # not recursive, where every string would pass through all levels above it
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, Mapping):
+            waiting += item
+            waiting += item.values()

@@ -1,31 +1,51 @@
-"""Pictures and text to the inputs of the model, and the model's ids back to text."""
+"""Images and text to the inputs of the model, and the model's ids back to text."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllama.processing.batch_feature import BatchFeature, convert_to_tensors
+from mllama.limits import OWN_FILES, Limits
+from mllama.processing.batch_feature import BatchFeature, check_container, convert_to_tensors
+from mllama.processing.bounds import (
+    check_bytes,
+    check_limits,
+    check_mask,
+    check_samples,
+    check_texts,
+)
 from mllama.processing.conversation import conversation_images
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.image_spans import cross_attention_mask
-from mllama.processing.images import nest_images
+from mllama.processing.image_tokens import check_image_tokens, check_not_cut
+from mllama.processing.images import load_images, nest_images
 from mllama.processing.options import CallOptions, call_options, is_option
+from mllama.processing.paths import AllowPaths, check_allow_paths
 from mllama.processing.plain_text import escaped, unused_marks, well_formed
 from mllama.processing.processor_files import read_parts, write_processor
 from mllama.processing.prompts import assistant_masks, write_prompts
 from mllama.processing.templates import Templates, chosen_template, parsed_templates
-from mllama.processing.tokenizer import MllamaTokenizer
+from mllama.processing.tokenizer import MllamaTokenizer, check_lengths
+from mllama.wording import quoted
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a call may take in."""
+
+    limits: Limits
+    allow_paths: AllowPaths
 
 
 class MllamaProcessor:
     """An image processor and a tokenizer under one call.
 
     Args:
-        image_processor: turns pictures into tiles; those of `transformers` work as well.
+        image_processor: turns images into tiles; those of `transformers` work as well.
         tokenizer: turns text into ids; those of `transformers` work as well.
         chat_template: a jinja2 template, or a dict of named ones; default the tokenizer's, if it has one.
     Raises: ValueError when the tokenizer has no image token.
@@ -45,7 +65,7 @@ class MllamaProcessor:
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
         unknown = getattr(tokenizer, "unk_token_id", None)
         if self.image_token_id is None or self.image_token_id == unknown:
-            raise ValueError(f"the tokenizer has no image token {self.image_token!r}")
+            raise ValueError(f"the tokenizer has no image token {quoted(self.image_token)}")
         self.bos_token: str | None = tokenizer.bos_token
 
     @classmethod
@@ -66,9 +86,11 @@ class MllamaProcessor:
         *,
         return_tensors: str | None = None,
         escape_special_tokens: bool = False,
+        limits: Limits | None = None,
+        allow_paths: AllowPaths = True,
         **options: Any,
     ) -> BatchFeature:
-        """Prepare a batch; everything is checked before a picture is opened.
+        """Prepare a batch; everything is checked before an image is opened.
 
         The begin-of-text token is put in front of a text that does not hold one, after leading
         image tokens, and the tokenizer is then not asked to add another. (That is the one
@@ -76,13 +98,18 @@ class MllamaProcessor:
         add_special_tokens=True asks for that.)
 
         Args:
-            images: as `MllamaImageProcessor.preprocess`: a picture, a list for one sample, or one
+            images: as `MllamaImageProcessor.preprocess`: an image, a list for one sample, or one
                 list per sample, [] where it has none.
-            text: a prompt or a list of prompts, with one image token per picture. Lone surrogates in
+            text: a prompt or a list of prompts, with one image token per image. Lone surrogates in
                 it become U+FFFD.
             return_tensors: "pt", "np", or None (lists and numpy arrays).
             escape_special_tokens: the texts are somebody's words: special tokens in them, the image
-                token too, are encoded as plain text, and the pictures stand in front.
+                token too, are encoded as plain text, and the images stand in front. By default the ids
+                are those of `transformers`: words that look like control tokens become them, and can end
+                a turn or speak for another role. Pass True for words that are not your own.
+            limits: bounds of this call, see `mllama.limits`; None: those of the image processor.
+            allow_paths: False when no image may be named by a file, a folder when only files inside it
+                may be; for images that somebody else names. Open files and decoded images are your own.
             **options: of the tokenizer (add_special_tokens, padding, truncation, max_length,
                 pad_to_multiple_of, padding_side, return_attention_mask, return_token_type_ids,
                 return_special_tokens_mask, return_offsets_mapping, return_length, see
@@ -92,47 +119,58 @@ class MllamaProcessor:
         Returns, as far as images and text were given: input_ids and attention_mask (B, L) int64;
             pixel_values (B, N, T, 3, t, t) float32; aspect_ratio_ids (B, N) int64;
             aspect_ratio_mask (B, N, T) int64; cross_attention_mask (B, L, N, T) int64.
-        Raises: ValueError when the numbers of texts, image tokens and pictures do not agree, or
-            truncation would cut an image token off; TypeError for unknown options; ImageOpenError
-            and others for the pictures.
+        Raises: ValueError when the numbers of texts, image tokens and images do not agree, something is
+            beyond its limit, or truncation would cut an image token off; TypeError for unknown options;
+            ImageOpenError and others for the images.
         """
+        sources = self._sources(limits, allow_paths)
         call = call_options(return_tensors, options)
         if images is None and text is None:
             raise ValueError("give images, text or both")
         samples = None if images is None else nest_images(images)
         if text is None:
-            return self._batch(samples, None, call)
-        texts, mark = [well_formed(item) for item in _text_list(text)], None
+            return self._batch(samples, None, call, sources)
+        texts, mark = _text_list(text), None
+        check_texts(texts, sources.limits)
+        texts = [well_formed(item) for item in texts]
         if escape_special_tokens:
             [mark] = unused_marks(texts, 1)
             counts = [len(sample) for sample in samples or [[]] * len(texts)]
             if len(counts) != len(texts):
-                raise ValueError(f"{len(texts)} texts came with {len(counts)} lists of pictures")
+                raise ValueError(f"{len(texts)} texts came with {len(counts)} lists of images")
             words = escaped(texts, self._special_tokens(), mark)
             texts = [self.image_token * count + item for count, item in zip(counts, words)]
-        return self._batch(samples, texts, call, mark)
+        return self._batch(samples, texts, call, sources, mark)
 
     def _batch(
         self,
         samples: list[list[Any]] | None,
         texts: list[str] | None,
         call: CallOptions,
+        sources: _Sources,
         mark: str | None = None,
     ) -> BatchFeature:
         data: dict[str, Any] = {}
+        limits, options = sources.limits, dict(call.images)
+        check_container(call.return_tensors, options.get("device"))
+        if samples is not None:
+            check_samples(samples, limits, sources.allow_paths)
         if texts is not None:
-            _check_counts(texts, samples, self.image_token)
+            could_escape = mark is None and isinstance(self.tokenizer, MllamaTokenizer)
+            check_image_tokens(texts, samples, self.image_token, could_escape)
             samples = samples if samples and any(samples) else None
-            texts = [self.with_bos(t) for t in texts]
-            options = {"add_special_tokens": self.bos_token is None, **call.text}
-            if mark is not None:
-                options["escape_mark"] = mark
-            data.update(self.tokenizer(texts, **options))
-            self._check_not_cut(texts, data["input_ids"])
+        tiles = None if samples is None else self._tiles(samples, options, limits)
+        if texts is not None:
+            data = self._tokenized([self.with_bos(t) for t in texts], call, limits, mark)
         if samples is None:
             return convert_to_tensors(data, call.return_tensors)
-        options = dict(call.images)
         device = options.pop("device", None)
+        if texts is not None:
+            check_mask(data["input_ids"], samples, tiles, limits)
+        if isinstance(self.image_processor, MllamaImageProcessor):
+            options |= {"limits": limits, "allow_paths": sources.allow_paths}
+        else:  # those of others open whatever they are given, and fetch it too
+            samples = load_images(samples, limits=limits, allow_paths=sources.allow_paths)
         encoded = dict(self.image_processor(samples, **options))
         num_tiles = encoded.pop("num_tiles")
         if texts is not None:
@@ -157,6 +195,8 @@ class MllamaProcessor:
         return_dict: bool = False,
         return_tensors: str | None = None,
         escape_special_tokens: bool = False,
+        limits: Limits | None = None,
+        allow_paths: AllowPaths = True,
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -165,28 +205,35 @@ class MllamaProcessor:
         Args:
             conversation: messages {"role", "content"}, or a list of conversations. Content is a
                 string or a list of parts: {"type": "text", "text": ...} and {"type": "image"},
-                which with tokenize=True carries the picture under "image", "path", "url" (no
-                network) or "base64"; OpenAI's parts "image_url", "input_image" and "input_text" are
-                understood.
+                which with tokenize=True carries the image under "image", "path", "url" (a data URI,
+                nothing else: no network, no disk) or "base64"; OpenAI's parts "image_url",
+                "input_image" and "input_text" are understood. Roles are those of
+                `mllama.processing.conversation.ROLES`.
             chat_template: a template instead of the processor's, or the name of one of them.
             tools, documents, add_generation_prompt, continue_final_message: see
                 `mllama.processing.chat_template.render_chat_template`.
             return_assistant_tokens_mask: with return_dict, also return assistant_masks (B, L), 1 on the
                 tokens of what the template has inside `{% generation %}`.
             tokenize: return ids instead of text.
-            return_dict: with tokenize, return everything `__call__` returns, pictures included.
+            return_dict: with tokenize, return everything `__call__` returns, images included.
             return_tensors: "pt", "np" or None.
-            escape_special_tokens: with tokenize, special tokens in messages, tools and documents, the
-                image token too, are encoded as plain text; those of the template stay.
+            escape_special_tokens: with tokenize, special tokens in messages, tools, documents and variables,
+                the image token too, are encoded as plain text; those of the template stay. By default
+                the prompt is that of `transformers`: whoever writes a message can end a turn in it and
+                speak for another role. Pass True for words that are not your own.
+            limits, allow_paths: as `__call__`; files are named by "path" and "image".
             processor_kwargs: options for `__call__`.
             **kwargs: variables of the template, such as date_string; names that the template does
                 not read and `__call__` knows, such as padding, go there.
         Returns: a string (a list for a batch); with tokenize input_ids, or the whole batch.
         Raises: jinja2.TemplateError for what the template refuses; otherwise as `__call__`.
         """
+        sources = self._sources(limits, allow_paths)
         source = chosen_template(self.chat_template, chat_template)
+        if processor_kwargs and not isinstance(processor_kwargs, Mapping):
+            raise TypeError(f"processor_kwargs must be a dict, got {quoted(processor_kwargs)}")
         options = dict(processor_kwargs or {})
-        escape = escape_special_tokens or bool(options.pop("escape_special_tokens", False))
+        escape = bool(options.pop("escape_special_tokens", False)) or escape_special_tokens
         if escape and not tokenize:
             raise ValueError(
                 "escape_special_tokens needs tokenize=True: in text, plain and special look the same"
@@ -203,6 +250,7 @@ class MllamaProcessor:
             is_option=is_option,
             tokens=self.tokenizer.special_tokens_map,
             variables=kwargs,
+            limits=sources.limits,
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
@@ -215,9 +263,9 @@ class MllamaProcessor:
         if return_assistant_tokens_mask:
             options["return_offsets_mapping"] = True
         call = call_options(return_tensors, options)
-        images = [conversation_images(messages) for messages in prompts.conversations]
+        images = conversation_images(prompts.conversations, sources.limits, allow_paths)
         samples = nest_images(images) if any(images) else None
-        batch = self._batch(samples, prompts.texts, call, prompts.mark)
+        batch = self._batch(samples, prompts.texts, call, sources, prompts.mark)
         if prompts.spans is None:
             return batch if return_dict else batch["input_ids"]
         shifts = [len(self.with_bos(text)) - len(text) for text in prompts.texts]
@@ -229,7 +277,7 @@ class MllamaProcessor:
         )
 
     def with_bos(self, text: str) -> str:
-        """The text as it is tokenized: behind leading image tokens begin-of-text, if it holds none."""
+        """The text as it is tokenized: begin-of-text after leading image tokens, if it holds none."""
         bos, image = self.bos_token, self.image_token
         if bos is None or bos in text:
             return text
@@ -237,6 +285,15 @@ class MllamaProcessor:
         while rest.startswith(image):
             rest = rest[len(image) :]
         return text[: len(text) - len(rest)] + bos + rest
+
+    def with_words_escaped(self, messages: Any) -> tuple[Any, str]:
+        """Messages whose special tokens are plain text, for a template and then the tokenizer.
+
+        Returns: a copy, and the mark inside the tokens that is `escape_mark` of `MllamaTokenizer`.
+        Raises: ValueError for another tokenizer than that.
+        """
+        [mark] = unused_marks([messages, self.chat_template], 1)
+        return escaped(messages, self._special_tokens(), mark), mark
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """See `MllamaTokenizer.decode`."""
@@ -323,17 +380,33 @@ class MllamaProcessor:
         if not isinstance(self.tokenizer, MllamaTokenizer):
             kind = type(self.tokenizer).__name__
             raise ValueError(f"escape_special_tokens needs a MllamaTokenizer, this one is a {kind}")
-        added = self.tokenizer.added_tokens_decoder.values()
-        return [token.content for token in added if token.special]
+        return self.tokenizer.control_tokens
 
-    def _check_not_cut(self, texts: list[str], input_ids: list[list[int]]) -> None:
-        for i, (text, ids) in enumerate(zip(texts, input_ids)):
-            wanted, found = text.count(self.image_token), ids.count(self.image_token_id)
-            if wanted != found:
-                raise ValueError(
-                    f"text[{i}] has {wanted} image tokens and its ids have {found}: max_length "
-                    "cuts them off; raise it or shorten the text"
-                )
+    def _sources(self, limits: Limits | None, allow_paths: AllowPaths) -> _Sources:
+        if limits is None:
+            limits = getattr(self.image_processor, "limits", OWN_FILES)
+        check_limits(limits)
+        check_allow_paths(allow_paths)
+        return _Sources(limits, allow_paths)
+
+    def _tiles(self, samples: list[list[Any]], options: Mapping[str, Any], limits: Limits) -> int:
+        """Tiles of an image in a call. Raises: as `MllamaImageProcessor.call_options`."""
+        if isinstance(self.image_processor, MllamaImageProcessor) and any(samples):
+            return self.image_processor.call_options(samples, options, limits)["max_image_tiles"]
+        return options.get("max_image_tiles") or self.image_processor.max_image_tiles
+
+    def _tokenized(
+        self, texts: list[str], call: CallOptions, limits: Limits, mark: str | None
+    ) -> dict[str, Any]:
+        check_bytes([text.replace(mark, "") if mark else text for text in texts], limits)
+        options = {"add_special_tokens": self.bos_token is None, **call.text}
+        if isinstance(self.tokenizer, MllamaTokenizer):
+            options |= {"escape_mark": mark, "limits": limits}
+        else:
+            check_lengths(options, getattr(self.tokenizer, "model_max_length", 0), limits)
+        data = dict(self.tokenizer(texts, **options))
+        check_not_cut(texts, data["input_ids"], self.image_token, self.image_token_id)
+        return data
 
 
 def _text_list(text: str | Sequence[str]) -> list[str]:
@@ -342,23 +415,3 @@ def _text_list(text: str | Sequence[str]) -> list[str]:
         if not isinstance(item, str):
             raise TypeError(f"text[{i}] must be a string, got {type(item).__name__}")
     return texts
-
-
-def _check_counts(texts: list[str], samples: list[list[Any]] | None, image_token: str) -> None:
-    tokens = [text.count(image_token) for text in texts]
-    words = "; escape_special_tokens=True makes those in somebody's words plain text"
-    if samples is None:
-        if any(tokens):
-            raise ValueError(
-                f"the texts have {tokens} image tokens, and no picture was given{words}"
-            )
-        return
-    pictures = [len(sample) for sample in samples]
-    if tokens != pictures:
-        hint = words
-        if sum(tokens) == sum(pictures):
-            hint = "; pass one list of pictures per text, [] where a text has none"
-        raise ValueError(
-            f"the texts have {tokens} image tokens ({image_token}), their pictures number "
-            f"{pictures}{hint}"
-        )

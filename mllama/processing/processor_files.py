@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
-from mllama.processing.image_processor import IMAGE_LIMITS, MllamaImageProcessor
+from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS
 from mllama.processing.templates import Templates, read_templates, write_templates
 from mllama.processing.tokenizer import MllamaTokenizer
 from mllama.processing.tokenizer_files import TOKENIZER_OPTIONS
+from mllama.wording import quoted
 
 if TYPE_CHECKING:
     from mllama.processing.processor import MllamaProcessor
 
-_IMAGES = (*IMAGE_OPTIONS, *IMAGE_LIMITS)
+_IMAGES = (*IMAGE_OPTIONS, "limits")
 
 
 def read_parts(
@@ -36,7 +37,9 @@ def read_parts(
     known = (*_IMAGES, *TOKENIZER_OPTIONS, *DOWNLOAD_OPTIONS, *IDLE_OPTIONS)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        raise TypeError(
+            f"unknown option {quoted(unknown[0])}; there are {', '.join(sorted(known))}"
+        )
     for_images = _chosen(options, _IMAGES, "image_processor", image_processor)
     for_text = _chosen(options, TOKENIZER_OPTIONS, "tokenizer", tokenizer)
     download = {n: v for n, v in options.items() if n in DOWNLOAD_OPTIONS and v is not None}

@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from mllama.wording import quoted
+
 NAMED = (
     "bos_token",
     "eos_token",
@@ -21,7 +23,7 @@ NewToken = str | AddedToken
 
 
 class SpecialTokens:
-    """Named and further special tokens of a `tokenizers.Tokenizer`.
+    """Named and other special tokens of a `tokenizers.Tokenizer`.
 
     Args:
         backend: the tokenizer proper.
@@ -77,7 +79,7 @@ class SpecialTokens:
     def _check_token(self, name: str, token: Any) -> None:
         if not isinstance(token, str) or self.backend_tokenizer.token_to_id(token) is None:
             raise ValueError(
-                f"{name} is {token!r}, which the tokenizer does not have; add_special_tokens adds one"
+                f"{name} is {quoted(token)}, which the tokenizer does not have; add_special_tokens adds one"
             )
 
     def __len__(self) -> int:
@@ -94,6 +96,14 @@ class SpecialTokens:
         named = self.special_tokens_map
         first = [named[name] for name in NAMED if name in named]
         return list(dict.fromkeys([*first, *named.values(), *self.extra_special_tokens]))
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """What a text must not become by chance: the special tokens, and those only the backend calls so."""
+        added = self.added_tokens_decoder.values()
+        return list(
+            dict.fromkeys([*(t.content for t in added if t.special), *self.all_special_tokens])
+        )
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -133,7 +143,7 @@ class SpecialTokens:
     def add_tokens(
         self, new_tokens: NewToken | Sequence[NewToken], special_tokens: bool = False
     ) -> int:
-        """Add tokens behind the vocabulary; those that it has keep their ids.
+        """Add tokens after the vocabulary; those that it has keep their ids.
 
         Args:
             new_tokens: a token, or a list of them.
@@ -176,7 +186,7 @@ class SpecialTokens:
                 self._set_special_token(name, tokens[0].content)
             else:
                 known = ", ".join((*NAMED, EXTRA[0]))
-                raise ValueError(f"{name!r} names no special token; there are {known}")
+                raise ValueError(f"{quoted(name)} names no special token; there are {known}")
         return added
 
     @staticmethod
@@ -186,7 +196,7 @@ class SpecialTokens:
             isinstance(token, (str, AddedToken)) for token in values
         ):
             wanted = "a list of strings or AddedTokens" if many else "a string or an AddedToken"
-            raise TypeError(f"{name} must be {wanted}, got {value!r}")
+            raise TypeError(f"{name} must be {wanted}, got {quoted(value)}")
         return [
             AddedToken(token, normalized=False, special=True) if isinstance(token, str) else token
             for token in values

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.checkpoint import read_json
-from mllama.processing.sources import shown
+from mllama.files import FileRefused, read_text
+from mllama.wording import listed, quoted, shown
 
 Templates = str | dict[str, str]
 _FILE, _FOLDER = "chat_template.jinja", "additional_chat_templates"
 _LEGACY = "chat_template.json"
+_LONGEST_FILE, _MOST = 4 * 2**20, 100
 _PUBLISHED = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 
 
@@ -37,16 +39,16 @@ def chosen_template(templates: Templates | None, chosen: str | None) -> str:
             return named[chosen]
         if any(mark in chosen for mark in ("{{", "{%", "{#")):
             return chosen
-        known = f"there are {', '.join(named)}" if named else "there are none by name"
+        known = f"there are {listed(named)}" if named else "there are none by name"
         raise ValueError(
-            f"no chat template is called {shown(chosen)!r}, and it is none itself; {known}"
+            f"no chat template is called {quoted(chosen)}, and it is none itself; {known}"
         )
     if isinstance(templates, str):
         return templates
     if "default" in named:
         return named["default"]
     if named:
-        raise ValueError(f"choose a chat template by name, none is the default: {', '.join(named)}")
+        raise ValueError(f"choose a chat template by name, none is the default: {listed(named)}")
     raise ValueError(
         "this processor has no chat template; pass chat_template, or put the file chat_template.json of "
         f"{_PUBLISHED} (or of the checkpoint your weights come from) into its folder"
@@ -61,12 +63,13 @@ def parsed_templates(value: Any, where: str) -> Templates | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(entry, Mapping) for entry in value):
-        value = {entry.get("name"): entry.get("template") for entry in value}
-    if not isinstance(value, Mapping) or not all(
-        isinstance(text, str) for entry in value.items() for text in entry
-    ):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, Mapping) else [(None, None)]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
         raise ValueError(f"{where}: chat_template must be a string, or strings by name")
-    return value["default"] if set(value) == {"default"} else dict(value)
+    named = dict(pairs)
+    return named["default"] if set(named) == {"default"} else named
 
 
 def read_templates(folder: Path) -> Templates | None:
@@ -82,9 +85,16 @@ def read_templates(folder: Path) -> Templates | None:
         if templates is not None:
             return parsed_templates(templates, str(path))
     files = {path.stem: path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
-    if (folder / _FILE).is_file():
+    if (folder / _FILE).exists():
         files["default"] = folder / _FILE
-    named = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if len(files) > _MOST:
+        raise ValueError(f"{folder / _FOLDER} has {len(files)} templates; at most {_MOST} are read")
+    named = {}
+    for name, path in files.items():
+        try:
+            named[name] = read_text(path, _LONGEST_FILE)
+        except FileRefused as error:
+            raise ValueError(f"{shown(str(path))} is no chat template: {error}") from None
     return parsed_templates(named, str(folder)) if named else None
 
 
@@ -98,7 +108,9 @@ def write_templates(folder: Path, templates: Templates | None) -> tuple[list[str
     named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
     for name in named:
         if not re.fullmatch(r"\w[\w.\- ]*", name):
-            raise ValueError(f"a chat template cannot be called {name!r}: it is saved by that name")
+            raise ValueError(
+                f"a chat template cannot be called {quoted(name)}: it is saved by that name"
+            )
     legacy = named["default"] if set(named) == {"default"} else None
     wanted = {folder / _FOLDER / f"{name}.jinja": text for name, text in named.items()}
     if "default" in named:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from mllama.files import FileRefused, read_regular
+from mllama.processing.tokenizer_parts import LONGEST_FILE, LONGEST_TOKEN, MOST_TOKENS
+
 # Llama 3's words, numbers of up to three digits, punctuation and blanks (public in Meta's tokenizer.py).
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -26,13 +29,16 @@ _FIRST = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
-_RESERVED = 256  # special tokens behind the words; the image token is the first row after them
+_RESERVED = 256  # special tokens after the words; the image token is the first row after them
 NAMED_TOKENS = {
     "bos_token": "<|begin_of_text|>",
     "eos_token": "<|end_of_text|>",
     "pad_token": "<|finetune_right_pad_id|>",
 }
 MAX_LENGTH = 131072
+_MOST_BYTES = (
+    2**22
+)  # of all tokens together, each of which is cut at every byte; Llama 3 has 0.9 million
 
 
 def read_tiktoken(path: Path) -> Tokenizer:
@@ -75,16 +81,33 @@ def read_tiktoken(path: Path) -> Tokenizer:
 
 def _ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = read_regular(path, LONGEST_FILE).splitlines()
+    except FileRefused as error:
+        raise ValueError(f"{path} is not a tiktoken file: {error}") from None
+    if len(lines) > MOST_TOKENS:
+        raise ValueError(
+            f"{path} is not a tiktoken file: it has {len(lines)} lines; at most {MOST_TOKENS} are read"
+        )
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             encoded, rank = line.split()
-            ranks[base64.b64decode(encoded, validate=True)] = int(rank)
+            token = base64.b64decode(encoded, validate=True)
+            if not 0 < len(token) <= LONGEST_TOKEN:
+                raise ValueError
+            ranks[token] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path} is not a tiktoken file: line {number} is not a base64 token and its rank"
+                f"{path} is not a tiktoken file: line {number} is not a base64 token "
+                f"and its rank, or the token has more than {LONGEST_TOKEN} bytes"
             ) from None
+    total = sum(map(len, ranks))
+    if total > _MOST_BYTES:
+        raise ValueError(
+            f"{path} is not a tiktoken file: its tokens have {total} bytes; at most {_MOST_BYTES} are read"
+        )
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise ValueError(
             f"{path} is not a tiktoken file: its ranks do not count from 0 without gaps"

@@ -1,4 +1,4 @@
-"""Where a picture goes: which tiles it gets and how large it is inside them.
+"""Where an image goes: which tiles it gets and how large it is inside them.
 
 The arithmetic is float64 and floors, as the published processor's, because one pixel more or less
 changes every resampled value. Source: Llama Team 2024 (arXiv 2407.21783) sec. 7 for the tiles;
@@ -19,7 +19,7 @@ def supported_aspect_ratios(max_image_tiles: int) -> tuple[tuple[int, int], ...]
 
 
 def best_tile_grid(height: int, width: int, max_image_tiles: int, tile: int) -> tuple[int, int]:
-    """The (rows, columns) of tiles that enlarge the picture least, else shrink it least.
+    """The (rows, columns) of tiles that enlarge the image least, else shrink it least.
 
     Among grids with exactly the same scale the smallest area wins, then the first in the list.
     """
@@ -35,9 +35,9 @@ def best_tile_grid(height: int, width: int, max_image_tiles: int, tile: int) -> 
 def size_in_canvas(
     height: int, width: int, canvas_height: int, canvas_width: int, tile: int
 ) -> tuple[int, int]:
-    """The (height, width) of the picture inside its canvas, aspect ratio kept by flooring.
+    """The (height, width) of the image inside its canvas, aspect ratio kept by flooring.
 
-    A small picture grows until one side is a tile long; one that fits stays as it is; neither side
+    A small image grows until one side is a tile long; one that fits stays as it is; neither side
     ever becomes zero.
     """
     target_height = min(max(height, tile), canvas_height)

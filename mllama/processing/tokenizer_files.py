@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +13,14 @@ from tokenizers import Tokenizer
 
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
+from mllama.files import FileRefused, read_regular
+from mllama.processing.encoders import ConfinedEncoder, failures_named
 from mllama.processing.options import IDLE_OPTIONS
 from mllama.processing.special_tokens import EXTRA, NAMED
 from mllama.processing.templates import parsed_templates
 from mllama.processing.tiktoken import MAX_LENGTH, NAMED_TOKENS, read_tiktoken
+from mllama.processing.tokenizer_parts import LONGEST_FILE, LONGEST_TOKEN, MOST_ADDED, all_known
+from mllama.wording import quoted, shown
 
 if TYPE_CHECKING:
     from mllama.processing.tokenizer import MllamaTokenizer
@@ -41,7 +46,9 @@ def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[
     known = (*TOKENIZER_OPTIONS, "chat_template", *DOWNLOAD_OPTIONS, *IDLE_OPTIONS)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        raise TypeError(
+            f"unknown option {quoted(unknown[0])}; there are {', '.join(sorted(known))}"
+        )
     given = {key: value for key, value in options.items() if value is not None}
     if EXTRA[1] in given:
         if EXTRA[0] in given:
@@ -95,57 +102,104 @@ def write_tokenizer(tokenizer: MllamaTokenizer, folder: Path) -> list[str]:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        backend, special, limit = _from_file(path), {}, UNLIMITED
+    path, confined = folder / "tokenizer.json", False
+    if path.exists():
+        backend, confined = _from_file(path)
+        special, limit = {}, UNLIMITED
     else:
         models = [folder / "tokenizer.model", folder / "original" / "tokenizer.model"]
-        found = next((model for model in models if model.is_file()), None)
+        found = next((model for model in models if model.exists()), None)
         if found is None:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer.json, and no tokenizer.model; copy one from the checkpoint that "
                 "the weights come from, such as meta-llama/Llama-3.2-11B-Vision-Instruct, or pass tokenizer="
             )
+        path = found
         backend, special, limit = read_tiktoken(found), dict(NAMED_TOKENS), MAX_LENGTH
-    config = _optional_json(folder / "tokenizer_config.json")
+    config_path = folder / "tokenizer_config.json"
+    config = _optional_json(config_path)
     extra: list[str] = []
-    for source in (_optional_json(folder / "special_tokens_map.json"), config):
-        for name in EXTRA:
-            tokens = source.get(name)
-            if isinstance(tokens, Mapping):  # transformers 4 gives them names
-                source = {**source, **tokens}
-            elif tokens:
-                extra = [content for content in map(_content, tokens) if content]
-        for name, token in source.items():
-            content = _content(token)
-            if name.endswith("_token") and content:
-                special[name] = content
+    for source in (folder / "special_tokens_map.json", config_path):
+        named, more = _special_tokens(
+            config if source is config_path else _optional_json(source), source
+        )
+        special |= named
+        extra = extra if more is None else more
     sides = {n: config[n] for n in ("padding_side", "truncation_side") if n in config}
+    for name, side in sides.items():
+        if side not in ("right", "left"):
+            raise _wrong(config_path, name, '"right" or "left"', side)
+    split = config.get("split_special_tokens")
+    if not isinstance(split, (bool, type(None))):
+        raise _wrong(config_path, "split_special_tokens", "true or false", split)
     options = ("model_max_length", "split_special_tokens", *sides, *EXTRA, *_NOT_KEPT, *special)
     return {
         "backend": backend,
         "special_tokens": special,
         "extra_special_tokens": extra,
-        "model_max_length": int(config.get("model_max_length") or limit),
-        "split_special_tokens": bool(config.get("split_special_tokens", False)),
-        "chat_template": parsed_templates(
-            config.get("chat_template"), str(folder / "tokenizer_config.json")
-        ),
+        "model_max_length": _max_length(config.get("model_max_length"), config_path) or limit,
+        "split_special_tokens": bool(split),
+        "chat_template": parsed_templates(config.get("chat_template"), str(config_path)),
         "config": {k: v for k, v in config.items() if k not in options},
+        "confined": confined,
+        "name": shown(str(path)),
         **sides,
     }
 
 
-def _from_file(path: Path) -> Tokenizer:
+def _from_file(path: Path) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a tokenizer.json, and whether it has to run in a process of its own."""
+    name = shown(str(path))
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        data = read_regular(path, LONGEST_FILE)
+        known, file = all_known(data), data.decode("utf-8")
+    except (FileRefused, ValueError) as error:
+        raise ValueError(f"{name} is not a tokenizer: {error}") from None
+    if not known:
+        ConfinedEncoder(file, name).load()
+    with failures_named(f"{name} is not a tokenizer"):
+        return Tokenizer.from_str(file), not known
 
 
-def _content(token: Any) -> str | None:
+def _special_tokens(
+    config: Mapping[str, Any], path: Path
+) -> tuple[dict[str, str], list[str] | None]:
+    """Special tokens with a name, and those without; None where the file does not say."""
+    named, extra = dict(config), None
+    for name in EXTRA:
+        tokens = named.pop(name, None)
+        if isinstance(tokens, Mapping):  # transformers 4 gives them names
+            named |= tokens
+        elif isinstance(tokens, list) and len(tokens) <= MOST_ADDED:
+            extra = [_content(name, token, path) for token in tokens] or extra
+        elif tokens is not None:
+            raise _wrong(path, name, f"a list of at most {MOST_ADDED} tokens", tokens)
+    named = {name: token for name, token in named.items() if name.endswith("_token")}
+    if len(named) > MOST_ADDED:
+        raise ValueError(f"{shown(str(path))} names more than {MOST_ADDED} special tokens")
+    # Options such as add_bos_token are called like tokens, and say yes or no.
+    tokens = {n: _content(n, t, path) for n, t in named.items() if t and t is not True}
+    return tokens, extra
+
+
+def _content(name: str, token: Any, path: Path) -> str:
     content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
+    if not isinstance(content, str) or not 0 < len(content) <= LONGEST_TOKEN:
+        raise _wrong(path, name, f"a token of at most {LONGEST_TOKEN} characters", token)
+    return content
+
+
+def _max_length(value: Any, path: Path) -> int | None:
+    """`model_max_length`, which may be written as a float; None where none is known."""
+    if value is None or value == 0:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise _wrong(path, "model_max_length", "a positive number", value)
+    return UNLIMITED if value == math.inf or value >= UNLIMITED else int(value) or 1
+
+
+def _wrong(path: Path, name: str, wanted: str, value: Any) -> ValueError:
+    return ValueError(f"{shown(str(path))}: {shown(name)} must be {wanted}, got {quoted(value)}")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

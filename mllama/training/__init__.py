@@ -1,1 +1,1 @@
-"""Fine-tuning on conversations about pictures: a file of them, adapters or all weights, runs that resume."""
+"""Fine-tuning on conversations about images: a file of them, adapters or all weights, runs that resume."""

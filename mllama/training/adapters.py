@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on our models: made for training, saved, and loaded into a model that generates."""
+"""LoRA adapters of PEFT on our models: made to train, saved, and loaded into a model that generates."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
-from mllama.adapted import adapter_key
 from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.safetensors_header import BadHeader, read_header
+from mllama.wording import quoted, reason, shown
 
+from .adapter_config import checked_entries
+from .adapter_plan import Tensors, lora_options
 from .options import TrainingOptions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of PEFT's names, before the model's own
+_TOLD = 20  # faults in one message
 _TEXT = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 _VISION = r"model\.vision_model\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 
@@ -57,21 +59,58 @@ def save_adapter(wrapped: Any, folder: Path) -> None:
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Add the adapter in a folder to the weights of the model it was trained on.
 
-    Raises: FileNotFoundError, or ValueError naming what does not fit.
+    The folder may be anybody's: configuration and header are checked against each other and the model before
+    a tensor is read, and patterns are tried in a process of their own.
+
+    Raises: FileNotFoundError, or ValueError that lists what does not fit.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
         raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are expected")
-    kind = read_json(folder / CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{folder} holds an adapter of type {kind!r}; LORA is supported")
+    stored = read_json(folder / CONFIG)
+    if (kind := stored.get("peft_type")) != "LORA":
+        raise ValueError(f"{folder} holds an adapter of type {quoted(kind)}; LORA is supported")
     peft = require_peft()
+    entries, problems = checked_entries(stored)
+    _refuse(folder, problems)
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, folder)
+        tensors = Tensors.from_header(model, read_header(folder / WEIGHTS))
+    except BadHeader as error:
+        raise ValueError(f"the adapter in {folder} cannot be read: {error}") from None
+    options, problems = lora_options(model, entries, tensors)
+    _refuse(folder, problems)
+    before = dict(model.named_modules())
+    try:
+        _merge(peft, model, folder, tensors, peft.LoraConfig(**options))
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"the adapter in {folder} does not fit the model: {error}") from error
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        stored = {_PREFIX + adapter_key(model, name.removeprefix(_PREFIX)) for name in file.keys()}
-    unknown = sorted(stored ^ peft.get_peft_model_state_dict(wrapped).keys())
-    if unknown:
-        raise ValueError(f"the adapter in {folder} does not fit the model: {unknown[0]}")
+        _restore(model, before)
+        raise ValueError(
+            f"the adapter in {folder} does not fit the model: {reason(error)}"
+        ) from error
+
+
+def _merge(peft: ModuleType, model: nn.Module, folder: Path, tensors: Tensors, config: Any) -> None:
+    wrapped = peft.PeftModel.from_pretrained(model, folder, config=config)
+    # By itself PEFT would ask the hub for the base model that the configuration names, to tell whether the
+    # embedding that is adapted belongs to the adapter; it is loaded where the file has it.
+    state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    own = {name for name in tensors.names if not name.endswith(".base_layer.weight")}
+    if unknown := sorted(own ^ state.keys()):
+        raise ValueError(shown(unknown[0]))
     wrapped.merge_and_unload(safe_merge=True)
+
+
+def _restore(model: nn.Module, before: dict[str, nn.Module]) -> None:
+    """Take out of a model again what PEFT has put around its modules."""
+    vars(model).pop("peft_config", None)
+    for name, module in before.items():
+        parent, _, child = name.rpartition(".")
+        if name and getattr(before[parent], child) is not module:
+            setattr(before[parent], child, module)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise ValueError(
+            f"the adapter in {folder} does not fit the model: {count}" + "; ".join(problems[:_TOLD])
+        )

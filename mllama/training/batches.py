@@ -15,13 +15,13 @@ from mllama.processing.processor import MllamaProcessor
 
 from .encoding import Example
 
-_AHEAD = 2  # batches whose pictures are decoded while the model computes
+_AHEAD = 2  # batches whose images are decoded while the model computes
 
 
 class Order:
     """Every epoch all examples once, in an order that the seed decides.
 
-    It is a function of the step alone, so a resumed run goes on where the earlier one stood.
+    It is a function of the step only, so a resumed run continues where the earlier one stopped.
     """
 
     def __init__(self, examples: int, per_step: int, seed: int) -> None:
@@ -37,9 +37,9 @@ class Order:
 
 
 def collate(processor: MllamaProcessor, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Examples as the inputs of a model, padded on the right, with labels.
+    """Examples of one file as the inputs of a model, padded on the right, with labels.
 
-    Raises: ImageOpenError for a picture that is damaged behind its header.
+    Raises: ImageOpenError for an image that is damaged after its header.
     """
     length = max(len(example.input_ids) for example in examples)
     pad = processor.tokenizer.pad_token_id or 0
@@ -55,7 +55,9 @@ def collate(processor: MllamaProcessor, examples: Sequence[Example]) -> dict[str
     if not any(example.images for example in examples):
         return batch
     images = processor.image_processor(
-        [example.images for example in examples], return_tensors="pt"
+        [example.images for example in examples],
+        return_tensors="pt",
+        allow_paths=examples[0].folder,
     )
     num_tiles = images.pop("num_tiles")
     tiles = images["pixel_values"].shape[2]

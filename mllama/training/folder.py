@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.durable import replace_file
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
+from mllama.files import FileRefused, open_regular, read_text
+from mllama.strict_json import parse_json
+from mllama.wording import quoted, shown
 
 from .adapters import WEIGHTS
 
 _RESULTS = (WEIGHTS, SINGLE, INDEX)
+_PIECE = 2**20  # bytes that are read at once
+_MAX_RECORD_BYTES = 2**18  # of run.json, which has some thirty short entries
+_LISTED = 40  # differences in one message
 
 
 class RunFolder:
@@ -28,9 +36,9 @@ class RunFolder:
     Args:
         path: made if it is not there.
         asked: everything that decides the result, as JSON.
-        resume: go on with the run that is there, if there is one.
-    Raises: FileExistsError when there is a run and it shall not be resumed; ValueError when it was asked
-        for something else; OSError when the folder cannot be written.
+        resume: continue the run that is there, if there is one.
+    Raises: FileExistsError when there is a run and it is not to be resumed; ValueError when it was asked
+        for something else, or holds links; OSError when the folder cannot be written.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, Any], resume: bool) -> None:
@@ -38,8 +46,10 @@ class RunFolder:
         self.log, self.state = path / "log.jsonl", path / "state.pt"
         record = path / "run.json"
         path.mkdir(parents=True, exist_ok=True)
+        _check_members(path)
         for half_written in path.glob("*.partial"):  # what a kill has left
-            half_written.unlink()
+            if half_written.is_file():
+                half_written.unlink()
         if record.exists():
             if not resume:
                 raise FileExistsError(
@@ -58,20 +68,45 @@ class RunFolder:
         return not self.state.exists() and any((self.path / n).exists() for n in _RESULTS)
 
 
+def _check_members(path: Path) -> None:
+    """Raises: ValueError for a link or a pipe: it would be written through, to wherever it leads, and a
+    folder may have come from somebody else."""
+    for parent, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            mode = os.lstat(member := Path(parent, name)).st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
+                raise ValueError(
+                    f"{shown(str(member))} is {kind}: the folder of a run is written to, and holds "
+                    "only files"
+                )
+
+
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file's content. Raises: ValueError naming a file that is none."""
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except FileRefused as error:
+        raise ValueError(f"{shown(str(path))} cannot be read: {error}") from None
+    return digest.hexdigest()
 
 
 def _compare(record: Path, asked: Mapping[str, Any]) -> None:
     try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
+        earlier = parse_json(read_text(record, _MAX_RECORD_BYTES), constants=True)
+        if not isinstance(earlier, dict):
+            raise ValueError("it is no JSON object")
     except ValueError as error:
-        raise ValueError(f"{record} is damaged: {error}") from None
+        raise ValueError(f"{shown(str(record))} is damaged: {error}") from None
     differ = [
-        f"{name} was {earlier.get(name)!r}, now {asked.get(name)!r}"
+        f"{shown(name)} was {quoted(earlier.get(name))}, now {quoted(asked.get(name))}"
         for name in sorted(earlier.keys() | asked.keys())
         if earlier.get(name) != asked.get(name)
     ]
     if differ:
-        raise ValueError(f"{record.parent} was made by another run: " + "; ".join(differ))
+        more = f" and {len(differ) - _LISTED} more" if len(differ) > _LISTED else ""
+        listed = "; ".join(differ[:_LISTED]) + more
+        raise ValueError(f"{shown(str(record.parent))} was made by another run: {listed}")

@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from mllama.loss import IGNORED
 from mllama.processing.processor import MllamaProcessor
-from mllama.progress import StepProgress
+from mllama.progress import bar
 
 from .batches import Order, batches, grouped
 from .encoding import Example
 from .folder import RunFolder
 from .log import Log
+from .optimizer import adamw
 from .options import TrainingOptions
 from .state import load_state, save_state
 
 
 class Trainer:
-    """Learns from examples, step by step, in a folder that a later run can go on in.
+    """Learns from examples, step by step, in a folder that a later run can continue.
 
     Args:
-        model: in train mode, with the parameters that shall learn requiring gradients.
+        model: in train mode, with the parameters to train requiring gradients.
         processor: of the model.
         examples: at least one.
         held_out: their loss is measured whenever the state is saved; may be empty.
@@ -49,20 +50,23 @@ class Trainer:
         self._examples, self._held_out = examples, held_out
         self._order = Order(len(examples), options.batch_size * options.accumulate, options.seed)
         self.steps = options.max_steps or options.epochs * self._order.steps_per_epoch
-        self._optimizer = _optimizer(model, options)
+        self._optimizer = adamw(model.named_parameters(), options.peak_rate, options.weight_decay)
         self._parameter = next(p for p in model.parameters() if p.requires_grad)
         self._autocast = autocast
 
     def run(self, folder: RunFolder) -> None:
         """Take the steps that are still to be taken; afterwards the state of the last one is saved.
 
-        Raises: RuntimeError when a loss or gradient is not finite; the state before it is there.
+        Raises: ValueError for a state that is not of this run; RuntimeError when a loss or gradient is not
+            finite; the state before it is there.
         """
         done = 0
         if folder.state.exists():
             done = load_state(folder.state, self._model, self._optimizer)
+        if done > self.steps:
+            raise ValueError(f"the run has done {done} steps, of {self.steps}: it is another one")
         log, start = Log(folder.log, done), time.monotonic()
-        with _deterministic(), StepProgress("training", self.steps, done) as progress:
+        with _deterministic(), bar("training", self.steps, "step", initial=done) as progress:
             for step in range(done, self.steps):
                 entry = self._step(step)
                 log.write(**entry, seconds=round(time.monotonic() - start, 3))
@@ -70,8 +74,8 @@ class Trainer:
                     if self._held_out:
                         log.write(step=step + 1, eval_loss=self._evaluated())
                     save_state(folder.state, step + 1, self._model, self._optimizer)
-                progress.note = f"loss {entry['loss']:.4f}"
-                progress.advance(1)
+                progress.set_postfix_str(f"loss {entry['loss']:.4f}", refresh=False)
+                progress.update(1)
         log.close()
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -113,7 +117,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluated(self) -> float:
-        """Mean loss per target of the examples that are not learnt."""
+        """Mean loss per target of the examples that are held out."""
         self._model.eval()
         total, loss = _targets(self._held_out), 0.0
         for batch in batches(self._processor, grouped(self._held_out, self._options.batch_size)):
@@ -127,19 +131,8 @@ class Trainer:
 
 
 def _targets(examples: Sequence[Example]) -> int:
-    """How many tokens are learnt: of each example all labels but one at its beginning."""
+    """How many tokens are learned: of each example all labels but one at its beginning."""
     return sum(label != IGNORED for example in examples for label in example.labels[1:])
-
-
-def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms, gates, biases and embeddings do not."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decays = {n for n, p in named if p.dim() > 1 and "embed" not in n}
-    groups = [
-        {"params": [p for n, p in named if n in decays], "weight_decay": options.weight_decay},
-        {"params": [p for n, p in named if n not in decays], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.peak_rate)
 
 
 @contextmanager

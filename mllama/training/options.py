@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .optimizer import half_cosine
+
 _RATES = {True: 2e-4, False: 1e-5}  # of adapters, of all weights
 
 
@@ -24,6 +26,7 @@ class TrainingOptions:
         weight_decay: of matrices, none of norms, gates and biases.
         max_grad_norm: gradients longer than this are scaled down to it; 0: never.
         max_length: tokens of the longest example that is taken; 0: what the model takes.
+        escape_special_tokens: special tokens in the words of the data are plain text.
         gradient_checkpointing: compute layers again instead of keeping what their backward reads.
         save_every: steps between checkpoints.
         seed: of the adapters, the dropout and the order of the examples.
@@ -43,6 +46,7 @@ class TrainingOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_length: int = 0
+    escape_special_tokens: bool = True
     gradient_checkpointing: bool = False
     save_every: int = 100
     seed: int = 0
@@ -81,4 +85,4 @@ class TrainingOptions:
         if step < rising:
             return self.peak_rate * (step + 1) / rising
         share = (step - rising) / max(steps - rising, 1)
-        return self.peak_rate * 0.5 * (1 + math.cos(math.pi * share))
+        return self.peak_rate * half_cosine(share)

@@ -22,14 +22,14 @@ from transformers.models.mllama.modeling_mllama import (
 
 from mllama_kernels import _dispatch, _library
 from mllama_kernels.transformers import clip
-from mllama_kernels.transformers.llama import of_class, plan_llama
+from mllama_kernels.transformers.llama import plan_llama
 from mllama_kernels.transformers.loss import plan_loss
 from mllama_kernels.transformers.mllama_text import plan_mllama_text
 from mllama_kernels.transformers.mllama_vision import plan_mllama_vision
 from mllama_kernels.transformers.patch import installed
-from mllama_kernels.transformers.plan import Plan
+from mllama_kernels.transformers.patch_plan import PatchPlan
 from mllama_kernels.transformers.report import Report
-from mllama_kernels.transformers.wrappers import class_of, inside
+from mllama_kernels.transformers.wrappers import class_of, inside, modules_of
 
 OLDEST, NEWEST = (4, 57), (5, 23)  # the releases of transformers that the tests run
 SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
@@ -37,9 +37,11 @@ SUPPORTED = "Mllama, Llama, and Llava with a Llama decoder and a CLIP tower"
 FALLBACKS = {
     "rms_norm": "inputs of another dtype than the weight",
     "rotary_attention": "4-D masks, padding between tokens, several new tokens over a cache, one over a "
-    "static cache, output_attentions, dropout; padding under torch.compile",
-    "cross_attention": "dense masks handed to the text tower, no mask with sdpa, output_attentions, dropout",
-    "vision_attention": "output_attentions, output_hidden_states of Mllama's tower",
+    "static cache, output_attentions, dropout, hooks with keyword arguments; padding under torch.compile",
+    "cross_attention": "dense masks handed to the text tower, no mask with sdpa, output_attentions, dropout, "
+    "hooks with keyword arguments",
+    "vision_attention": "output_attentions, output_hidden_states of Mllama's tower, hooks with keyword "
+    "arguments",
     "loss": "evaluation, custom losses, logits_to_keep, a head with a bias, an adapter or a hook",
     "patch_embed": "other image sizes, autocast, interpolated positions, hooked or adapted modules",
 }
@@ -66,6 +68,10 @@ def accelerate(
     values of its parameters stay as they are. What a kernel cannot express in some call, the module's
     own forward computes as before. A second call replaces what the first one did.
 
+    A module that others hook, replace or adapt, before this call or after it, is called with what
+    `transformers` calls it with, and what it returns counts; the ops that would have read its parameters in
+    its place do not run there.
+
     Args:
         model: a Mllama, Llama or Llava model, or one inside a PEFT, DDP or compiled wrapper.
         rms_norm, rotary_attention, cross_attention, vision_attention, patch_embed, swiglu: which parts
@@ -90,14 +96,14 @@ def accelerate(
         "loss": loss,
     }
     if semantics not in (None, "transformers", "meta"):
-        raise ValueError(f'semantics must be "transformers" or "meta", got {semantics!r}')
+        raise ValueError(f'semantics must be "transformers" or "meta", got {semantics!r:.80}')
     target = _unwrapped(model)
     _check_version(strict)
     for patch in list(installed(target)):
         patch.remove()
     on = frozenset(op for op, wanted in switches.items() if wanted)
-    plan = Plan(target, on, semantics or "transformers")
-    _plan(plan, target)
+    plan = PatchPlan(target, on, semantics or "transformers")
+    _plan_towers(plan, target)
     plan_loss(plan, target)
     if plan.semantics == "meta":
         _check_meta(plan, target)
@@ -119,38 +125,38 @@ def accelerate(
     )
 
 
-def _check_meta(plan: Plan, model: nn.Module) -> None:
+def _check_meta(plan: PatchPlan, model: nn.Module) -> None:
     """Meta's semantics are all or nothing."""
     if not isinstance(model, MllamaPreTrainedModel):
         raise ValueError(f'semantics="meta" is about Mllama, not about {type(model).__name__}')
     replaced = plan.replaced()
     needs = {"cross_attention": MllamaTextCrossAttention, "semantics": MllamaVisionModel}
     for op, cls in needs.items():
-        if of_class(model, cls) and op not in replaced:
+        if modules_of(model, cls) and op not in replaced:
             why = plan.left.get(op, f"{op}=False")
             raise ValueError(f'semantics="meta" cannot be had here: {why}')
 
 
-def _plan(plan: Plan, model: nn.Module) -> None:
+def _plan_towers(plan: PatchPlan, model: nn.Module) -> None:
     if isinstance(model, LlavaPreTrainedModel):
         _name_other_towers(plan, model)
-    for tower in of_class(model, LlamaModel):
+    for tower in modules_of(model, LlamaModel):
         plan_llama(plan, tower)
-    for tower in of_class(model, clip.TOWER):
+    for tower in modules_of(model, clip.TOWER):
         clip.plan_clip(plan, tower)
-    for tower in of_class(model, MllamaVisionModel):
+    for tower in modules_of(model, MllamaVisionModel):
         plan_mllama_vision(plan, tower)
-    owners = {inside(owner.language_model): owner for owner in of_class(model, MllamaModel)}
-    for tower in of_class(model, MllamaTextModel):
+    owners = {inside(owner.language_model): owner for owner in modules_of(model, MllamaModel)}
+    for tower in modules_of(model, MllamaTextModel):
         plan_mllama_text(plan, tower, owners.get(tower))
 
 
-def _name_other_towers(plan: Plan, model: nn.Module) -> None:
+def _name_other_towers(plan: PatchPlan, model: nn.Module) -> None:
     """A Llava model can have other parts than a Llama decoder and a CLIP tower."""
     llava = next(module for module in model.modules() if isinstance(module, LlavaModel))
     for part, supported in (("language_model", LlamaModel), ("vision_tower", clip.TOWER)):
         tower = getattr(llava, part)
-        if not of_class(tower, supported):
+        if not modules_of(tower, supported):
             plan.left[part] = f"a {type(tower).__name__}; supported is {supported.__name__}"
 
 

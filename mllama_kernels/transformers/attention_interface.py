@@ -14,8 +14,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 import mllama_kernels as ops
 from mllama_kernels.transformers.rows import (
     Sequences,
-    sequences_of_padding,
-    sequences_of_positions,
+    sequences_from_padding,
+    sequences_from_positions,
 )
 from mllama_kernels.transformers.support import (
     NAME,
@@ -52,10 +52,10 @@ def attention_mask(
         packing = _packing(mask_function)
         sequences = None
         if packing is not None and attention_mask is None:
-            sequences = sequences_of_positions(packing, step=0)
+            sequences = sequences_from_positions(packing, step=0)
         elif mask_function is causal_mask_function and attention_mask is not None:
             if allow_is_causal_skip and attention_mask.shape[1] == queries:
-                sequences = sequences_of_padding(attention_mask)
+                sequences = sequences_from_padding(attention_mask)
         if sequences is not None:
             return None if sequences.cu_seqlens is None else sequences
     return sdpa_mask(
@@ -94,8 +94,8 @@ def attention_forward(
     """Attention as `transformers` asks its implementations for it; q and k are rotated already.
 
     Kernels run causal attention with and without padding, packed sequences with bounds (cu_seq_lens_q),
-    unmasked attention, and decoding over a cache. Any other mask, dropout, and what the kernels are not
-    made for, is left to sdpa.
+    unmasked attention, and decoding over a cache. Any other mask, dropout, and what the kernels do not
+    support, is left to sdpa.
 
     Args:
         query: (B, Hq, Lq, D).
@@ -120,7 +120,7 @@ def attention_forward(
     elif attention_mask is not None:
         sequences = attention_mask
     elif sequences is None and causal and 1 < queries <= keys:
-        # What lies behind the last query in a static cache is not written yet.
+        # What lies after the last query in a static cache is not written yet.
         sequences = Sequences(None, queries)
     plain = (
         (dropout == 0 or not module.training)

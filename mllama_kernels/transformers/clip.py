@@ -10,27 +10,37 @@ from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
 
 import mllama_kernels as ops
-from mllama_kernels.transformers.llama import of_class
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain
-from mllama_kernels.transformers.plan import Plan
-from mllama_kernels.transformers.support import drops_out, takes, takes_heads
+from mllama_kernels.plain import is_plain
+from mllama_kernels.transformers.handing import gets_to
+from mllama_kernels.transformers.patch import Patch, by_name
+from mllama_kernels.transformers.patch_plan import PatchPlan
+from mllama_kernels.transformers.support import (
+    attends_as_written,
+    drops_out,
+    is_plain_embedding,
+    is_plain_layer_norm,
+    is_plain_patching,
+    project,
+    takes,
+    takes_heads,
+)
 from mllama_kernels.transformers.text import asks_weights
+from mllama_kernels.transformers.wrappers import modules_of
 
 # The module that owns embeddings and norm: a part of CLIPVisionModel in release 4, that itself in 5.
 TOWER = getattr(modeling_clip, "CLIPVisionTransformer", modeling_clip.CLIPVisionModel)
 
 
-def plan_clip(plan: Plan, tower: nn.Module) -> None:
-    attentions = of_class(tower, CLIPAttention)
+def plan_clip(plan: PatchPlan, tower: nn.Module) -> None:
+    attentions = modules_of(tower, CLIPAttention)
     if attentions and plan.takes_heads("vision_attention", attentions[0].head_dim, tower):
         plan.add_all("vision_attention", attentions, attention_forward)
     embeddings, norm = tower.embeddings, tower.pre_layrnorm
     known = type(embeddings) is CLIPVisionEmbeddings and type(norm) is nn.LayerNorm
-    if known and plan.free("patch_embed", embeddings, norm):
-        done = Normalised()
-        plan.add("patch_embed", norm, norm_forward, done=done)
-        reader = plan.patches[-1]
-        plan.add("patch_embed", embeddings, embeddings_forward, reader=reader, done=done)
+    if known and plan.free("patch_embed", tower, embeddings, norm):
+        plan.add("patch_embed", tower, tower_forward)
+        plan.add("patch_embed", embeddings, embeddings_forward)
+        plan.add("patch_embed", norm, norm_forward)
 
 
 def attention_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -46,46 +56,68 @@ def attention_forward(patch: Patch, *args: Any, **kwargs: Any) -> tuple[Tensor, 
         and not drops_out(attention)
         and not attention.is_causal
         and takes_heads(attention.head_dim, x.device)
+        and attends_as_written(attention)
     ):
         q, k, v = (
-            project(x).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            project(linear, x).unflatten(-1, (-1, attention.head_dim))
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if takes(q, k, v):
             out = ops.vision_attention(q, k, v, softmax_scale=attention.scale)
-            return attention.out_proj(out.flatten(2)), None
+            return project(attention.out_proj, out.flatten(2)), None
     return patch.original(*args, **kwargs)
 
 
-class Normalised:
-    """Hands the embeddings that are normalised already from one module to the norm after it."""
+class Embedded:
+    """The tokens of images, embedded and normalised: what stands for their pixels between the tower, that
+    knows that both modules do nothing else, and the second of them.
 
-    tensor: Tensor | None = None
+    Attributes:
+        tokens: (B, P, E).
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
 
 
-def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
-    """Embeddings and the norm that follows them in one op; the norm then passes them through."""
-    embeddings, reader, done = patch.module, patch.options["reader"], patch.options["done"]
-    norm = reader.module
+def tower_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+    """Embeddings and the norm that follows them in one op, where both are ours and nobody else's."""
+    tower = patch.module
     inputs = by_name(patch, args, kwargs)
+    pixels = inputs.get("pixel_values")
+    if pixels is not None and not torch.compiler.is_compiling():  # which fuses them itself
+        tokens = _embed(tower.embeddings, tower.pre_layrnorm, pixels)
+        if tokens is not None:
+            inputs["pixel_values"] = Embedded(tokens)
+    return patch.original(**inputs)
+
+
+def _embed(embeddings: nn.Module, norm: nn.Module, pixels: Tensor) -> Tensor | None:
+    """Pixels (B, C, H, W) to normalised tokens (B, P, E); None where a module has to be called."""
+    if not (
+        is_plain(embeddings, CLIPVisionEmbeddings)
+        and gets_to(embeddings, embeddings_forward)
+        and is_plain_layer_norm(norm)
+        and gets_to(norm, norm_forward)
+    ):
+        return None
     convolution, position = embeddings.patch_embedding, embeddings.position_embedding
-    pixels = inputs["pixel_values"].to(convolution.weight.dtype)
-    side = (embeddings.image_size, embeddings.image_size)
-    done.tensor = None
+    if not (is_plain_patching(convolution, embeddings.patch_size) and is_plain_embedding(position)):
+        return None
+    pixels = pixels.to(convolution.weight.dtype)
     if (
-        torch.compiler.is_compiling()  # which fuses them itself
-        or torch.is_autocast_enabled(pixels.device.type)
-        or pixels.shape[-2:] != side
-        or type(convolution) is not nn.Conv2d
-        or not reader.serves()
-        or not all(map(is_plain, (convolution, position, norm)))
+        torch.is_autocast_enabled(pixels.device.type)
+        or pixels.shape[-2:] != (embeddings.image_size, embeddings.image_size)
         or not takes(pixels, convolution.weight, position.weight, norm.weight)
     ):
-        return patch.original(*args, **kwargs)
+        return None
     # One tile per image, and none of the tables that Mllama adds: their gate is shut.
-    table = position.weight
+    table = position(embeddings.position_ids)
+    if table.shape != (1, *position.weight.shape):
+        return None
+    table = table.squeeze(0)
     shut = table.new_zeros(1)
-    done.tensor = ops.patch_embed(
+    return ops.patch_embed(
         pixels.unsqueeze(1),
         torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device),
         convolution.weight,
@@ -100,12 +132,13 @@ def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
         norm.eps,
         pad_to=1,
     ).squeeze(1)
-    return done.tensor
 
 
-def norm_forward(patch: Patch, x: Tensor) -> Tensor:
-    done = patch.options["done"]
-    if x is done.tensor:
-        done.tensor = None
-        return x
-    return patch.original(x)
+def embeddings_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor | Embedded:
+    given = args[0] if args else kwargs.get("pixel_values")
+    return given if isinstance(given, Embedded) else patch.original(*args, **kwargs)
+
+
+def norm_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
+    given = args[0] if args else kwargs.get("input")
+    return given.tokens if isinstance(given, Embedded) else patch.original(*args, **kwargs)

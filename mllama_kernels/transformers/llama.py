@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
 )
 
-from mllama_kernels.transformers.plan import Plan
+from mllama_kernels.transformers.patch_plan import PatchPlan
 from mllama_kernels.transformers.text import (
     decoder_layer_forward,
     mlp_forward,
@@ -21,20 +21,15 @@ from mllama_kernels.transformers.text import (
     self_attention_forward,
     text_model_forward,
 )
-from mllama_kernels.transformers.wrappers import class_of, inside
+from mllama_kernels.transformers.wrappers import class_of, inside, modules_of
 
 
-def of_class(tower: nn.Module, *classes: type[nn.Module]) -> list[nn.Module]:
-    """The modules of exactly these classes: a subclass may compute something else."""
-    return [module for module in tower.modules() if class_of(module) in classes]
-
-
-def plan_llama(plan: Plan, tower: LlamaModel) -> None:
+def plan_llama(plan: PatchPlan, tower: LlamaModel) -> None:
     plan_text(plan, tower, LlamaDecoderLayer, LlamaRMSNorm, LlamaMLP, LlamaAttention)
 
 
 def plan_text(
-    plan: Plan,
+    plan: PatchPlan,
     tower: nn.Module,
     layer: type[nn.Module],
     norm: type[nn.Module],
@@ -42,18 +37,18 @@ def plan_text(
     attention: type[nn.Module],
 ) -> None:
     """What Llama decoders and Mllama's text tower have in common."""
-    plan.add_all("rms_norm", of_class(tower, norm), norm_forward)
-    layers = of_class(tower, layer)
+    plan.add_all("rms_norm", modules_of(tower, norm), norm_forward)
+    layers = modules_of(tower, layer)
     norms = [inside(child.post_attention_layernorm) for child in layers]
     if all(class_of(child) is norm for child in norms) and plan.free("rms_norm", *layers, *norms):
         plan.add_all("rms_norm", layers, decoder_layer_forward)
-    mlps = of_class(tower, mlp)
+    mlps = modules_of(tower, mlp)
     others = {type(m.act_fn).__name__ for m in mlps} - {"SiLU", "SiLUActivation"}
     if others and "swiglu" in plan.ops:
         plan.left["swiglu"] = f"the activation is {', '.join(sorted(others))}"
     elif mlps:
         plan.add_all("swiglu", mlps, mlp_forward)
-    attentions = of_class(tower, attention)
+    attentions = modules_of(tower, attention)
     if attentions and plan.takes_heads("rotary_attention", attentions[0].head_dim, tower):
         if plan.free("rotary_attention", tower, *attentions):
             modeling = sys.modules[class_of(tower).__module__]

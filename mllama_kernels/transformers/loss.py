@@ -9,20 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
     LlavaForConditionalGeneration,
+    LlavaModel,
 )
 from transformers.models.mllama.modeling_mllama import (
     MllamaForCausalLM,
     MllamaForConditionalGeneration,
+    MllamaModel,
+    MllamaTextModel,
 )
 
 import mllama_kernels as ops
+from mllama_kernels._arguments import IGNORED
 from mllama_kernels._dispatch import has_ops
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain
-from mllama_kernels.transformers.plan import Plan
+from mllama_kernels.plain import is_plain
+from mllama_kernels.transformers.handing import passes_on
+from mllama_kernels.transformers.patch import Patch, by_name
+from mllama_kernels.transformers.patch_plan import PatchPlan
 from mllama_kernels.transformers.wrappers import class_of
 
 _OUTPUTS = {
@@ -31,11 +37,12 @@ _OUTPUTS = {
     MllamaForConditionalGeneration: CausalLMOutputWithPast,
     LlavaForConditionalGeneration: LlavaCausalLMOutputWithPast,
 }
+_BODIES = (LlamaModel, MllamaTextModel, MllamaModel, LlavaModel)
 # Arguments of the loss; the model below does not know them.
 _FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep")
 
 
-def plan_loss(plan: Plan, model: nn.Module) -> None:
+def plan_loss(plan: PatchPlan, model: nn.Module) -> None:
     if "loss" not in plan.ops:
         return
     if class_of(model) not in _OUTPUTS:
@@ -45,7 +52,7 @@ def plan_loss(plan: Plan, model: nn.Module) -> None:
 
 
 def causal_lm_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
-    """In training with labels: the loss alone, `logits` None. Otherwise the model's own forward."""
+    """In training with labels: only the loss, `logits` None. Otherwise the model's own forward."""
     model = patch.module
     inputs = by_name(patch, args, kwargs)
     options = {name: inputs.get(name) for name in _FOR_THE_LOSS}
@@ -57,10 +64,10 @@ def causal_lm_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         or torch.is_tensor(keeps)
         or keeps
         or model.loss_function is not ForCausalLMLoss
-        or type(head) is not nn.Linear
+        or not is_plain(head, nn.Linear)
         or head.bias is not None
-        or not (is_plain(head) and has_ops(head.weight.device))
-        or type(head.weight) not in (Tensor, nn.Parameter)
+        or not has_ops(head.weight.device)
+        or not passes_on(model.model, *_BODIES)
     ):
         return patch.original(*args, **kwargs)
     body = {name: value for name, value in inputs.items() if name not in _FOR_THE_LOSS}
@@ -83,7 +90,7 @@ def _loss(
     logits_to_keep: int | None,
 ) -> Tensor:
     """The loss of `transformers`: a row predicts the next label, averaged over rows or a given number."""
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = IGNORED if ignore_index is None else ignore_index
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]
     loss = ops.linear_cross_entropy(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.mllama.modeling_mllama import (
     MllamaCrossAttentionDecoderLayer,
     MllamaModel,
@@ -19,12 +19,29 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 import mllama_kernels as ops
-from mllama_kernels.transformers.llama import of_class, plan_text
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain
-from mllama_kernels.transformers.plan import Plan
-from mllama_kernels.transformers.support import NAME, drops_out, project, takes, takes_heads
-from mllama_kernels.transformers.text import TextCall, asks_weights, cache_position, grows
-from mllama_kernels.transformers.wrappers import inside
+from mllama_kernels.plain import is_plain
+from mllama_kernels.transformers.handing import gets_to, passes_on
+from mllama_kernels.transformers.llama import plan_text
+from mllama_kernels.transformers.patch import Patch, by_name
+from mllama_kernels.transformers.patch_plan import PatchPlan
+from mllama_kernels.transformers.support import (
+    NAME,
+    attends_as_written,
+    drops_out,
+    project,
+    takes,
+    takes_heads,
+)
+from mllama_kernels.transformers.text import (
+    NORMS,
+    TextCall,
+    asks_weights,
+    cache_position,
+    fits_norm,
+    grows,
+    hands_down,
+)
+from mllama_kernels.transformers.wrappers import inside, modules_of
 
 
 class TileView(NamedTuple):
@@ -47,7 +64,7 @@ class TileView(NamedTuple):
         return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
 
-def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | None) -> None:
+def plan_mllama_text(plan: PatchPlan, tower: MllamaTextModel, owner: MllamaModel | None) -> None:
     """The text tower, and the model that prepares its cross-attention mask, if there is one."""
     plan_text(
         plan,
@@ -57,8 +74,8 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         MllamaTextMLP,
         MllamaTextSelfAttention,
     )
-    layers = of_class(tower, MllamaCrossAttentionDecoderLayer)
-    attentions = of_class(tower, MllamaTextCrossAttention)
+    layers = modules_of(tower, MllamaCrossAttentionDecoderLayer)
+    attentions = modules_of(tower, MllamaTextCrossAttention)
     if not attentions or not plan.takes_heads("cross_attention", attentions[0].head_dim, tower):
         return
     owners = [owner] if owner is not None else []
@@ -68,15 +85,13 @@ def plan_mllama_text(plan: Plan, tower: MllamaTextModel, owner: MllamaModel | No
         if "cross_attention" in plan.ops:
             plan.left["cross_attention"] = "some of the layers are of another class"
     elif plan.free("cross_attention", *owners, *layers, *attentions):
-        readers: list[Patch] = []
-        for module in owners:
-            options = {"semantics": plan.semantics, "readers": readers}
-            plan.add("cross_attention", module, model_forward, **options)
-        for module in layers:
-            plan.add("cross_attention", module, cross_layer_forward)
-        for module in attentions:
-            plan.add("cross_attention", module, cross_attention_forward, semantics=plan.semantics)
-        readers += plan.patches_of(*layers, *attentions)
+        for function, modules in (
+            (model_forward, owners),
+            (cross_layer_forward, layers),
+            (cross_attention_forward, attentions),
+        ):
+            for module in modules:
+                plan.add("cross_attention", module, function, semantics=plan.semantics)
 
 
 def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +102,7 @@ def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     if (
         mask is None
         or mask.dim() != 4
-        or not all(reader.serves() for reader in patch.options["readers"])
+        or not _hands_down_view(patch.module.language_model)
         or asks_weights(patch.module.config.get_text_config(), inputs)
     ):
         return patch.original(**inputs)
@@ -101,6 +116,15 @@ def model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
         tiles = tiles | ~rows.unsqueeze(-1)
     view = TileView(tiles, rows, patch.module.vision_model.num_patches)
     return patch.original(**{**inputs, "cross_attention_mask": None}, mllama_kernels_view=view)
+
+
+def _hands_down_view(tower: nn.Module) -> bool:
+    """Whether a view gets to the layers that use it, and no code of others to see a mask missing."""
+    if not passes_on(tower, MllamaTextModel):
+        return False
+    tower = inside(tower)
+    crossing = [tower.layers[i] for i in tower.cross_attention_layers]
+    return hands_down(tower) and all(gets_to(layer, cross_layer_forward) for layer in crossing)
 
 
 def _columns(inputs: dict[str, Any], rows: int) -> Tensor | None:
@@ -117,7 +141,7 @@ def _columns(inputs: dict[str, Any], rows: int) -> Tensor | None:
 
 
 # Arguments of a cross-attention layer that are not for its attention.
-_LAYER_ONLY = {
+_NOT_FOR_CROSS_ATTENTION = {
     "hidden_states",
     "cross_attention_mask",
     "attention_mask",
@@ -139,14 +163,18 @@ def cross_layer_forward(
     inputs = by_name(patch, args, kwargs)
     if view is None:
         return patch.original(**inputs)
-    stream = inputs["hidden_states"]
-    attended, _ = layer.cross_attn(
-        hidden_states=layer.input_layernorm(stream),
-        mllama_kernels_view=view,
-        **{name: value for name, value in inputs.items() if name not in _LAYER_ONLY},
-    )
+    stream, attention = inputs["hidden_states"], layer.cross_attn
+    given = {**patch.defaults, **inputs}
+    handed = {n: value for n, value in given.items() if n not in _NOT_FOR_CROSS_ATTENTION}
+    x = layer.input_layernorm(stream)
+    if gets_to(attention, cross_attention_forward):
+        attended, _ = attention(hidden_states=x, mllama_kernels_view=view, **handed)
+    else:
+        attended, _ = attention(hidden_states=x, attention_mask=view.bias(x.dtype), **handed)
+        if patch.options["semantics"] == "meta":
+            attended = attended * view.rows.unsqueeze(-1)
     norm, gate = layer.post_attention_layernorm, layer.cross_attn_attn_gate
-    if takes(attended, stream, norm.weight, gate) and is_plain(norm):
+    if fits_norm(norm, attended, stream, gate):
         x, stream = ops.add_rms_norm(
             attended, stream, norm.weight, norm.variance_epsilon, gate=gate
         )
@@ -178,14 +206,16 @@ def cross_attention_forward(
         return _with_dense_mask(patch, inputs, view)
     # q_norm runs inside the op, unless something has to happen when the module is called.
     norm = attention.q_norm
-    fused = is_plain(norm) and takes(q, norm.weight)
-    q = q if fused else norm(q)
+    fused = fits_norm(norm, q)
+    q = q if fused else _norm_heads(norm, q)
     if states is not None:
         k, v = (
-            linear(states).view(q.shape[0], -1, attention.num_key_value_heads, attention.head_dim)
+            project(linear, states).view(
+                q.shape[0], -1, attention.num_key_value_heads, attention.head_dim
+            )
             for linear in (attention.k_proj, attention.v_proj)
         )
-        k = attention.k_norm(k)
+        k = _norm_heads(attention.k_norm, k)
         if cache is not None:
             new = (k.transpose(1, 2), v.transpose(1, 2), layer)
             keys, values = cache.update(*new, *cache_position(inputs))
@@ -199,11 +229,17 @@ def cross_attention_forward(
         k,
         v,
         view,
-        q_norm_weight=norm.weight if fused else None,
-        eps=norm.variance_epsilon,
         softmax_scale=attention.scaling,
+        **({"q_norm_weight": norm.weight, "eps": norm.variance_epsilon} if fused else {}),
     )
     return project(attention.o_proj, out.flatten(2)), None
+
+
+def _norm_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm over each head of x (B, L, H, D), which others get as `transformers` lays it out."""
+    if is_plain(norm, *NORMS):
+        return norm(x)
+    return norm(x.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 def _is_plain_call(patch: Patch, inputs: dict[str, Any], view: TileView | None) -> bool:
@@ -211,6 +247,8 @@ def _is_plain_call(patch: Patch, inputs: dict[str, Any], view: TileView | None) 
     attention, cache = patch.module, inputs.get("past_key_values")
     x = inputs["hidden_states"]
     if drops_out(attention) or not takes_heads(attention.head_dim, x.device):
+        return False
+    if not attends_as_written(attention):
         return False
     if inputs.get("attention_mask") is not None or asks_weights(attention.config, inputs):
         return False
@@ -248,7 +286,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, view: TileView | None, **options: A
     # The op reaches every tile by one stride. Those of a cache, (B, Hkv, Lk, D), have two: as slots
     # of a pool, with heads lying in between, they are read where they are all the same.
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    if batch == 1 or tiles == 1 or k.is_contiguous() or not keys.is_contiguous() or k.requires_grad:
+    cached = keys.is_contiguous() and values.is_contiguous() and not k.requires_grad
+    if batch == 1 or tiles == 1 or k.is_contiguous() or not cached:
         k, v = (t.unflatten(1, (-1, tokens)) for t in (k, v))
         return ops.cross_attention(q, k, v, mask, **options)
     slots, strides = (batch - 1) * heads * tiles + tiles, (tokens * dim, dim, length * dim, 1)

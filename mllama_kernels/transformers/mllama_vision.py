@@ -8,21 +8,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.mllama.modeling_mllama import MllamaVisionAttention, MllamaVisionModel
+from transformers.models.mllama.modeling_mllama import (
+    MllamaPrecomputedAspectRatioEmbedding,
+    MllamaPrecomputedPositionEmbedding,
+    MllamaVisionAttention,
+    MllamaVisionEncoder,
+    MllamaVisionEncoderLayer,
+    MllamaVisionModel,
+)
 
 import mllama_kernels as ops
-from mllama_kernels.transformers.llama import of_class
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain
-from mllama_kernels.transformers.plan import Plan
-from mllama_kernels.transformers.support import takes, takes_heads
-from mllama_kernels.transformers.wrappers import inside
+from mllama_kernels._arguments import PAD_TO
+from mllama_kernels.plain import is_plain
+from mllama_kernels.transformers.handing import gets_to, passes_on
+from mllama_kernels.transformers.patch import Patch, by_name
+from mllama_kernels.transformers.patch_plan import PatchPlan
+from mllama_kernels.transformers.support import (
+    attends_as_written,
+    is_plain_embedding,
+    is_plain_layer_norm,
+    is_plain_patching,
+    project,
+    takes,
+    takes_heads,
+)
+from mllama_kernels.transformers.wrappers import inside, modules_of
 
-# Each tile is padded with zero tokens to a multiple of this; they take part in the attention.
-_PAD_TO = 8
 
-
-def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
-    attentions = of_class(tower, MllamaVisionAttention)
+def plan_mllama_vision(plan: PatchPlan, tower: MllamaVisionModel) -> None:
+    attentions = modules_of(tower, MllamaVisionAttention)
     attends = bool(attentions) and plan.takes_heads(
         "vision_attention", attentions[0].head_dim, tower
     )
@@ -37,14 +51,12 @@ def plan_mllama_vision(plan: Plan, tower: MllamaVisionModel) -> None:
         "patch_embed": embeds,
         "semantics": plan.semantics == "meta" and plan.replaceable("semantics", tower),
     }
-    readers: list[Patch] = []
     if any(reasons.values()):
         asked = [op for op, wanted in reasons.items() if wanted]
-        options = {"semantics": plan.semantics, "readers": readers}
-        plan.patches.append(Patch(tower, vision_model_forward, *asked, **options))
+        patch = Patch(tower, vision_model_forward, *asked, semantics=plan.semantics)
+        plan.patches.append(patch)
     if attends:
         plan.add_all("vision_attention", attentions, vision_attention_forward)
-        readers += plan.patches_of(*attentions)
 
 
 def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +76,7 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     count, padded, width = batch * images, x.shape[2], x.shape[3]
     is_patch = torch.arange(padded, device=x.device) < tower.num_patches
     padding = ~((mask != 0).to(x.device).unsqueeze(-1) & is_patch).flatten(1)
-    readers = patch.options["readers"]
-    if not (readers and all(reader.serves() for reader in readers)) or _shows_nothing(padding):
+    if not _hands_down(tower) or _shows_nothing(padding):
         padding = _square_mask(padding, x.dtype)
 
     first = x.flatten(1, 2)
@@ -87,6 +98,19 @@ def vision_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+def _hands_down(tower: nn.Module) -> bool:
+    """Whether padding as a vector gets to the attention of every layer, and to no code of others."""
+    for encoder in (tower.transformer, tower.global_transformer):
+        if not passes_on(encoder, MllamaVisionEncoder):
+            return False
+        for layer in inside(encoder).layers:
+            if not passes_on(layer, MllamaVisionEncoderLayer):
+                return False
+            if not gets_to(inside(layer).self_attn, vision_attention_forward):
+                return False
+    return True
+
+
 def _embed(patch: Patch, pixels: Tensor, ids: Tensor) -> Tensor:
     """Pixels (M, T, C, H, W) to the tokens of the encoder (M, T, P rounded up, E)."""
     tower = patch.module
@@ -101,9 +125,13 @@ def _embed(patch: Patch, pixels: Tensor, ids: Tensor) -> Tensor:
         and pixels.shape[-2:] == side
         and pixels.shape[1] == tower.max_num_tiles
         and not torch.is_autocast_enabled(pixels.device.type)
-        and type(convolution) is nn.Conv2d
-        and type(norm) is nn.LayerNorm
-        and all(map(is_plain, (convolution, norm, *position.modules(), *tile.modules())))
+        and is_plain_patching(convolution, tower.patch_size)
+        and is_plain_layer_norm(norm)
+        and is_plain(position, MllamaPrecomputedPositionEmbedding)
+        and is_plain(tile, MllamaPrecomputedAspectRatioEmbedding)
+        and tile.is_gated
+        and is_plain_embedding(position.tile_embedding)
+        and is_plain_embedding(tile.embedding)
         and takes(pixels, convolution.weight, tower.class_embedding, norm.weight, position.gate)
     ):
         return ops.patch_embed(
@@ -119,13 +147,12 @@ def _embed(patch: Patch, pixels: Tensor, ids: Tensor) -> Tensor:
             norm.weight,
             norm.bias,
             norm.eps,
-            pad_to=_PAD_TO,
         )
     x = convolution(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
     x = tile(x.unflatten(0, pixels.shape[:2]), ids)
     x = tower.apply_class_embedding(x.flatten(0, 1)).unflatten(0, pixels.shape[:2])
     x = norm(position(x, ids))
-    return F.pad(x, (0, 0, 0, -x.shape[2] % _PAD_TO))
+    return F.pad(x, (0, 0, 0, -x.shape[2] % PAD_TO))
 
 
 def _shows_nothing(padding: Tensor) -> bool:
@@ -150,10 +177,10 @@ def vision_attention_forward(
     x, padding = inputs.get("hidden_states", inputs.get("hidden_state")), inputs["attention_mask"]
     if padding is None or padding.dim() != 2:
         return patch.original(*args, **kwargs)
-    if takes_heads(attention.head_dim, x.device):
+    if takes_heads(attention.head_dim, x.device) and attends_as_written(attention):
         q, k, v = (
-            project(x).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            project(linear, x).unflatten(-1, (-1, attention.head_dim))
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if takes(q, k, v):
             padding = padding.to(q.device)
@@ -163,5 +190,5 @@ def vision_attention_forward(
                 blind = padding.all(1, keepdim=True)
                 q, padding = q.masked_fill(blind[..., None, None], 0), padding & ~blind
             out = ops.vision_attention(q, k, v, padding, softmax_scale=attention.scaling)
-            return attention.o_proj(out.flatten(2)), None
+            return project(attention.o_proj, out.flatten(2)), None
     return patch.original(x, _square_mask(padding, x.dtype))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+from mllama_kernels.plain import StandIn
 from mllama_kernels.transformers.wrappers import has_own_forward, redecorated
 
 _BOUND = ("_method", "_undecorated", "_decorated")
 
 
-class Patch:
+class Patch(StandIn):
     """What a module has as `forward` in place of the method of its class.
 
     It is called like the method, inside the decorators of the method, survives `copy.deepcopy` and
@@ -30,8 +32,15 @@ class Patch:
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], *ops: str, **options: Any):
         self.module, self.function, self.ops, self.options = module, function, ops, options
-        # Their names, in order: found here, since a compiler does not trace `inspect`.
-        self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        # Their names, in order, and defaults: found here, since a compiler does not trace `inspect`.
+        parameters = dict(list(inspect.signature(type(module).forward).parameters.items())[1:])
+        self.parameters = tuple(parameters)
+        self.defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        self.stands_for = _written(type(module).forward)
         self.active = True
         self._bind()
 
@@ -44,26 +53,25 @@ class Patch:
         def replacement(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self.function(self, *args, **kwargs)
 
-        # Where that cannot be done, which `Plan` looks at beforehand, the method is the safe choice.
+        # Where that cannot be done, which `PatchPlan` looks at beforehand, or where the class is another
+        # by now, with a forward of its own, the method is the safe choice.
         self._decorated = self._method
-        if has_own_forward(type(self.module)):
+        if has_own_forward(type(self.module)) and _written(self._method) == self.stands_for:
             self._decorated = redecorated(self._method, replacement) or self._method
-
-    def _follow_class(self) -> None:
-        """FSDP2 changes the class of a module, and others may change the method of a class."""
-        if type(self.module).forward is not self._method:
-            self._bind()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return type(self.module).forward(self.module, *args, **kwargs)
-        self._follow_class()
+        # FSDP2 changes the class of a module, and others may change the method of a class.
+        if type(self.module).forward is not self._method:
+            self._bind()
         return self._decorated(self.module, *args, **kwargs)
 
     def serves(self) -> bool:
         """Whether calls get to the function; not so where the class got another method since, or a
         decorator that cannot be built again."""
-        self._follow_class()
+        if type(self.module).forward is not self._method:
+            self._bind()
         return self.active and self._decorated is not self._method
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,14 +105,37 @@ class Patch:
                     setattr(self.module, slot, type(self.module).forward.__get__(self.module))
 
 
+def _written(method: Callable[..., Any]) -> tuple[str, str]:
+    """Where the function under a method's decorators was written."""
+    function = inspect.unwrap(method)
+    return function.__module__, function.__qualname__
+
+
 def _slot(module: nn.Module) -> str:
     """Where `forward` really is: a hook of `accelerate` (device_map) keeps it under another name."""
     return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
 
 
+def _present(module: nn.Module) -> Any:
+    """What is set as `forward`; within what release 4 of `transformers` sets around it while it records."""
+    state = vars(module)
+    present = state.get("forward") if "_hf_hook" not in state else state.get(_slot(module))
+    while isinstance(present, FunctionType) and hasattr(present, "__wrapped__"):
+        if not present.__globals__["__name__"].startswith("transformers."):
+            break
+        present = present.__wrapped__
+    return present
+
+
+def patch_of(module: nn.Module) -> Patch | None:
+    """The patch that a call of the module gets to, unless others have replaced its forward since."""
+    present = _present(module)
+    return present if isinstance(present, Patch) else None
+
+
 def replaced_by_others(module: nn.Module) -> bool:
     """Whether the module runs something else than the forward of its class, or ours."""
-    present = vars(module).get(_slot(module))
+    present = _present(module)
     if present is None or isinstance(present, Patch):
         return False
     return getattr(present, "__func__", None) is not type(module).forward
@@ -117,18 +148,6 @@ def installed(module: nn.Module) -> Iterator[Patch]:
             patch = vars(child).get(slot)
             if isinstance(patch, Patch):
                 yield patch
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether an op may read the module's parameters instead of calling it: nothing hooks or decorates the
-    call, and nothing but a patch of ours replaces it. With offloaded weights a hook is what brings them."""
-    return (
-        not replaced_by_others(module)
-        and not hasattr(type(module).forward, "__wrapped__")
-        and "_hf_hook" not in vars(module)
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
 
 
 def by_name(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

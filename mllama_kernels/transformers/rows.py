@@ -32,7 +32,7 @@ class Sequences(NamedTuple):
         return ((sequence.unsqueeze(-1) == sequence.unsqueeze(-2)) & causal).unsqueeze(1)
 
 
-def sequences_of_padding(mask: Tensor) -> Sequences | None:
+def sequences_from_padding(mask: Tensor) -> Sequences | None:
     """A (B, L) mask, nonzero at tokens: padding before and after them become sequences of their own.
 
     Nothing that counts sees those, so no token has to move. Waits for the device once.
@@ -55,8 +55,8 @@ def sequences_of_padding(mask: Tensor) -> Sequences | None:
     return Sequences(_with_end(bounds, batch * length), length)
 
 
-def sequences_of_positions(position_ids: Tensor, step: int = 1) -> Sequences:
-    """(B, L) numbers: a sequence begins where they do not go on by `step`. Waits for the device once."""
+def sequences_from_positions(position_ids: Tensor, step: int = 1) -> Sequences:
+    """(B, L) numbers: a sequence begins where they do not continue by `step`. Waits for the device once."""
     batch, length = position_ids.shape
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != step

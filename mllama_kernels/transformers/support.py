@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import torch
+import transformers
 from torch import Tensor, nn
 
 import mllama_kernels as ops
 from mllama_kernels._dispatch import has_ops
-from mllama_kernels.skinny_linear import MAX_ROWS
-from mllama_kernels.transformers.patch import is_plain
+from mllama_kernels.linear import linear_by
+from mllama_kernels.plain import is_plain
 from mllama_kernels.transformers.rows import Sequences
+from mllama_kernels.transformers.wrappers import class_of
 
 NAME = "mllama_kernels"  # as an attn_implementation
 # Implementations that attend to nothing but what attention_mask and positions say.
 KNOWN_IMPLEMENTATIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", NAME}
 
 
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether ops run on tensors like these: plain, of one supported dtype."""
     lead = tensors[0]
-    if not has_ops(lead.device):
+    dtype = lead.dtype
+    if dtype not in _DTYPES and not (dtype == torch.float64 and lead.is_cpu):
         return False
-    dtypes = {torch.float32, torch.float16, torch.bfloat16}
-    if lead.device.type == "cpu":
-        dtypes.add(torch.float64)
-    return lead.dtype in dtypes and all(
-        type(t) in (Tensor, nn.Parameter) and t.dtype == lead.dtype for t in tensors
-    )
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != dtype:
+            return False
+    return has_ops(lead.device)
 
 
 def takes_heads(head_dim: int, device: torch.device) -> bool:
@@ -41,31 +49,67 @@ def drops_out(module: nn.Module) -> bool:
     return module.training and rate > 0
 
 
-def has_many_rows(x: Tensor) -> bool:
-    return x.dim() < 2 or x.shape[:-1].numel() > MAX_ROWS
+def attends_as_written(attention: nn.Module) -> bool:
+    """Whether the functions that an attention of `transformers` calls are those written there: the one of
+    its implementation, which its configuration names, and the rotation. A graph cannot ask."""
+    if torch.compiler.is_compiling():
+        return True
+    modeling = vars(sys.modules[class_of(attention).__module__])
+    eager = modeling["eager_attention_forward"]
+    attends = modeling["ALL_ATTENTION_FUNCTIONS"].get(attention.config._attn_implementation, eager)
+    return all(map(_is_written, (attends, modeling.get("apply_rotary_pos_emb", eager))))
 
 
-def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """``linear(x)`` of x (..., E); for the few rows of decoding, by the op that is made for them."""
-    if (
-        has_many_rows(x)
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled(x.device.type)
-        or type(linear) is not nn.Linear
-        or linear.bias is not None
-        or not (is_plain(linear) and takes(x, linear.weight))
-    ):
-        return linear(x)
+_ROOTS = tuple(os.path.dirname(package.__file__) + os.sep for package in (transformers, ops))
+
+
+def _is_written(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(_ROOTS)
+
+
+def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``module(x)`` is :func:`mllama_kernels.linear` of x and the module's parameters."""
+    return is_plain(module, nn.Linear) and takes(x, module.weight)
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """Whether a call only reads rows of the weight, whose gradient is that of the rows that were read."""
+    return (
+        is_plain(module, nn.Embedding)
+        and module.max_norm is None
+        and module.padding_idx is None
+        and not (module.sparse or module.scale_grad_by_freq)
+    )
+
+
+def is_plain_patching(module: nn.Module, side: int) -> bool:
+    """Whether a convolution is the product of each image patch of ``side`` x ``side`` pixels and a weight."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and module.bias is None
+        and module.kernel_size == module.stride == (side, side)
+        and module.padding in ("valid", (0, 0))
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
+
+
+def is_plain_layer_norm(module: nn.Module) -> bool:
+    """Whether a call normalises the last dimension, and scales and shifts what comes of it."""
+    return (
+        is_plain(module, nn.LayerNorm)
+        and len(module.normalized_shape) == 1
+        and module.bias is not None  # so there is a weight, too
+    )
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` of x (..., E)."""
+    if not is_plain_linear(module, x):
+        return module(x)
     # No kernel of a forward writes weights, so their reading may begin before the one before it ends.
-    y = ops.skinny_linear(x.flatten(0, -2), linear.weight, weight_is_constant=True)
-    return y.unflatten(0, x.shape[:-1])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, L, H, D) by cos, sin (B or 1, L, D / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return linear_by(ops, x, module.weight, module.bias, weight_is_constant=True)
 
 
 def causal_attention(

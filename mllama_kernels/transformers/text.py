@@ -7,39 +7,77 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaRotaryEmbedding,
+    MllamaSelfAttentionDecoderLayer,
+    MllamaTextCrossAttention,
+    MllamaTextRMSNorm,
+    MllamaTextSelfAttention,
+)
 
 import mllama_kernels as ops
 from mllama_kernels._dispatch import has_ops
-from mllama_kernels.transformers.patch import Patch, by_name, is_plain
+from mllama_kernels._product import product_into
+from mllama_kernels.linear import fuses
+from mllama_kernels.plain import is_bare, is_plain
+from mllama_kernels.reference import rotate
+from mllama_kernels.transformers.handing import gets_to, is_only_moved, passes_on
+from mllama_kernels.transformers.patch import Patch, by_name
 from mllama_kernels.transformers.rows import (
     Sequences,
-    sequences_of_padding,
-    sequences_of_positions,
+    sequences_from_padding,
+    sequences_from_positions,
 )
 from mllama_kernels.transformers.support import (
     KNOWN_IMPLEMENTATIONS,
     NAME,
+    attends_as_written,
     causal_attention,
     drops_out,
     full_attention,
-    has_many_rows,
+    is_plain_linear,
     project,
-    rotate,
     takes,
     takes_heads,
 )
+from mllama_kernels.transformers.wrappers import has_own_forward, inside
+
+LAYERS = (LlamaDecoderLayer, MllamaSelfAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer)
+ATTENTIONS = (LlamaAttention, MllamaTextSelfAttention, MllamaTextCrossAttention)
+NORMS = (LlamaRMSNorm, MllamaTextRMSNorm)
+_SILUS = (nn.SiLU, type(ACT2FN["silu"]))
+# What these give, (B, L, D) twice, is twice the same in D / 2, which is all that the op reads.
+_ROTARIES = [
+    cls.forward for cls in (LlamaRotaryEmbedding, MllamaRotaryEmbedding) if has_own_forward(cls)
+]
 
 
 def norm_forward(patch: Patch, hidden_states: Tensor) -> Tensor:
     norm = patch.module
-    if not takes(hidden_states, norm.weight):
+    fits = norm.weight.shape == hidden_states.shape[-1:]
+    if not (fits and takes(hidden_states, norm.weight)):
         return patch.original(hidden_states)
     return ops.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
+def fits_norm(norm: nn.Module, x: Tensor, *others: Tensor) -> bool:
+    """Whether ops apply a norm in its place, to x (..., E) and what is added to it."""
+    if not (is_plain(norm, *NORMS) and takes(x, *others, norm.weight)):
+        return False
+    return norm.weight.shape == x.shape[-1:]
+
+
 # What a decoder layer is given besides the arguments of its self-attention.
-_LAYER_ONLY = {
+_NOT_FOR_SELF_ATTENTION = {
     "hidden_states",
     "cross_attention_states",
     "cross_attention_mask",
@@ -47,16 +85,27 @@ _LAYER_ONLY = {
 }
 
 
-def decoder_layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
+def decoder_layer_forward(
+    patch: Patch,
+    *args: Any,
+    mllama_kernels_call: TextCall | None = None,
+    mllama_kernels_view: Any = None,
+    **kwargs: Any,
+) -> Tensor:
     """The layer with its middle sum and norm in one op."""
     layer = patch.module
     inputs = by_name(patch, args, kwargs)
     stream, norm = inputs["hidden_states"], layer.post_attention_layernorm
-    attended, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(stream),
-        **{name: value for name, value in inputs.items() if name not in _LAYER_ONLY},
-    )
-    if is_plain(norm) and takes(attended, stream, norm.weight):
+    given = {
+        **patch.defaults,
+        **inputs,
+    }  # a layer of `transformers` hands on all of them, by keyword
+    handed = {n: value for n, value in given.items() if n not in _NOT_FOR_SELF_ATTENTION}
+    attention = layer.self_attn
+    if mllama_kernels_call is not None and gets_to(attention, self_attention_forward):
+        handed["mllama_kernels_call"] = mllama_kernels_call
+    attended, _ = attention(hidden_states=layer.input_layernorm(stream), **handed)
+    if fits_norm(norm, attended, stream):
         x, stream = ops.add_rms_norm(attended, stream, norm.weight, norm.variance_epsilon)
     else:
         stream = stream + attended
@@ -66,30 +115,32 @@ def decoder_layer_forward(patch: Patch, *args: Any, **kwargs: Any) -> Tensor:
 
 def mlp_forward(patch: Patch, x: Tensor) -> Tensor:
     mlp = patch.module
-    if not has_ops(x.device):
+    if not (has_ops(x.device) and is_plain(mlp.act_fn, *_SILUS)):
         return patch.original(x)
-    return project(mlp.down_proj, ops.swiglu(_gate_and_up(mlp.gate_proj, mlp.up_proj, x)))
+    return project(mlp.down_proj, _gated(mlp, x))
 
 
-def _gate_and_up(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
-    """Both products of x (..., E), side by side in the last dimension."""
+def _gated(mlp: nn.Module, x: Tensor) -> Tensor:
+    """What silu of one product of x (..., E) is times the other one."""
+    gate, up = mlp.gate_proj, mlp.up_proj
+    rows = x.reshape(-1, x.shape[-1])
     if (
-        not has_many_rows(x)
+        fuses(rows.shape[0])
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()  # which places the products itself
         or torch.is_autocast_enabled(x.device.type)
-        or not all(type(m) is nn.Linear and is_plain(m) and takes(x, m.weight) for m in (gate, up))
+        or not (is_plain_linear(gate, x) and is_plain_linear(up, x))
+        or gate.weight.shape != up.weight.shape
     ):
-        return torch.cat([project(gate, x), project(up, x)], dim=-1)
-    # Each product goes where the other expects it: nothing is copied.
-    rows = x.flatten(0, -2)
-    both = x.new_empty(rows.shape[0], gate.out_features + up.out_features)
-    for linear, out in zip((gate, up), both.split([gate.out_features, up.out_features], dim=1)):
-        if linear.bias is None:
-            torch.mm(rows, linear.weight.t(), out=out)
-        else:
-            torch.addmm(linear.bias, rows, linear.weight.t(), out=out)
-    return both.unflatten(0, x.shape[:-1])
+        both = project(gate, x), project(up, x)
+        if both[0].shape != both[1].shape:  # one is for all of the other, or they do not fit
+            return mlp.act_fn(both[0]) * both[1]
+        return ops.swiglu(torch.cat(both, dim=-1))
+    inner = gate.weight.shape[0]
+    out = x.new_empty(rows.shape[0], 2 * inner)
+    for linear, half in zip((gate, up), out.split(inner, dim=1)):
+        product_into(half, rows, linear.weight, linear.bias)
+    return ops.swiglu(out.view(*x.shape[:-1], 2 * inner))
 
 
 class TextCall:
@@ -174,10 +225,10 @@ class TextCall:
         if torch.compiler.is_compiling():  # a graph cannot depend on what a mask holds
             return None
         if self.mask is None:
-            return sequences_of_positions(self.position_ids.expand(self.batch, -1))
+            return sequences_from_positions(self.position_ids.expand(self.batch, -1))
         if not torch.is_tensor(self.mask) or self.mask.dim() != 2:
             return None
-        return sequences_of_padding(self.mask[:, : self.past + self.length])
+        return sequences_from_padding(self.mask[:, : self.past + self.length])
 
 
 def asks_weights(config: Any, inputs: Mapping[str, Any]) -> bool:
@@ -195,15 +246,33 @@ def grows(cache: Any, layer: int) -> bool:
 
 def text_model_forward(patch: Patch, *args: Any, **kwargs: Any) -> Any:
     """Tells the layers what the call is about."""
-    inputs = by_name(patch, args, kwargs)
-    call = TextCall(patch.module, inputs, patch.options["finds_packing"])
-    return patch.original(**inputs, mllama_kernels_call=call)
+    inputs, tower = by_name(patch, args, kwargs), patch.module
+    rotary = tower.rotary_emb
+    rotates = type(rotary).forward in _ROTARIES and (is_bare(rotary) or is_only_moved(rotary))
+    if rotates and hands_down(tower):
+        call = TextCall(tower, inputs, patch.options["finds_packing"])
+        inputs["mllama_kernels_call"] = call
+    return patch.original(**inputs)
+
+
+def hands_down(tower: nn.Module) -> bool:
+    """Whether what a text model is given by keyword gets to its attention, and to no code of others."""
+    for layer in tower.layers:
+        if gets_to(layer):  # it decides about its attention
+            continue
+        if not passes_on(layer, *LAYERS):
+            return False
+        layer = inside(layer)
+        if not passes_on(layer._modules.get("self_attn") or layer.cross_attn, *ATTENTIONS):
+            return False
+    return True
 
 
 def self_attention_forward(
     patch: Patch,
     *args: Any,
     mllama_kernels_call: TextCall | None = None,
+    mllama_kernels_view: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     attention, call = patch.module, mllama_kernels_call
@@ -211,20 +280,28 @@ def self_attention_forward(
     x, cache = inputs["hidden_states"], inputs.get("past_key_values")
     mask, layer = inputs.get("attention_mask"), attention.layer_idx
     sequences, decodes = None, False
-    if call is not None and not drops_out(attention) and takes_heads(attention.head_dim, x.device):
+    if (
+        call is not None
+        and not drops_out(attention)
+        and takes_heads(attention.head_dim, x.device)
+        and getattr(attention, "is_causal", True)
+        and attention.config._attn_implementation == call.implementation
+        and attends_as_written(attention)
+    ):
         sequences = call.prefill(mask, cache)
         decodes = sequences is None and call.decodes(mask, cache, layer)
-    if not (sequences is not None or decodes) or x.shape[1] != call.length:
+    if not (sequences is not None or decodes) or x.shape[:2] != (call.batch, call.length):
         return patch.original(**inputs)
 
-    q, k, v = (
-        project(linear, x).unflatten(-1, (-1, attention.head_dim))
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    heads = (-1, attention.head_dim)
+    q = project(attention.q_proj, x).unflatten(-1, heads)
+    k = project(attention.k_proj, x).unflatten(-1, heads)
+    v = project(attention.v_proj, x).unflatten(-1, heads)
     if not takes(q, k, v):
         return patch.original(**inputs)
     half = attention.head_dim // 2
-    cos, sin = (t[..., :half].to(q.device, q.dtype) for t in inputs["position_embeddings"])
+    cos, sin = inputs["position_embeddings"]
+    cos, sin = cos[..., :half].to(q.device, q.dtype), sin[..., :half].to(q.device, q.dtype)
     keys = values = None
     if cache is not None:
         state = (rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2), layer)

@@ -31,6 +31,11 @@ def inside(module: nn.Module) -> nn.Module:
     return module
 
 
+def modules_of(tower: nn.Module, *classes: type[nn.Module]) -> list[nn.Module]:
+    """The modules of exactly these classes: a subclass may compute something else."""
+    return [module for module in tower.modules() if class_of(module) in classes]
+
+
 def has_own_forward(cls: type[nn.Module]) -> bool:
     """Whether a class has the forward written in it, under decorators that :func:`redecorated` knows."""
     function = inspect.unwrap(cls.forward)

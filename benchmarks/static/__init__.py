@@ -1,0 +1,1 @@
+"""What the CUDA kernels execute, move and occupy, without a GPU: ``python -m benchmarks.static --help``."""

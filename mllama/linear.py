@@ -1,0 +1,282 @@
+"""What a projection is: linears of one input under their published names, computed as one product.
+
+The linears are ordinary children of a block, which optimisers, state dicts, adapters and hooks know by
+their names; a :class:`Projection` is the block's own view of them and no module. What else a projection may
+hold, such as quantised weights, answers the same two questions: :meth:`Projection.kernel_weight` and
+:meth:`Projection.load_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mllama.kinds import Asked, Kinds, call_on_rows
+from mllama.varlen import VarlenBatch
+from mllama_kernels.linear import LinearOps, linear_by
+
+# FSDP, in both of its versions, sets it on the modules whose parameters it frees and fills.
+_FSDP_MARK = "_is_fsdp_managed_module"
+
+
+class KernelWeight(NamedTuple):
+    """What the product of a projection reads.
+
+    Attributes:
+        matrix: (out, in).
+        bias: (out,) or None.
+        is_constant: whether nothing in this forward has written the matrix.
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+    is_constant: bool
+
+
+class _Rows(torch.autograd.Function):
+    """A matrix of which some weights are the rows, in the same memory; its gradient is split among them."""
+
+    @staticmethod
+    def forward(matrix: Tensor, *weights: Tensor) -> Tensor:
+        return matrix.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.sizes = [weight.shape[0] for weight in inputs[1:]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *gradient.split(ctx.sizes))
+
+
+class Projection:
+    """Linears of one input. Several without bias lie one after another in memory and are one product.
+
+    Args:
+        owner: the block; gets each linear as a child.
+        in_features: of all of them.
+        out_features: by the names of the linears.
+        bias: of all of them; only of a single one.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        in_features: int,
+        out_features: Mapping[str, int],
+        *,
+        bias: bool = False,
+    ) -> None:
+        # Not the owner itself, which would wait for the garbage collector then.
+        self._children = owner._modules
+        self.names, self.sizes = tuple(out_features), tuple(out_features.values())
+        for name, size in out_features.items():
+            owner.add_module(name, nn.Linear(in_features, size, bias=bias))
+        self.pack()
+
+    def kernel_weight(self, kinds: Kinds) -> KernelWeight | None:
+        """What a product in place of the linears reads; None: they are to be called, each by itself.
+
+        So it is where one of them is not exactly an `nn.Linear`, and for several also where they do not
+        fit together, or their memory is not theirs: FSDP's to free and to fill, or part of something else.
+        """
+        children = self._children
+        if len(self.names) == 1:
+            linear = children[self.names[0]]
+            own = linear._parameters
+            if (
+                kinds.get(linear) is not nn.Linear or "bias" not in own or "weight" not in own
+            ):  # FSDP1 takes them out
+                return None
+            return KernelWeight(own["weight"], own["bias"], _FSDP_MARK not in vars(linear))
+        weights: list[Tensor] = []
+        for name in self.names:
+            linear = children[name]
+            own = linear._parameters
+            if kinds.get(linear) is not nn.Linear or "bias" not in own or "weight" not in own:
+                return None
+            if own["bias"] is not None or _FSDP_MARK in vars(linear):
+                return None
+            weights.append(own["weight"])
+        if torch.compiler.is_compiling():  # a graph knows its inputs, not where they lie
+            self._check_sizes(weights)
+            return KernelWeight(torch.cat(weights), None, False)
+        matrix = _joined(weights)
+        is_packed = matrix is not None
+        if not is_packed:  # they were copied or assigned one by one
+            self._check_sizes(weights)
+            if not _fit(weights):
+                return None
+            _lay_out(weights)
+            matrix = _joined(weights)
+            if matrix is None:  # another thread has laid them out meanwhile, elsewhere
+                return None
+        if torch.is_grad_enabled():
+            matrix = _Rows.apply(matrix, *weights)
+        return KernelWeight(matrix, None, is_packed)
+
+    def __call__(
+        self, ops: LinearOps, x: Tensor, kinds: Kinds = Asked, varlen: VarlenBatch | None = None
+    ) -> Tensor:
+        """x (..., in) to (..., sum of the outputs).
+
+        Args:
+            varlen: of x (N, in), for the linears that have to be called.
+        """
+        weight = self.kernel_weight(kinds)
+        if weight is not None:
+            return linear_by(
+                ops, x, weight.matrix, weight.bias, weight_is_constant=weight.is_constant
+            )
+        outputs = [
+            linear_by(ops, x, linear.weight, linear.bias)
+            if kinds.get(linear) is nn.Linear and linear._parameters.keys() >= {"weight", "bias"}
+            else call_on_rows(linear, x, varlen)
+            for linear in self.linears
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The product (..., sum of the outputs) as one view per linear, in their order."""
+        return y.split(self.sizes, dim=-1)
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """The owner's children, or what has taken their places."""
+        return [self._children[name] for name in self.names]
+
+    def pack(self) -> None:
+        """Let several weights lie one after another, if they can and do not yet."""
+        linears = self.linears
+        if len(linears) == 1 or any(Asked.get(linear) is not nn.Linear for linear in linears):
+            return
+        weights = [linear.weight for linear in linears]
+        if weights[0].is_meta or any(_FSDP_MARK in vars(linear) for linear in linears):
+            return  # there is no memory to lie in, and torch.cat there is 80 MB of imports
+        if _joined(weights) is None and _fit(weights):
+            _lay_out(weights)
+
+    def materialise(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give linears without memory uninitialised weights."""
+        weights = [linear.weight for linear in self.linears]
+        sizes = [weight.shape[0] for weight in weights]
+        whole = torch.empty(sum(sizes), weights[0].shape[1], dtype=dtype, device=device)
+        for linear, rows in zip(self.linears, _rows(whole, sizes), strict=True):
+            linear.weight = nn.Parameter(rows, linear.weight.requires_grad)
+
+    def _check_sizes(self, weights: list[Tensor]) -> None:
+        """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends."""
+        got = [weight.shape[0] for weight in weights]
+        if any(n * self.sizes[0] != got[0] * size for n, size in zip(got, self.sizes)):
+            names, expected = ", ".join(self.names), list(self.sizes)
+            raise ValueError(
+                f"{names} must give {expected} features, or as many in proportion; got {got}"
+            )
+
+    def parameter_names(self) -> list[str]:
+        """Of all its linears, as :meth:`load_weight` knows them."""
+        own = zip(self.names, self.linears, strict=True)
+        return [f"{name}.{parameter}" for name, m in own for parameter, _ in m.named_parameters()]
+
+    def load_weight(self, name: str, source: Tensor) -> None:
+        """Take over a stored tensor, cast to what is here: ``name`` is that of a linear and its parameter,
+        as "q_proj.weight"."""
+        linear, parameter = name.split(".", 1)
+        self._children[linear].get_parameter(parameter).copy_(source)
+
+
+def projections_of(module: nn.Module) -> list[Projection]:
+    """Those of the linears that are its children, which are attributes of it."""
+    return [value for value in vars(module).values() if isinstance(value, Projection)]
+
+
+class Block(nn.Module):
+    """A module with projections of several linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_with_own_storages)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Block:
+        """As for every module: here the linears have just been moved or cast, each on its own."""
+        super()._apply(fn, recurse)
+        for projection in projections_of(self):
+            projection.pack()
+        return self
+
+
+def _fit(weights: list[Tensor]) -> bool:
+    """Whether weights can be laid out as the rows of one matrix, and nobody else knows where they are now:
+    those that share their memory with anything, of this process or another, stay in it."""
+    if not all(type(weight) is nn.Parameter for weight in weights):
+        return False
+    memories = [weight.untyped_storage() for weight in weights]
+    whole = sum(weight.nbytes for weight in weights)
+    return (
+        len({(w.dtype, w.device, w.shape[1], w.is_inference()) for w in weights}) == 1
+        and len({memory.data_ptr() for memory in memories}) == len(weights)
+        and memories[0].nbytes() in (weights[0].nbytes, whole)
+        and all(m.nbytes() == w.nbytes for m, w in zip(memories[1:], weights[1:]))
+        and not (weights[0].is_cpu and any(memory.is_shared() for memory in memories))
+    )
+
+
+def _joined(weights: list[Tensor]) -> Tensor | None:
+    """The weights (n, in) as one matrix; None where their memory is not that of one: each begins where the
+    one before it ends, in the allocation of the first."""
+    first, rows = weights[0], 0
+    if type(first) is not nn.Parameter:  # of functional calls, perhaps without any memory
+        return None
+    end = first.data_ptr()
+    for weight in weights:
+        if type(weight) is not nn.Parameter or weight.data_ptr() != end:
+            return None
+        if not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+        rows += weight.shape[0]
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():
+        return None
+    width = first.shape[1]
+    return first.as_strided((rows, width), (width, 1))
+
+
+def _lay_out(weights: list[Tensor]) -> None:
+    """Let the weights be the rows of one matrix, in new memory."""
+    # A tensor of inference mode cannot take over the memory of another kind, nor the reverse.
+    with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
+        rows = _rows(torch.cat(weights), [len(weight) for weight in weights])
+        for weight, part in zip(weights, rows, strict=True):
+            weight.data = part
+
+
+def _rows(whole: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Its rows in parts, in its memory, of which the first has all and each of the others a storage of its
+    own: what saves models takes tensors of one storage for the same, and keeps one of them."""
+    first, *others = whole.split(sizes)
+    if whole.is_meta:  # which has no memory
+        return [first, *others]
+    return [first, *map(_in_own_storage, others)]
+
+
+def _in_own_storage(part: Tensor) -> Tensor:
+    """A contiguous tensor with a storage that ends where it ends, in the same memory."""
+    begin = part.storage_offset() * part.element_size()
+    own = part.untyped_storage()[begin : begin + part.nbytes]
+    return part.new_empty(0).set_(own, 0, part.shape, part.stride())
+
+
+def _with_own_storages(
+    block: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """In a state dict the first of several weights has its rows only: saving a tensor saves its storage."""
+    for projection in projections_of(block):
+        first = f"{prefix}{projection.names[0]}."
+        for name, value in state.items():
+            if name.startswith(first) and type(value) is Tensor and not value.is_meta:
+                if value.untyped_storage().nbytes() > value.nbytes and value.is_contiguous():
+                    state[name] = _in_own_storage(value)

@@ -1,0 +1,194 @@
+"""A projection of any number of rows, with what stands before and after it in a decoder layer.
+
+No op of its own: the one place that says which ops and which product a projection is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+import mllama_kernels
+from mllama_kernels._arguments import checked
+from mllama_kernels._product import product
+from mllama_kernels.skinny_linear import MAX_ROWS
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class LinearOps(Protocol):
+    """The ops that a projection is made of, as `mllama_kernels` and its reference have them."""
+
+    @property
+    def skinny_linear(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def rms_norm(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def swiglu(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def gated_residual(self) -> Callable[..., Tensor]: ...
+
+
+@checked
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    swiglu: bool = False,
+    weight_is_constant: bool = False,
+) -> Tensor:
+    """A matrix product with any number of rows, by what is quickest for so many.
+
+    In this order, each step where it is asked for and rounded as the op of its name rounds::
+
+        h = rms_norm(x, norm_weight, eps)                  # with norm_weight
+        y = F.linear(h, weight, bias)                      # float32 sums, rounded to the dtype
+        y = swiglu(y)                                      # with swiglu
+        out = residual + y                                 # with residual
+        out = gated_residual(y, residual, gate, row_mask)  # with residual and gate
+
+    Up to 16 rows without bias, where no gradients are recorded (:func:`fuses`), all of it is one call of
+    :func:`mllama_kernels.skinny_linear`. Else the steps are ops of their own around the library's product,
+    on a CPU by whichever library is the quicker (see `_product.py`).
+
+    Args:
+        x: (..., K); float32, float16 or bfloat16 (float64 on CPU).
+        weight: (N, K), or (2 N, K) with `swiglu`, gate rows first; dtype of x, any strides.
+        bias: (N,), or (2 N,) with `swiglu`, dtype of x.
+        norm_weight: (K,), dtype of x; None: x is multiplied as it is.
+        eps: of the norm.
+        residual: (..., N), dtype of x.
+        gate: (1,), dtype of x, read on the device; only with `residual`.
+        row_mask: (...) bool; a row marked False adds nothing, whatever it holds; only with `gate`.
+        swiglu: whether the product holds gate and up side by side.
+        weight_is_constant: as for `skinny_linear`.
+    Returns:
+        (..., N) in x's dtype, contiguous. In an autocast region the product has the region's dtype, and
+        what follows it is computed as its ops are there.
+    Backward:
+        that of the steps: gradients of x, weight, bias, norm_weight, residual and gate.
+    Raises:
+        RuntimeError: naming what was given and what is expected.
+    """
+    _check(x, weight, bias)
+    return linear_by(
+        mllama_kernels,
+        x,
+        weight,
+        bias,
+        norm_weight=norm_weight,
+        eps=eps,
+        residual=residual,
+        gate=gate,
+        row_mask=row_mask,
+        swiglu=swiglu,
+        weight_is_constant=weight_is_constant,
+    )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises: RuntimeError for what the product would take, and stretch, or what only one way of it takes."""
+    shape = tuple(weight.shape)
+    if weight.dim() != 2:
+        raise RuntimeError(f"mllama_kernels.linear: weight must be (out, in), got shape {shape}")
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        got = tuple(x.shape)
+        raise RuntimeError(f"mllama_kernels.linear: x must be (..., {shape[1]}), got shape {got}")
+    if x.dtype not in _DTYPES:
+        got = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"mllama_kernels.linear: x must be a float of 16, 32 or 64 bits, got {got}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        got = tuple(bias.shape)
+        raise RuntimeError(f"mllama_kernels.linear: bias must be ({shape[0]},), got shape {got}")
+
+
+def linear_by(
+    ops: LinearOps,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    row_mask: Tensor | None = None,
+    swiglu: bool = False,
+    weight_is_constant: bool = False,
+    is_fused: bool | None = None,
+) -> Tensor:
+    """:func:`linear` by the ops of a backend: `mllama_kernels`, its reference, or the `Ops` of a model.
+
+    Args:
+        is_fused: what :func:`fuses` says, where the caller has asked already.
+    """
+    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
+        raise RuntimeError("mllama_kernels.linear: gate goes with residual, row_mask with gate")
+    rows, width, is_flat = math.prod(x.shape[:-1]), x.shape[-1], x.dim() == 2
+    if is_fused is None:
+        is_fused = fuses(rows)
+    if is_fused and bias is None and width and weight.stride(1) == 1:
+        y = ops.skinny_linear(
+            x if is_flat else x.reshape(rows, width),
+            weight,
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=residual if is_flat or residual is None else _rows("residual", residual, x, 1),
+            gate=gate,
+            row_mask=row_mask if is_flat or row_mask is None else _rows("row_mask", row_mask, x, 0),
+            swiglu=swiglu,
+            weight_is_constant=weight_is_constant,
+        )
+        return y if is_flat else y.reshape(*x.shape[:-1], y.shape[-1])
+    given = x
+    if norm_weight is not None:
+        x = ops.rms_norm(x, norm_weight, eps)
+    y = product(x, weight, bias)
+    if swiglu:
+        y = ops.swiglu(y)
+    if residual is None:
+        return y
+    if gate is not None:
+        return ops.gated_residual(y, residual, gate, row_mask)
+    # A sum would broadcast the one and promote the other.
+    if residual.shape != y.shape or residual.dtype not in (given.dtype, y.dtype):
+        expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (y, residual))
+        raise RuntimeError(f"mllama_kernels.linear: residual must be {expected}, got {got}")
+    return residual + y
+
+
+def fuses(rows: int) -> bool:
+    """Whether :func:`linear` of so many rows, without bias, is one op: with more the library's product is
+    better, and a gradient needs the steps. An exported program may be run with more than it was made with.
+    """
+    if torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_exporting():
+        return statically_known_true(rows <= MAX_ROWS)
+    return rows <= MAX_ROWS
+
+
+def _rows(name: str, given: Tensor, x: Tensor, trailing: int) -> Tensor:
+    """What goes with each row of x (..., K), of shape (...) and `trailing` dimensions, row by row."""
+    leading = x.shape[:-1]
+    if given.dim() != len(leading) + trailing or given.shape[: len(leading)] != leading:
+        expected = ", ".join(map(str, (*leading, *["N"] * trailing)))
+        got = tuple(given.shape)
+        raise RuntimeError(f"mllama_kernels.linear: {name} must be ({expected}), got shape {got}")
+    return given.reshape(math.prod(leading), *given.shape[len(leading) :])

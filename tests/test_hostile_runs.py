@@ -1,0 +1,190 @@
+"""Folders of training runs that somebody else sent, to be gone on with: nothing is written outside of them,
+and no state is believed."""
+
+from __future__ import annotations
+
+import json
+
+from confinement import confined
+
+_SETUP = """
+import contextlib, io, json, os, pathlib, shutil, sys, tempfile
+import torch
+from mllama import cli
+from mllama.demo import checkpoint_path
+from mllama.training import loop
+W = pathlib.Path(tempfile.mkdtemp())
+data = W / "data.jsonl"
+turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+data.write_text((json.dumps({"messages": turns}) + "\\n") * 4)
+victim = W / "victim"
+victim.mkdir()
+(victim / "precious").write_text("precious")
+(victim / "x.jinja").write_text("precious")
+def run(folder, *more):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = cli.main(["finetune", "--model", str(checkpoint_path()), "--data", str(data), "--output",
+                         str(folder), "--device", "cpu", "--backend", "reference", "--max-steps", "2",
+                         "--save-every", "1", "--lora-rank", "2", *more])
+    return code, err.getvalue()
+save_state = loop.save_state
+def stopped(*arguments):
+    save_state(*arguments)
+    raise KeyboardInterrupt
+loop.save_state = stopped
+assert run(W / "base")[0] == 130
+loop.save_state = save_state
+def case(name, change):
+    folder = W / name.replace("/", "_")
+    shutil.copytree(W / "base", folder)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    changed = change(folder, state)
+    if changed:
+        torch.save(state, folder / "state.pt")
+    code, err = run(folder, "--resume")
+    intact = all(p.read_text() == "precious" for p in victim.iterdir()) and len(os.listdir(victim)) == 2
+    print("case", json.dumps([name, code, err[-3000:], intact]), flush=True)
+"""
+
+
+def _cases(code: str) -> dict[str, tuple[int, str, bool]]:
+    ended = confined(_SETUP + code, seconds=400, mebibytes=6000)
+    assert ended.kind == "ok", (ended.kind, ended.err[-3000:])
+    lines = [json.loads(x[5:]) for x in ended.out.splitlines() if x.startswith("case ")]
+    return {name: (code, err, intact) for name, code, err, intact in lines}
+
+
+def test_links_are_not_written_through() -> None:
+    found = _cases("""
+names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "state.pt", "run.json",
+         "tokenizer_config.json", "config.json", "x.partial"]
+for name in names:
+    def link(folder, state, name=name):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(victim / "precious")
+    case(name, link)
+def dangling(folder, state):
+    (folder / "README.md").symlink_to(victim / "new")
+case("dangling", dangling)
+def linked_folder(folder, state):
+    (folder / "additional_chat_templates").symlink_to(victim)
+case("folder", linked_folder)
+def deeper(folder, state):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(victim / "precious")
+case("deeper", deeper)
+case("pipe", lambda folder, state: os.mkfifo(folder / "README.md"))
+case("a folder for a file", lambda folder, state: (folder / "y.partial").mkdir())
+""")
+    assert len(found) == 14
+    for name, (code, err, intact) in found.items():
+        assert intact, name
+        if name == "a folder for a file":
+            assert code == 0, err
+        else:
+            assert code == 1 and ("is a link" in err or "is no regular file" in err), (name, err)
+
+
+def test_states_that_no_run_has() -> None:
+    found = _cases("""
+def parameters(change):
+    def do(folder, state):
+        name = next(iter(state["parameters"]))
+        state["parameters"][name] = change(state["parameters"][name])
+        return True
+    return do
+def moments(**changes):
+    def do(folder, state):
+        first = state["optimizer"]["state"][0]
+        for key, change in changes.items():
+            first[key] = change(first[key]) if key in first else change(None)
+        return True
+    return do
+def entry(**changes):
+    return lambda folder, state: state.update(changes) is None
+def rng(place, value):
+    def do(folder, state):
+        left = torch.tensor(list(value), dtype=torch.uint8)
+        state["rng"][place : place + len(left)] = left
+        return True
+    return do
+def order(change):
+    def do(folder, state):
+        for group in state["optimizer"]["param_groups"]:
+            group["params"] = change(group["params"])
+        return True
+    return do
+case("genuine", lambda folder, state: False)
+case("step -1", entry(step=-1))
+case("step 10**15", entry(step=10**15))
+case("step True", entry(step=True))
+case("nan", parameters(lambda p: p * float("nan")))
+case("inf", parameters(lambda p: p + float("inf")))
+case("complex", parameters(lambda p: p.to(torch.complex64)))
+case("int8", parameters(lambda p: p.to(torch.int8)))
+case("float64", parameters(lambda p: p.double()))
+case("exp_avg str", moments(exp_avg=lambda t: "x"))
+case("exp_avg nan", moments(exp_avg=lambda t: t * float("nan")))
+case("exp_avg_sq below 0", moments(exp_avg_sq=lambda t: t - 1))
+case("exp_avg lacks", lambda folder, state: bool(state["optimizer"]["state"][0].pop("exp_avg") is not None))
+case("more averages", moments(max_exp_avg_sq=lambda t: torch.zeros(3)))
+case("averages of another shape", moments(exp_avg=lambda t: t.T.contiguous()))
+case("averages' step nan", moments(step=lambda t: t * float("nan")))
+case("averages' step below 0", moments(step=lambda t: t - 10))
+case("averages' steps", moments(step=lambda t: torch.ones(5)))
+case("optimizer list", entry(optimizer=[]))
+case("optimizer str", entry(optimizer="x"))
+case("order", order(lambda p: p[::-1]))
+case("order twice", order(lambda p: [0] * len(p)))
+case("rng short", entry(rng=torch.zeros(3, dtype=torch.uint8)))
+case("rng float", entry(rng=torch.zeros(5056)))
+case("rng str", entry(rng="x"))
+case("rng zeros", entry(rng=torch.zeros(5056, dtype=torch.uint8)))
+case("rng that reads past its words", lambda folder, state: rng(8, b"\\x70\\2\\0\\0")(folder, state)
+     and rng(16, b"\\x70\\2\\0\\0\\0\\0\\0\\0")(folder, state))
+""")
+    assert len(found) == 27 and found.pop("genuine")[0] == 0
+    for name, (code, err, _) in found.items():
+        assert code == 1 and ("state.pt" in err or "is another one" in err), (name, err)
+        assert "unexpected" not in err and "Traceback" not in err, (name, err)
+        assert len(err) < 1000, (name, err)
+
+
+def test_conversations_that_would_take_days() -> None:
+    """Their turns are written one by one, and all their words tokenized."""
+    ended = confined(
+        """
+import json, pathlib, sys, tempfile, time
+from mllama import MllamaProcessor
+from mllama.demo import checkpoint_path
+from mllama.training.encoding import read_examples
+processor = MllamaProcessor.from_pretrained(checkpoint_path())
+path = pathlib.Path(tempfile.mkdtemp()) / "data.jsonl"
+user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+image = {"type": "image", "path": "absent.png"}
+def case(name, messages, limit=131_072):
+    path.write_text(json.dumps({"messages": messages}) + "\\n")
+    start = time.process_time()
+    try:
+        said = str(len(read_examples(path, processor, limit)[0].input_ids))
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps([name, said[:2000], len(said), time.process_time() - start]), flush=True)
+case("genuine", [user, assistant] * 40)
+case("turns", [user, assistant] * 40_000)
+case("long turns", [{**user, "content": "a" * 3_000_000}, assistant] + [user, assistant] * 300)
+case("words", [{**user, "content": "a " * 1_500_000}, assistant], 2048)
+case("parts", [{"role": "user", "content": [{"type": "text", "text": "a"}] * 100_000}, assistant], 2048)
+case("images", [{"role": "user", "content": [image] * 90_000}, assistant], 2048)
+""",
+        seconds=120,
+    )
+    assert ended.kind == "ok" and ended.peak < 900, (ended.kind, ended.peak, ended.err[-2000:])
+    found = {x[0]: x[1:] for x in map(json.loads, ended.out.splitlines())}
+    assert int(found.pop("genuine")[0]) > 80
+    assert "40000 turns of the assistant in 80000 messages; at most 1000" in found["turns"][0]
+    assert "301 turns of the assistant" in found["long turns"][0]
+    assert "3000001 characters, which are more than the 2048 tokens" in found["words"][0]
+    for name, (said, length, seconds) in found.items():
+        assert "line 1: " in said and length < 3000 and seconds < 10, (name, said[:300], seconds)
