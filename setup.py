@@ -114,11 +114,12 @@ def check_cuda(torch, home: Path) -> tuple[Path, str]:
 
 def gencode(torch) -> tuple[str, str]:
     """nvcc's flags and a name for what they produce."""
-    if os.environ.get("MLLAMA_KERNELS_SIMULATE") == "1":
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not names and os.environ.get("MLLAMA_KERNELS_SIMULATE") == "1":
+        # Lines of the sources in the simulator's reports; in a binary they are two thirds of the size.
         names = ("compute_80", "compute_90a")
         flags = " ".join(f"-gencode arch={name},code={name}" for name in names)
-        return f"{flags} --no-compress", "/".join(names)
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+        return f"{flags} --no-compress -lineinfo", "/".join(names)
     if not names and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         names = [f"{major}.{minor}{'a' if major == 9 else ''}"]
@@ -200,24 +201,22 @@ def ninja_file(build: Path, output: Path) -> str:
         f"-L{shlex.quote(cpp_extension.library_paths()[0])} -Wl,--no-as-needed -ltorch -ltorch_cpu"
     )
     link += f" {sanitizers}" if only else ""
+    # Only the host's side knows what it is linked to, so that builds with CUDA, without, and simulated ones
+    # share the kernels' objects.
+    host, variant = "", ""
     if cuda:
         home, found = cuda
         flags, name = gencode(torch)
-        defines += f" -DMLLAMA_WITH_CUDA -DUSE_CUDA -DMLLAMA_CUDA_VERSION={found} -DMLLAMA_CUDA_ARCHS={name}"
-        defines += " -DMLLAMA_SM90A" if "90a" in name else ""
-        defines += " -DMLLAMA_SIMULATE" if simulate else ""
+        variant = "simulated" if simulate else "cuda"
+        host = f"-DMLLAMA_WITH_CUDA -DUSE_CUDA -DMLLAMA_CUDA_VERSION={found} -DMLLAMA_CUDA_ARCHS={name}"
+        host += " -DMLLAMA_SIMULATE" if simulate else ""
+        sm90a = "-DMLLAMA_SM90A" if "90a" in name else ""
         runtime = "-lcudart" if simulate else "-lcudart_static -ldl -lrt -lpthread"
         lib = next((p for p in (home / "lib64", home / "lib") if p.exists()), home / "lib64")
         link += f" -L{shlex.quote(str(lib))} {runtime}"
-        nvcc = f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 {flags} {defines}"
-        if simulate:
-            nvcc += (
-                " -lineinfo"  # the simulator's reports; in a binary it is two thirds of the size
-            )
+        nvcc = f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 {flags} {sm90a}"
         nvcc += f" --threads {os.environ.get('NVCC_THREADS', '1')} -ccbin {shlex.quote(cxx)}"
-        nvcc += " -Xcompiler -fPIC,-fvisibility=hidden -cudart " + (
-            "shared" if simulate else "static"
-        )
+        nvcc += " -Xcompiler -fPIC,-fvisibility=hidden"
     lines = [
         "rule cxx",
         f"  command = {cxx} {common} {defines} $flags -MMD -MF $out.d -c $in -o $out",
@@ -243,8 +242,8 @@ def ninja_file(build: Path, output: Path) -> str:
         for isa, flags in isa_flags.items() if source.name not in ANY_ISA else [("", "")]:
             add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
     for source in sorted((csrc / "bindings").glob("*.cpp")):
-        add("cxx", source, f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}")
-    add("cxx", csrc / "build_info.cpp")
+        add("cxx", source, f"{host} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}", variant)
+    add("cxx", csrc / "build_info.cpp", host, variant)
     lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -252,7 +251,10 @@ def ninja_file(build: Path, output: Path) -> str:
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        # One place for whichever command builds, so that an editable install and wheels of the same sources
+        # share what they compile; not for what is compiled with sanitizers.
+        sanitized = os.environ.get("MLLAMA_KERNELS_SANITIZE", "0") != "0"
+        build = Path(self.build_temp).resolve() if sanitized else ROOT / "build" / "objects"
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         ninja = find_tool("ninja", "pip install ninja")
