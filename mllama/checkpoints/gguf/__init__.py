@@ -1,1 +1,0 @@
-"""GGUF files of the architecture `mllama`, as Ollama and llama.cpp's tools write them."""

@@ -1,1 +1,0 @@
-"""Which weights are quantised how, and what a model takes then."""
