@@ -26,11 +26,14 @@ MIN_TORCH, MIN_CUDA = (2, 11), (12, 8)
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The CPU kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
 ANY_ISA = ("dispatch.cpp", "machine.cpp")
+# Ops that give the same bits on every instruction set and device: a product and a sum are rounded apart.
+SAME_BITS = ("quantize",)
 ISA_FLAGS = {"generic": ""}
 if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = (
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c -mamx-tile -mamx-bf16"
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c"
+        " -mamx-tile -mamx-bf16 -mamx-int8"
     )
 
 
@@ -170,7 +173,7 @@ def sanitized_isa(cxx: str) -> str | None:
     native = [*shlex.split(cxx), "-march=native", "-dM", "-E", "-x", "c", os.devnull]
     found = subprocess.run(native, capture_output=True, text=True, check=True).stdout
     # The names of the compiler's macros for what dispatch.cpp asks of the machine.
-    if all(f"__AVX512{part}__ " in found for part in ("F", "BW", "VL", "DQ", "BF16")):
+    if all(f"__AVX512{part}__ " in found for part in ("F", "BW", "VL", "DQ", "BF16", "VNNI")):
         return "avx512"
     return "avx2" if all(f"__{part}__ " in found for part in ("AVX2", "FMA", "F16C")) else "generic"
 
@@ -215,6 +218,7 @@ def ninja_file(build: Path, output: Path) -> str:
         lib = next((p for p in (home / "lib64", home / "lib") if p.exists()), home / "lib64")
         link += f" -L{shlex.quote(str(lib))} {runtime}"
         nvcc = f"{shlex.quote(str(home / 'bin' / 'nvcc'))} -O3 -std=c++20 {flags} {sm90a}"
+        nvcc += " --expt-relaxed-constexpr"  # headers of csrc/ know no __device__
         nvcc += f" --threads {os.environ.get('NVCC_THREADS', '1')} -ccbin {shlex.quote(cxx)}"
         nvcc += " -Xcompiler -fPIC,-fvisibility=hidden"
     lines = [
@@ -222,7 +226,7 @@ def ninja_file(build: Path, output: Path) -> str:
         f"  command = {cxx} {common} {defines} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in $isa",
         "rule nvcc",
-        f"  command = {nvcc if cuda else 'false'} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {nvcc if cuda else 'false'} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in",
         "rule link",
         f"  command = {cxx} -shared -o $out $in {link}\n  description = link $out",
@@ -237,10 +241,11 @@ def ninja_file(build: Path, output: Path) -> str:
     csrc = ROOT / "csrc"
     if cuda:  # the slowest first
         for source in sorted((csrc / "cuda").rglob("*.cu"), key=lambda p: -p.stat().st_size):
-            add("nvcc", source)
+            add("nvcc", source, "-fmad=false" if source.stem in SAME_BITS else "")
     for source in sorted((csrc / "cpu").rglob("*.cpp")):
+        contract = " -ffp-contract=off" if source.stem in SAME_BITS else ""
         for isa, flags in isa_flags.items() if source.name not in ANY_ISA else [("", "")]:
-            add("cxx", source, f"{flags} -DMLLAMA_ISA={isa}" if isa else "", isa)
+            add("cxx", source, f"{flags}{contract} -DMLLAMA_ISA={isa}" if isa else "", isa)
     for source in sorted((csrc / "bindings").glob("*.cpp")):
         add("cxx", source, f"{host} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes}", variant)
     add("cxx", csrc / "build_info.cpp", host, variant)

@@ -44,13 +44,13 @@ HEADLINES = (
 )
 
 
-def replaced(text: str, name: str, section: str) -> str:
-    """A text with the section between the two markers of that name.
+def replaced(text: str, name: str, section: str, by: str = "benchmarks.report") -> str:
+    """A text with the section between the two markers of that name, which say what module makes it.
 
     Raises: ValueError where the text does not have them once each.
     """
     begin, end = (
-        f"<!-- {name}: made by `python -m benchmarks.report` -->",
+        f"<!-- {name}: made by `python -m {by}` -->",
         f"<!-- end of {name} -->",
     )
     if text.count(begin) != 1 or text.count(end) != 1:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mllama.model import MllamaModel as MllamaModel
     from mllama.processing.image_processor import MllamaImageProcessor as MllamaImageProcessor
     from mllama.processing.processor import MllamaProcessor as MllamaProcessor
+    from mllama.quantization.plan import plan as plan
     from mllama.semantics import Semantics as Semantics
     from mllama.text import MllamaTextModel as MllamaTextModel
     from mllama.vision import MllamaVisionModel as MllamaVisionModel
@@ -38,6 +39,7 @@ _MODULES = {
     "MllamaVisionModel": "mllama.vision",
     "Semantics": "mllama.semantics",
     "TextStreamer": "mllama.generation.streaming",
+    "plan": "mllama.quantization.plan",
 }
 
 __all__ = list(_MODULES)

@@ -33,6 +33,8 @@ class Ops:
     gated_residual = staticmethod(mllama_kernels.gated_residual)
     linear_cross_entropy = staticmethod(mllama_kernels.linear_cross_entropy)
     patch_embed = staticmethod(mllama_kernels.patch_embed)
+    quantized_linear = staticmethod(mllama_kernels.quantized_linear)
+    quantized_rows = staticmethod(mllama_kernels.quantized_rows)
     rms_norm = staticmethod(mllama_kernels.rms_norm)
     rotary_attention = staticmethod(mllama_kernels.rotary_attention)
     rotary_attention_cached = staticmethod(mllama_kernels.rotary_attention_cached)

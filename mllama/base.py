@@ -19,6 +19,8 @@ from mllama.checkpoints.placement import resolve_device
 from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
+from mllama.quantization.policy import Quantization
+from mllama.quantized_modules import Quantized
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
 from mllama.surface import SurfaceMixin
 from mllama.vocabulary import VocabularyMixin
@@ -49,6 +51,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     """
 
     config: Any
+    quantization: Quantization | None = None  # of a model that was loaded so
     supports_gradient_checkpointing = True
 
     def __init__(
@@ -179,9 +182,14 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         return self.config.output_hidden_states or text_config.output_hidden_states
 
     def init_weights(self) -> None:
-        """Draw all parameters anew as `transformers` does; a part leaves it to the whole."""
+        """Draw all parameters anew as `transformers` does; a part leaves it to the whole.
+
+        Raises: TypeError for a model with quantised weights, which hold what was loaded.
+        """
         if self._is_part:
             return
+        if any(isinstance(module, Quantized) for module in self.modules()):
+            raise TypeError("quantised weights cannot be drawn anew: load with dequantize=True")
         std = getattr(self.config, "text_config", self.config).initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("gate"):  # gates begin closed, but those of the global vision layers
@@ -206,6 +214,13 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         backend: str = "auto",
         semantics: SemanticsLike = "auto",
         generation_config: Any = None,
+        quantization: str | None = None,
+        quantization_overrides: Mapping[str, str] | None = None,
+        dequantize: bool = False,
+        projector: str | os.PathLike[str] | None = None,
+        context: int | None = None,
+        images: int | None = None,
+        force: bool = False,
         **options: Any,
     ) -> _Model:
         """Load a checkpoint of a folder or hub id, in evaluation mode.
@@ -218,7 +233,9 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
                 local_files_only, force_download; for both subfolder. Fields of the configuration, as
                 ``output_hidden_states``, replace the stored ones. ``attn_implementation``,
                 ``low_cpu_mem_usage``, ``trust_remote_code`` and the like have no meaning here and are
-                accepted; what cannot be met, as quantisation or other files than safetensors, is refused.
+                accepted. ``load_in_4bit``, ``load_in_8bit`` and a `BitsAndBytesConfig` as
+                ``quantization_config`` mean ``quantization="q4_k"`` and ``"int8"``. What cannot be met, as
+                other files than safetensors, is refused.
             others: see :func:`mllama.checkpoints.weights.load_pretrained`.
         Raises: ValueError for what cannot be met, saying what to do instead; TypeError naming unknown
             arguments; and as `load_pretrained`.
@@ -232,6 +249,13 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
             backend=backend,
             semantics=semantics,
             generation_config=generation_config,
+            quantization=quantization,
+            quantization_overrides=quantization_overrides,
+            dequantize=dequantize,
+            projector=projector,
+            context=context,
+            images=images,
+            force=force,
             **options,
         )
 

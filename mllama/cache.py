@@ -13,6 +13,8 @@ there is room; what a prefill makes anew, ``settle`` moves to the place it had b
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -92,6 +94,19 @@ class MllamaCache:
         if max_tokens is not None:
             self._require_room(-(-max_tokens // PAGE_SIZE))
             self._add_pages(-(-max_tokens // PAGE_SIZE))
+
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Within it tokens are added in several steps; where one fails, those before it are forgotten too."""
+        lengths, position = self.lengths.clone(), self.next_position.clone()
+        columns = self.columns
+        try:
+            yield
+        except BaseException:
+            self.lengths.copy_(lengths)
+            self.next_position.copy_(position)
+            self.columns = columns
+            raise
 
     def reset(self) -> None:
         """Forget all tokens and images; the memory is kept for the next use."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,19 @@ class TextInputs:
         if self.position_ids is not None and cache is None:
             return VarlenBatch.from_positions(self.position_ids.expand(self.batch, -1))
         return VarlenBatch.dense(self.batch, self.length, self.device)
+
+    def parts(self, tokens: int) -> Iterator[tuple[int, TextInputs]]:
+        """Its columns in parts of at most so many tokens of all sequences, but one column at least, each with
+        the first of its columns."""
+        columns = max(tokens // self.batch, 1)
+        if self.length <= columns:
+            yield 0, self
+            return
+        whole = (self.input_ids, self.inputs_embeds, self.attention_mask, self.position_ids)
+        for begin in range(0, self.length, columns):
+            end = min(begin + columns, self.length)
+            given = (None if t is None else t[:, begin:end] for t in whole)
+            yield begin, TextInputs(self.batch, end - begin, self.device, *given)
 
     def positions(self, cache: MllamaCache | None) -> Tensor:
         """(B, L) or (1, L) int64: as given, or one per column after those in the cache."""

@@ -13,6 +13,7 @@ import sys
 
 from jinja2 import TemplateError
 
+from mllama.commands.usage import UsageError
 from mllama.wording import message
 
 COMMANDS = {
@@ -20,7 +21,9 @@ COMMANDS = {
     "generate": "image and prompt to text, streamed",
     "chat": "talk with a model about images",
     "finetune": "train adapters, or all weights, on conversations about images",
+    "quantize": "write a checkpoint with weights of 8, 6 or 4 bits",
     "verify": "check the kernels on this machine, with your checkpoint",
+    "plan": "what a model takes on a device, and what fits",
     "info": "versions, kernels, and what a checkpoint is",
 }
 
@@ -55,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=level, handlers=[handler])
     try:
         return options.run(options)
+    except UsageError as error:
+        print(f"mllama {options.command}: {message(str(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -20,6 +20,7 @@ from mllama.loss import (
     reduction_for,
     targets_of,
 )
+from mllama.quantization.workspace import PART
 from mllama.vocabulary import head_rows
 from mllama_kernels._arguments import IGNORED
 
@@ -79,6 +80,17 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
                 )
         return self.no_grad_if_caching(use_cache, cache, labels)
 
+    def _columns(
+        self, given: Tensor | None, targets: Tensor | None, logits_to_keep: int | Tensor
+    ) -> dict[str, int]:
+        """What the tower is told of a text (B, L, ...) that it may read in parts: how many columns are
+        wanted of it."""
+        if targets is not None or not isinstance(logits_to_keep, Integral) or not logits_to_keep:
+            return {}
+        if given is None or given.dim() < 2 or given.shape[0] * given.shape[1] <= PART:
+            return {}
+        return {"columns_to_keep": int(logits_to_keep)}
+
     def _head(
         self,
         hidden: Tensor,
@@ -94,7 +106,7 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
             is_target = targets != IGNORED
             rows, targets = hidden[is_target], targets[is_target]
             weight = self.head.kernel_weight(Asked)
-            if weight is None or weight.bias is not None:
+            if weight is None or weight.bias is not None or not isinstance(weight.matrix, Tensor):
                 return causal_lm_loss(self.head(self.ops, rows), targets, items), None
             loss = self.ops.linear_cross_entropy(
                 rows, weight.matrix, targets, reduction=reduction_for(items)

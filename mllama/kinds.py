@@ -39,7 +39,7 @@ def _kind_in_export(module: nn.Module) -> type[nn.Module] | None:
     """The tracer of an exported program puts a proxy in the place of each module, and its own call in that
     of all. Linears are called: the program knows their weights by that."""
     base = module.get_base() if hasattr(module, "get_base") else module
-    is_called = type(base) is nn.Linear or "forward" in vars(base) or _is_hooked(base)
+    is_called = isinstance(base, nn.Linear) or "forward" in vars(base) or _is_hooked(base)
     return None if is_called else type(base)
 
 
@@ -141,10 +141,16 @@ def _is_row_wise(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return False
     if issubclass(cls, nn.Linear):
-        return cls.forward is nn.Linear.forward
+        return cls.forward is nn.Linear.forward or _is_quantized(cls)
     if (cls.__module__, cls.__qualname__) != ("peft.tuners.lora.layer", "Linear"):
         return False
-    return not getattr(module, "lora_variant", None) and type(module.get_base_layer()) is nn.Linear
+    base = type(module.get_base_layer())
+    return not getattr(module, "lora_variant", None) and (base is nn.Linear or _is_quantized(base))
+
+
+def _is_quantized(cls: type[nn.Module]) -> bool:
+    """Whether it is our quantised linear, whose module is one that asks here for kinds."""
+    return (cls.__module__, cls.__qualname__) == ("mllama.quantized_modules", "QuantizedLinear")
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mllama.backend import Ops
 from mllama.kinds import Asked, Kinds, call_on_rows
-from mllama.linear import Projection
+from mllama.linear import Product, Projection, side_by_side
 from mllama.varlen import VarlenBatch
 from mllama_kernels.linear import fuses, linear_by
 
@@ -60,10 +60,27 @@ class ResidualStream:
     def __post_init__(self) -> None:
         self.is_fused = fuses(self.x.shape[0])
 
-    def read(self, norm: nn.Module, projection: Projection, *, swiglu: bool = False) -> Tensor:
+    def read(self, norm: nn.Module, projection: Projection, *, swiglu: bool = False) -> Product:
         """The projection (N, out) of the normalised stream; with ``swiglu`` of its halves, (N, out / 2)."""
         if self.is_fused and self.delta is None and self.kinds.get(norm) is RMSNorm:
             weight = projection.kernel_weight(self.kinds)
+            if weight is None and (shares := projection.shares(self.kinds)) is not None:
+                y = projection.together(
+                    shares,
+                    (
+                        linear_by(
+                            self.ops,
+                            self.x,
+                            share.matrix,
+                            norm_weight=norm.weight,
+                            eps=norm.variance_epsilon,
+                            weight_is_constant=share.is_constant,
+                            is_fused=True,
+                        )
+                        for share, _ in shares
+                    ),
+                )
+                return self.ops.swiglu(side_by_side(y)) if swiglu else y
             if weight is not None and weight.bias is None:
                 return linear_by(
                     self.ops,
@@ -76,7 +93,7 @@ class ResidualStream:
                     is_fused=True,
                 )
         y = projection(self.ops, self.norm(norm), self.kinds, self.varlen)
-        return self.ops.swiglu(y) if swiglu else y
+        return self.ops.swiglu(side_by_side(y)) if swiglu else y
 
     def add(
         self,

@@ -1,25 +1,36 @@
 """What a projection is: linears of one input under their published names, computed as one product.
 
 The linears are ordinary children of a block, which optimisers, state dicts, adapters and hooks know by
-their names; a :class:`Projection` is the block's own view of them and no module. What else a projection may
-hold, such as quantised weights, answers the same two questions: :meth:`Projection.kernel_weight` and
-:meth:`Projection.load_weight`.
+their names; a :class:`Projection` is the block's own view of them and no module. Some or all of them may be
+quantised (`quantized_modules.py`): those of one encoding are one product then, of a weight that lies in
+memory as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mllama.kinds import Asked, Kinds, call_on_rows
+from mllama.quantized_modules import QuantizedLinear
 from mllama.varlen import VarlenBatch
 from mllama_kernels.linear import LinearOps, linear_by
+from mllama_kernels.quantized_tensor import QuantizedTensor
 
 # FSDP, in both of its versions, sets it on the modules whose parameters it frees and fills.
 _FSDP_MARK = "_is_fsdp_managed_module"
+
+# What a projection gives: the outputs side by side, or of several products each by itself.
+Product = Tensor | tuple[Tensor, ...]
+
+
+def side_by_side(y: Product) -> Tensor:
+    """The outputs of a projection as one tensor (..., sum of them)."""
+    return torch.cat(y, dim=-1) if isinstance(y, tuple) else y
 
 
 class KernelWeight(NamedTuple):
@@ -31,9 +42,28 @@ class KernelWeight(NamedTuple):
         is_constant: whether nothing in this forward has written the matrix.
     """
 
-    matrix: Tensor
+    matrix: Tensor | QuantizedTensor
     bias: Tensor | None
     is_constant: bool
+
+
+class Share(NamedTuple):
+    """One of several products that a projection is made of.
+
+    Attributes:
+        weight: what it reads.
+        places: which of the linears it computes, in the order of its rows.
+    """
+
+    weight: KernelWeight
+    places: tuple[int, ...]
+
+
+class _Shared(NamedTuple):
+    """How quantised weights lie in memory: ``shares`` holds while the linears have just these ``weights``."""
+
+    weights: tuple[QuantizedTensor | None, ...]
+    shares: tuple[tuple[QuantizedTensor, tuple[int, ...]], ...]
 
 
 class _Rows(torch.autograd.Function):
@@ -73,6 +103,7 @@ class Projection:
         # Not the owner itself, which would wait for the garbage collector then.
         self._children = owner._modules
         self.names, self.sizes = tuple(out_features), tuple(out_features.values())
+        self._shared = _Shared((), ())
         for name, size in out_features.items():
             owner.add_module(name, nn.Linear(in_features, size, bias=bias))
         self.pack()
@@ -80,12 +111,22 @@ class Projection:
     def kernel_weight(self, kinds: Kinds) -> KernelWeight | None:
         """What a product in place of the linears reads; None: they are to be called, each by itself.
 
-        So it is where one of them is not exactly an `nn.Linear`, and for several also where they do not
-        fit together, or their memory is not theirs: FSDP's to free and to fill, or part of something else.
+        So it is where one of them is not exactly an `nn.Linear` or a `QuantizedLinear`, and for several also
+        where they do not fit together, have several encodings (:meth:`shares`), or their memory is not
+        theirs: FSDP's to free and to fill, or part of something else.
         """
         children = self._children
+        first = children[self.names[0]]
+        if kinds.get(first) is QuantizedLinear:
+            if len(self.names) == 1:
+                return KernelWeight(first._weight, first._parameters["bias"], True)
+            whole = self._whole(kinds)
+            if whole is None:
+                shares = self.shares(kinds)
+                whole = shares[0].weight.matrix if shares and len(shares) == 1 else None
+            return None if whole is None else KernelWeight(whole, None, True)
         if len(self.names) == 1:
-            linear = children[self.names[0]]
+            linear = first
             own = linear._parameters
             if (
                 kinds.get(linear) is not nn.Linear or "bias" not in own or "weight" not in own
@@ -118,10 +159,84 @@ class Projection:
             matrix = _Rows.apply(matrix, *weights)
         return KernelWeight(matrix, None, is_packed)
 
+    def _whole(self, kinds: Kinds) -> QuantizedTensor | None:
+        """The weight of linears that lie in memory as one, if they are plain and nothing has changed."""
+        shared, children = self._shared, self._children
+        if len(shared.shares) != 1:
+            return None
+        for name, weight in zip(self.names, shared.weights):
+            linear = children[name]
+            if kinds.get(linear) is not QuantizedLinear or linear._weight is not weight:
+                return None
+            if linear._parameters["bias"] is not None:
+                return None
+        return shared.shares[0][0]
+
+    def shares(self, kinds: Kinds) -> tuple[Share, ...] | None:
+        """The products that linears without bias are made of, where some are quantised: one for each
+        encoding, and one for each plain linear. None: no product may take their place."""
+        weights: list[QuantizedTensor | None] = []
+        for linear in self.linears:
+            kind = kinds.get(linear)
+            if (
+                kind not in (QuantizedLinear, nn.Linear)
+                or linear._parameters.get("bias") is not None
+            ):
+                return None
+            weights.append(linear._weight if kind is QuantizedLinear else None)
+        shared = self._shared
+        if len(shared.weights) != len(weights) or any(map(is_not, shared.weights, weights)):
+            shared = self._share(weights)
+        if not shared.shares:
+            return None
+        found = [Share(KernelWeight(whole, None, True), at) for whole, at in shared.shares]
+        for place, (name, weight) in enumerate(zip(self.names, weights, strict=True)):
+            if weight is None:
+                plain = self._children[name]
+                is_constant = _FSDP_MARK not in vars(plain)
+                found.append(Share(KernelWeight(plain.weight, None, is_constant), (place,)))
+        return tuple(found)
+
+    def _share(self, weights: Sequence[QuantizedTensor | None]) -> _Shared:
+        """Let the weights of each encoding lie in memory as one, where rows of one can be told apart."""
+        places: dict[Any, list[int]] = {}
+        for place, weight in enumerate(weights):
+            if weight is not None:
+                form = (weight.encoding, weight.group, weight.scale_type, weight.zero_type)
+                places.setdefault((*form, weight.device), []).append(place)
+        own, shares = list(weights), []
+        for at in places.values():
+            members = [weights[place] for place in at]
+            joined = None if torch.compiler.is_compiling() else _joined_rows(members)
+            if joined is None:
+                shares += [(weight, (place,)) for weight, place in zip(members, at, strict=True)]
+                continue
+            whole, rows = joined
+            shares.append((whole, tuple(at)))
+            for place, part in zip(at, rows, strict=True):
+                own[place] = part
+                self._children[self.names[place]].set_quantized(part)
+        shared = _Shared(tuple(own), tuple(shares))
+        if not torch.compiler.is_compiling():
+            self._shared = shared
+        return shared
+
+    def together(self, shares: tuple[Share, ...], outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """The output of each linear, in their order, from that of each share."""
+        parts: dict[int, Tensor] = {}
+        for share, y in zip(shares, outputs, strict=True):
+            sizes = [self.sizes[place] for place in share.places]
+            parts |= zip(share.places, y.split(sizes, dim=-1), strict=True)
+        return tuple(parts[place] for place in range(len(self.names)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy lays its own weights out."""
+        return {**vars(self), "_shared": _Shared((), ())}
+
     def __call__(
         self, ops: LinearOps, x: Tensor, kinds: Kinds = Asked, varlen: VarlenBatch | None = None
-    ) -> Tensor:
-        """x (..., in) to (..., sum of the outputs).
+    ) -> Product:
+        """x (..., in) to (..., sum of the outputs), or where they are several products to each output.
 
         Args:
             varlen: of x (N, in), for the linears that have to be called.
@@ -131,6 +246,11 @@ class Projection:
             return linear_by(
                 ops, x, weight.matrix, weight.bias, weight_is_constant=weight.is_constant
             )
+        if len(self.names) > 1 and (shares := self.shares(kinds)) is not None:
+            products = (
+                linear_by(ops, x, w.matrix, weight_is_constant=w.is_constant) for w, _ in shares
+            )
+            return self.together(shares, products)
         outputs = [
             linear_by(ops, x, linear.weight, linear.bias)
             if kinds.get(linear) is nn.Linear and linear._parameters.keys() >= {"weight", "bias"}
@@ -139,9 +259,9 @@ class Projection:
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+    def split(self, y: Product) -> tuple[Tensor, ...]:
         """The product (..., sum of the outputs) as one view per linear, in their order."""
-        return y.split(self.sizes, dim=-1)
+        return y if isinstance(y, tuple) else y.split(self.sizes, dim=-1)
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -151,7 +271,12 @@ class Projection:
     def pack(self) -> None:
         """Let several weights lie one after another, if they can and do not yet."""
         linears = self.linears
-        if len(linears) == 1 or any(Asked.get(linear) is not nn.Linear for linear in linears):
+        if len(linears) == 1:
+            return
+        if any(isinstance(linear, QuantizedLinear) for linear in linears):
+            self.shares(Asked)
+            return
+        if any(Asked.get(linear) is not nn.Linear for linear in linears):
             return
         weights = [linear.weight for linear in linears]
         if weights[0].is_meta or any(_FSDP_MARK in vars(linear) for linear in linears):
@@ -159,13 +284,26 @@ class Projection:
         if _joined(weights) is None and _fit(weights):
             _lay_out(weights)
 
-    def materialise(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Give linears without memory uninitialised weights."""
+    def materialise(
+        self, dtype: torch.dtype, device: torch.device, left_out: Container[str] = ()
+    ) -> None:
+        """Give linears without memory uninitialised weights, but for those left out, by their names."""
+        if any(name in left_out for name in self.names):
+            return self._materialise_each(dtype, device, left_out)
         weights = [linear.weight for linear in self.linears]
         sizes = [weight.shape[0] for weight in weights]
         whole = torch.empty(sum(sizes), weights[0].shape[1], dtype=dtype, device=device)
         for linear, rows in zip(self.linears, _rows(whole, sizes), strict=True):
             linear.weight = nn.Parameter(rows, linear.weight.requires_grad)
+
+    def _materialise_each(
+        self, dtype: torch.dtype, device: torch.device, left_out: Container[str]
+    ) -> None:
+        for name in self.names:
+            if name not in left_out:
+                linear = self._children[name]
+                empty = torch.empty(linear.weight.shape, dtype=dtype, device=device)
+                linear.weight = nn.Parameter(empty, linear.weight.requires_grad)
 
     def _check_sizes(self, weights: list[Tensor]) -> None:
         """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends."""
@@ -243,6 +381,24 @@ def _joined(weights: list[Tensor]) -> Tensor | None:
         return None
     width = first.shape[1]
     return first.as_strided((rows, width), (width, 1))
+
+
+def _joined_rows(
+    weights: list[QuantizedTensor],
+) -> tuple[QuantizedTensor, list[QuantizedTensor]] | None:
+    """Weights of one encoding as the rows of one weight, in its memory; None where they cannot be."""
+    if len(weights) == 1:
+        return weights[0], weights
+    try:
+        whole = QuantizedTensor.cat(weights)
+    except ValueError:  # 4-bit tables that differ
+        return None
+    rows, begin = [], 0
+    for weight in weights:
+        rows.append(whole.rows(begin, begin + weight.shape[0]))
+        begin += weight.shape[0]
+    own = [part.planes[0].untyped_storage().data_ptr() for part in rows]
+    return (whole, rows) if set(own) == {whole.planes[0].untyped_storage().data_ptr()} else None
 
 
 def _lay_out(weights: list[Tensor]) -> None:

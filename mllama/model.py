@@ -126,6 +126,7 @@ class MllamaModel(MllamaPreTrainedModel):
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected, before anything runs.
         """
+        kept = {name: others.pop(name) for name in ("columns_to_keep",) if name in others}
         refuse(others)
         config = self.config
         text = check_text(
@@ -179,6 +180,7 @@ class MllamaModel(MllamaPreTrainedModel):
                 use_cache=caching,
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
                 checked=Checked(text, tiles, arguments),
+                **kept,
             )
         return output.to_tuple() if return_dict is False else output
 
@@ -272,6 +274,7 @@ class MllamaForConditionalGeneration(LanguageHead):
                 inputs_embeds=inputs_embeds,
                 use_cache=caching,
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
+                **self._columns(given, targets, logits_to_keep),
             )
             loss, logits = self._head(
                 outputs.last_hidden_state,
@@ -347,6 +350,7 @@ class MllamaForCausalLM(LanguageHead):
                 inputs_embeds=inputs_embeds,
                 use_cache=caching,
                 output_hidden_states=self.wants_hidden_states(output_hidden_states),
+                **self._columns(given, targets, logits_to_keep),
             )
             loss, logits = self._head(
                 outputs.last_hidden_state,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllama.quantized_modules import Quantized
+
 
 class SurfaceMixin:
     """Methods and attributes of `transformers`' `PreTrainedModel`, with the same answers.
@@ -26,14 +28,21 @@ class SurfaceMixin:
         return hasattr(cls, "generate")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters there are: all, those that are trained, those outside of any `nn.Embedding`."""
+        """How many parameters there are, quantised weights by what they stand for: all, those that are
+        trained, those outside of any `nn.Embedding`."""
         module: nn.Module = self  # type: ignore[assignment]
         left_out = {
             f"{name}.weight"
             for name, part in module.named_modules()
             if exclude_embeddings and isinstance(part, nn.Embedding)
         }
-        return sum(
+        quantized = sum(
+            part.weight.shape.numel()
+            for name, part in module.named_modules()
+            if isinstance(part, Quantized) and not only_trainable
+            if f"{name}.weight" not in left_out
+        )
+        return quantized + sum(
             parameter.numel()
             for name, parameter in module.named_parameters()
             if name not in left_out and (parameter.requires_grad or not only_trainable)

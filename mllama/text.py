@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllama.arguments import refuse
@@ -17,6 +19,7 @@ from mllama.config import MllamaTextConfig
 from mllama.kinds import Kinds, KnownKinds
 from mllama.layers import Recomputing, ResidualStream, RMSNorm, recomputing
 from mllama.outputs import BaseModelOutput
+from mllama.quantization.workspace import PART
 from mllama.rope import RotaryEmbedding
 from mllama.semantics import SemanticsLike
 from mllama.text_layers import (
@@ -26,6 +29,7 @@ from mllama.text_layers import (
     MllamaSelfAttentionDecoderLayer,
 )
 from mllama.tiles import ImageTiles, TileView, view_of_tokens
+from mllama.varlen import VarlenBatch
 from mllama.vocabulary import EXTRA_ROWS
 
 
@@ -116,11 +120,14 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 the config's choice.
             return_dict: False for a tuple.
             checked: from the model that this one is part of, the same as it has checked it.
+            columns_to_keep: how many of the last columns of a long text with a cache are returned at least;
+                not in the signature, since only the models here ask for it.
             others: see :mod:`mllama.arguments`.
         Returns: ``last_hidden_state`` (B, L, E), zero at padding; ``past_key_values``;
             ``hidden_states``.
         Raises: ValueError naming what was given and what is expected.
         """
+        columns_to_keep = others.pop("columns_to_keep", sys.maxsize)
         refuse(others)
         tiles = checked.tiles if checked is not None else None
         given = {
@@ -148,6 +155,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 past_key_values,
                 caching,
                 self.wants_hidden_states(output_hidden_states),
+                columns_to_keep,
             )
         return output.to_tuple() if return_dict is False else output
 
@@ -170,11 +178,21 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         cache: MllamaCache | None,
         caching: bool,
         output_hidden_states: bool,
+        columns_to_keep: int = sys.maxsize,
     ) -> BaseModelOutput:
-        """The forward on checked inputs, with the new images as tiles; ``caching`` makes a cache."""
-        embeds = (
-            self.embed_tokens(text.input_ids) if text.inputs_embeds is None else text.inputs_embeds
-        )
+        """The forward on checked inputs, with the new images as tiles; ``caching`` makes a cache.
+
+        A long text goes through the layers in parts, each of which reads the keys and values of those
+        before it from the cache, so that what a layer takes does not grow with the text. Of such a text only
+        the last ``columns_to_keep`` columns are returned.
+        """
+        parts = None
+        if text.batch * text.length > PART and (caching or cache is not None):
+            if not (output_hidden_states or torch.compiler.is_compiling()):
+                parts = list(text.parts(PART))
+        first = text if parts is None else parts[0][1]
+        given = first.inputs_embeds
+        embeds = self.embed_tokens(first.input_ids) if given is None else given
         if (
             cache is None and caching
         ):  # FSDP may compute in another dtype than it keeps the weights in
@@ -199,10 +217,51 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 past=cache.columns if cache is not None else 0,
                 new_images=tiles is not None,
             )
+        states = tiles.states if tiles is not None else None
+        if parts is None:
+            last, hidden = self._through_layers(
+                text, embeds, varlen, cache, states, table, view, output_hidden_states
+            )
+        else:
+            kept, hidden = [], []
+            with cache.kept_on_error():
+                for begin, part in parts:
+                    if begin:
+                        given = part.inputs_embeds
+                        embeds = self.embed_tokens(part.input_ids) if given is None else given
+                    last, _ = self._through_layers(
+                        part,
+                        embeds,
+                        part.varlen(cache),
+                        cache,
+                        None if begin else states,  # the cache has them then
+                        table,
+                        view.of_columns(varlen, begin, begin + part.length),
+                        False,
+                    )
+                    kept.append(last[:, max(text.length - columns_to_keep - begin, 0) :])
+            last = torch.cat(kept, dim=1)
+        return BaseModelOutput(
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=(*hidden, last) if output_hidden_states else None,
+        )
+
+    def _through_layers(
+        self,
+        text: TextInputs,
+        embeds: Tensor,
+        varlen: VarlenBatch,
+        cache: MllamaCache | None,
+        states: Tensor | None,
+        table: Tensor | None,
+        view: TileView,
+        output_hidden_states: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The normed stream (B, L, E) after all layers, and if asked for what it was before each."""
         positions = text.positions(cache)
         x = varlen.unpad(embeds)
         cos, sin = self._rotary(varlen.unpad(positions.expand(text.batch, -1)), x.dtype)
-        states = tiles.states if tiles is not None else None
         inputs = LayerInputs(cos, sin, positions, varlen, cache, states, table, view)
         stream, hidden = ResidualStream(self.ops, x, varlen, self._kinds.of(self)), []
         recomputed = self.recomputed(len(self.layers))
@@ -220,11 +279,7 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         last = varlen.pad(stream.norm(self.norm))
         if cache is not None:
             text.advance(cache, varlen, positions)
-        return BaseModelOutput(
-            last_hidden_state=last,
-            past_key_values=cache,
-            hidden_states=(*hidden, last) if output_hidden_states else None,
-        )
+        return last, hidden
 
     def _sees_images(self, layer: nn.Module, index: int) -> bool:
         """Whether a layer is one with cross-attention; of one that is wrapped its place says it."""

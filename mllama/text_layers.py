@@ -13,7 +13,7 @@ from mllama.cache import MllamaCache
 from mllama.config import MllamaTextConfig
 from mllama.kinds import Asked, Kinds, call_on_rows
 from mllama.layers import ResidualStream, RMSNorm
-from mllama.linear import Block, Projection
+from mllama.linear import Block, Product, Projection, side_by_side
 from mllama.tiles import TileView
 from mllama.varlen import VarlenBatch
 
@@ -91,7 +91,7 @@ class MllamaTextMLP(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., E) to (..., E)."""
-        y = self.gate_up(self.ops, x)
+        y = side_by_side(self.gate_up(self.ops, x))
         y = self.ops.swiglu(y) if self._is_swiglu(Asked) else self._activated(y, None)
         return self.down(self.ops, y)
 
@@ -106,7 +106,7 @@ class MllamaTextMLP(Block):
         is_swiglu = self._is_swiglu(stream.kinds)
         y = stream.read(norm, self.gate_up, swiglu=is_swiglu)
         if not is_swiglu:
-            y = self._activated(y, stream.varlen)
+            y = self._activated(side_by_side(y), stream.varlen)
         stream.add(self.down, y, gate, row_mask)
 
     def _is_swiglu(self, kinds: Kinds) -> bool:
@@ -149,8 +149,8 @@ class MllamaTextSelfAttention(Block):
         """Add what the normalised stream gives."""
         stream.add(self.output, self.attend(stream.read(norm, self.qkv), inputs))
 
-    def attend(self, qkv: Tensor, inputs: LayerInputs) -> Tensor:
-        """q, k and v side by side (N, (Hq + 2 Hkv) D) to (N, Hq D)."""
+    def attend(self, qkv: Product, inputs: LayerInputs) -> Tensor:
+        """q, k and v, side by side (N, (Hq + 2 Hkv) D) to (N, Hq D)."""
         heads, (q, k, v) = (-1, self.head_dim), self.qkv.split(qkv)
         q, k, v = q.unflatten(1, heads), k.unflatten(1, heads), v.unflatten(1, heads)
         varlen = inputs.varlen

@@ -72,6 +72,16 @@ class TileView:
         masks = (self.tile_mask, self.row_mask)
         return TileView(*(None if mask is None else mask.clone() for mask in masks))
 
+    def of_columns(self, varlen: VarlenBatch, begin: int, end: int) -> TileView:
+        """The rows of the tokens in some of the columns, of a view with one row per packed token."""
+        masks = (self.tile_mask, self.row_mask)
+        if all(mask is None for mask in masks):
+            return self
+        columns = torch.arange(varlen.batch * varlen.length, device=varlen.cu_seqlens.device)
+        columns = (columns if varlen.rows is None else varlen.rows) % varlen.length
+        chosen = ((columns >= begin) & (columns < end)).nonzero().squeeze(1)
+        return TileView(*(None if mask is None else mask[chosen] for mask in masks))
+
     def per_token(self, varlen: VarlenBatch) -> TileView:
         """From one row per sequence to one row per packed token."""
         if varlen.length == 1 and varlen.rows is None:

@@ -25,6 +25,7 @@ from mllama.backend import Ops
 from mllama.loss import IGNORED
 from mllama.wording import reason
 from mllama_kernels import _dispatch, _library, reference
+from mllama_kernels.quantized_tensor import QuantizedTensor
 from mllama_kernels.testing import Errors, allowed
 
 ALLOWED_RATIO = 2.0
@@ -295,6 +296,8 @@ def _sample(ops: Ops, logits: Tensor, input_ids: Tensor) -> None:
 def _loss(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
     """The loss of every row, which says more than their mean."""
     weight = model.get_output_embeddings().weight
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.dequantize(hidden.dtype)
     labels = input_ids.where(input_ids < weight.shape[0], IGNORED)
     model.ops.linear_cross_entropy(hidden, weight, labels, reduction="none")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mllama.config_fields import integer, value_problem
 from mllama.layers import init_normal
+from mllama.quantized_modules import Quantized
 from mllama.shapes import EXTRA_ROWS
 
 if TYPE_CHECKING:
@@ -124,9 +125,9 @@ class VocabularyMixin:
         image_token = getattr(self.config, "image_token_index", -1)
         if count <= image_token:
             raise ValueError(f"{count} rows are too few: the image token is {image_token}")
+        _check_plain(embedding, head := self.get_output_embeddings())
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"only an nn.Embedding can be resized, got {type(embedding).__name__}")
-        head = self.get_output_embeddings()
         if head is not None:
             _check_linear(head)  # before anything changes
         std = self.config.get_text_config().initializer_range
@@ -157,6 +158,7 @@ class VocabularyMixin:
         the head a row for the image token. Arguments as in `transformers`."""
         if transposed:
             raise ValueError("transposed can only be False: a head's rows are its classes")
+        _check_plain(old_lm_head)
         _check_linear(old_lm_head)
         if new_num_tokens is None:
             return old_lm_head
@@ -181,6 +183,15 @@ def _row_count(given: int | None, multiple: int | None, module: nn.Module) -> in
     count, step = values["new_num_tokens"], values["pad_to_multiple_of"] or 1
     count = module.weight.shape[0] if count is None else count
     return -(-count // step) * step
+
+
+def _check_plain(*modules: nn.Module | None) -> None:
+    for module in modules:
+        if isinstance(module, Quantized):
+            raise TypeError(
+                f"{type(module).__name__} is quantised ({module.weight.encoding}) and cannot be resized: "
+                "load the model with dequantize=True"
+            )
 
 
 def _check_linear(head: nn.Module) -> None:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -17,34 +18,51 @@ IGNORED = -100  # a label that is no target, as it is to torch
 PAD_TO = 8  # the tokens of an image tile are padded with zeros to a multiple of this; they are attended to
 
 
+class QuantizedWeight:
+    """What stands for a weight and is no tensor: `mllama_kernels.quantized_tensor` has the one kind."""
+
+
+_KINDS = {
+    "Tensor": (Tensor,),
+    "Tensor | None": (Tensor, type(None)),
+    "QuantizedTensor": (QuantizedWeight,),
+    "Tensor | QuantizedTensor": (Tensor, QuantizedWeight),
+}
+_WORDS = {
+    "Tensor": "a tensor",
+    "Tensor | None": "a tensor or None",
+    "QuantizedTensor": "a QuantizedTensor",
+    "Tensor | QuantizedTensor": "a tensor or a QuantizedTensor",
+}
+
+
 class Arguments:
     """What an op takes, by the signature of a function; `op` is its name if that is not the function's."""
 
     def __init__(self, function: Callable[..., Any], op: str | None = None) -> None:
         self._op = op or function.__name__
         self._signature = inspect.signature(function)
-        # Place, name, and whether None may stand there.
+        # Place, name, and what may stand there.
         self._tensors = tuple(
-            (place, parameter.name, parameter.annotation == "Tensor | None")
+            (place, parameter.name, parameter.annotation)
             for place, parameter in enumerate(self._signature.parameters.values())
-            if parameter.annotation in ("Tensor", "Tensor | None")
+            if parameter.annotation in _KINDS
         )
         self.lead = self._tensors[0][1]
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises: TypeError for what is no tensor and should be one."""
-        for place, name, may_be_none in self._tensors:
+        for place, name, kind in self._tensors:
             if place < len(args):
                 value = args[place]
             elif name in kwargs:
                 value = kwargs[name]
             else:
                 continue
-            if not (isinstance(value, Tensor) or (value is None and may_be_none)):
-                expected = "a tensor or None" if may_be_none else "a tensor"
+            if not isinstance(value, _KINDS[kind]):
                 given = "None" if value is None else f"a {type(value).__name__}"
                 raise TypeError(
-                    f"mllama_kernels.{self._op}: {name} must be {expected}, got {given}"
+                    f"mllama_kernels.{self._op}: {name} must be {_WORDS[kind]}, got {given}"
                 )
 
     def explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,3 +85,17 @@ def checked(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def check_activations(activations: str | None, x: Tensor) -> None:
+    """Raises: ValueError for what a projection cannot round x to; RuntimeError where x wants a gradient,
+    which rounding does not have."""
+    if activations not in (None, "int8"):
+        raise ValueError(
+            'mllama_kernels.quantized_linear: activations must be None or "int8", got '
+            f"{activations!r:.60}"
+        )
+    if activations is not None and torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            f'mllama_kernels.quantized_linear: activations="{activations}" has no gradient, which x wants'
+        )

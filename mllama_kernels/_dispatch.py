@@ -108,6 +108,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     differentiable: bool = True,
     lowers: bool = True,
+    kept: tuple[int, ...] = (),
 ) -> None:
     """Gives a compiled op its fake and its place in autograd and autocast.
 
@@ -119,6 +120,7 @@ def register(
         differentiable: False for an op that writes to its arguments and takes no formula.
         lowers: in an autocast region run in its dtype, as torch.matmul does; False: in the widest
             dtype among the arguments, as a sum does.
+        kept: the places of tensors that autocast leaves as they are.
     """
     if _library.missing is not None:
         return
@@ -129,7 +131,9 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(
-            name, functools.partial(_autocast, name, device, lowers), f"Autocast{device.upper()}"
+            name,
+            functools.partial(_autocast, name, device, lowers, kept),
+            f"Autocast{device.upper()}",
         )
 
 
@@ -151,10 +155,11 @@ def _checked_fake(name: str, fake: Function) -> Function:
     return shapes  # type: ignore[return-value]
 
 
-def _autocast(name: str, device: str, lowers: bool, *args: Any) -> Any:
+def _autocast(name: str, device: str, lowers: bool, kept: tuple[int, ...], *args: Any) -> Any:
     """The op on arguments of one floating dtype; like torch's own, it leaves float64 as it is."""
-    floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-    dtype = functools.reduce(torch.promote_types, (a.dtype for a in floating))
+    may_be_cast = [a for place, a in enumerate(args) if place not in kept]
+    floating = [a for a in may_be_cast if isinstance(a, Tensor) and a.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in floating), torch.bool)
     if lowers and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     is_cast = {id(a) for a in floating}

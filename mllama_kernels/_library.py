@@ -49,6 +49,31 @@ def instruction_set() -> str | None:
     return None if path is None else _text("instruction_set")
 
 
+def quantized_packed_bytes(on_cpu: bool, form: tuple[int, ...]) -> int:
+    """What `quantized_pack` makes of a weight, in the layout of a device: see `QuantizedTensor.form`.
+
+    Raises: RuntimeError for numbers of no weight, and a device without kernels.
+    """
+    function = ctypes.CDLL(str(path)).mllama_kernels_quantized_packed_bytes
+    function.restype = ctypes.c_int64
+    found = function(ctypes.c_bool(on_cpu), *(ctypes.c_int64(number) for number in form))
+    if found < 0:
+        where = "CPU" if on_cpu else "CUDA"
+        raise RuntimeError(f"mllama_kernels.quantized_pack: {form} is no weight on {where}")
+    return found
+
+
+def _tile_rows() -> dict[str, int]:
+    if path is None:
+        return {}
+    function = ctypes.CDLL(str(path)).mllama_kernels_quantized_tile_rows
+    function.restype = ctypes.c_int64
+    return {
+        device: function(ctypes.c_bool(device == "cpu" and not simulated))
+        for device in ("cpu", "cuda")
+    }
+
+
 def _text(name: str) -> str:
     function = getattr(ctypes.CDLL(str(path)), f"mllama_kernels_{name}")
     function.restype = ctypes.c_char_p
@@ -57,6 +82,8 @@ def _text(name: str) -> str:
 
 has_cuda = bool(build_info().get("cuda"))
 simulated = bool(build_info().get("simulated"))
+# Rows of a quantised weight that its packed form keeps together, by device: whole tiles are a range of it.
+TILE_ROWS = _tile_rows()
 
 
 def unavailable(device: str) -> str | None:

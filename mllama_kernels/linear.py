@@ -16,31 +16,27 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 import mllama_kernels
 from mllama_kernels._arguments import checked
 from mllama_kernels._product import product
+from mllama_kernels._steps import StepOps, behind, check_options, rows_of
+from mllama_kernels.quantized_tensor import QuantizedTensor
 from mllama_kernels.skinny_linear import MAX_ROWS
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class LinearOps(Protocol):
+class LinearOps(StepOps, Protocol):
     """The ops that a projection is made of, as `mllama_kernels` and its reference have them."""
 
     @property
     def skinny_linear(self) -> Callable[..., Tensor]: ...
 
     @property
-    def rms_norm(self) -> Callable[..., Tensor]: ...
-
-    @property
-    def swiglu(self) -> Callable[..., Tensor]: ...
-
-    @property
-    def gated_residual(self) -> Callable[..., Tensor]: ...
+    def quantized_linear(self) -> Callable[..., Tensor]: ...
 
 
 @checked
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedTensor,
     bias: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
@@ -63,11 +59,13 @@ def linear(
 
     Up to 16 rows without bias, where no gradients are recorded (:func:`fuses`), all of it is one call of
     :func:`mllama_kernels.skinny_linear`. Else the steps are ops of their own around the library's product,
-    on a CPU by whichever library is the quicker (see `_product.py`).
+    on a CPU by whichever library is the quicker (see `_product.py`). A quantised weight goes to
+    :func:`mllama_kernels.quantized_linear`.
 
     Args:
         x: (..., K); float32, float16 or bfloat16 (float64 on CPU).
-        weight: (N, K), or (2 N, K) with `swiglu`, gate rows first; dtype of x, any strides.
+        weight: (N, K), or (2 N, K) with `swiglu`, gate rows first; dtype of x, any strides; or a
+            QuantizedTensor.
         bias: (N,), or (2 N,) with `swiglu`, dtype of x.
         norm_weight: (K,), dtype of x; None: x is multiplied as it is.
         eps: of the norm.
@@ -100,7 +98,7 @@ def linear(
     )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> None:
     """Raises: RuntimeError for what the product would take, and stretch, or what only one way of it takes."""
     shape = tuple(weight.shape)
     if weight.dim() != 2:
@@ -121,7 +119,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def linear_by(
     ops: LinearOps,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedTensor,
     bias: Tensor | None = None,
     *,
     norm_weight: Tensor | None = None,
@@ -138,8 +136,20 @@ def linear_by(
     Args:
         is_fused: what :func:`fuses` says, where the caller has asked already.
     """
-    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
-        raise RuntimeError("mllama_kernels.linear: gate goes with residual, row_mask with gate")
+    if isinstance(weight, QuantizedTensor):
+        return ops.quantized_linear(
+            x,
+            weight,
+            bias,
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=residual,
+            gate=gate,
+            row_mask=row_mask,
+            swiglu=swiglu,
+            weight_is_constant=weight_is_constant,
+        )
+    check_options("linear", residual, gate, row_mask)
     rows, width, is_flat = math.prod(x.shape[:-1]), x.shape[-1], x.dim() == 2
     if is_fused is None:
         is_fused = fuses(rows)
@@ -149,28 +159,16 @@ def linear_by(
             weight,
             norm_weight=norm_weight,
             eps=eps,
-            residual=residual if is_flat or residual is None else _rows("residual", residual, x, 1),
+            residual=rows_of("linear", "residual", residual, x, 1),
             gate=gate,
-            row_mask=row_mask if is_flat or row_mask is None else _rows("row_mask", row_mask, x, 0),
+            row_mask=rows_of("linear", "row_mask", row_mask, x, 0),
             swiglu=swiglu,
             weight_is_constant=weight_is_constant,
         )
         return y if is_flat else y.reshape(*x.shape[:-1], y.shape[-1])
-    given = x
-    if norm_weight is not None:
-        x = ops.rms_norm(x, norm_weight, eps)
-    y = product(x, weight, bias)
-    if swiglu:
-        y = ops.swiglu(y)
-    if residual is None:
-        return y
-    if gate is not None:
-        return ops.gated_residual(y, residual, gate, row_mask)
-    # A sum would broadcast the one and promote the other.
-    if residual.shape != y.shape or residual.dtype not in (given.dtype, y.dtype):
-        expected, got = (f"{tuple(t.shape)} {t.dtype}" for t in (y, residual))
-        raise RuntimeError(f"mllama_kernels.linear: residual must be {expected}, got {got}")
-    return residual + y
+    h = x if norm_weight is None else ops.rms_norm(x, norm_weight, eps)
+    y = product(h, weight, bias)
+    return behind("linear", ops, y, x.dtype, residual, gate, row_mask, swiglu)
 
 
 def fuses(rows: int) -> bool:
@@ -182,13 +180,3 @@ def fuses(rows: int) -> bool:
     if torch.compiler.is_exporting():
         return statically_known_true(rows <= MAX_ROWS)
     return rows <= MAX_ROWS
-
-
-def _rows(name: str, given: Tensor, x: Tensor, trailing: int) -> Tensor:
-    """What goes with each row of x (..., K), of shape (...) and `trailing` dimensions, row by row."""
-    leading = x.shape[:-1]
-    if given.dim() != len(leading) + trailing or given.shape[: len(leading)] != leading:
-        expected = ", ".join(map(str, (*leading, *["N"] * trailing)))
-        got = tuple(given.shape)
-        raise RuntimeError(f"mllama_kernels.linear: {name} must be ({expected}), got shape {got}")
-    return given.reshape(math.prod(leading), *given.shape[len(leading) :])

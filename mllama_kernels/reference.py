@@ -12,6 +12,17 @@ from torch import Tensor
 
 from mllama_kernels import reference_sampling, reference_tables
 from mllama_kernels._arguments import IGNORED, PAD_TO, checked
+from mllama_kernels.reference_projection import (
+    add_rms_norm,
+    gated_residual,
+    linear,
+    quantized_linear,
+    quantized_rows,
+    rms_norm,
+    skinny_linear,
+    statistics_dtype,
+    swiglu,
+)
 
 __all__ = [
     "add_rms_norm",
@@ -20,6 +31,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "patch_embed",
+    "quantized_linear",
+    "quantized_rows",
     "rms_norm",
     "rotary_attention",
     "rotary_attention_cached",
@@ -28,103 +41,6 @@ __all__ = [
     "swiglu",
     "vision_attention",
 ]
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@checked
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """``weight * round(x / sqrt(mean(x^2) + eps))``; see :func:`mllama_kernels.rms_norm`."""
-    wide = x.to(_statistics_dtype(x.dtype))
-    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normalized.to(x.dtype) * weight
-
-
-@checked
-def gated_residual(
-    x: Tensor, residual: Tensor, gate: Tensor, row_mask: Tensor | None = None
-) -> Tensor:
-    """``residual + tanh(gate) * row_mask * x``; see :func:`mllama_kernels.gated_residual`."""
-    if row_mask is not None:  # selects rather than multiplies: a hidden row may hold anything
-        x = x.masked_fill(~row_mask.unsqueeze(-1), 0)
-    return residual + gate.tanh() * x
-
-
-@checked
-def add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float = 1e-5,
-    *,
-    gate: Tensor | None = None,
-    row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Residual add, then :func:`rms_norm` of the sum; see :func:`mllama_kernels.add_rms_norm`."""
-    if gate is not None:
-        total = gated_residual(x, residual, gate, row_mask)
-    elif row_mask is not None:
-        total = residual + x.masked_fill(~row_mask.unsqueeze(-1), 0)
-    else:
-        total = residual + x
-    return rms_norm(total, weight, eps), total
-
-
-@checked
-def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up``; see :func:`mllama_kernels.swiglu`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-_swiglu = swiglu  # an argument of linear has the name
-
-
-@checked
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    row_mask: Tensor | None = None,
-    swiglu: bool = False,
-    weight_is_constant: bool = False,
-) -> Tensor:
-    """Norm, product, SwiGLU and residual; see :func:`mllama_kernels.linear`."""
-    if (gate is not None and residual is None) or (row_mask is not None and gate is None):
-        raise ValueError("gate goes with residual, row_mask with gate")
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, eps)
-    y = F.linear(x, weight, bias)
-    if swiglu:
-        y = _swiglu(y)
-    if residual is None:
-        return y
-    return residual + y if gate is None else gated_residual(y, residual, gate, row_mask)
-
-
-@checked
-def skinny_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    row_mask: Tensor | None = None,
-    swiglu: bool = False,
-    weight_is_constant: bool = False,
-) -> Tensor:
-    """:func:`linear` of a few rows; see :func:`mllama_kernels.skinny_linear`."""
-    fused = {"residual": residual, "gate": gate, "row_mask": row_mask, "swiglu": swiglu}
-    return linear(x, weight, norm_weight=norm_weight, eps=eps, **fused)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -157,7 +73,7 @@ def _attention(
         empty = ~visible.any(-1, keepdim=True)
         scores = scores.masked_fill(empty, 0)
         v = v.masked_fill(~visible.any(-2).unsqueeze(-1), 0)  # 0 * NaN would let hidden values out
-    weights = scores.softmax(-1, dtype=_statistics_dtype(q.dtype)).to(q.dtype)
+    weights = scores.softmax(-1, dtype=statistics_dtype(q.dtype)).to(q.dtype)
     out = weights @ v
     if visible is not None:
         out = out.masked_fill(empty, 0)
@@ -387,7 +303,7 @@ def linear_cross_entropy(
     masked_token: int | None = None,
 ) -> Tensor:
     """Cross entropy of ``F.linear(x, weight)``; see :func:`mllama_kernels.linear_cross_entropy`."""
-    logits = F.linear(x, weight).to(_statistics_dtype(x.dtype)).reshape(-1, weight.shape[0])
+    logits = F.linear(x, weight).to(statistics_dtype(x.dtype)).reshape(-1, weight.shape[0])
     if masked_token is not None:
         labels = labels.masked_fill(labels == masked_token, ignore_index)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}

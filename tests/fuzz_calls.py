@@ -6,13 +6,18 @@ A call is a dict of arguments by name. `public(op, draw)` has those of the publi
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from quantized_weights import EVERY, columns_of, like_a_model, random_parts
 from torch import Tensor
 
-from mllama_kernels import _library
+from mllama_kernels import QuantizedTensor, _library
+from mllama_kernels.encodings import ENCODINGS
+from mllama_kernels.quantize import TAKES_IMPORTANCE
 
 Call = dict[str, Any]
 
@@ -141,6 +146,96 @@ def _skinny_linear(d: Draw) -> Call:
         "swiglu": swiglu,
         "weight_is_constant": d.chance(0.5),
     }
+
+
+def _quantized(d: Draw, rows: int, most_columns: int = 600) -> QuantizedTensor:
+    """A weight of any encoding, its values like a model's."""
+    kind = d.one_of(EVERY)
+    columns = columns_of(kind, d.random.randint(1, most_columns))
+    with _seeded(d):
+        return QuantizedTensor.from_parts(kind[0], like_a_model(kind, rows, columns))
+
+
+@contextlib.contextmanager
+def _seeded(d: Draw) -> Iterator[None]:
+    """What draws by torch's own generator is drawn by the call's number."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(d.random.getrandbits(62))
+        yield
+
+
+def _quantized_linear(d: Draw) -> Call:
+    if d.dtype == torch.float64:  # for the reference alone
+        d.dtype = torch.float32
+    rows, n = d.size((*SMALL, 15, 16, 17, 40)), d.size((*SIZES, 100))
+    swiglu = d.chance(0.4)
+    weight = _quantized(d, (2 if swiglu else 1) * n)
+    k = weight.shape[1]
+    leading = d.one_of([[rows], [rows], [rows, 1], [1, rows], []])
+    residual = d.maybe(d.floats(*leading, n))
+    gate = None if residual is None else d.maybe(d.floats(1))
+    return {
+        "x": d.floats(*leading, k),
+        "weight": weight,
+        "bias": d.maybe(d.floats(weight.shape[0])),
+        "norm_weight": d.maybe(d.floats(k)),
+        "eps": d.eps(),
+        "residual": residual,
+        "gate": gate,
+        "row_mask": None if gate is None else d.maybe(d.bools(*leading)),
+        "swiglu": swiglu,
+        "weight_is_constant": d.chance(0.5),
+        "activations": None,
+    }
+
+
+def _quantized_rows(d: Draw) -> Call:
+    weight = _quantized(d, d.size((*SIZES, 100), least=1))
+    ids = d.integers(0, weight.shape[0], *d.shape(d.size(SMALL))[-2:])
+    dtype = torch.float32 if d.dtype == torch.float64 else d.dtype
+    return {"ids": ids, "weight": weight, "dtype": dtype}
+
+
+def _quantized_pack(d: Draw) -> Call:
+    kind, rows = d.one_of(EVERY), d.size((*SIZES, 100))
+    columns = columns_of(kind, d.random.randint(1, 600))
+    with _seeded(d):
+        parts = random_parts(kind, rows, columns)
+    form = QuantizedTensor.from_parts(kind[0], parts).form
+    data, scale, zero = (*(p for n, p in parts.items() if n != "table"), None, None)[:3]
+    return {"data": data, "scale": scale, "zero": zero, **dict(zip(_FORM, form))}
+
+
+def _quantized_unpack(d: Draw) -> Call:
+    weight = _quantized(d, d.size((*SIZES, 100)))
+    return _as_stored(weight)
+
+
+def _quantized_dequantize(d: Draw) -> Call:
+    weight = _quantized(d, d.size((*SIZES, 100)))
+    begin, end = sorted(d.random.randint(0, weight.shape[0]) for _ in range(2))
+    dtype = torch.float32 if d.dtype == torch.float64 else d.dtype
+    return {**_as_stored(weight), "begin": begin, "end": end, "dtype": dtype}
+
+
+def _quantize_blocks(d: Draw) -> Call:
+    encoding = d.one_of([name for name, e in ENCODINGS.items() if e.is_made])
+    columns = columns_of((encoding, 0, ()), d.random.randint(1, 600))
+    if d.dtype == torch.float64:
+        d.dtype = torch.float32
+    weight = d.floats(d.size((*SMALL, 15, 16, 17)), columns)
+    importance = None
+    if encoding in TAKES_IMPORTANCE and d.chance(0.5):
+        importance = torch.rand(columns, generator=d.generator) + 0.01
+    return {"weight": weight, "encoding": encoding, "importance": importance}
+
+
+_FORM = ("encoding", "n", "k", "group", "scale_type", "zero_type")
+
+
+def _as_stored(weight: QuantizedTensor) -> Call:
+    packed, table = weight.packed_and_table
+    return {"packed": packed, "table": table, **dict(zip(_FORM, weight.form))}
 
 
 def _heads(d: Draw, rows: int) -> tuple[int, int, int]:
@@ -326,6 +421,12 @@ _CALLS = {
     "gated_residual": _gated_residual,
     "swiglu": _swiglu,
     "skinny_linear": _skinny_linear,
+    "quantized_linear": _quantized_linear,
+    "quantized_rows": _quantized_rows,
+    "quantized_pack": _quantized_pack,
+    "quantized_unpack": _quantized_unpack,
+    "quantized_dequantize": _quantized_dequantize,
+    "quantize_blocks": _quantize_blocks,
     "rotary_attention": _rotary_attention,
     "rotary_attention_cached": _rotary_attention_cached,
     "cross_attention": _cross_attention,
@@ -337,7 +438,7 @@ _CALLS = {
 
 
 def public(op: str, draw: Draw) -> Call:
-    """Arguments of the public function, every one of them."""
+    """Arguments of the public function, every one of them; of the compiled op where that alone is called."""
     return _CALLS[op](draw)
 
 
@@ -355,6 +456,16 @@ def forward(op: str, call: Call, draw: Draw, for_backward: bool = False) -> Call
         call["softmax_scale"] = max(1, call["q"].shape[-1]) ** -0.5
     if call.get("max_seqlen", 1) is None:
         call["max_seqlen"] = call["q"].shape[0]
+    if isinstance(call.get("weight"), QuantizedTensor):
+        call |= _as_stored(call["weight"])
+        call["int8_activations"] = False
+    if op == "quantized_linear":  # its rows are one dimension
+        rows = call["x"].shape[:-1].numel()
+        for name in ("x", "residual"):
+            if call[name] is not None:
+                call[name] = call[name].reshape(rows, call[name].shape[-1])
+        if call["row_mask"] is not None:
+            call["row_mask"] = call["row_mask"].reshape(rows)
     if op == "patch_embed":
         call["with_tokens"] = call["with_lse"]
     if op == "linear_cross_entropy":

@@ -34,11 +34,11 @@ from fuzz_mutations import mutate
 from torch import Tensor
 
 import mllama_kernels
-from mllama_kernels import _library
+from mllama_kernels import _library, quantized_tensor
 
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)
 # Words of the refusals of layouts that the documentation does not promise.
-LAYOUT_WORDS = ("contiguous", "16-byte boundary")
+LAYOUT_WORDS = ("contiguous", "16-byte boundary", "start on a boundary")
 LONGEST_MESSAGE = 4000
 # Numbers of one worker. Every second one has its results written past the cache, as large ones are.
 ROUND = 1000
@@ -57,6 +57,8 @@ def _kinds() -> list[Kind]:
     return [
         *(Kind(op, surface) for op in _library.OPS for surface in ("public", "compiled")),
         *(Kind(op, surface) for op in trained for surface in ("gradient", "backward")),
+        *(Kind(op, "compiled") for op in (*quantized_tensor.OPS, "quantize_blocks")),
+        Kind("quantized_linear", "gradient"),  # by ops of torch
     ]
 
 

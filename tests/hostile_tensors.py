@@ -116,13 +116,18 @@ def bytes_of_bool(t: Tensor) -> Tensor:
     return torch.full(t.shape, 255, dtype=torch.uint8).view(torch.bool)
 
 
+def _bytes(t: Tensor) -> torch.dtype:
+    """uint8, or another dtype for what is of bytes."""
+    return torch.int16 if t.dtype == torch.uint8 else torch.uint8
+
+
 # To be refused by an error that names the argument.
 REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "freed": freed,
     "shrunk": shrunk,
     "int8": lambda t: t.to(torch.int8),
     "complex": lambda t: t.to(torch.complex64),
-    "bytes of a bool": lambda t: bytes_of_bool(t) if t.dtype == torch.bool else t.to(torch.uint8),
+    "bytes of a bool": lambda t: bytes_of_bool(t) if t.dtype == torch.bool else t.to(_bytes(t)),
 }
 # Another shape or dtype: an error that names an argument, or a result where the op takes it.
 OTHER: dict[str, Callable[[Tensor], Tensor]] = {

@@ -25,8 +25,8 @@ from pathlib import Path
 from sass import Instruction, Kernel, parse
 
 GLOBAL = r"(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED|UTMALDG|UTMASTG|UTMAREDG)$"
-# Tensor copies of a weight that its caller promises to be constant.
-MAY_COPY_EARLY = r"skinny_linear_sm90_kernel"
+# Copies of a weight that its caller promises to be constant.
+MAY_COPY_EARLY = r"skinny_linear_sm90_kernel|quantized_linear_kernel"
 # Mangled name, and how many 16-byte loads are at least under way whenever one of them is used.
 IN_FLIGHT = {
     # A chunk of x for one or two eights of rows, and of the norm's weight.
@@ -48,7 +48,8 @@ def waits_first(kernel: Kernel) -> Iterator[str]:
     if not kernel.has("ACQBULK") and not kernel.has("PREEXIT"):
         return
     for instruction in kernel.reachable(stop="ACQBULK"):
-        copies_early = instruction.opcode == "UTMALDG" and re.search(MAY_COPY_EARLY, kernel.name)
+        copies = instruction.opcode in ("UTMALDG", "UBLKCP")
+        copies_early = copies and re.search(MAY_COPY_EARLY, kernel.name)
         if re.match(GLOBAL, instruction.opcode) and not copies_early:
             yield _at(instruction, "global memory ahead of the wait for the previous kernel")
         elif instruction.opcode == "PREEXIT":

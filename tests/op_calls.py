@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllama_kernels import QuantizedTensor
+
 
 def arguments_of(name: str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Every argument of an op by name, in its order; none has its default value."""
@@ -14,7 +16,7 @@ def arguments_of(name: str, device: torch.device | str = "cpu") -> dict[str, Any
 
 
 def _on(value: Any, device: torch.device | str) -> Any:
-    return value.to(device) if torch.is_tensor(value) else value
+    return value.to(device) if isinstance(value, Tensor | QuantizedTensor) else value
 
 
 def _norm() -> dict[str, Any]:
@@ -50,6 +52,18 @@ def _skinny_linear() -> dict[str, Any]:
         "swiglu": True,
         "weight_is_constant": True,
     }
+
+
+def _quantized(rows: int) -> QuantizedTensor:
+    data = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+    return QuantizedTensor.from_parts("int8", {"data": data, "scale": torch.rand(rows) / 1000})
+
+
+def _quantized_linear() -> dict[str, Any]:
+    call = _skinny_linear()
+    del call["weight"]
+    call = {"x": call.pop("x"), "weight": _quantized(32), "bias": torch.randn(32), **call}
+    return {**call, "activations": None}  # others have no gradient, and none on CUDA
 
 
 def _heads(rows: int, heads: int) -> Tensor:
@@ -170,6 +184,12 @@ _CALLS = {
     "gated_residual": _gated_residual,
     "swiglu": lambda: {"gate_up": torch.randn(3, 64)},
     "skinny_linear": _skinny_linear,
+    "quantized_linear": _quantized_linear,
+    "quantized_rows": lambda: {
+        "ids": torch.tensor([4, 0, 9]),
+        "weight": _quantized(10),
+        "dtype": torch.bfloat16,
+    },
     "rotary_attention": _rotary_attention,
     "rotary_attention_cached": _rotary_cached,
     "cross_attention": _cross_attention,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Calls the ops with hostile arguments under g++'s address and undefined-behaviour sanitizers: builds the CPU
 # kernels of this machine's instruction set (or that of MLLAMA_KERNELS_SANITIZE) with them, then runs
-# tests/fuzz_ops.py.
+# tests/fuzz_ops.py, and without --case tests/fuzz_folders.py.
 #   bash tests/run_fuzz.sh [arguments of fuzz_ops.py]        such as --seconds 120 --seed 1, or --case 4711
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,3 +24,7 @@ ASAN_OPTIONS+=:max_allocation_size_mb=2048:hard_rss_limit_mb=4096:quarantine_siz
 ASAN_OPTIONS+=:malloc_fill_byte=255:max_malloc_fill_size=1073741824
 export UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$work/site
 LD_PRELOAD=$libraries "$python" tests/fuzz_ops.py "$@"
+case " $* " in
+*" --case"*) ;;
+*) LD_PRELOAD=$libraries "$python" tests/fuzz_folders.py --seconds 60 ;;
+esac

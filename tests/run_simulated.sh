@@ -29,7 +29,7 @@ readarray -t files <<<"$names"
 for arch in 80 90; do
   echo "compute capability ${arch:0:1}.${arch:1}"
   CUDASIM_ARCH=$arch "$python" -m pytest -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider "$@" \
-    "$tests"/test_{strides,hostile_ops,devices}.py "${files[@]}"
+    "$tests"/test_{strides,hostile_ops,devices,quantize,quantized_tensor,quantized_numerics}.py "${files[@]}"
 done
 
 if [ $# -eq 0 ]; then

@@ -1,7 +1,7 @@
 """The bits of a row, sequence or image and of its gradient do not depend on what else is in the batch.
 
 Where the library multiplies, it chooses the order of its sums by the number of rows: `linear_cross_entropy`,
-and the gradient of `patch_embed` for the pixels, promise nothing."""
+and the gradients of `patch_embed` for the pixels and of `quantized_linear`, promise nothing."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ ROWS = {
     "gated_residual": ("x", "residual", "row_mask"),
     "swiglu": ("gate_up",),
     "skinny_linear": ("x", "residual", "row_mask"),
+    "quantized_linear": ("x", "residual", "row_mask"),
+    "quantized_rows": ("ids",),
     "rotary_attention": ("q", "k", "v", "cos", "sin"),
     "rotary_attention_cached": ("q", "k", "v", "cos", "sin", "page_table", "cache_lens"),
     "cross_attention": ("q", "k", "v", "tile_mask"),
@@ -28,7 +30,10 @@ ROWS = {
     "patch_embed": ("pixel_values", "aspect_ratio_ids"),
     "sample": ("logits", "seeds", "seen"),
 }
-NO_GRADIENT = ("skinny_linear", "rotary_attention_cached", "sample")
+NO_GRADIENT = (
+    *("skinny_linear", "quantized_linear", "quantized_rows"),
+    *("rotary_attention_cached", "sample"),
+)
 NOT_DIFFERENTIATED = ("cos", "sin")
 
 
@@ -56,6 +61,8 @@ def call_of(name, dtype, device):
     for key, value in call.items():
         if torch.is_tensor(value):
             call[key] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        elif key == "weight":
+            call[key] = value.to(device)
     return call
 
 
@@ -115,6 +122,6 @@ def gradients(name, call, grads):
 
 def test_every_op_promises_it_or_says_that_it_does_not():
     assert set(_library.OPS) - set(ROWS) == {"linear_cross_entropy"}
-    for name in ("linear_cross_entropy", "patch_embed"):
+    for name in ("linear_cross_entropy", "patch_embed", "quantized_linear"):
         text = " ".join(getattr(mllama_kernels, name).__doc__.split())
         assert "depend on what else is in the batch" in text

@@ -26,6 +26,13 @@ NO_TENSORS = {
 }
 
 
+EXPECTED = {
+    "Tensor": "a tensor",
+    "Tensor | None": "a tensor or None",
+    "QuantizedTensor": "a QuantizedTensor",
+}
+
+
 class Kernels(TorchDispatchMode):
     """Within it, the names of the kernels that run."""
 
@@ -103,8 +110,8 @@ def test_what_is_no_tensor_is_named(name, module, build):
     for wrong, parameter in inspect.signature(op).parameters.items():
         if "Tensor" not in parameter.annotation:
             continue
+        expected = EXPECTED[parameter.annotation]
         optional = parameter.annotation == "Tensor | None"
-        expected = "a tensor or None" if optional else "a tensor"
         for value in [*NO_TENSORS.values(), *[None] * (not optional)]:
             given = "None" if value is None else f"a {type(value).__name__}"
             message = f"^mllama_kernels.{name}: {wrong} must be {expected}, got {given}$"

@@ -77,7 +77,7 @@ def test_faults_are_found(fault, monkeypatch):
     right = mllama_kernels.swiglu
     kinds = enumerate(fuzz_ops.KINDS)
     (place,) = (i for i, kind in kinds if kind == ("swiglu", "public"))
-    numbers = range(place, place + 20 * len(fuzz_ops.KINDS), len(fuzz_ops.KINDS))
+    numbers = range(place, place + 40 * len(fuzz_ops.KINDS), len(fuzz_ops.KINDS))
     assert [fuzz_ops.try_case(1, n, 20)[1] for n in numbers] == [""] * len(numbers)
     monkeypatch.setattr(mllama_kernels, "swiglu", lambda gate_up: fault(gate_up, right))
     assert sum(fuzz_ops.try_case(1, n, 20)[0] == "finding" for n in numbers) >= 5

@@ -15,14 +15,14 @@ from test_lora import logits
 from test_lora_names import Case
 
 from mllama.training.adapter_selection import answer
-from mllama.training.adapters import merge_adapter
+from mllama.training.adapters import use_adapter
 
 _SETUP = """
 import json, os, pathlib, shutil, struct, sys, tempfile, time, warnings
 warnings.simplefilter("ignore")
 import torch
 from safetensors.torch import load_file, save_file
-from mllama.training.adapters import merge_adapter
+from mllama.training.adapters import use_adapter
 from mllama import MllamaForConditionalGeneration as Model
 from mllama.demo import checkpoint_path
 import peft
@@ -38,7 +38,7 @@ FOLDER = pathlib.Path(tempfile.mkdtemp())
 def attempt(name):
     start = time.process_time()
     try:
-        merge_adapter(model, FOLDER)
+        use_adapter(model, FOLDER)
         kind, text = "", ""
     except BaseException as error:
         kind, text = "/".join(k.__name__ for k in type(error).__mro__), str(error)
@@ -235,7 +235,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_what_peft_can_do_is_merged_as_ever(options: dict[str, Any], tmp_path: Path) -> None:
     case = Case(tmp_path, **options)
     model = case.ours()
-    merge_adapter(model, tmp_path)
+    use_adapter(model, tmp_path)
     found, expected = logits(model, case.batch), case.expected
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 

@@ -27,7 +27,7 @@ from mllama.demo import checkpoint_path
 LOADING = """
 import os, pathlib, shutil, sys
 from mllama import MllamaForConditionalGeneration
-from mllama.training.adapters import merge_adapter
+from mllama.training.adapters import use_adapter
 
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 model = folder / "model"
@@ -38,7 +38,7 @@ for path in sorted((folder / "cases").iterdir()):
     attempt(path.name, lambda: MllamaForConditionalGeneration.from_pretrained(model))
     if name == "model.safetensors":
         os.replace(place, folder / "adapter" / "adapter_model.safetensors")
-        attempt(f"{path.name} as an adapter", lambda: merge_adapter(None, folder / "adapter"))
+        attempt(f"{path.name} as an adapter", lambda: use_adapter(None, folder / "adapter"))
 """
 SECRET = "hunter2-TOPSECRET"
 
@@ -351,14 +351,14 @@ for name in ("config.json", "generation_config.json", "preprocessor_config.json"
 def test_a_file_that_changes_is_reported(folder):
     code = """
 import pathlib, sys
-import mllama.checkpoints.weights as weights
+import mllama.checkpoints.filling as filling
 from mllama import MllamaForConditionalGeneration
 model = pathlib.Path(sys.argv[1]) / "model"
-path, materialise = model / "model.safetensors", weights._materialise
+path, materialise = model / "model.safetensors", filling._materialise
 def changing(*arguments):
     change()
     return materialise(*arguments)
-weights._materialise = changing
+filling._materialise = changing
 data = path.read_bytes()
 for name, change in {
     "cut": lambda: path.write_bytes(data[:-1000]),

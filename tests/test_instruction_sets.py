@@ -14,7 +14,7 @@ import mllama_kernels._library as library
 
 TESTS = Path(__file__).parent
 # Ops whose kernels write past the cache, and those with most code of their own per vector width.
-OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear", "cross_attention")
+OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear", "cross_attention", "quantize")
 
 
 def run_tests(request, setting: dict[str, str], ops: tuple[str, ...], *options: str) -> None:

@@ -83,9 +83,9 @@ def test_cpu_sources_include_no_cuda():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_op_includes_attention_and_that_common(device):
-    """Never up, and never another op, whose folder (on the CPU: files) stands beside."""
-    height = {"common": 0, "attention": 1}
+def test_an_op_includes_what_ops_share_and_that_common(device):
+    """Never up, and never another op, whose folder (on the CPU: files) stands beside; likewise few_rows."""
+    height = {"common": 0, "attention": 1, "few_rows": 1}
     for path in sources(device):
         for name in re.findall(r'#include "(.*)"', path.read_text()):
             target = (path.parent / name).resolve()
@@ -124,9 +124,11 @@ def test_a_kernel_without_code_for_an_architecture_traps():
 
 @pytest.mark.parametrize("name", _library.OPS)
 def test_one_word_names_an_op_everywhere(name):
-    word = {"add_rms_norm": "rms_norm", "rotary_attention_cached": "rotary_attention"}.get(
-        name, name
-    )
+    word = {
+        "add_rms_norm": "rms_norm",
+        "quantized_rows": "quantized_linear",
+        "rotary_attention_cached": "rotary_attention",
+    }.get(name, name)
     for place in (
         f"csrc/{word}.h",
         f"csrc/bindings/{word}.cpp",

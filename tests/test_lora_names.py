@@ -17,7 +17,7 @@ from test_lora import adapted, logits
 from torch import nn
 
 import mllama
-from mllama.training.adapters import merge_adapter
+from mllama.training.adapters import use_adapter
 
 NEW, OLD = "base_model.model.model.language_model.", "base_model.model.language_model.model."
 pytestmark = pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -85,7 +85,7 @@ def _second_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def _merged(model: nn.Module, folder: Path) -> nn.Module:
-    merge_adapter(model, folder)
+    use_adapter(model, folder)
     return model
 
 
@@ -151,7 +151,7 @@ def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
     case = Case(tmp_path)
     _edit(tmp_path, lambda tensors: {})
     with pytest.raises(ValueError, match="does not fit the model"):
-        merge_adapter(case.ours(), tmp_path)
+        use_adapter(case.ours(), tmp_path)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,7 +12,7 @@ from numerics import strided
 from torch import Tensor
 
 import mllama_kernels
-from mllama_kernels import _library
+from mllama_kernels import QuantizedTensor, _library
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 DRAWS = 4 if _library.simulated else 24
@@ -72,6 +72,19 @@ def skinny_linear(randn: Callable[..., Tensor]) -> Call:
     kwargs = {"residual": randn(rows, n), "norm_weight": randn(k), "gate": randn(1)}
     kwargs["row_mask"] = torch.rand(rows) < 0.7
     return (randn(rows, k), randn(2 * n if swiglu else n, k)), {**kwargs, "swiglu": swiglu}
+
+
+def quantized_linear(randn: Callable[..., Tensor]) -> Call:
+    (x, weight), kwargs = skinny_linear(randn)
+    data = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    parts = {"data": data, "scale": torch.rand(len(data)) / 1000}
+    return (x, QuantizedTensor.from_parts("int8", parts), randn(len(data))), kwargs
+
+
+def quantized_rows(randn: Callable[..., Tensor]) -> Call:
+    parts = {"blocks": torch.randint(0, 60, (5, 36), dtype=torch.uint8)}
+    ids = torch.randint(0, 5, (few(), few()))
+    return (ids, QuantizedTensor.from_parts("q4_0", parts), torch.float16), {}
 
 
 def rotary_attention(randn: Callable[..., Tensor]) -> Call:
@@ -154,17 +167,23 @@ CALLS = {
     call.__name__: call
     for call in (
         *(rms_norm, add_rms_norm, gated_residual, swiglu, skinny_linear, rotary_attention),
+        *(quantized_linear, quantized_rows),
         *(rotary_attention_cached, cross_attention, vision_attention, patch_embed),
         *(linear_cross_entropy, sample),
     )
 }
-FORWARD_ONLY = {"skinny_linear", "rotary_attention_cached", "sample"}
+FORWARD_ONLY = {
+    *("skinny_linear", "quantized_linear", "quantized_rows"),
+    *("rotary_attention_cached", "sample"),
+}
 
 
 def outcome(name: str, call: Call, layout: Callable[[Tensor], Tensor], device: Any) -> list[Tensor]:
     """Results, what was written in place, and gradients, all tensors brought into a layout first."""
 
     def prepare(value: Any) -> Any:
+        if isinstance(value, QuantizedTensor):
+            return value.to(device)
         if not isinstance(value, Tensor):
             return value
         value = layout(value.to(device)).detach()

@@ -6,8 +6,8 @@ simulator counts beyond 1.1 times their sum fails. Likewise every conflict of sh
 reason. Shapes marked * are cut down, for the simulator's sake; the kernels and their tiles are
 those of the full shape.
 
-To add a case, yield it from one of the functions below or of gradients.py, or from a new one
-listed in SOURCES.
+To add a case, yield it from one of the functions below or of gradients.py and quantized.py, or from
+a new one listed in SOURCES.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 import mllama_kernels as ours
-from benchmarks.static import gradients
+from benchmarks.static import gradients, quantized
 from benchmarks.static.case import (
     HKV,
     HQ,
@@ -318,6 +318,7 @@ SOURCES = (
     cross_attention,
     vision,
     products,
+    *quantized.SOURCES,
     choice_of_the_token,
     *gradients.SOURCES,
 )

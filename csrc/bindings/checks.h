@@ -77,6 +77,12 @@ inline const char* name(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "another dtype";
   }

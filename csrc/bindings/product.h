@@ -31,6 +31,18 @@ inline void library_product(const Tensor& a, const Tensor& b, const Tensor& out)
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's handle over
 }
 
+// out = a weight^T + bias of a (m, k), weight (n, k) and bias (n,), in the dtype of all, rounded
+// once.
+inline void library_linear(const Tensor& a, const Tensor& weight, const Tensor& bias,
+                           const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(with_whole_blocks(with_packed_vector(a))), from(weight),
+                                    from(OptionalTensor(bias)), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the result's handle over
+}
+
 // Whether PyTorch multiplies matrices of t's dtype by instructions of this CPU; if not, its
 // products of 16 bits run at a quarter of float32's rate or less.
 inline bool is_multiplied(const Tensor& t) {

@@ -5,6 +5,7 @@
 #include "../build_info.h"
 #include "common/machine.h"
 #include "ops.h"
+#include "quantized_layout.h"
 
 namespace mllama {
 
@@ -20,10 +21,11 @@ Isa detect() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  // Machines with AVX-512 but without its bfloat16 instructions take the AVX2 kernels.
+  // Machines with AVX-512 but without its bfloat16 and integer instructions take the AVX2 kernels.
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("avx512bf16");
   // For tests: MLLAMA_KERNELS_CPU_ISA=generic|avx2|avx512 asks for a narrower set than the
   // machine's. It is read once, and a set that the machine lacks is not used.
   const char* wanted = getenv("MLLAMA_KERNELS_CPU_ISA");
@@ -62,6 +64,14 @@ Isa isa() {
 #endif
 
 MLLAMA_CPU_KERNELS(MLLAMA_DISPATCH)
+
+int64_t quantized_packed_bytes_cpu(const QuantizedWeight& w) {
+  return MLLAMA_ISA::PackedLayout(w).bytes;
+}
+
+bool quantized_takes_int8_cpu(Encoding encoding) {
+  return encoding != Encoding::kFp8 && encoding != Encoding::kNf4 && encoding != Encoding::kFp4;
+}
 
 }  // namespace mllama
 

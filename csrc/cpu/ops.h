@@ -5,6 +5,8 @@
 #include "../gated_residual.h"
 #include "../linear_cross_entropy.h"
 #include "../patch_embed.h"
+#include "../quantize.h"
+#include "../quantized_linear.h"
 #include "../rms_norm.h"
 #include "../rotary_attention.h"
 #include "../sample.h"
@@ -21,6 +23,11 @@
   X(linear_cross_entropy_backward, LinearCrossEntropyBackwardParams) \
   X(patch_embed, PatchEmbedParams)                                   \
   X(patch_embed_backward, PatchEmbedBackwardParams)                  \
+  X(quantized_linear, QuantizedLinearParams)                         \
+  X(quantized_pack, QuantizedPackParams)                             \
+  X(quantized_rows, QuantizedRowsParams)                             \
+  X(quantized_unpack, QuantizedUnpackParams)                         \
+  X(quantize, QuantizeParams)                                        \
   X(rms_norm, RmsNormParams)                                         \
   X(rms_norm_backward, RmsNormBackwardParams)                        \
   X(rotary_attention, RotaryAttentionParams)                         \

@@ -16,6 +16,7 @@
 #include "../skinny_linear.h"
 
 #include "common/dtypes.h"
+#include "common/linear_end.h"
 #include "common/rows.h"
 #include "common/scratch.h"
 #include "ops.h"
@@ -80,7 +81,7 @@ class Linear {
  public:
   explicit Linear(const SkinnyLinearParams& p)
       : p_(p),
-        gate_(p.gate ? tanh_gate<T>(p.gate) : S{}),
+        end_(p),
         whole_(p.k / Dot::kStep),
         tail_(p.k % Dot::kStep),
         x_stride_(p.rows * Dot::kStep),
@@ -142,7 +143,7 @@ class Linear {
             const int64_t first = range.first + j * range.length + c;
             const int64_t at = (row * kStreams + j) * kColumns;
             if (first >= last) break;
-            finish_row(row, first, min(columns, last - first), y + at, up ? up + at : nullptr);
+            end_.finish(row, first, min(columns, last - first), y + at, up ? up + at : nullptr);
           }
         }
       }
@@ -228,26 +229,8 @@ class Linear {
     }
   }
 
-  // Columns first, ... of a row of out, from their sums.
-  void finish_row(int64_t row, int64_t first, int64_t columns, const S* y, const S* up) const {
-    const bool visible = !p_.row_mask || p_.row_mask[row];
-    const T* residual = static_cast<const T*>(p_.residual);
-    if (residual) residual += row * p_.residual_row_stride + first;
-    T* out = static_cast<T*>(p_.out) + row * p_.n + first;
-    for_vectors(columns, [&](int64_t i, auto part) {
-      Vec<T> value = round_to<T>(load(y + i));
-      if (up) value = round_to<T>(swiglu_product<T>(value, round_to<T>(load(up + i))));
-      if (p_.gate) {
-        value = gated_sum<T>(value, load(residual + i, part), gate_, visible);
-      } else if (residual) {
-        value += load(residual + i, part);
-      }
-      store(out + i, value, part);
-    });
-  }
-
   const SkinnyLinearParams& p_;
-  const S gate_;
+  const LinearEnd<T> end_;
   const int64_t whole_, tail_;  // vectors of k, and the elements of one more
   const int64_t x_stride_;
   Scratch scratch_;

@@ -6,13 +6,16 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from mllama.files import FileRefused, read_text
 from mllama.strict_json import parse_json
 from mllama.wording import shown
+
+if TYPE_CHECKING:
+    from mllama_kernels.quantized_tensor import QuantizedTensor
 
 # Published ones have at most 60 kB (a tokenizer_config.json with 256 special tokens).
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -35,9 +38,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its file announces it, before any data is read.
+    """One parameter as its files announce it, before any data is read.
 
-    `dtype` is None for a stored type that no parameter can have (integers, 8-bit floats, ...).
+    Attributes:
+        stored_name: what it is called there, of several tensors the one that names the parameter.
+        shape: of the parameter; of a quantised weight the (N, K) that it decodes to.
+        dtype: of what is read; None for a quantised weight, and for a stored type that no parameter can
+            have (integers, 8-bit floats, ...).
+        dtype_name: as the files call it.
+        encoding: of a quantised weight, else None.
+        packed_bytes: of a quantised weight's parts together.
+        is_decoded: whether it is stored quantised in a way that has no kernel, and decoded when it is read.
     """
 
     stored_name: str
@@ -45,26 +56,33 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     dtype_name: str
+    encoding: str | None = None
+    packed_bytes: int = 0
+    is_decoded: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of a floating-point tensor, 0 for other types."""
+        """What the parameter takes as it is read: 0 for a type that no parameter can have."""
+        if self.encoding is not None:
+            return self.packed_bytes
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
 
 
 class Checkpoint(Protocol):
-    """Tensors under canonical names (see `key_layout`).
+    """Parameters under canonical names (see `key_layout`), plain or quantised.
 
     `problems` are the faults of the files themselves; `unreadable` names tensors known to be in a
     file that cannot be read, so that they are not reported a second time as missing.
     """
 
+    folder: Path
     tensors: dict[str, TensorInfo]
     problems: list[str]
     unreadable: set[str]
 
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named tensors on the CPU, file by file; at most one file stays mapped at a time."""
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+        """The named parameters on the CPU, one at a time, file by file; a `QuantizedTensor` where the
+        `TensorInfo` has an encoding. At most one file stays mapped at a time."""
         ...
 
 

@@ -59,7 +59,7 @@ def resolve_folder(
         return _below(path, subfolder)
     if path.exists():
         raise NotADirectoryError(
-            f"{shown(str(path))} is a file; expected the folder of a checkpoint"
+            f"{shown(str(path))} is a file; expected the folder of a checkpoint, or a GGUF file"
         )
     name = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or not _HUB_ID.fullmatch(name):

@@ -107,11 +107,16 @@ class KeyLayout:
         translated = _replace(canonical, self._rules)
         return canonical if translated is None else translated
 
+    def canonical_name(self, module_name: str) -> str:
+        """The in-memory name, in the whole model, of a tensor of the class."""
+        canonical = _replace(module_name, self._inverse)
+        if canonical is None:
+            raise KeyError(f"{module_name} is not a tensor name of this class")
+        return canonical
+
     def published_name(self, module_name: str) -> str:
         """The on-disk name that `transformers` gives a tensor of the class."""
         if self._bare:
             return module_name
-        canonical = _replace(module_name, self._inverse)
-        if canonical is None:
-            raise KeyError(f"{module_name} is not a tensor name of this class")
+        canonical = self.canonical_name(module_name)
         return _replace(canonical, _TO_PUBLISHED) or canonical

@@ -12,7 +12,7 @@ from mllama.wording import quoted
 
 # Names by which `transformers` and `accelerate` spread a model over what there is.
 _CHOSEN = ("auto", "balanced", "balanced_low_0", "sequential")
-_ONE_DEVICE = (
+ONE_DEVICE = (
     "a model lies on one device as a whole; over several, load `transformers`' own model with the map and "
     "call mllama_kernels.transformers.accelerate() on it, or wrap the loaded model in FSDP"
 )
@@ -44,7 +44,7 @@ def resolve_device(device: Any, device_map: Any) -> torch.device:
 
 def check_room(place: torch.device, nbytes: int) -> None:
     """Raises: ValueError if a device has less than ``nbytes`` free."""
-    require_room(place, nbytes, "the model", _ONE_DEVICE if place.type == "cuda" else "")
+    require_room(place, nbytes, "the model", ONE_DEVICE if place.type == "cuda" else "")
 
 
 def _unmapped(device_map: Any) -> Any:
@@ -56,7 +56,7 @@ def _unmapped(device_map: Any) -> Any:
     places = {_one_device(value) for value in device_map.values()}
     if len(places) != 1:
         raise ValueError(
-            f"device_map={quoted(dict(device_map))} names {len(places)} devices: {_ONE_DEVICE}"
+            f"device_map={quoted(dict(device_map))} names {len(places)} devices: {ONE_DEVICE}"
         )
     return places.pop()
 

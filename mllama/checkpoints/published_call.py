@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mllama.wording import quoted
+
+logger = logging.getLogger("mllama")
 
 # Accepted at any value. They choose how `transformers` loads or computes: here files are always mapped and
 # copied one tensor at a time, the ops compute attention, and nothing that a checkpoint names is executed.
@@ -32,7 +36,6 @@ _WITHOUT_MEANING = frozenset(
         "_commit_hash",
     )
 )
-_QUANTISED = "quantised weights are not supported; `transformers`' own model can be loaded with it"
 _SHARDED = (
     "a model lies on one device as a whole; to spread one, load `transformers`' own model and call "
     "mllama_kernels.transformers.accelerate() on it, or wrap the loaded one in FSDP"
@@ -48,10 +51,7 @@ _UNMET: dict[str, tuple[tuple[Any, ...], str]] = {
         (None,),
         "only model.safetensors and its shards are read: rename the files of the variant",
     ),
-    "gguf_file": ((None,), "only safetensors and Meta's original/ layout are read"),
-    "quantization_config": ((None,), _QUANTISED),
-    "load_in_4bit": ((None, False), _QUANTISED),
-    "load_in_8bit": ((None, False), _QUANTISED),
+    "gguf_file": ((None,), "give the path of the file in place of the folder's"),
     "max_memory": ((None,), _SHARDED),
     "tp_plan": ((None,), _SHARDED),
     "tp_size": ((None,), _SHARDED),
@@ -77,6 +77,26 @@ _UNMET: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+# Fields of a `BitsAndBytesConfig`: what each must be, or None where any value is honoured or without meaning
+# for weights that are quantised by the encodings of this package, and why another value is refused.
+_BITS_FIELDS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "quant_method": (("bitsandbytes",), "only BitsAndBytesConfig is understood"),
+    "load_in_4bit": ((True, False), "it is a flag"),
+    "load_in_8bit": ((True, False), "it is a flag"),
+    "bnb_4bit_quant_type": (None, ""),
+    "bnb_4bit_use_double_quant": (None, ""),
+    "bnb_4bit_compute_dtype": (None, ""),
+    "bnb_4bit_quant_storage": (("uint8",), "weights are kept as bytes"),
+    "llm_int8_threshold": (
+        (6.0, 0.0),
+        "no activation is quantised, so there are no outliers to keep",
+    ),
+    "llm_int8_enable_fp32_cpu_offload": ((False,), "a model lies on one device as a whole"),
+    "llm_int8_has_fp16_weight": ((False,), "weights are kept quantised"),
+    "llm_int8_skip_modules": (None, ""),
+}
+
+
 # The same for `save_pretrained`.
 _WITHOUT_MEANING_IN_SAVING = frozenset(("token", "save_function", "save_peft_format"))
 _UNMET_BY_SAVING: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -95,6 +115,96 @@ def check_other_arguments(arguments: Mapping[str, Any]) -> None:
         `transformers` does not know either.
     """
     _check("from_pretrained", arguments, _WITHOUT_MEANING, _UNMET)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The quantisation that a call asks for.
+
+    Attributes:
+        encoding: what plain weights are brought to, or None.
+        also: encodings that do as well for what is stored quantised already.
+        skipped: modules that stay plain, by their names or the beginnings or ends of those.
+    """
+
+    encoding: str | None = None
+    also: frozenset[str] = frozenset()
+    skipped: tuple[str, ...] = ()
+
+
+# The arguments of `transformers` that ask for quantised weights.
+QUANTIZING = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_FOUR_BITS = frozenset(("q4_k", "q4_k_m", "q4_0", "int4", "nf4", "fp4"))
+_EIGHT_BITS = frozenset(("int8", "fp8", "q8_0"))
+
+
+def quantization_of_call(arguments: dict[str, Any], quantization: str | None) -> Wanted:
+    """What a call asks for, by our argument or by those of `transformers`, which are taken out of the others.
+
+    ``load_in_4bit`` means "q4_k", ``load_in_8bit`` "int8", a `BitsAndBytesConfig` (or its entries) whichever
+    of the two it has; a line is logged that says so.
+
+    Raises: ValueError for several that differ, and for fields of the configuration that cannot be honoured.
+    """
+    given, four, eight = (arguments.pop(name, None) for name in QUANTIZING)
+    flags = {"load_in_4bit": four, "load_in_8bit": eight}
+    entries = _entries_of(given)
+    for name, flag in flags.items():
+        if flag is not None and not isinstance(flag, bool):
+            raise ValueError(f"from_pretrained() cannot honour {name}={quoted(flag)}: it is a flag")
+        entries[name] = bool(entries.get(name)) or bool(flag)
+    asked = [
+        encoding
+        for name, encoding in (("load_in_4bit", "q4_k"), ("load_in_8bit", "int8"))
+        if entries.get(name)
+    ]
+    if len(asked) == 2:
+        raise ValueError("from_pretrained() cannot honour load_in_4bit and load_in_8bit together")
+    if given is not None and not asked:
+        raise ValueError(
+            "from_pretrained() cannot honour a quantization_config without load_in_4bit or load_in_8bit"
+        )
+    if not asked:
+        return Wanted(quantization)
+    encoding = asked[0]
+    flag = "load_in_4bit" if encoding == "q4_k" else "load_in_8bit"
+    if quantization not in (None, encoding):
+        raise ValueError(
+            f"from_pretrained() cannot honour quantization={quoted(quantization)} together with {flag}, "
+            f"which means {encoding!r}"
+        )
+    logger.warning(
+        "%s means quantization=%r for plain weights%s",
+        flag,
+        encoding,
+        "; products are computed in the model's dtype" if given is not None else "",
+    )
+    also = _FOUR_BITS if encoding == "q4_k" else _EIGHT_BITS
+    return Wanted(encoding, also, tuple(entries.get("llm_int8_skip_modules") or ()))
+
+
+def _entries_of(config: Any) -> dict[str, Any]:
+    """The fields of a `BitsAndBytesConfig`, checked."""
+    if config is None:
+        return {}
+    entries = config if isinstance(config, Mapping) else getattr(config, "to_dict", dict)()
+    if not isinstance(entries, Mapping) or not entries:
+        raise ValueError(
+            f"from_pretrained() cannot honour quantization_config={type(config).__name__}: only a "
+            "BitsAndBytesConfig is understood; quantization= names an encoding"
+        )
+    refused = []
+    for name, value in entries.items():
+        if name.startswith("_"):
+            continue
+        allowed, why = _BITS_FIELDS.get(name, ((None,), "it is unknown"))
+        value = str(getattr(value, "value", value)) if name == "quant_method" else value
+        value = str(value).removeprefix("torch.") if name == "bnb_4bit_quant_storage" else value
+        if allowed is not None and value is not None and value not in allowed:
+            refused.append(f"quantization_config.{name}={quoted(value)}: {why}")
+    if refused:
+        raise ValueError("from_pretrained() cannot honour " + "; ".join(refused))
+    return dict(entries)
 
 
 def check_save_arguments(arguments: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mllama.checkpoints.checkpoint import CheckpointError, OwnFiles, TensorInfo, read_json
+from mllama.checkpoints.foreign_files import foreign_weights
 from mllama.checkpoints.key_layout import canonical_name
 from mllama.checkpoints.safetensors_header import (
     MAX_NAME,
@@ -175,6 +176,8 @@ class SafetensorsCheckpoint:
 
 
 def _no_weights(folder: Path) -> str:
+    if (foreign := foreign_weights(folder)) is not None:
+        return foreign
     pickles = sorted(
         path.name
         for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")

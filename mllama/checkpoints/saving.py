@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from mllama.checkpoints.durable import flush
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
+from mllama.checkpoints.stored_form import Item, joined_parts, stored_form
+from mllama.quantized_modules import WholeWeights
 from mllama.vocabulary import fits
+from mllama_kernels.quantized_tensor import QuantizedTensor
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -42,6 +45,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json, generation_config.json and the weights under their published names.
 
+    Quantised weights are written as :mod:`mllama.checkpoints.stored_form` says.
+
     The folder is made if needed; other files in it (tokenizer, processor) stay. Every file is
     written under a temporary name first. Then the weights of an earlier save are removed, the new
     files are renamed, and the file that makes the folder loadable (the index, or the single weights
@@ -59,26 +64,56 @@ def save_pretrained(
     layout = KeyLayout(type(model).__name__)
     limit = _parse_size(max_shard_size)
     state = _whole_state(model, state_dict)
-    tensors = {layout.published_name(name): t for name, t in state.items()}
-    shards = list(_split(tensors, limit))
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with _Staging(target) as staging:
+    plain = (t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point())
+    entry, items = stored_form({layout.published_name(n): t for n, t in state.items()}, model)
+    write_folder(Path(folder), items, model_texts(model, next(plain), entry), limit)
+
+
+def model_texts(
+    model: nn.Module, dtype: torch.dtype, entry: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    """The JSON files of a model's folder but the index, for :func:`write_folder`.
+
+    Args:
+        dtype: of the plain weights.
+        entry: the ``quantization_config``.
+    """
+    config = _config_json(model, dtype)
+    texts = {"config.json": config if entry is None else {**config, "quantization_config": entry}}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        texts["generation_config.json"] = _fresh(generation.to_dict())
+    return texts
+
+
+def write_folder(
+    folder: Path, items: Iterable[Item], texts: Mapping[str, dict[str, Any]], limit: int
+) -> None:
+    """Write weights and JSON files as a checkpoint that is there as a whole or not at all.
+
+    Args:
+        items: in the order of the files; each is made when its file is written, and one file at a time is in
+            memory.
+        texts: names of JSON files to their content, ``config.json`` among them.
+        limit: bytes per file; a single item may exceed it.
+    """
+    shards = list(_split(items, limit))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _Staging(folder) as staging:
         last = SINGLE if len(shards) == 1 else INDEX
         weight_map: dict[str, str] = {}
+        total = 0
         for number, shard in enumerate(shards, start=1):
             numbered = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             name = SINGLE if len(shards) == 1 else numbered
-            content = {key: tensors[key].detach().contiguous() for key in shard}
+            content = {key: t.detach().contiguous() for item in shard for key, t in item.make()}
             save_file(content, staging.path(name), metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, name)
+            weight_map |= dict.fromkeys(content, name)
+            total += sum(t.numel() * t.element_size() for t in content.values())
         if last == INDEX:
-            total = sum(t.numel() * t.element_size() for t in tensors.values())
             staging.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        staging.write_json("config.json", _config_json(model, next(iter(tensors.values())).dtype))
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            staging.write_json("generation_config.json", _fresh(generation.to_dict()))
+        for name, text in texts.items():
+            staging.write_json(name, text)
         staging.commit(last)
 
 
@@ -121,16 +156,20 @@ class _Staging:
             (self._folder / (name + self._suffix)).unlink(missing_ok=True)
 
 
-def _whole_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-    """The tensors to write: those given, or the model's own."""
-    state = model.state_dict() if given is None else given
+def _whole_state(
+    model: nn.Module, given: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor | QuantizedTensor]:
+    """The tensors to write: those given, or the model's own, with quantised weights as they are."""
+    state = model.state_dict(destination=WholeWeights()) if given is None else given
     if given is not None and (odd := sorted(given.keys() ^ model.state_dict().keys())):
         raise ValueError(
             f"state_dict must hold the model's tensors under their names, {len(odd)} are too many or "
             f"missing: {', '.join(odd[:3])}"
         )
+    if given is not None:
+        state = joined_parts(given)
     embedding, head = (
-        next((len(t) for name, t in state.items() if name.endswith(table)), None)
+        next((t.shape[0] for name, t in state.items() if name.endswith(table)), None)
         for table in ("embed_tokens.weight", "lm_head.weight")
     )
     vocabulary = model.config.get_text_config()
@@ -151,17 +190,16 @@ def _parse_size(size: int | str) -> int:
     return size
 
 
-def _split(tensors: dict[str, Tensor], limit: int) -> Iterator[list[str]]:
-    """Names in order, cut wherever the next tensor would not fit any more."""
-    shard: list[str] = []
+def _split(items: Iterable[Item], limit: int) -> Iterator[list[Item]]:
+    """In order, cut wherever the next one would not fit any more."""
+    shard: list[Item] = []
     used = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shard and used + size > limit:
+    for item in items:
+        if shard and used + item.nbytes > limit:
             yield shard
             shard, used = [], 0
-        shard.append(name)
-        used += size
+        shard.append(item)
+        used += item.nbytes
     yield shard
 
 

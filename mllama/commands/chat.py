@@ -22,6 +22,7 @@ from mllama.commands.common import (
     sampling_options,
     user_turn,
 )
+from mllama.commands.loading import add_loading_arguments
 from mllama.processing.images import ImageOpenError
 from mllama.processing.plain_text import from_command_line
 from mllama.wording import message, shown
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_escape_argument(group)
     add_length_arguments(parser.add_argument_group("answers"))
     add_sampling_arguments(parser)
+    add_loading_arguments(parser.add_argument_group("weights"))
     add_execution_arguments(parser)
 
 
@@ -55,7 +57,14 @@ def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
     check_images(options.image)
     folder = checkpoint_of(options)
-    model, processor = load(folder, options, options.adapter)
+    # Of a conversation the first answer is sure; the cache grows with those that follow.
+    model, processor = load(
+        folder,
+        options,
+        options.adapter,
+        context=options.max_new_tokens,
+        images=max(1, len(options.image)),
+    )
     if processor.chat_template is None:
         raise ValueError(f"{folder} has no chat template; use `mllama generate --raw`")
     opening = [{"role": "system", "content": options.system}] if options.system else []

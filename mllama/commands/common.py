@@ -15,6 +15,7 @@ import torch
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
+from mllama.commands.loading import load_model, source_of
 from mllama.demo import checkpoint_path
 from mllama.processing.images import check_image
 from mllama.processing.plain_text import from_command_line
@@ -132,27 +133,37 @@ def checkpoint_of(options: argparse.Namespace) -> str:
     """The checkpoint of --model; without it that of the demo model, and a line on stderr that says so."""
     if options.model is not None:
         return options.model
+    if options.serialized_model_path is not None:
+        return str(options.serialized_model_path)
     print("no --model: using the demo model, which knows only shapes", file=sys.stderr)
     return str(checkpoint_path())
 
 
 def load(
-    folder: str, options: argparse.Namespace, adapter: Path | None = None
+    checkpoint: str, options: argparse.Namespace, adapter: Path | None = None, **planned: int
 ) -> tuple[MllamaForConditionalGeneration, MllamaProcessor]:
-    """The model and the processor of a checkpoint, as the model arguments say, with the adapter merged."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = MllamaForConditionalGeneration.from_pretrained(
-        folder,
-        dtype=None if options.dtype == "auto" else options.dtype,
-        device=device,
-        backend=options.backend,
-        semantics=options.semantics,
-    )
-    if adapter is not None:
-        from mllama.training.adapters import merge_adapter
+    """The model and the processor of a checkpoint; see :func:`load_weights`."""
+    model = load_weights(checkpoint, options, adapter, **planned)
+    return model, load_processor(checkpoint, options)
 
-        merge_adapter(model, adapter)
-    return model, MllamaProcessor.from_pretrained(folder)
+
+def load_weights(
+    checkpoint: str, options: argparse.Namespace, adapter: Path | None = None, **planned: int
+) -> MllamaForConditionalGeneration:
+    """The model of a checkpoint, as the model arguments say, with the adapter merged, or beside weights that
+    are quantised. ``planned`` are the context and images of `from_pretrained`."""
+    model = load_model(source_of(options, checkpoint), options, **planned)
+    if adapter is not None:
+        from mllama.training.adapters import use_adapter
+
+        use_adapter(model, adapter)
+    return model
+
+
+def load_processor(checkpoint: str, options: argparse.Namespace) -> MllamaProcessor:
+    """The processor of a checkpoint: by itself where a prompt is counted before the model is loaded."""
+    folder = source_of(options, checkpoint)
+    return MllamaProcessor.from_pretrained(folder, projector=options.projector)
 
 
 def what_runs(model: MllamaForConditionalGeneration) -> str:

@@ -18,6 +18,7 @@ from mllama.commands.common import (
     user_turn,
     what_runs,
 )
+from mllama.commands.loading import load_as_stored
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.processing.plain_text import from_command_line
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--json", action="store_true", help="print one JSON object when done")
     add_execution_arguments(parser)
+    load_as_stored(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -20,8 +20,11 @@ from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.hub import resolve_folder
 from mllama.commands.common import add_execution_arguments, what_runs
+from mllama.commands.loading import add_quantization_arguments, dtype_of, overrides_of
+from mllama.commands.usage import UsageError
 from mllama.processing.paths import check_allow_paths
 from mllama.processing.tiktoken import MAX_LENGTH
+from mllama.quantization.policy import PLAIN
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.conversations import DataError
 from mllama.training.encoding import Example, read_examples
@@ -91,6 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that the data's images have to be inside of (default: that of each data file)",
     )
+    add_quantization_arguments(group)
+    group.add_argument(
+        "--force", action="store_true", help="load also where the memory plan says it does not fit"
+    )
     fields = {field.name: field.default for field in dataclasses.fields(TrainingOptions)}
     for title, options in _TRAINING.items():
         group = parser.add_argument_group(title)
@@ -116,6 +123,15 @@ def run(options: argparse.Namespace) -> int:
     training = TrainingOptions(**{name: getattr(options, name) for name in names})
     if training.lora_rank:
         require_peft()
+    elif options.quantization_encoding not in (None, *PLAIN):
+        raise UsageError(
+            "--lora-rank 0 trains all weights, and --quantization-encoding makes weights that cannot be "
+            "trained"
+        )
+    (
+        dtype_of(options),
+        overrides_of(options),
+    )  # what is wrong with them is said before the data is read
     processor = MllamaProcessor.from_pretrained(options.model)
     limit = _longest(options, training)
     examples, held_out = _read(options, training, processor, limit)
@@ -185,6 +201,8 @@ def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, 
     """What decides the result of a run, besides the images' content and the versions installed."""
     named = ("model", "device", "dtype", "backend", "semantics")
     asked = {name: getattr(options, name) for name in named} | dataclasses.asdict(training)
+    quantized = ("quantization_encoding", "quantization_override")
+    asked |= {name: getattr(options, name) for name in quantized if getattr(options, name)}
     asked["data"] = fingerprint(options.data)
     asked["eval_data"] = fingerprint(options.eval_data) if options.eval_data else None
     return asked
@@ -195,14 +213,22 @@ def _load(
 ) -> tuple[MllamaForConditionalGeneration, torch.dtype | None]:
     """The model in its dtype, or where all weights are trained in float32 with the dtype to compute in."""
     whole = training.lora_rank == 0
-    chosen = None if options.dtype == "auto" else DTYPES[options.dtype]
+    encoding = options.quantization_encoding
     model = MllamaForConditionalGeneration.from_pretrained(
         options.model,
-        dtype=chosen,
+        dtype=dtype_of(options),
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         backend=options.backend,
         semantics=options.semantics,
+        quantization=None if encoding in PLAIN else encoding,
+        quantization_overrides=overrides_of(options) or None,
+        force=options.force,
     )
+    if whole and model.quantization is not None:
+        raise ValueError(
+            f"the weights are quantised ({model.quantization.encoding}) and cannot be trained: --lora-rank "
+            "trains adapters on them"
+        )
     if model.dtype not in DTYPES.values():
         raise ValueError(f"the checkpoint is {model.dtype}: choose a --dtype to train in")
     if not whole or model.dtype == torch.float32:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 
+import torch
+
 from mllama.commands.common import (
     add_checkpoint_arguments,
     add_escape_argument,
@@ -16,10 +18,12 @@ from mllama.commands.common import (
     check_images,
     checkpoint_of,
     echo,
-    load,
+    load_processor,
+    load_weights,
     sampling_options,
     user_turn,
 )
+from mllama.commands.loading import add_loading_arguments
 from mllama.processing.plain_text import from_command_line
 
 
@@ -49,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_arguments(group)
     group.add_argument("--json", action="store_true", help="print one JSON object when done")
     add_sampling_arguments(parser)
+    add_loading_arguments(parser.add_argument_group("weights"))
     add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
     check_images(options.image)
-    model, processor = load(checkpoint_of(options), options, options.adapter)
+    checkpoint = checkpoint_of(options)
+    processor = load_processor(checkpoint, options)
     is_raw = options.raw or processor.chat_template is None
     escape = options.escape_special_tokens
     escape = not is_raw if escape is None else escape
@@ -66,10 +72,15 @@ def run(options: argparse.Namespace) -> int:
             return_tensors="pt",
             escape_special_tokens=escape,
         )
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
     else:
         turn = user_turn(options.prompt, options.image)
-        inputs = chat_inputs(processor, [turn], model.device, escape)
+        batch = chat_inputs(processor, [turn], torch.device("cpu"), escape)
+    # Counted before the model is loaded, which is refused where it leaves no room for them.
+    tokens = batch["input_ids"].shape[1] + options.max_new_tokens
+    model = load_weights(
+        checkpoint, options, options.adapter, context=tokens, images=len(options.image)
+    )
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
     if not options.json:
         echo(model.stream(**inputs, tokenizer=processor, **sampling))
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.bare_copy import bare_copy
+from mllama.checkpoints.expected import expected_shapes
 from mllama.checkpoints.hub import resolve_folder
+from mllama.checkpoints.key_layout import KeyLayout
+from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import (
     add_execution_arguments,
     chat_inputs,
@@ -24,7 +28,11 @@ from mllama.commands.common import (
     load,
     user_turn,
 )
+from mllama.commands.loading import add_loading_arguments, source_of
+from mllama.commands.usage import UsageError
 from mllama.demo import sample_picture
+from mllama.quantization.decoded import decoded_copy, quantization_loss
+from mllama.quantization.policy import PLAIN
 from mllama.verification import (
     ALLOWED_RATIO,
     Comparison,
@@ -33,6 +41,7 @@ from mllama.verification import (
     failure,
     not_compared,
 )
+from mllama.wording import shown
 
 # Of the largest logit, in float32; wider dtypes than that are not compared with transformers.
 _LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -61,7 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of the model the layers are measured by; auto: the widest that fits into memory",
     )
+    group.add_argument(
+        "--original",
+        metavar="DIR",
+        help="checkpoint that a quantised model was made of: also report what quantising has cost",
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object")
+    add_loading_arguments(parser.add_argument_group("weights"))
     add_execution_arguments(parser)
 
 
@@ -72,8 +87,23 @@ def run(options: argparse.Namespace) -> int:
         raise ModuleNotFoundError(
             "--against transformers needs it: pip install 'mllama-kernels[transformers]'"
         )
-    folder = checkpoint_of(options)
+    folder = source_of(options, checkpoint_of(options))
     options.backend = "auto"  # an op that cannot run as a kernel is for the report to name
+    is_quantized = _is_quantized(folder, options)
+    if options.original and not is_quantized:
+        raise UsageError(
+            f"--original goes with a quantised model: {shown(folder)} is plain and no "
+            "--quantization-encoding is given"
+        )
+    if options.original:  # looked at now: the rest takes minutes
+        _, encoding, _, _ = plan_source(MllamaForConditionalGeneration, options.original)
+        if encoding is not None:
+            raise UsageError(
+                f"--original {shown(options.original)} is quantised itself ({encoding}): it is to be the "
+                "checkpoint that the quantised one was made of"
+            )
+    if options.against and is_quantized:
+        raise UsageError("--against transformers compares plain models, and this one is quantised")
     model, processor = load(folder, options)
     image: Any = options.image or sample_picture(0)[0]
     turn = user_turn(options.prompt, [image])
@@ -87,13 +117,15 @@ def run(options: argparse.Namespace) -> int:
         "semantics": model.semantics.name,
         "semantics_reason": model.semantics_reason,
     }
+    if model.quantization is not None:
+        report["quantization"] = model.quantization.encoding
     _say(options, "  ".join(f"{key}: {value}" for key, value in report.items()))
     rows = compare_ops(model, inputs)
     tables, left_out = {"ops": rows}, not_compared(rows)
     no_kernel_ran = model.backend == "reference"
     oracle = None if no_kernel_ran else _oracle_dtype(model, options.oracle)
     if oracle is not None:
-        tables["layers"] = _layers(folder, oracle, model, inputs)
+        tables["layers"] = _layers(oracle, model, inputs)
     else:
         left_out.append("layers")
     passed = True
@@ -107,6 +139,13 @@ def run(options: argparse.Namespace) -> int:
         _say(
             options, "transformers: " + ", ".join(f"{k} {v}" for k, v in report["against"].items())
         )
+    if options.original:
+        report["quantization_loss"] = _cost(options, model, inputs)
+        _say(
+            options,
+            "against the original: "
+            + ", ".join(f"{k} {v:.4g}" for k, v in report["quantization_loss"].items()),
+        )
     report |= {"not_compared": left_out, "passed": passed}
     verdict = "the kernels are right" if passed else "FAILED"
     if no_kernel_ran:
@@ -117,17 +156,25 @@ def run(options: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _layers(
-    folder: str, oracle: torch.dtype, model: Any, inputs: dict[str, torch.Tensor]
-) -> list[Comparison]:
+def _is_quantized(folder: str, options: argparse.Namespace) -> bool:
+    if options.quantization_encoding not in (None, *PLAIN):
+        return True
+    _, encoding, _, _ = plan_source(
+        MllamaForConditionalGeneration, folder, projector=options.projector
+    )
+    return encoding is not None
+
+
+def _cost(options: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> dict[str, float]:
+    original = MllamaForConditionalGeneration.from_pretrained(
+        options.original, dtype=model.dtype, device=model.device, semantics=model.semantics
+    )
+    return quantization_loss(model, original, inputs)
+
+
+def _layers(oracle: torch.dtype, model: Any, inputs: dict[str, torch.Tensor]) -> list[Comparison]:
     try:
-        exact = MllamaForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=oracle,
-            device=model.device,
-            backend="reference",
-            semantics=model.semantics,
-        )
+        exact = decoded_copy(model, oracle, "reference")
         return compare_layers(model, exact, inputs)
     except Exception as error:  # the ops have been compared: their rows and the verdict are due
         return [failure("layers", error)]
@@ -151,7 +198,8 @@ def _oracle_dtype(model: torch.nn.Module, choice: str) -> torch.dtype | None:
     """The dtype of the exact model: what was asked for, or the widest that fits beside the model."""
     if choice != "auto":
         return {"float64": torch.float64, "float32": torch.float32, "none": None}[choice]
-    count = sum(p.numel() for p in model.parameters())
+    layout = KeyLayout(type(model).__name__)
+    count = sum(map(math.prod, expected_shapes(model.config, layout).values()))
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
     else:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 
 from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.gguf.container import GgufFile, is_gguf
+from mllama.checkpoints.gguf.metadata import image_options
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.checkpoints.meta_params import params_entries
 from mllama.limits import OWN_FILES, Limits
@@ -211,10 +213,10 @@ class MllamaImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> MllamaImageProcessor:
-        """Read a checkpoint folder or hub id.
+        """Read a checkpoint folder or hub id, or a GGUF file with a vision tower.
 
         Reads `image_processor` in processor_config.json, else preprocessor_config.json, else what
-        params.json in Meta's folder `original/` says.
+        params.json in Meta's folder `original/` says. A GGUF file says how large tiles are, and how many.
         Args:
             **options: of the class, before what the file says; for a hub id token, revision, cache_dir,
                 local_files_only, force_download, subfolder; use_fast and trust_remote_code, without effect.
@@ -222,6 +224,9 @@ class MllamaImageProcessor:
         """
         download = {k: options.pop(k) for k in DOWNLOAD_OPTIONS if k in options}
         options = {k: v for k, v in options.items() if k not in IDLE_OPTIONS}
+        if is_gguf(Path(folder)):
+            stored = image_options(GgufFile(Path(folder)))
+            return cls.from_dict({**_META_STATISTICS, **stored}, **options)
         folder = resolve_folder(folder, **{k: v for k, v in download.items() if v is not None})
         nested = folder / _NESTED_CONFIG_FILE
         if nested.is_file():

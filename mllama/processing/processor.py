@@ -326,16 +326,19 @@ class MllamaProcessor:
         tokenizer: MllamaTokenizer | None = None,
         image_processor: MllamaImageProcessor | None = None,
         chat_template: Templates | None = None,
+        projector: str | os.PathLike | None = None,
         **options: Any,
     ) -> MllamaProcessor:
-        """Read the tokenizer, the image processor and the chat template of a folder or hub id.
+        """Read the tokenizer, the image processor and the chat template of a folder, hub id or GGUF file.
 
         The template is the first of: `chat_template` in processor_config.json, chat_template.json,
         chat_template.jinja with additional_chat_templates/, `chat_template` in tokenizer_config.json. In
-        Meta's folder `original/` the tokenizer is tokenizer.model and the tiles are as params.json says.
+        Meta's folder `original/` the tokenizer is tokenizer.model and the tiles are as params.json says. A
+        GGUF file holds a vocabulary and the size of tiles; the rest is as published for Llama 3.2 Vision.
 
         Args:
             tokenizer, image_processor, chat_template: used instead of those of the folder.
+            projector: the projector file that belongs to a GGUF text file.
             **options: of the image processor (size, max_image_tiles, ...) and of the tokenizer
                 (padding_side, model_max_length, pad_token, ...) that override their files; token, revision,
                 cache_dir, local_files_only, force_download and subfolder for hub ids; use_fast, backend,
@@ -343,7 +346,12 @@ class MllamaProcessor:
         Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
         """
         parts = read_parts(
-            pretrained_model_name_or_path, image_processor, tokenizer, chat_template, options
+            pretrained_model_name_or_path,
+            image_processor,
+            tokenizer,
+            chat_template,
+            projector,
+            options,
         )
         return cls(*parts)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllama.checkpoints.gguf.container import is_gguf
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS
@@ -27,10 +28,13 @@ def read_parts(
     image_processor: MllamaImageProcessor | None,
     tokenizer: MllamaTokenizer | None,
     chat_template: Templates | None,
+    projector: str | os.PathLike | None,
     options: Mapping[str, Any],
 ) -> tuple[MllamaImageProcessor, MllamaTokenizer, Templates | None]:
-    """The parts of the processor in a folder or hub id, but for those that are given.
+    """The parts of the processor in a folder, hub id or GGUF file, but for those that are given.
 
+    Args:
+        projector: the file that says how large tiles are, where a GGUF file is without the vision tower.
     Raises: FileNotFoundError or ValueError naming the file; TypeError for an option that is unknown, or of a
         part that is given.
     """
@@ -43,12 +47,21 @@ def read_parts(
     for_images = _chosen(options, _IMAGES, "image_processor", image_processor)
     for_text = _chosen(options, TOKENIZER_OPTIONS, "tokenizer", tokenizer)
     download = {n: v for n, v in options.items() if n in DOWNLOAD_OPTIONS and v is not None}
-    folder = resolve_folder(name, **download)
+    if is_gguf(Path(name)):
+        folder, of_images = Path(name), projector or name
+    elif projector is not None:
+        raise ValueError(
+            f"projector= goes with a GGUF text file, {quoted(os.fspath(name))} is none"
+        )
+    else:
+        folder = of_images = resolve_folder(name, **download)
     if image_processor is None:
-        image_processor = MllamaImageProcessor.from_pretrained(folder, **for_images)
+        image_processor = MllamaImageProcessor.from_pretrained(of_images, **for_images)
     if tokenizer is None:
         tokenizer = MllamaTokenizer.from_pretrained(folder, **for_text)
-    return image_processor, tokenizer, chat_template or read_templates(folder)
+    if chat_template is None and folder.is_dir():
+        chat_template = read_templates(folder)
+    return image_processor, tokenizer, chat_template
 
 
 def write_processor(processor: MllamaProcessor, folder: Path) -> list[str]:

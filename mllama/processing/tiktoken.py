@@ -56,6 +56,26 @@ def read_tiktoken(path: Path) -> Tokenizer:
         known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(names[a], names[b]) for a, b in known]
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    reserved = [f"<|reserved_special_token_{i + 2}|>" for i in range(_RESERVED - len(_FIRST))]
+    special = [*_FIRST, *reserved, "<|image|>"]
+    added = [AddedToken(token, normalized=False, special=True) for token in special]
+    return llama3_tokenizer(vocabulary, merges, added, _FIRST[0])
+
+
+def llama3_tokenizer(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    added: list[AddedToken],
+    first: str | None,
+) -> Tokenizer:
+    """Byte-level pair encoding as Llama 3's.
+
+    Args:
+        vocabulary: ids of words in byte letters, counted from 0 without gaps.
+        merges: of words of the vocabulary to words of it.
+        added: tokens whose ids follow the vocabulary's.
+        first: the one of them that is put in front of a text, if any.
+    """
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -64,15 +84,17 @@ def read_tiktoken(path: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    reserved = [f"<|reserved_special_token_{i + 2}|>" for i in range(_RESERVED - len(_FIRST))]
-    special = [*_FIRST, *reserved, "<|image|>"]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    bos = (_FIRST[0], len(ranks))
+    tokenizer.add_tokens(added)
+    byte_level = processors.ByteLevel(trim_offsets=True)
+    if first is None:
+        tokenizer.post_processor = byte_level
+        return tokenizer
+    bos = (first, tokenizer.token_to_id(first))
     tokenizer.post_processor = processors.Sequence(
         [
-            processors.ByteLevel(trim_offsets=True),
+            byte_level,
             processors.TemplateProcessing(
-                single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]}:1 $B:1", special_tokens=[bos]
+                single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[bos]
             ),
         ]
     )

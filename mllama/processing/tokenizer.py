@@ -226,7 +226,8 @@ class MllamaTokenizer(SpecialTokens):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> MllamaTokenizer:
-        """Read the tokenizer of a folder or hub id: tokenizer.json, or Meta's tokenizer.model.
+        """Read the tokenizer of a folder or hub id: tokenizer.json, or Meta's tokenizer.model; or of a GGUF
+        file.
 
         Nothing that the files name is imported or run. A tokenizer.json with parts that are not known
         (patterns above all) encodes and decodes in a process of its own; what goes beyond its limits is a

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from mllama.checkpoints.checkpoint import read_json
+from mllama.checkpoints.gguf.container import is_gguf
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.files import FileRefused, read_regular
 from mllama.processing.encoders import ConfinedEncoder, failures_named
+from mllama.processing.gguf_tokenizer import read_gguf_tokenizer
 from mllama.processing.options import IDLE_OPTIONS
 from mllama.processing.special_tokens import EXTRA, NAMED
 from mllama.processing.templates import parsed_templates
@@ -39,7 +41,7 @@ _NOT_KEPT = ("added_tokens_decoder", "auto_map", "backend", "chat_template", "to
 
 
 def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the tokenizer in a folder or hub id, `options` before what its files say.
+    """The arguments of the tokenizer in a folder, hub id or GGUF file, `options` before what that says.
 
     Raises: FileNotFoundError or ValueError naming the file; TypeError for an unknown option.
     """
@@ -54,8 +56,11 @@ def read_tokenizer(name: str | os.PathLike, options: Mapping[str, Any]) -> dict[
         if EXTRA[0] in given:
             raise TypeError(f"{EXTRA[0]} was given twice, also by its older name {EXTRA[1]}")
         given[EXTRA[0]] = given.pop(EXTRA[1])
-    folder = resolve_folder(name, **{k: v for k, v in given.items() if k in DOWNLOAD_OPTIONS})
-    arguments = _stored(folder)
+    if is_gguf(Path(name)):
+        arguments = read_gguf_tokenizer(Path(name))
+    else:
+        download = {k: v for k, v in given.items() if k in DOWNLOAD_OPTIONS}
+        arguments = _stored(resolve_folder(name, **download))
     special = {**arguments["special_tokens"], **{n: given[n] for n in NAMED if n in given}}
     if isinstance(given.get("extra_special_tokens"), Mapping):  # transformers 4 gives them names
         special |= given.pop("extra_special_tokens")

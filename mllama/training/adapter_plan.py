@@ -19,6 +19,7 @@ from torch import nn
 from mllama.adapted import adapter_key, homeless, lacking
 from mllama.checkpoints.safetensors_header import Header
 from mllama.confined import ConfinedError, Workers
+from mllama.quantized_modules import Quantized
 from mllama.shapes import Shapes
 from mllama.training.adapter_config import MAX_RANK
 from mllama.wording import quoted, shown
@@ -182,6 +183,8 @@ def _misfits(modules: dict[str, nn.Module], entries: dict[str, Any], tensors: Te
         magnitudes = parts.keys() & _MAGNITUDES
         rest = {part: shape for part, shape in parts.items() if part not in magnitudes}
         rank = _rank(parts)
+        if entries["use_dora"] and isinstance(modules.get(name), Quantized):
+            wrong.append(f"{name} is quantised, and DoRA needs its weight: use dequantize=True")
         expected = _expected(modules[name], rank or 1, entries) if name in modules else None
         if expected is None:
             without_place += [f"{name}.{part}" for part in parts]
@@ -213,10 +216,16 @@ def _strays(
     indices = entries["trainable_token_indices"] or ()
     if indices and not any(name.endswith(_TOKENS) for name in tensors.others):
         absent.append(f"*{_TOKENS}")
+    quantized = {name for name, module in model.named_modules() if isinstance(module, Quantized)}
     problems, without_place = [], []
     for name, shape in tensors.others.items():
         module = name.removesuffix(_TOKENS)
         plain = f"{module}.weight" if module != name else name.replace(".base_layer.", ".")
+        if plain.removesuffix(".weight") in quantized:
+            problems.append(
+                f"{shown(name)} would replace a weight that is quantised: load the model with dequantize=True"
+            )
+            continue
         is_own = name != plain or (saved and name.startswith(saved))
         is_own = is_own or (entries["bias"] != "none" and name.endswith(".bias"))
         if plain not in parameters or not is_own:

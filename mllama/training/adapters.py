@@ -10,6 +10,7 @@ from torch import nn
 
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.safetensors_header import BadHeader, read_header
+from mllama.quantized_modules import Quantized
 from mllama.wording import quoted, reason, shown
 
 from .adapter_config import checked_entries
@@ -56,8 +57,9 @@ def save_adapter(wrapped: Any, folder: Path) -> None:
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
 
 
-def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Add the adapter in a folder to the weights of the model it was trained on.
+def use_adapter(model: nn.Module, folder: Path) -> None:
+    """Let a model answer with the adapter in a folder: added to its weights, or where any of those that it
+    changes are quantised, beside them.
 
     The folder may be anybody's: configuration and header are checked against each other and the model before
     a tensor is read, and patterns are tried in a process of their own.
@@ -96,7 +98,20 @@ def _merge(peft: ModuleType, model: nn.Module, folder: Path, tensors: Tensors, c
     own = {name for name in tensors.names if not name.endswith(".base_layer.weight")}
     if unknown := sorted(own ^ state.keys()):
         raise ValueError(shown(unknown[0]))
-    wrapped.merge_and_unload(safe_merge=True)
+    adapted = {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, Quantized) and name.endswith(".base_layer")
+    }
+    if not adapted:
+        wrapped.merge_and_unload(safe_merge=True)
+        return
+    for name, module in list(model.named_modules()):
+        if name in adapted or not hasattr(module, "base_layer"):
+            continue
+        module.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
 def _restore(model: nn.Module, before: dict[str, nn.Module]) -> None:

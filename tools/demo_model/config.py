@@ -11,23 +11,28 @@ from tokenizers import Tokenizer
 from mllama.demo.shapes import IMAGE_SIZE, LAYOUTS
 from tools.demo_model.tokenizer import BOS, EOM, EOS, EOT, PAD, vocab_size
 
-_HIDDEN = 128  # two heads of 64 in both towers: a head dimension the CUDA kernels have
+WIDTH = 128  # of the shipped model
+_HEAD = 64  # a head dimension the CUDA kernels have
 _VISION_TAPS = [1, 2]
 
 
-def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json. It names no transformers version: the vision taps are Meta's, as the model is trained."""
+def model_config(tokenizer: Tokenizer, width: int = WIDTH) -> dict[str, Any]:
+    """config.json. It names no transformers version: the vision taps are Meta's, as the model is trained.
+
+    Args:
+        width: of both towers, a multiple of 128; their MLPs are twice as wide.
+    """
     bos, eos, pad = (tokenizer.token_to_id(token) for token in (BOS, EOT, PAD))
     size = vocab_size(tokenizer)
     text = {
         "model_type": "mllama_text_model",
         "vocab_size": size,
-        "hidden_size": _HIDDEN,
+        "hidden_size": width,
         "hidden_act": "silu",
         "num_hidden_layers": 6,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 256,
+        "num_attention_heads": width // _HEAD,
+        "num_key_value_heads": width // (2 * _HEAD),
+        "intermediate_size": 2 * width,
         "cross_attention_layers": [1, 4],
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -49,19 +54,19 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
     vision = {
         "model_type": "mllama_vision_model",
-        "hidden_size": _HIDDEN,
+        "hidden_size": width,
         "hidden_act": "gelu",
-        "attention_heads": 2,
+        "attention_heads": width // _HEAD,
         "num_hidden_layers": 3,
         "num_global_layers": 1,
-        "intermediate_size": 256,
+        "intermediate_size": 2 * width,
         "image_size": IMAGE_SIZE,
         "patch_size": 14,
         "num_channels": 3,
         "norm_eps": 1e-5,
         "max_num_tiles": 4,
         "intermediate_layers_indices": _VISION_TAPS,
-        "vision_output_dim": _HIDDEN * (1 + len(_VISION_TAPS)),
+        "vision_output_dim": width * (1 + len(_VISION_TAPS)),
         "supported_aspect_ratios": [list(layout) for layout in LAYOUTS],
         "initializer_range": 0.02,
     }
@@ -103,10 +108,10 @@ def preprocessor_config() -> dict[str, Any]:
     }
 
 
-def save_configs(tokenizer: Tokenizer, folder: Path) -> None:
+def save_configs(tokenizer: Tokenizer, folder: Path, width: int = WIDTH) -> None:
     """Writes config.json, generation_config.json and preprocessor_config.json."""
     for name, content in (
-        ("config.json", model_config(tokenizer)),
+        ("config.json", model_config(tokenizer, width)),
         ("generation_config.json", generation_config(tokenizer)),
         ("preprocessor_config.json", preprocessor_config()),
     ):

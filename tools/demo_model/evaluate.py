@@ -83,14 +83,20 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Report:
+    """Examines the checkpoint of a folder, loaded so."""
+    model = MllamaForConditionalGeneration.from_pretrained(
+        folder, backend=backend, dtype=dtype, device=device
+    )
+    return examine(model, MllamaProcessor.from_pretrained(folder), seeds)
+
+
+def examine(
+    model: MllamaForConditionalGeneration, processor: MllamaProcessor, seeds: Iterable[int]
+) -> Report:
     """Asks a question of every kind about the image of every seed.
 
     The same seed gives the same image and questions always.
     """
-    model = MllamaForConditionalGeneration.from_pretrained(
-        folder, backend=backend, dtype=dtype, device=device
-    )
-    processor = MllamaProcessor.from_pretrained(folder)
     asked = []
     for seed in seeds:
         image, scene = sample_picture(seed)

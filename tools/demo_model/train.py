@@ -37,10 +37,10 @@ _IMAGES = 32  # per step; every one gets a question of each kind
 _SEEING_SHARE = 0.35  # of the steps, before the first text
 _SEEING_WEIGHT = 0.5  # of the patch loss beside the answers' loss afterwards
 _DIALOGUE_EVERY = 8  # steps; in the others each question is a row of its own
-_PRACTICE_SHARE, _PRACTICE_RATE = 0.2, 1e-3  # steps after the others, as a share of those
+_PRACTICE_SHARE, _FURTHER_RATE = 0.2, 1e-3  # steps after the others, as a share of those
 _PEAK_RATE, _WARM_UP, _WEIGHT_DECAY = 2e-3, 100, 0.02
 _REPORT_EVERY = 50
-_HELD_OUT_SEED = 1_000_000  # sample_picture seeds from here on; training draws from another stream
+HELD_OUT_SEED = 1_000_000  # sample_picture seeds from here on; training draws from another stream
 
 Lesson = tuple[Texts, float]  # what a step is about, and its learning rate
 
@@ -178,12 +178,12 @@ def _lessons(steps: int) -> list[Lesson]:
     return lessons
 
 
-def _practice(steps: int) -> list[Lesson]:
-    """The harder questions more often, at a lower rate."""
+def further(steps: int, texts: Texts) -> list[Lesson]:
+    """For a model that answers already: questions of such texts, at a lower rate."""
     return [
         (
-            _or_dialogues(step, "practice"),
-            _PRACTICE_RATE * _falling(step, steps) * min(1.0, (step + 1) / _WARM_UP),
+            _or_dialogues(step, texts),
+            _FURTHER_RATE * _falling(step, steps) * min(1.0, (step + 1) / _WARM_UP),
         )
         for step in range(steps)
     ]
@@ -219,7 +219,8 @@ def train(
     )
     initialise(model, seed)
     done = learn(model, PatchHead(model.config), batches, _lessons(steps), log)
-    learn(model, None, batches, _practice(round(_PRACTICE_SHARE * steps)), log, before=done)
+    practice = further(round(_PRACTICE_SHARE * steps), "practice")  # the harder ones more often
+    learn(model, None, batches, practice, log, before=done)
     model.eval().to(torch.bfloat16)
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(out)
@@ -233,8 +234,12 @@ def learn(
     lessons: list[Lesson],
     log: Log | None = None,
     before: int = 0,
+    images: int | None = None,
 ) -> int:
     """One optimiser step per lesson; with a head, the patches are part of the loss.
+
+    Args:
+        images: of each step; those of the shipped model's training if None.
 
     Returns: how many steps there have been, with those ``before`` them.
     """
@@ -245,7 +250,7 @@ def learn(
     begin, total, steps = time.monotonic(), 0.0, len(lessons)
     model.train()
     for step, (texts, rate) in enumerate(lessons):
-        loss = batch_loss(model, head, batches.draw(_IMAGES, texts), right)
+        loss = batch_loss(model, head, batches.draw(images or _IMAGES, texts), right)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -301,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     log = Log(options.log, 0) if options.log else None
     train(options.out, options.steps, options.seed, options.backend, log)
     for dtype in (torch.float32, torch.bfloat16):
-        seeds = range(_HELD_OUT_SEED, _HELD_OUT_SEED + 200)
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + 200)
         report = evaluate(options.out, seeds, backend=options.backend, dtype=dtype)
         print(f"held-out accuracy, 200 images, {dtype}\n{report}")
         if log is not None:

@@ -69,12 +69,13 @@ Cache find() {
 #ifdef MLLAMA_X86
 bool request_amx() {
 #ifdef __linux__
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux gives a process its tiles on request.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr unsigned kAll = kBf16 | kTile | kInt8;
+  if ((edx & kAll) != kAll) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

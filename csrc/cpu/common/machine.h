@@ -6,7 +6,7 @@
 namespace mllama {
 
 #ifdef MLLAMA_X86
-bool amx_available();  // bfloat16 tiles, on this machine and for this process
+bool amx_available();  // tiles of bfloat16 and bytes, on this machine and for this process
 #endif
 int64_t last_cache_bytes();         // of the cache before memory, as much as the threads reach
 [[noreturn]] void out_of_memory();  // throws std::bad_alloc

@@ -5,8 +5,11 @@
 #include <cuda_runtime.h>
 
 #include "../../skinny_linear.h"
+#include "../few_rows/slab.h"
 
 namespace mllama {
+
+static_assert(kSkinnyLinearMaxRows == kFewRows);
 
 constexpr int64_t weight_rows(const SkinnyLinearParams& p) { return p.swiglu ? 2 * p.n : p.n; }
 
@@ -14,9 +17,7 @@ constexpr int64_t weight_rows(const SkinnyLinearParams& p) { return p.swiglu ? 2
 cudaError_t skinny_linear_simt(const SkinnyLinearParams& p, bool aligned, int multiprocessors,
                                cudaStream_t stream);
 
-// 16 bits, aligned. The weight comes in slabs of kSlabRows rows x kSlabDepth elements, of which a
-// warp takes kWarpDepth of each row.
-constexpr int kSlabRows = 16, kSlabDepth = 512, kWarpDepth = 64;
+// 16 bits, aligned.
 cudaError_t skinny_linear_sm80(const SkinnyLinearParams& p, int multiprocessors,
                                cudaStream_t stream);
 

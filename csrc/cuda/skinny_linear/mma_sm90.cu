@@ -7,14 +7,13 @@
 #include "../common/tensor_map.h"
 #include "kernels.h"
 #include "pipeline_sm90.cuh"
-#include "product_mma.cuh"
 
 namespace mllama {
 namespace {
 
 struct TensorShared {
   TensorRingShared ring;
-  SkinnyShared skinny;
+  FewRowsShared few_rows;
 };
 constexpr int kTensorBlocks = 2;  // per multiprocessor: this kernel's and the next one's
 static_assert(kTensorBlocks * (sizeof(TensorShared) + 1024) <= 228 * 1024,
@@ -37,10 +36,12 @@ __global__ void __launch_bounds__(kSlabThreads, kTensorBlocks)
 #ifdef MLLAMA_SM90A_DEVICE
   extern __shared__ uint4 shared_memory[];
   TensorShared& shared = *reinterpret_cast<TensorShared*>(shared_memory);
-  using Multiplier = SlabMultiplier<T, kRowBlocks>;
-  const WeightShare share(p, Multiplier::kMaxPassTiles);
-  TensorRing<kNext> ring(share, weight, shared.ring);
-  Multiplier(p, share, shared.skinny).run(ring);
+  const SkinnyShare share(p, max_pass_tiles(kRowBlocks));
+  const TensorCopier copier{share, weight};
+  TensorRing<kNext> ring(share, copier, shared.ring);
+  DenseWeight<T, kRowBlocks> dense(share);
+  FewRowsProduct<SkinnyLinearParams, DenseWeight<T, kRowBlocks>>(share, shared.few_rows, dense)
+      .run(ring);
 #else
   __trap();
 #endif
@@ -59,15 +60,15 @@ cudaError_t launch_mma(const SkinnyLinearParams& p, int multiprocessors, cudaStr
       starts_next_kernel_early()
           ? skinny_linear_sm90_kernel<T, kRowBlocks, NextKernel::kAtStart>
           : skinny_linear_sm90_kernel<T, kRowBlocks, NextKernel::kBehindLastRequest>;
-  return launch(kernel, slab_blocks(p, multiprocessors), kSlabThreads, sizeof(TensorShared), stream,
-                {.overlap = true}, p, weight);
+  return launch(kernel, slab_blocks(p.n, multiprocessors), kSlabThreads, sizeof(TensorShared),
+                stream, {.overlap = true}, p, weight);
 }
 
 }  // namespace
 
 cudaError_t skinny_linear_sm90(const SkinnyLinearParams& p, int multiprocessors,
                                cudaStream_t stream) {
-  return dispatch_mma(p, [&](auto element, auto row_blocks) {
+  return dispatch_few_rows(p.dtype, p.rows, [&](auto element, auto row_blocks) {
     return launch_mma<decltype(element), row_blocks()>(p, multiprocessors, stream);
   });
 }

@@ -13,7 +13,7 @@ class AsyncRing {
  public:
   static constexpr int kStages = 5;  // with the rest below the 99 KB of sm_86 and sm_89
 
-  __device__ __forceinline__ AsyncRing(const WeightShare& share, char* slabs)
+  __device__ __forceinline__ AsyncRing(const SkinnyShare& share, char* slabs)
       : share_(share), slabs_(slabs) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_next();
@@ -59,9 +59,9 @@ class AsyncRing {
     cp_async_commit();
   }
 
-  const WeightShare& share_;
+  const SkinnyShare& share_;
   char* slabs_;
-  SlabCursor cursor_;
+  SlabCursor<1> cursor_;
   int filled_ = 0, used_ = 0;
 };
 

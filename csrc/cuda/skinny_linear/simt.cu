@@ -12,8 +12,8 @@
 #include "../common/dispatch.cuh"
 #include "../common/launch.h"
 #include "../common/rms.cuh"
+#include "../few_rows/output.cuh"
 #include "kernels.h"
-#include "output.cuh"
 
 namespace mllama {
 namespace {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   __syncthreads();
 
-  const float gate = skinny_gate<T>(p);
+  const float gate = linear_gate<T>(p);
   const int64_t group_columns = p.swiglu ? kGroupRows / 2 : kGroupRows;
   const int64_t groups = (p.n + group_columns - 1) / group_columns;
   for (int64_t group = static_cast<int64_t>(blockIdx.x) * kWarps + warp; group < groups;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int r = 0; r < kGroupRows; ++r) {
       if (column_of(r) >= p.n || (p.swiglu && r % 2 == 1)) continue;
-      SkinnyOutput<T>(p, lane, column_of(r)).store(p, gate, total[r], total[(r + 1) % kGroupRows]);
+      LinearOutput<T>(p, lane, column_of(r)).store(p, gate, total[r], total[(r + 1) % kGroupRows]);
     }
   }
 }

@@ -1,23 +1,16 @@
-// How skinny_linear walks over the weight: the share of a block, cut into slabs of 16 rows x 512
-// elements. Copies and products count through the slabs in the same order, each on its own.
+// Slabs of a weight as it is in memory, and the products with them.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdint>
-
+#include "../few_rows/product.cuh"
 #include "kernels.h"
 
 namespace mllama {
 
-// A slab in shared memory: two halves of eight rows each; in a half, for each warp, its 64 elements
-// of the eight rows, 128 bytes per row, the 16-byte chunks of row r exchanged by r (128-byte
-// swizzle).
-constexpr int kHalfRows = kSlabRows / 2;  // a slab's are of one m16n8k16 product
-constexpr int kSlabWarps = 8;
-constexpr int kSlabThreads = kSlabWarps * 32;
-static_assert(kSlabDepth == kSlabWarps * kWarpDepth);
+using SkinnyShare = WeightShare<SkinnyLinearParams>;
+
+// A slab in shared memory, of one tile: two halves of eight rows each; in a half, for each warp,
+// its 64 elements of the eight rows, 128 bytes per row, the 16-byte chunks of row r exchanged by r
+// (128-byte swizzle).
 constexpr int kWarpBytes = kHalfRows * kWarpDepth * 2;
 constexpr int kHalfBytes = kSlabWarps * kWarpBytes;
 constexpr int kSlabBytes = 2 * kHalfBytes;
@@ -27,64 +20,52 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * (kWarpDepth * 2) + (chunk ^ row) * 16;
 }
 
-// Blocks share the columns of out in eights.
-constexpr int64_t slab_blocks(const SkinnyLinearParams& p, int multiprocessors) {
-  return std::min<int64_t>(ceil_div<int64_t>(p.n, kHalfRows), multiprocessors);
-}
+// What FewRowsProduct asks of a weight.
+template <typename T, int kBlocksOfRows>
+class DenseWeight {
+ public:
+  using Element = T;
+  static constexpr int kRowBlocks = kBlocksOfRows, kSlabTiles = 1;
+  static constexpr bool kSplit = false, kTargetAhead = true;
+  using Words = typename Activations<T, kRowBlocks, kSplit>::Words;
+  struct Terms {
+    Terms() = default;
+    __device__ __forceinline__ Terms(const DenseWeight&, int) {}
+  };
 
-// The columns of out that a block makes. A tile is the rows of the weight for 16 columns or, with
-// swiglu, the gate rows for 8 columns and their up rows: one half each. The tiles of a pass over k
-// share what is read of x.
-struct WeightShare {
-  const SkinnyLinearParams& p;
-  int first_column, columns, tiles, pass_tiles;
+  __device__ __forceinline__ explicit DenseWeight(const SkinnyShare& share) : share_(share) {}
 
-  __device__ __forceinline__ WeightShare(const SkinnyLinearParams& params, int max_pass_tiles)
-      : p(params) {
-    const int64_t eights = (p.n + kHalfRows - 1) / kHalfRows;
-    first_column = static_cast<int>(eights * blockIdx.x / gridDim.x) * kHalfRows;
-    const int end = static_cast<int>(eights * (blockIdx.x + 1) / gridDim.x) * kHalfRows;
-    columns = min(end, static_cast<int>(p.n)) - first_column;
-    tiles = (columns + tile_columns() - 1) / tile_columns();
-    const int passes = (tiles + max_pass_tiles - 1) / max_pass_tiles;
-    pass_tiles = (tiles + passes - 1) / passes;
-  }
+  __device__ __forceinline__ void begin_chunk(const Words&, int) {}
+  __device__ __forceinline__ void begin_slab(const char*, int, int) {}
+  __device__ __forceinline__ void finish(const Terms&, int64_t, float&, float&) const {}
 
-  __device__ __forceinline__ int tile_columns() const { return p.swiglu ? kHalfRows : kSlabRows; }
-  // Columns of a tile from its first to the last of the block.
-  __device__ __forceinline__ int columns_from(int tile) const {
-    return columns - tile * tile_columns();
-  }
-  __device__ __forceinline__ int halves(int tile) const {
-    return p.swiglu || columns_from(tile) > kHalfRows ? 2 : 1;
-  }
-  // First row of a tile's half in the weight.
-  __device__ __forceinline__ int row(int tile, int half) const {
-    return first_column + tile * tile_columns() +
-           half * (p.swiglu ? static_cast<int>(p.n) : kHalfRows);
-  }
+  // Row i of the product's operand is row weight_row(i) of a half: of two neighbours, the chunks of
+  // one are in the first 64 bytes then, and those of the other in the second, so that eight lanes
+  // reading 16 bytes each meet all banks once.
+  __device__ __forceinline__ static int weight_row(int i) { return i / 2 + i % 2 * 4; }
 
-  __device__ __forceinline__ int depth() const { return static_cast<int>(p.k); }
-  // k is taken in chunks of a slab's depth.
-  __device__ __forceinline__ int chunks() const { return (depth() + kSlabDepth - 1) / kSlabDepth; }
-};
-
-// Which slab comes next.
-struct SlabCursor {
-  int first_tile = 0;  // of the pass
-  int chunk = 0, tile = 0;
-
-  __device__ __forceinline__ bool done(const WeightShare& share) const {
-    return first_tile >= share.tiles;
-  }
-  __device__ __forceinline__ void advance(const WeightShare& share) {
-    if (++tile < min(first_tile + share.pass_tiles, share.tiles)) return;
-    if (++chunk == share.chunks()) {
-      chunk = 0;
-      first_tile += share.pass_tiles;
+  __device__ __forceinline__ void multiply(float (&sum)[kRowBlocks][4], const Words& x,
+                                           const char* slab, int, int tile) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const char* const own = slab + threadIdx.x / kWarpSize * kWarpBytes;
+    // A half that is not there is replaced by the first.
+    const char* const high_half = own + (share_.halves(tile) - 1) * kHalfBytes;
+#pragma unroll
+    for (int v = 0; v < Activations<T, kRowBlocks, kSplit>::kVecs; ++v) {
+      const int offset = chunk_offset(weight_row(lane / 4), v * 4 + lane % 4);
+      const uint4 low = *reinterpret_cast<const uint4*>(own + offset);
+      const uint4 high = *reinterpret_cast<const uint4*>(high_half + offset);
+#pragma unroll
+      for (int b = 0; b < kRowBlocks; ++b) {
+        const uint4 operand = x.x[b][v];
+        mma_m16n8k16<T>(sum[b], {low.x, high.x, low.y, high.y}, operand.x, operand.y);
+        mma_m16n8k16<T>(sum[b], {low.z, high.z, low.w, high.w}, operand.z, operand.w);
+      }
     }
-    tile = first_tile;
   }
+
+ private:
+  const SkinnyShare& share_;
 };
 
 }  // namespace mllama

@@ -1,8 +1,7 @@
-// What skinny_linear does to a sum: roundings, SwiGLU and the gated residual, as the operators of
-// those names do.
+// What follows a product's sum: roundings, SwiGLU and the gated residual, as the operators of those
+// names do.
 #pragma once
 
-#include "../../skinny_linear.h"
 #include "../common/silu.cuh"
 #include "../common/vec.cuh"
 
@@ -11,13 +10,14 @@ namespace mllama {
 // One element of out. The residual is requested where the element is located, long before the sum
 // is known.
 template <typename T>
-struct SkinnyOutput {
+struct LinearOutput {
   int64_t index = -1;  // negative: none
   float residual = 0.0f;
   bool visible = true;
 
-  SkinnyOutput() = default;
-  __device__ __forceinline__ SkinnyOutput(const SkinnyLinearParams& p, int row, int64_t column)
+  LinearOutput() = default;
+  template <typename Params>
+  __device__ __forceinline__ LinearOutput(const Params& p, int row, int64_t column)
       : index(row * p.n + column) {
     if (p.residual == nullptr) return;
     residual = to_f32(static_cast<const T*>(p.residual)[row * p.residual_row_stride + column]);
@@ -25,8 +25,8 @@ struct SkinnyOutput {
   }
 
   // `gate` is tanh of the gate, 1 without. `up` matters with swiglu alone.
-  __device__ __forceinline__ void store(const SkinnyLinearParams& p, float gate, float sum,
-                                        float up) const {
+  template <typename Params>
+  __device__ __forceinline__ void store(const Params& p, float gate, float sum, float up) const {
     float y = round_to<T>(sum);
     if (p.swiglu) y = round_to<T>(round_to<T>(silu<T>(y)) * round_to<T>(up));
     if (p.residual != nullptr) {
@@ -37,8 +37,8 @@ struct SkinnyOutput {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ float skinny_gate(const SkinnyLinearParams& p) {
+template <typename T, typename Params>
+__device__ __forceinline__ float linear_gate(const Params& p) {
   return p.gate == nullptr ? 1.0f : tanh_gate<T>(p.gate);
 }
 

@@ -1,0 +1,7 @@
+#include "mma.cuh"
+
+namespace mllama {
+
+template cudaError_t launch_mma<Family::kInt4>(const QuantizedCall&, int, cudaStream_t);
+
+}  // namespace mllama

@@ -1,0 +1,71 @@
+"""Whether a model that is to be loaded fits, asked before anything is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mllama.checkpoints.matching import MatchedCheckpoint
+from mllama.checkpoints.placement import ONE_DEVICE, check_room
+from mllama.checkpoints.quantizing import Choice
+from mllama.config import MllamaConfig
+from mllama.memory import free_bytes
+from mllama.quantization.plan import plan, refusal
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_LEAST = 64  # tokens: of a call that does not say for how many
+
+
+def require_fit(
+    matched: MatchedCheckpoint,
+    choice: Choice,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    context: int | None,
+    images: int | None,
+    force: bool,
+) -> None:
+    """Refuse a model for which a device has not the room.
+
+    Args:
+        context: tokens of a prompt and its answer, at most as many as the model takes; None: the fewest.
+        images: of the prompt; None: one.
+        force: only check the arguments.
+    Raises: ValueError with what is missing and the nearest choice that fits; for a context or images that
+        cannot be, and for those of a model without images, of which no plan is made.
+    """
+    config, name = matched.config, _DTYPES.get(dtype)
+    given = {n: v for n, v in (("context", context), ("images", images)) if v is not None}
+    if not isinstance(config, MllamaConfig):
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} are planned for the whole model, MllamaForConditionalGeneration, not "
+                f"for {type(matched.model).__name__}"
+            )
+        if not force:
+            check_room(device, choice.nbytes)
+        return
+    tokens = _LEAST if context is None else context
+    if isinstance(tokens, int):
+        tokens = min(tokens, config.text_config.max_position_embeddings)
+    encoding = str(name) if choice.quantization is None else choice.quantization.encoding
+    is_cuda = device.type == "cuda"
+    shared: dict[str, Any] = {
+        "dtype": name or "float32",
+        "graphs": is_cuda,
+        "images": 1 if images is None else images,
+    }
+    made = plan(config, encoding, tokens, weights=choice.nbytes, **shared)
+    free = free_bytes(device)
+    if force or free is None:
+        return
+    if name is None:  # of float64 there are no plans
+        check_room(device, choice.nbytes)
+    elif made.total > free:
+        text = refusal(made, config, free, str(device), **shared)
+        raise ValueError(
+            f"{text}; force=True (--force) loads it all the same"
+            + (f"; {ONE_DEVICE}" if is_cuda else "")
+        )

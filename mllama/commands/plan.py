@@ -1,0 +1,154 @@
+"""What a model takes on a device, and which context fits, before anything is loaded. Without an encoding a
+table of all of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+import torch
+
+from mllama import MllamaForConditionalGeneration
+from mllama.checkpoints.weights import plan_source
+from mllama.commands.common import positive
+from mllama.commands.loading import add_quantization_arguments, overrides_of
+from mllama.config import MllamaConfig
+from mllama.memory import free_bytes
+from mllama.quantization.plan import (
+    BY_SIZE,
+    longest_context,
+    named_config,
+    plan,
+    refusal,
+    usable,
+)
+from mllama.quantization.policy import PLAIN
+
+_UNITS = {"MB": 2**20, "GB": 2**30, "MIB": 2**20, "GIB": 2**30, "": 1}
+
+
+def memory(text: str) -> int:
+    """An argparse type: the size of a card, 24GB (of 2^30 bytes) or bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|GIB|MIB|)", text.strip().upper())
+    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no size of a memory, such as 24GB")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is planned")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|11b|90b",
+        help="checkpoint folder, hub id with the extra hub, GGUF file, or a published size",
+    )
+    group.add_argument("--projector", metavar="FILE", help="of a GGUF model in two files")
+    add_quantization_arguments(group)
+    group.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a prompt and its answer (default: 8192, or what the model takes)",
+    )
+    group.add_argument(
+        "--max-batch-size", type=positive, default=1, metavar="B", help="prompts answered at once"
+    )
+    group.add_argument(
+        "--images", type=int, default=1, metavar="I", help="4-tile images of each prompt"
+    )
+    group.add_argument(
+        "--memory",
+        type=memory,
+        metavar="SIZE",
+        help="of a card, as 24GB, which is 24 x 2^30 bytes (default: what is free on this machine's)",
+    )
+    group.add_argument("--device", help="whose free memory counts (default: cuda if there is one)")
+    group.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
+
+
+def run(options: argparse.Namespace) -> int:
+    overrides = overrides_of(options)
+    config, stored, bytes_of_stored, dtype = _source(options)
+    free = _free(options)
+    encoding = options.quantization_encoding or stored
+    shared: dict[str, Any] = {
+        "batch": options.max_batch_size,
+        "images": options.images,
+        "overrides": overrides or None,
+        "dtype": dtype,
+    }
+    most = config.text_config.max_position_embeddings
+    context = options.max_length or min(8192, most)
+    if encoding is None:
+        return _table(options, config, free, shared)
+    is_stored = encoding == stored and bytes_of_stored is not None
+    known = {"weights": bytes_of_stored} if is_stored else {}
+    made = plan(config, encoding, context, **shared, **known)
+    longest, missing = longest_context(config, encoding, free, **shared, **known)
+    fits = made.total <= free
+    if options.json:
+        result = {"free": free, "fits": fits, "longest_context": longest, "missing": missing}
+        print(json.dumps({**made.to_json(), **result}))
+        return 0 if fits else 1
+    for name in ("weights", "self_kv", "cross_kv", "workspace", "graphs", "total"):
+        value = made.total if name == "total" else getattr(made, name)
+        print(f"{name:10} {value / 1e9:8.2f} GB")
+    print(f"{'free':10} {free / 1e9:8.2f} GB; the longest context that fits is {longest:,}")
+    if not fits:
+        print(refusal(made, config, free, "the device", **shared))
+    return 0 if fits else 1
+
+
+def _source(
+    options: argparse.Namespace,
+) -> tuple[MllamaConfig, str | None, int | None, str]:
+    """The configuration, the encoding and bytes of what is stored quantised, and the dtype."""
+    config = named_config(options.model)
+    if config is not None:
+        return config, None, None, "bfloat16"
+    return plan_source(MllamaForConditionalGeneration, options.model, projector=options.projector)
+
+
+def _free(options: argparse.Namespace) -> int:
+    if options.memory is not None:
+        return usable(options.memory)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    free = free_bytes(torch.device(device))
+    if free is None:
+        raise ValueError(f"{device} does not tell what is free: give --memory")
+    return free
+
+
+def _table(
+    options: argparse.Namespace, config: MllamaConfig, free: int, shared: dict[str, Any]
+) -> int:
+    rows = []
+    for encoding in BY_SIZE:
+        own = {**shared, "overrides": None} if encoding in PLAIN else shared
+        longest, missing = longest_context(config, encoding, free, **own)
+        weights = plan(config, encoding, 1, **own).weights
+        rows.append(
+            {
+                "encoding": encoding,
+                "weights": weights,
+                "longest_context": longest,
+                "missing": missing,
+            }
+        )
+    if options.json:
+        print(json.dumps({"free": free, "encodings": rows}))
+        return 0
+    print(
+        f"{free / 1e9:.2f} GB free, {options.max_batch_size} at once, {options.images} images each"
+    )
+    print(f"{'encoding':10} {'weights':>11} {'longest context':>16}")
+    for row in rows:
+        fits = f"{row['longest_context']:,}"
+        if not row["longest_context"]:
+            fits = f"{row['missing'] / 1e9:.1f} GB short"
+        print(f"{row['encoding']:10} {row['weights'] / 1e9:8.2f} GB {fits:>16}")
+    return 0

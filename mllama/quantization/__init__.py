@@ -1,0 +1,1 @@
+"""Which weights are quantised how, and what a model takes then."""

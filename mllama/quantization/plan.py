@@ -1,0 +1,219 @@
+"""What a model takes on a device: weights, caches and workspace, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mllama.checkpoints.expected import expected_shapes
+from mllama.checkpoints.key_layout import KeyLayout
+from mllama.config import MllamaConfig
+from mllama.quantization.policy import MODEL_ENCODINGS, PLAIN, assign, unknown
+from mllama.quantization.workspace import GRAPHS, text_workspace, vision_workspace
+from mllama.wording import quoted
+from mllama_kernels.encodings import ENCODINGS
+
+_CLASS = "MllamaForConditionalGeneration"
+_PAGE = 64  # tokens that the cache makes room for together
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# In the order in which a smaller one is proposed.
+BY_SIZE = ("bfloat16", "int8", "fp8", "q8_0", "q6_k", "q4_k_m", "q4_k", "q4_0")
+_LARGE = {
+    "hidden_size": 8192,
+    "num_hidden_layers": 100,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+    "cross_attention_layers": list(range(3, 100, 5)),
+}
+_NAMED: dict[str, dict[str, Any]] = {"11b": {}, "90b": _LARGE}
+# What a driver and the contexts of libraries keep of a card for themselves.
+_SMALL_CARD, _RESERVED, _RESERVED_OF_LARGE = 40 * 2**30, 600 * 10**6, 800 * 10**6
+
+
+def named_config(name: str) -> MllamaConfig | None:
+    """The configuration of a published size, "11b" or "90b"; None for another name."""
+    text = _NAMED.get(name.lower())
+    if text is None:
+        return None
+    return MllamaConfig(text_config=text, vision_config={"image_size": 560})
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a model that answers so many prompts at once.
+
+    Attributes:
+        encoding: of the weights, or their dtype.
+        context: tokens of each prompt and its answer.
+        batch: prompts that are answered at once; they are read one after another.
+        weights, self_kv, cross_kv, workspace, graphs: what takes how much; self_kv is of the texts, cross_kv
+            of the images.
+    """
+
+    encoding: str
+    context: int
+    batch: int
+    weights: int
+    self_kv: int
+    cross_kv: int
+    workspace: int
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.self_kv + self.cross_kv + self.workspace + self.graphs
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.total}
+
+
+def plan(
+    config: MllamaConfig | str,
+    encoding: str,
+    context: int,
+    batch: int = 1,
+    images: int = 1,
+    tiles: int = 4,
+    overrides: Mapping[str, str] | None = None,
+    *,
+    dtype: str = "bfloat16",
+    weights: int | None = None,
+    graphs: bool = True,
+) -> MemoryPlan:
+    """What a model takes.
+
+    Args:
+        config: of the whole model, or "11b" or "90b".
+        encoding: one of `policy.MODEL_ENCODINGS`, or the name of a dtype for plain weights.
+        context: tokens of each prompt and its answer together.
+        batch: prompts that are answered at once.
+        images: of each prompt.
+        tiles: of each image that the cache holds.
+        overrides: as for `from_pretrained`.
+        dtype: of activations, caches, and what is not quantised.
+        weights: their bytes, where they are known already.
+        graphs: whether decode steps are captured, as on a GPU.
+    Raises: ValueError for what cannot be.
+    """
+    if isinstance(config, str):
+        named = named_config(config)
+        if named is None:
+            raise ValueError(f"config must be a MllamaConfig, '11b' or '90b', got {quoted(config)}")
+        config = named
+    if encoding not in MODEL_ENCODINGS and encoding not in PLAIN and weights is None:
+        raise ValueError(unknown("encoding", encoding, (*MODEL_ENCODINGS, *PLAIN)))
+    if dtype not in _ITEMSIZE:
+        raise ValueError(f"dtype must be one of {list(_ITEMSIZE)}, got {quoted(dtype)}")
+    _check_counts(config, context, batch, images, tiles)
+    dtype = encoding if encoding in PLAIN and weights is None else dtype
+    itemsize = _ITEMSIZE[dtype]
+    text, vision = config.text_config, config.vision_config
+    if weights is None:
+        weights = weight_bytes(config, encoding, overrides, dtype)
+    head = 2 * text.num_key_value_heads * text.head_dim * itemsize
+    crossed, attended = len(text.cross_attention_layers), len(text.self_attention_layers)
+    workspace = max(
+        text_workspace(text, context, itemsize, encoding not in PLAIN),
+        vision_workspace(vision, images, itemsize) if images else 0,
+    )
+    return MemoryPlan(
+        encoding=encoding,
+        context=context,
+        batch=batch,
+        weights=weights,
+        self_kv=batch * -(-context // _PAGE) * _PAGE * attended * head,
+        cross_kv=batch * images * tiles * vision.num_patches * crossed * head,
+        workspace=workspace,
+        graphs=GRAPHS if graphs else 0,
+    )
+
+
+def weight_bytes(
+    config: MllamaConfig,
+    encoding: str,
+    overrides: Mapping[str, str] | None = None,
+    dtype: str = "bfloat16",
+) -> int:
+    """Bytes of all parameters. Raises: ValueError as :func:`mllama.quantization.policy.assign`."""
+    layout = KeyLayout(_CLASS)
+    shapes = expected_shapes(config, layout)
+    chosen: Mapping[str, str] = {}
+    if encoding not in PLAIN:
+        chosen = assign(config, layout, shapes, encoding, overrides, dtype).encodings
+    elif overrides:
+        raise ValueError(f"overrides go with an encoding that quantises, {encoding} does not")
+    itemsize = _ITEMSIZE[dtype]
+    return sum(
+        ENCODINGS[chosen[name]].nbytes(*shape) if name in chosen else math.prod(shape) * itemsize
+        for name, shape in shapes.items()
+    )
+
+
+def longest_context(
+    config: MllamaConfig, encoding: str, free: int, **options: Any
+) -> tuple[int, int]:
+    """The longest context that fits into ``free`` bytes and that the model takes, 0 where none does, and the
+    bytes that are missing for one page of it. ``options`` are those of :func:`plan`."""
+    if "weights" not in options:
+        overrides, dtype = options.get("overrides"), options.get("dtype", "bfloat16")
+        size_of = encoding if encoding in PLAIN else dtype
+        options["weights"] = weight_bytes(config, encoding, overrides, size_of)
+    low, high = 0, config.text_config.max_position_embeddings // _PAGE
+    missing = plan(config, encoding, _PAGE, **options).total - free
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan(config, encoding, middle * _PAGE, **options).total <= free:
+            low = middle
+        else:
+            high = middle - 1
+    return low * _PAGE, max(missing, 0)
+
+
+def usable(card: int) -> int:
+    """Bytes that are left of a card's by the driver and the contexts of libraries."""
+    return card - (_RESERVED if card < _SMALL_CARD else _RESERVED_OF_LARGE)
+
+
+def refusal(made: MemoryPlan, config: MllamaConfig, free: int, where: str, **options: Any) -> str:
+    """Why a plan does not fit, with what is missing and the nearest choice that fits."""
+    parts = ", ".join(
+        f"{name} {getattr(made, name) / 1e9:.2f}"
+        for name in ("weights", "self_kv", "cross_kv", "workspace")
+    )
+    text = (
+        f"{made.encoding} with a context of {made.context:,} takes {made.total / 1e9:.2f} GB ({parts}), "
+        f"{where} has {free / 1e9:.2f} GB free: {(made.total - free) / 1e9:.2f} GB are missing"
+    )
+    return f"{text}; {_nearest(made, config, free, **options)}"
+
+
+def _nearest(made: MemoryPlan, config: MllamaConfig, free: int, **options: Any) -> str:
+    own = dict(options)
+    shorter, _ = longest_context(config, made.encoding, free, weights=made.weights, **own)
+    if shorter:
+        return f"a context of {shorter:,} fits"
+    own.pop("overrides", None)  # which may name the encoding that does not fit
+    begin = BY_SIZE.index(made.encoding) + 1 if made.encoding in BY_SIZE else 0
+    for encoding in BY_SIZE[begin:]:
+        if encoding == "bfloat16":
+            continue
+        context, _ = longest_context(config, encoding, free, **own)
+        if context:
+            return f"{encoding} fits, with a context of up to {min(context, made.context):,}"
+    return "no encoding fits"
+
+
+def _check_counts(config: MllamaConfig, context: int, batch: int, images: int, tiles: int) -> None:
+    most = config.text_config.max_position_embeddings
+    for name, value, low, high in (
+        ("context", context, 1, most),
+        ("batch", batch, 1, 2**20),
+        ("images", images, 0, 2**20),
+        ("tiles", tiles, 1, config.vision_config.max_num_tiles),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(
+                f"{name} must be an integer from {low} to {high:,}, got {quoted(value)}"
+            )

@@ -1,0 +1,428 @@
+"""A weight of 8, 6 or 4 bits: what it is made of, and the layout that the kernels of its device read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from mllama_kernels import _dispatch, _library
+from mllama_kernels._arguments import QuantizedWeight
+from mllama_kernels.encodings import CODES, ENCODINGS, GGML, PLANE_TYPES, Encoding, encoding_of
+from mllama_kernels.quantized_decoding import decode
+
+OPS = (
+    "quantized_pack",
+    "quantized_unpack",
+    "quantized_dequantize",
+)  # beside those of the functions
+_SCALES = PLANE_TYPES[1:4]
+_DATA = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # bytes for the others
+
+
+class QuantizedTensor(QuantizedWeight):
+    """A weight (N, K) in one of :data:`mllama_kernels.encodings.ENCODINGS`. It does not change.
+
+    It is made of *parts*, which are the same on every device (:class:`mllama_kernels.encodings.Encoding`),
+    and lossless: whatever bits they hold come back. It keeps them as the kernels of its device read them, or,
+    where none runs, as they are.
+
+    Made by :meth:`from_blocks`, :meth:`from_parts` and `mllama_kernels.quantize`. It has no gradient.
+
+    Attributes:
+        encoding: its name.
+        shape: (N, K).
+        group: columns that share a scale, of int4, nf4 and fp4; 0 for the others.
+        planes: what is in memory: packed uint8 (bytes,), for nf4 and fp4 with their table (16,) float32; or,
+            where nothing is packed, the parts in their order.
+        is_packed: whether the first of them is the layout of a kernel.
+        scale_type, zero_type: of int4's planes, places in :data:`mllama_kernels.encodings.PLANE_TYPES`.
+    """
+
+    dtype = torch.uint8
+    requires_grad = False
+    ndim = 2
+
+    def __init__(
+        self,
+        encoding: str,
+        shape: tuple[int, int],
+        planes: tuple[Tensor, ...],
+        *,
+        is_packed: bool,
+        group: int = 0,
+        scale_type: int = 0,
+        zero_type: int = 0,
+    ) -> None:
+        self.encoding = encoding
+        self.shape = torch.Size(shape)
+        self.planes = planes
+        self.is_packed = is_packed
+        self.group = group
+        self.scale_type = scale_type
+        self.zero_type = zero_type
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, encoding: str, *, pack: bool = True) -> QuantizedTensor:
+        """Of blocks uint8 (N, bytes per row) in ggml's byte order; ``pack`` as for :meth:`from_parts`.
+
+        Raises: ValueError for another encoding than ggml's, or bytes that are no whole blocks.
+        """
+        if encoding_of(encoding).name not in GGML:
+            known = ", ".join(sorted(GGML))
+            raise ValueError(f"{encoding} is not made of blocks, as {known} are; use from_parts")
+        return cls.from_parts(encoding, {"blocks": blocks}, pack=pack)
+
+    @classmethod
+    def from_parts(
+        cls, encoding: str, parts: Mapping[str, Tensor], *, pack: bool = True
+    ) -> QuantizedTensor:
+        """Of the parts by name, all on one device.
+
+        Args:
+            pack: as the kernels of the device read them; False keeps the parts, of a weight that goes to
+                another device: :meth:`to` packs it there.
+
+        Raises: ValueError naming the part, what it is and what it should be.
+        """
+        found = encoding_of(encoding)
+        described = _described(found, parts)
+        planes = tuple(parts[name].contiguous() for name in found.parts)
+        weight = cls(encoding, **described, planes=planes, is_packed=False)
+        device = planes[0].device
+        if not pack or not _is_packed_on(device):
+            return weight
+        data, scale, zero = (*weight._stored(), None, None)[:3]
+        packed = torch.ops.mllama_kernels.quantized_pack(data, scale, zero, *weight.form)
+        return cls(encoding, **described, planes=(packed, *weight._table()), is_packed=True)
+
+    @classmethod
+    def cat(cls, weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """The rows of several weights one after another, in new memory; of packed ones that are whole tiles
+        (16 rows on CPU, 8 on CUDA) without unpacking them.
+
+        Raises: ValueError unless they have one encoding, width, group, device and table.
+        """
+        first = weights[0]
+        for other in weights[1:]:
+            for what in ("encoding", "group", "scale_type", "zero_type", "device"):
+                expected, got = getattr(first, what), getattr(other, what)
+                if got != expected:
+                    raise ValueError(
+                        f"weights that go together have one {what}, got {expected}, {got}"
+                    )
+            if other.shape[1] != first.shape[1]:
+                raise ValueError(
+                    f"weights that go together have equal rows, got {first.shape}, {other.shape}"
+                )
+            if any(not torch.equal(a, b) for a, b in zip(first._table(), other._table())):
+                raise ValueError("weights that go together have one table, got two")
+        rows = [weight.shape[0] for weight in weights]
+        if all(weight.is_packed for weight in weights) and not any(map(first._rest, rows[:-1])):
+            packed = torch.cat([weight.planes[0] for weight in weights])
+            return first._with((packed, *first._table()), (sum(rows), first.shape[1]))
+        parts = [weight.parts() for weight in weights]
+        joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if name != "table"}
+        return cls.from_parts(first.encoding, {**parts[0], **joined})
+
+    @property
+    def form(self) -> tuple[int, int, int, int, int, int]:
+        """encoding, N, K, group, scale_type, zero_type: how the ops are told what they read."""
+        rows, columns = self.shape
+        return CODES[self.encoding], rows, columns, self.group, self.scale_type, self.zero_type
+
+    @property
+    def device(self) -> torch.device:
+        return self.planes[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return sum(plane.nbytes for plane in self.planes)
+
+    @property
+    def data(self) -> Tensor:
+        """The numbers (N, K), or (N, K / 2) with two in a byte, of an encoding that is not ggml's."""
+        return self._part("data")
+
+    @property
+    def scale(self) -> Tensor:
+        """(N,) of int8 and fp8, (N, K / group) of int4."""
+        return self._part("scale")
+
+    def blocks(self) -> Tensor:
+        """uint8 (N, bytes per row), in ggml's byte order."""
+        return self._part("blocks")
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def parts(self) -> dict[str, Tensor]:
+        """By name, in their order; of a packed weight in new memory, but for the table."""
+        planes = self.planes
+        if self.is_packed:
+            unpacked = torch.ops.mllama_kernels.quantized_unpack(planes[0], *self.form)
+            planes = (*unpacked, *self._table())
+        return dict(zip(ENCODINGS[self.encoding].parts, planes, strict=True))
+
+    def decoded(self) -> Tensor:
+        """(N, K) float32 by plain PyTorch: what every kernel is measured by."""
+        return decode(self.encoding, self.parts())
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, begin: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Rows `begin` to `end` of the weight, decoded in float32 and rounded to the dtype.
+
+        Raises: ValueError for rows that are not there.
+        """
+        end = self._end(begin, end)
+        if not self.is_packed:
+            return self.rows(begin, end).decoded().to(dtype)
+        given = torch.float32 if dtype == torch.float64 else dtype
+        values = torch.ops.mllama_kernels.quantized_dequantize(
+            *self.packed_and_table, *self.form, begin, end, given
+        )
+        return values.to(dtype)
+
+    def rows(self, begin: int, end: int | None = None) -> QuantizedTensor:
+        """Rows `begin` to `end` as a weight of their own: whole tiles (16 rows on CPU, 8 on CUDA; the last
+        may be partial) in the same memory, others packed anew.
+
+        Raises: ValueError for rows that are not there.
+        """
+        end = self._end(begin, end)
+        if (begin, end) == (0, self.shape[0]):
+            return self
+        shape = end - begin, self.shape[1]
+        if (
+            self.is_packed
+            and not self._rest(begin)
+            and (end == self.shape[0] or not self._rest(end))
+        ):
+            packed, tile = self.planes[0], self._tile_rows
+            tiles = -(-self.shape[0] // tile)
+            size = packed.numel() // tiles if tiles else 0
+            part = packed[begin // tile * size : -(-end // tile) * size]
+            return self._with((part, *self._table()), shape)
+        parts = self.parts()
+        some = {name: part[begin:end] for name, part in parts.items() if name != "table"}
+        if self.is_packed:
+            return QuantizedTensor.from_parts(self.encoding, {**parts, **some})
+        return self._with(tuple({**parts, **some}.values()), shape)
+
+    @property
+    def packed_and_table(self) -> tuple[Tensor, Tensor | None]:
+        """The planes of a packed weight, as the ops take them."""
+        return self.planes[0], self.planes[1] if len(self.planes) > 1 else None
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """The weight on a device, in the layout of its kernels; itself where it is there already."""
+        device = torch.empty(0, device=device).device  # with its index
+        if device == self.device and (self.is_packed or not _is_packed_on(device)):
+            return self
+        parts = {name: part.to(device) for name, part in self.parts().items()}
+        return QuantizedTensor.from_parts(self.encoding, parts)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedTensor:
+        """Raises: RuntimeError where a gradient is asked for."""
+        if requires_grad:
+            raise RuntimeError(
+                "a QuantizedTensor has no gradient: train adapters beside it, or its dequantize()"
+            )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        return self._mapped(lambda plane: _copied(plane, memo))
+
+    def __copy__(self) -> QuantizedTensor:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "a QuantizedTensor is not pickled: its memory is laid out for the kernels of one device, and "
+            "unpickling would run code; save parts(), which are plain tensors, and use from_parts"
+        )
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"QuantizedTensor({self.encoding}, ({rows}, {columns}), {self.device})"
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same description of other planes."""
+        return self._with(tuple(map(function, self.planes)), self.shape)
+
+    def _with(self, planes: tuple[Tensor, ...], shape: tuple[int, int]) -> QuantizedTensor:
+        return QuantizedTensor(
+            self.encoding,
+            shape,
+            planes,
+            is_packed=self.is_packed,
+            group=self.group,
+            scale_type=self.scale_type,
+            zero_type=self.zero_type,
+        )
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        """The planes but for the table."""
+        return self.planes[:-1] if "table" in ENCODINGS[self.encoding].parts else self.planes
+
+    def _table(self) -> tuple[Tensor, ...]:
+        return self.planes[len(self._stored()) :]
+
+    @property
+    def _tile_rows(self) -> int:
+        return _library.TILE_ROWS["cuda" if self.device.type == "cuda" else "cpu"]
+
+    def _rest(self, rows: int) -> int:
+        """Of a packed weight, the rows beyond whole tiles."""
+        return rows % self._tile_rows
+
+    def _part(self, name: str) -> Tensor:
+        found = ENCODINGS[self.encoding]
+        if name not in found.parts:
+            raise AttributeError(f"{found.name} has {', '.join(found.parts)}, no {name}")
+        return self.parts()[name]
+
+    def _end(self, begin: int, end: int | None) -> int:
+        rows = self.shape[0]
+        end = rows if end is None else end
+        if not 0 <= begin <= end <= rows:
+            raise ValueError(f"rows {begin} to {end} are not among the {rows} of this weight")
+        return end
+
+
+def _is_packed_on(device: torch.device) -> bool:
+    return device.type != "meta" and _dispatch.why_not("quantized_linear", device) is None
+
+
+def _copied(plane: Tensor, memo: dict[int, Any]) -> Tensor:
+    if id(plane) not in memo:
+        memo[id(plane)] = plane.clone()
+    return memo[id(plane)]
+
+
+def _described(encoding: Encoding, parts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Shape, group and types of the planes. Raises: ValueError for parts that do not fit."""
+    what = f"mllama_kernels.QuantizedTensor: {encoding.name}"
+    if set(parts) != set(encoding.parts):
+        got = ", ".join(map(str, parts)) or "nothing"
+        raise ValueError(f"{what} is made of {', '.join(encoding.parts)}; got {got}")
+    for name, part in parts.items():
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{what}: {name} must be a tensor, got a {type(part).__name__}")
+        if part.requires_grad:
+            raise ValueError(
+                f"{what}: {name} wants a gradient, which a quantised weight cannot have; detach it"
+            )
+    lead = parts[encoding.parts[0]]
+    for name, part in parts.items():
+        if part.device != lead.device:
+            raise ValueError(
+                f"{what}: {name} is on {part.device}, {encoding.parts[0]} on {lead.device}"
+            )
+    if lead.dim() != 2:
+        raise ValueError(f"{what}: {encoding.parts[0]} must be a matrix, got {_given(lead)}")
+    rows, width = lead.shape
+    columns, rest = divmod(width * encoding.block, encoding.bytes_per_block)
+    if rest or not encoding.fits(columns):
+        raise ValueError(
+            f"{what}: {encoding.parts[0]} must have rows of whole blocks, of {encoding.bytes_per_block} "
+            f"bytes for {encoding.block} columns, got {_given(lead)}"
+        )
+    _expect(what, encoding.parts[0], lead, (rows, width), _DATA.get(encoding.name, torch.uint8))
+    group, scale_type, zero_type = 0, 0, 0
+    if encoding.name in ("int8", "fp8"):
+        _expect(what, "scale", parts["scale"], (rows,), torch.float32)
+    elif encoding.parts != ("blocks",):
+        scale = parts[encoding.parts[1]]
+        group = _group(what, encoding, encoding.parts[1], scale, columns)
+        sizes = (rows, columns // group)
+        if encoding.name == "int4":
+            zero = parts["zero"]
+            _expect(what, "scale", scale, sizes, *_SCALES)
+            _expect(what, "zero", zero, sizes, scale.dtype, torch.uint8)
+            scale_type, zero_type = PLANE_TYPES.index(scale.dtype), PLANE_TYPES.index(zero.dtype)
+        else:
+            _expect(what, "absmax", scale, sizes, torch.float32)
+            _expect(what, "table", parts["table"], (16,), torch.float32)
+    types = {"group": group, "scale_type": scale_type, "zero_type": zero_type}
+    return {"shape": (rows, columns), **types}
+
+
+def _group(what: str, encoding: Encoding, name: str, scale: Tensor, columns: int) -> int:
+    """Columns that share a scale, by how many scales there are."""
+    groups = [g for g in encoding.groups if scale.dim() == 2 and scale.shape[1] * g == columns]
+    if not groups:
+        expected = " or ".join(str(columns // g) for g in encoding.groups if columns % g == 0)
+        raise ValueError(
+            f"{what}: {name} must have {expected} columns for {columns} of the weight, got {_given(scale)}"
+        )
+    return groups[0]
+
+
+def _expect(what: str, name: str, part: Tensor, sizes: tuple[int, ...], *dtypes: Any) -> None:
+    if tuple(part.shape) == sizes and part.dtype in dtypes:
+        return
+    expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
+    raise ValueError(f"{what}: {name} must be {sizes} {expected}, got {_given(part)}")
+
+
+def _given(part: Tensor) -> str:
+    return f"{tuple(part.shape)} {str(part.dtype).removeprefix('torch.')}"
+
+
+def _fake_pack(
+    data: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    encoding: int,
+    n: int,
+    k: int,
+    group: int,
+    scale_type: int,
+    zero_type: int,
+) -> Tensor:
+    on_cpu = data.device.type != "cuda" and not _library.simulated
+    form = (encoding, n, k, group, scale_type, zero_type)
+    size = _library.quantized_packed_bytes(on_cpu, tuple(map(int, form)))
+    return data.new_empty(size, dtype=torch.uint8)
+
+
+def _fake_unpack(
+    packed: Tensor, encoding: int, n: int, k: int, group: int, scale_type: int, zero_type: int
+) -> list[Tensor]:
+    found = list(ENCODINGS.values())[encoding]
+    width = k // found.block * found.bytes_per_block
+    if found.name in ("int8", "fp8"):
+        data = packed.new_empty(n, width, dtype=_DATA[found.name])
+        return [data, packed.new_empty(n, dtype=torch.float32)]
+    planes = [packed.new_empty(n, width)]
+    if found.name == "int4":
+        types = [PLANE_TYPES[scale_type], PLANE_TYPES[zero_type]]
+    else:
+        types = [torch.float32] if "absmax" in found.parts else []
+    return planes + [packed.new_empty(n, k // group, dtype=dtype) for dtype in types]
+
+
+def _fake_dequantize(
+    packed: Tensor,
+    table: Tensor | None,
+    encoding: int,
+    n: int,
+    k: int,
+    group: int,
+    scale_type: int,
+    zero_type: int,
+    begin: int,
+    end: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(end - begin, k, dtype=dtype)
+
+
+_dispatch.register("quantized_pack", _fake_pack)
+_dispatch.register("quantized_unpack", _fake_unpack)
+_dispatch.register("quantized_dequantize", _fake_dequantize, kept=(1,))

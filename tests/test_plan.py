@@ -1,0 +1,190 @@
+"""What a model takes on a device, said before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from model_helpers import Shape
+
+import mllama
+from mllama import cli
+from mllama.checkpoints import planning
+from mllama.demo import checkpoint_path
+from mllama.quantization.plan import (
+    MemoryPlan,
+    longest_context,
+    named_config,
+    plan,
+    refusal,
+    usable,
+    weight_bytes,
+)
+
+GIB = 2**30
+# Thousands of tokens, by card: what is promised for one 4-tile image.
+CONTEXTS = {
+    ("11b", "q4_k"): {8: 5.7, 12: 38, 16: 71, 24: 128},
+    ("11b", "q4_k_m"): {8: 3, 12: 35, 16: 68, 24: 128},
+    ("11b", "q6_k"): {8: 0, 12: 20, 16: 53, 24: 118, 48: 128},
+    ("11b", "q8_0"): {8: 0, 12: 2, 16: 35, 24: 100, 48: 128},
+    ("11b", "int8"): {8: 0, 12: 1, 16: 33, 24: 99, 48: 128},
+    ("90b", "q4_k"): {24: 0, 48: 0, 80: 98, 96: 128, 141: 128},
+    ("90b", "q4_k_m"): {24: 0, 48: 0, 80: 87, 96: 128, 141: 128},
+    ("90b", "q6_k"): {48: 0, 80: 30, 96: 82, 141: 128},
+    ("90b", "int8"): {80: 0, 96: 32, 141: 128},
+    ("90b", "q8_0"): {80: 0, 96: 18, 141: 128},
+}
+
+
+@pytest.mark.parametrize(("name", "encoding"), CONTEXTS)
+def test_what_fits_is_at_least_what_was_promised(name: str, encoding: str) -> None:
+    for card, promised in CONTEXTS[name, encoding].items():
+        longest, missing = longest_context(named_config(name), encoding, usable(card * GIB))
+        assert (longest > 0) == (promised > 0) == (missing == 0), (card, longest)
+        # The plan of the 90B takes less workspace than was reckoned with.
+        assert 0.96 * 1000 * promised <= longest <= max(1024 * promised + 4300, 0)
+
+
+@pytest.mark.parametrize(("encoding", "batch"), [("q4_k", 30), ("q6_k", 23), ("int8", 17)])
+def test_many_prompts_of_8000_tokens_fit_the_largest_card(encoding: str, batch: int) -> None:
+    made = plan("90b", encoding, 8000, batch)
+    assert made.total <= usable(141 * GIB)
+    assert plan("90b", "q4_k", 131072, 2).total <= usable(141 * GIB)
+
+
+def test_the_parts_of_a_plan() -> None:
+    made = mllama.plan("11b", "q4_k", 8192, batch=2, images=3)
+    assert made.self_kv == 2 * 8192 * 131_072
+    assert made.cross_kv == 2 * 3 * 209_846_272
+    assert made.total == sum(
+        getattr(made, name) for name in ("weights", "self_kv", "cross_kv", "workspace", "graphs")
+    )
+    assert made.to_json()["total"] == made.total
+    assert 0.3e9 < plan("11b", "q4_k", 8192).workspace <= 0.35e9
+    assert plan("90b", "q4_k", 8192).workspace <= 1.2e9
+    assert plan("11b", "float32", 64).weights == pytest.approx(2 * 21.34e9, rel=1e-3)
+    assert plan("11b", "q4_k", 64, overrides={"vision_model.*": "bfloat16"}).weights > made.weights
+
+
+def test_the_cache_takes_what_the_plan_says() -> None:
+    config = mllama.MllamaConfig(**Shape().configs())
+    made = plan(config, "float32", 500, batch=3, images=0)
+    cache = mllama.MllamaCache(
+        config.text_config, 3, dtype=torch.float32, device="cpu", max_tokens=500
+    )
+    assert made.self_kv == cache._pages.nbytes
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"encoding": "q5_k"}, "encoding must be one of"),
+        ({"context": 0}, "context must be an integer from 1 to 131,072, got 0"),
+        ({"context": 200_000}, "context must be"),
+        ({"batch": True}, "batch must be"),
+        ({"images": -1}, "images must be"),
+        ({"tiles": 5}, "tiles must be an integer from 1 to 4"),
+        ({"config": "7b"}, "'11b' or '90b', got '7b'"),
+        ({"overrides": {"nothing": "q8_0"}}, "matches no weight"),
+        ({"encoding": "bfloat16", "overrides": {"*": "q8_0"}}, "bfloat16 does not"),
+    ],
+)
+def test_what_cannot_be_planned(changed: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plan(**({"config": "11b", "encoding": "q4_k", "context": 64} | changed))
+
+
+def test_a_refusal_names_what_is_missing_and_what_fits() -> None:
+    config = named_config("11b")
+    made = plan(config, "q8_0", 40_000)
+    text = refusal(made, config, usable(12 * GIB), "cuda:0")
+    assert "4.93 GB are missing; a context of 2,368 fits" in text
+    text = refusal(made, config, usable(8 * GIB), "cuda:0")
+    assert "q4_k_m fits, with a context of up to" in text
+    text = refusal(plan("90b", "q4_k", 64), named_config("90b"), 10**9, "cuda:0")
+    assert "no encoding fits" in text
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = cli.main(["plan", *arguments])
+    return code, capsys.readouterr().out
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(capsys, "--model", "11b", "--memory", "24GB")
+    assert code == 0 and "q4_k_m" in out and "131,072" in out
+    code, out = run(capsys, "--model", "90b", "--memory", "48GB", "--json")
+    rows = {row["encoding"]: row for row in json.loads(out)["encodings"]}
+    assert rows["q4_k"]["missing"] == pytest.approx(0.86e9, rel=0.05)
+    code, out = run(
+        capsys,
+        *("--model", "11b", "--memory", "8GB", "--quantization-encoding", "q4_k"),
+        *("--max-length", "5000", "--json"),
+    )
+    made = json.loads(out)
+    assert (
+        code == 0
+        and made["fits"]
+        and made
+        == {
+            **made,
+            **dataclasses.asdict(plan("11b", "q4_k", 5000)),
+        }
+    )
+    code, out = run(capsys, "--model", "11b", "--memory", "8GB", "--quantization-encoding", "q8_0")
+    assert code == 1 and "are missing" in out
+    code, _ = run(capsys, "--model", str(checkpoint_path()), "--quantization-encoding", "q8_0")
+    assert code == 0
+    for wrong in ("24XB", "-1", "0"):
+        with pytest.raises(SystemExit):
+            run(capsys, "--model", "11b", f"--memory={wrong}")
+
+
+def test_a_model_is_refused_for_the_context_it_is_loaded_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = mllama.MllamaForConditionalGeneration.from_pretrained
+    given = {"device": "cpu", "dtype": "bfloat16", "quantization": "q8_0"}
+    config = load(checkpoint_path(), **given).config
+    most = config.text_config.max_position_embeddings
+    shared = {"graphs": False, "weights": weight_bytes(config, "q8_0")}
+    room = plan(config, "q8_0", most, images=3, **shared).total
+    assert room > plan(config, "q8_0", 64, images=3, **shared).total
+    monkeypatch.setattr(planning, "free_bytes", lambda device: room)
+    # More than the model takes is as much as it takes.
+    load(checkpoint_path(), **given, context=10 * most, images=3)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: room - 1)
+    load(checkpoint_path(), **given)
+    load(checkpoint_path(), **given, context=most, images=2)
+    load(checkpoint_path(), **given, context=most, images=3, force=True)
+    with pytest.raises(
+        ValueError, match=f"a context of {most:,} takes .* are missing; a context of"
+    ):
+        load(checkpoint_path(), **given, context=most, images=3)
+    for wrong, said in (({"context": 0}, "context must be"), ({"images": -1}, "images must be")):
+        for force in (False, True):
+            with pytest.raises(ValueError, match=said):
+                load(checkpoint_path(), **given, **wrong, force=force)
+    with pytest.raises(ValueError, match="context and images are planned for the whole model"):
+        mllama.MllamaForCausalLM.from_pretrained(
+            checkpoint_path(), device="cpu", context=8, images=1
+        )
+
+
+def test_generate_plans_for_its_prompt_and_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def recorded(config: object, encoding: str, context: int, **options: object) -> MemoryPlan:
+        seen.append((context, options["images"]))
+        return plan(config, encoding, context, **options)
+
+    monkeypatch.setattr(planning, "plan", recorded)
+    arguments = ["generate", "--prompt", "What is it?", "--device", "cpu", "--max-new-tokens", "7"]
+    assert cli.main([*arguments, "--json"]) == 0
+    prompt = json.loads(capsys.readouterr().out)["prompt_tokens"]
+    assert seen == [(prompt + 7, 0)]

@@ -1,0 +1,174 @@
+"""What is hard on the numbers of quantized_linear's kernels, which compute with integers in 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SIMULATED
+from quantized_weights import KINDS, Kind, columns_of, kind_name, like_a_model, random_weight
+from torch import Tensor
+
+from mllama_kernels import QuantizedTensor, quantized_linear, reference
+from mllama_kernels.testing import assert_close_to_exact, assert_no_worse
+
+CPU_ONLY = pytest.mark.skipif(SIMULATED, reason="there the CUDA kernels run")
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
+every_small_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+INTEGERS = [kind for kind in KINDS if kind[0] not in ("fp8", "nf4", "fp4")]
+
+
+def product(x: Tensor, weight: QuantizedTensor, **kwargs: str) -> Tensor:
+    with torch.no_grad():
+        return quantized_linear(x, weight, **kwargs)
+
+
+WITH_ZEROS: list[Kind] = [
+    ("int8", 0, ()),
+    ("q4_0", 0, ()),
+    ("q4_k", 0, ()),
+    ("int4", 64, (torch.float32, torch.uint8)),
+]
+# Of bitsandbytes: the numbers are no multiples of anything.
+# fmt: off
+NF4 = torch.tensor([
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+])
+# fmt: on
+
+
+def zero_columns(kind: Kind, rows: int, columns: int) -> QuantizedTensor:
+    """Every 32nd column is zero."""
+    parts = like_a_model(kind, rows, columns)
+    if kind[0] == "int8":
+        parts["data"].view(torch.uint8)[:, ::32] = 0
+    elif kind[0] == "q4_0":
+        codes = parts["blocks"].view(rows, -1, 18)[..., 2]
+        codes.copy_(codes & 0xF0 | 8)
+    elif kind[0] == "q4_k":
+        blocks = parts["blocks"].view(rows, -1, 144)
+        blocks[..., 2:4] = 0  # the factor of the minima
+        blocks[..., 16::32] = 0
+    else:
+        codes = parts["data"][:, ::16]
+        codes.copy_(codes & 0xF0 | parts["zero"].repeat_interleave(kind[1] // 32, 1))
+    weight = QuantizedTensor.from_parts(kind[0], parts)
+    assert not weight.dequantize()[:, ::32].any()
+    return weight
+
+
+@every_small_dtype
+@pytest.mark.parametrize("size", [16, 300, 3000, 3e4])
+@pytest.mark.parametrize("kind", WITH_ZEROS, ids=kind_name)
+def test_outliers_on_zero_columns_leave_the_others_their_digits(dtype, size, kind):
+    weight = zero_columns(kind, 40, 512)
+    x = torch.randn(5, 512).to(dtype)
+    x[:, ::32] = size
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@pytest.mark.parametrize("kind", WITH_ZEROS, ids=kind_name)
+def test_outliers_that_two_words_cannot_hold(kind):
+    weight = zero_columns(kind, 40, 512)
+    x = torch.randn(5, 512).bfloat16()
+    x[1::2, ::32] = 1e20
+    out = product(x, weight)
+    assert_no_worse(out, reference.quantized_linear, x, weight)
+    assert torch.equal(product(x[1:2], weight), out[1:2])
+
+
+@every_small_dtype
+@pytest.mark.parametrize("encoding", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [30, 100, 300, 1000])
+@pytest.mark.parametrize("large", ["one of many zeros", "most"])
+def test_few_columns_decide_where_larger_ones_meet_zeros(dtype, encoding, size, large):
+    """Of each 32 columns some are large and meet weights of zero, and the others decide the result."""
+    places = torch.arange(512) % 32
+    is_large = places == 0 if large == "one of many zeros" else places % 3 != 0
+    parts = like_a_model((encoding, 0, ()), 40, 512)
+    parts["data"].view(torch.uint8)[:, is_large] = 0
+    weight = QuantizedTensor.from_parts(encoding, parts)
+    x = torch.randn(5, 512).to(dtype)
+    if large == "one of many zeros":
+        x[:, places > 8] = 0
+    x[:, is_large] = size
+    out = product(x, weight)
+    assert_no_worse(out, reference.quantized_linear, x, weight)
+    assert torch.equal(product(x[:1], weight), out[:1])
+
+
+@pytest.mark.parametrize("encoding", ["int8", "fp8"])
+def test_subnormal_columns_decide_where_larger_ones_meet_zeros(encoding):
+    parts = like_a_model((encoding, 0, ()), 40, 512)
+    parts["data"].view(torch.uint8)[:, ::32] = 0
+    parts["scale"] *= 1e4
+    weight = QuantizedTensor.from_parts(encoding, parts)
+    x = (torch.randn(5, 512).double() * 3e-39).bfloat16()
+    x[:, ::32] = 1
+    exact = reference.quantized_linear(x.double(), weight)
+    plain = reference.quantized_linear(x.float(), weight).bfloat16()
+    assert_close_to_exact(product(x, weight), exact, plain)
+
+
+@every_kind
+@pytest.mark.parametrize("scale", [1e35, 1e-37])
+def test_the_ends_of_the_exponents(kind, scale):
+    weight = random_weight(kind, 24, columns_of(kind, 512))
+    x = (torch.randn(3, weight.shape[1]).double() * scale).bfloat16()
+    exact = reference.quantized_linear(x.double(), weight)
+    plain = reference.quantized_linear(x.float(), weight).bfloat16()
+    assert_close_to_exact(product(x, weight), exact, plain)
+
+
+@every_small_dtype
+def test_what_a_table_is_rounded_by_does_not_add_up(dtype):
+    """Over a row of x with a mean: each code's error is the same wherever it stands."""
+    absmax = torch.rand(32, 32) + 0.5
+    values = torch.randn(32, 32, 64).clamp(-3, 3) / 3
+    codes = (values[..., None] - NF4).abs().argmin(-1).flatten(1).byte()
+    parts = {"data": codes[:, ::2] | codes[:, 1::2] << 4, "absmax": absmax, "table": NF4}
+    weight = QuantizedTensor.from_parts("nf4", parts)
+    x = torch.randn(2, 2048).abs().to(dtype)
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_float32_of_long_rows(rows):
+    for kind in (("q8_0", 0, ()), ("q4_k", 0, ()), ("fp4", 0, ())):
+        weight = random_weight(kind, 16 if SIMULATED else 96, 14336)
+        x = torch.randn(rows, 14336)
+        assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+        with torch.no_grad():
+            out = quantized_linear(x, weight, swiglu=True)
+        assert_no_worse(out, reference.quantized_linear, x, weight, roundings=2, swiglu=True)
+
+
+@every_small_dtype
+@every_kind
+def test_infinities_and_nan_stand_where_plain_arithmetic_has_them(dtype, kind):
+    weight = random_weight(kind, 33, columns_of(kind, 512))
+    x = torch.randn(6, weight.shape[1]).to(dtype)
+    x[1, 30], x[2, 5], x[3, 0], x[3, 9] = float("inf"), float("nan"), float("inf"), -float("inf")
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@every_small_dtype
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("kind", "place"), [("q8_0", 0), ("q4_0", 0), ("q4_k", 2), ("q6_k", 208)])
+def test_scales_of_blocks_that_are_not_finite(dtype, kind, place, value):
+    parts = like_a_model((kind, 0, ()), 20, 512)
+    scale = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+    parts["blocks"][3, place : place + 2] = scale
+    weight = QuantizedTensor.from_parts(kind, parts)
+    x = torch.randn(5, 512).to(dtype)
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
+def test_eight_bits_of_small_activations_are_no_zeros(kind):
+    weight = random_weight(kind, 24, columns_of(kind, 512))
+    x = (torch.randn(3, weight.shape[1]).double() * 1e-31).bfloat16()
+    exact = reference.quantized_linear(x.double(), weight)
+    out = product(x, weight, activations="int8").double()
+    assert (out - exact).norm() < 0.012 * exact.norm()
