@@ -92,7 +92,7 @@ def test_options_override_the_file(files):
 
 def test_a_text_file_does_not_say_how_large_tiles_are(files):
     text, projector = files["split"]
-    with pytest.raises(ValueError, match=r"text\.gguf: it has no vision tower.*projector="):
+    with pytest.raises(ValueError, match=r"text\.gguf is a text file.*projector="):
         MllamaProcessor.from_pretrained(text)
     with pytest.raises(ValueError, match=r"projector= goes with a GGUF text file"):
         MllamaProcessor.from_pretrained(DEMO, projector=projector)

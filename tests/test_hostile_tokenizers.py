@@ -373,10 +373,16 @@ def test_known_patterns_take_time_in_proportion_to_the_text():
         splitter = backend.pre_tokenizer
         for unit in (*units, "".join(rng.choices(units, k=50))):
             for end in ("", "!"):
-                start = time.process_time()
-                splitter.pre_tokenize_str((unit * 20_000)[:20_000] + end)
-                # A square of 20,000 takes a second and more; in proportion it is some milliseconds.
-                assert time.process_time() - start < 0.8, (pattern, unit, end)
+                text = (unit * 20_000)[:20_000] + end
+
+                def seconds(splitter=splitter, text=text):
+                    start = time.thread_time()
+                    splitter.pre_tokenize_str(text)
+                    return time.thread_time() - start
+
+                # A square of 20,000 takes a second and more; in proportion it is some milliseconds. The first
+                # call may have paid for a collection of all that other tests left.
+                assert seconds() < 0.8 or seconds() < 0.8, (pattern, unit, end)
 
 
 def test_added_tokens_pass_through_the_normalizer_there_first(tmp_path, capfd):

@@ -16,7 +16,7 @@ from torch import Tensor
 from mllama.checkpoints.checkpoint import CheckpointError, TensorInfo
 from mllama.checkpoints.expected import Config
 from mllama.checkpoints.gguf.container import BadGguf, GgufFile
-from mllama.checkpoints.gguf.files import open_files
+from mllama.checkpoints.gguf.files import open_files, without_vision
 from mllama.checkpoints.gguf.gates import gate_of, position_problem, raw_problem
 from mllama.checkpoints.gguf.header import GgufTensor
 from mllama.checkpoints.gguf.metadata import (
@@ -88,11 +88,7 @@ class GgufCheckpoint:
         self._stored: dict[str, _Stored] = {}
         self._files = open_files(path, projector)
         if with_vision and self._files.vision is None:
-            problem = (
-                f"{self._files.text.name} is a text file, without the vision tower: give the projector file "
-                "that belongs to it as projector= (--projector)"
-            )
-            raise CheckpointError(path, [problem])
+            raise CheckpointError(path, [without_vision(self._files.text)])
         self._vocabulary = Vocabulary(self._files.text)
         try:
             self.config: dict[str, Any] = self._entries()

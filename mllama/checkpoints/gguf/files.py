@@ -61,6 +61,14 @@ def open_files(path: Path, projector: Path | None) -> GgufFiles:
     return GgufFiles(text, text if has_vision else other)
 
 
+def without_vision(text: GgufFile) -> str:
+    """What is said of a text file where the vision tower is needed."""
+    return (
+        f"{text.name} is a text file, without the vision tower: give the projector file that belongs to it "
+        "as projector= (--projector)"
+    )
+
+
 def _halves(file: GgufFile) -> tuple[bool, bool]:
     """Whether a file has tensors of the text model and of the vision tower."""
     has_vision = any(map(is_vision, file.tensors))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mllama.checkpoints.gguf.container import BadGguf, GgufFile
-from mllama.checkpoints.gguf.files import ARCHITECTURE
+from mllama.checkpoints.gguf.files import ARCHITECTURE, without_vision
 from mllama.checkpoints.gguf.header import GgufArray
 from mllama.config_fields import ConfigError, Kind, integer, list_of, number, value_problem
 from mllama.wording import quoted
@@ -172,8 +172,7 @@ def image_options(file: GgufFile) -> dict[str, Any]:
     Raises: ConfigError, also for a text file, which does not say.
     """
     if f"{ARCHITECTURE}.vision.image_size" not in file.metadata:
-        problem = "it has no vision tower: pass the projector file that belongs to it as projector="
-        raise ConfigError(file.name, [problem])
+        raise ConfigError(file.name, [without_vision(file)])
     values = _checked(file, {k: _VISION[k] for k in ("vision.image_size", "vision.max_num_tiles")})
     side = values["vision.image_size"]
     return {
