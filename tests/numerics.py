@@ -43,6 +43,24 @@ def compare(actual: Tensor, *args: Any, **kwargs: Any) -> None:
     assert_close_to_exact(actual, *args, **kwargs)
 
 
+def compare_sum(
+    actual: Tensor, exact: Tensor, plain: Tensor, terms: Tensor, roundings: int
+) -> None:
+    """Holds a single number to float64 that is the sum of `terms`, each rounded so often to its dtype before,
+    and eight times in float32.
+
+    The terms may cancel: neither the sum's size nor plain PyTorch's error of the same sum, which may be luck,
+    says what is right. Roundings are independent, each within half a unit in the last place: their sum has a
+    standard deviation of sqrt(1 / 3) of that times the terms' 2-norm, and is within five of them but once in
+    1.7 million. Three times plain PyTorch's error is allowed as ever.
+    """
+    unit, float32 = (torch.finfo(dtype).eps / 2 for dtype in (actual.dtype, torch.float32))
+    deviation = math.sqrt((roundings * unit**2 + 8 * float32**2) / 3) * terms.norm().item()
+    a, e, p = (t.double().item() for t in (actual, exact, plain))
+    most = max(5 * deviation + unit * abs(e), 3 * abs(p - e))
+    assert abs(a - e) <= most, f"the error is {abs(a - e):.2e}, allowed {most:.2e}"
+
+
 def gradients(
     function: Callable[..., Any], args: tuple[Any, ...], grads: list[Tensor], **kwargs: Any
 ) -> Any:

@@ -14,6 +14,7 @@ from numerics import (
     assert_no_worse,
     assert_same_bits_on_any_threads,
     compare,
+    compare_sum,
     grid,
     opcheck,
     randn,
@@ -25,6 +26,7 @@ from torch import Tensor
 import mllama_kernels
 from mllama_kernels import QuantizedTensor, quantized_linear, reference
 from mllama_kernels.quantized_linear import MAX_ROWS
+from mllama_kernels.testing import to_double
 
 FUSIONS = ["product", "bias", "norm", "swiglu", "residual", "gate", "mask", "all"]
 ROWS = [*range(10), 15, 16, 17, 31, 32, 33, 40]
@@ -276,6 +278,14 @@ def test_empty(device, kind):
 # ---------------------------------------------------------------- gradients, and torch's machinery
 
 
+def _added(x: Tensor, weight: QuantizedTensor, **kwargs: Any) -> Tensor:
+    """The derivative of each element of the result by the gate, in float64."""
+    kwargs = {name: to_double(value) for name, value in kwargs.items()}
+    gate, row_mask, _ = (kwargs.pop(name) for name in ("gate", "row_mask", "residual"))
+    y = reference.quantized_linear(x.double(), weight, **kwargs)
+    return y.masked_fill(~row_mask.unsqueeze(-1), 0) * (1 - gate.tanh().square())
+
+
 @every_dtype
 @pytest.mark.parametrize(
     ("fusion", "kind"), [case for case in FUSED if case.values[0] in ("product", "all")]
@@ -298,8 +308,12 @@ def test_gradients(device, dtype, kind, fusion):
     exact = gradients(reference.quantized_linear, torch.float64)
     # The store, and before it that of the product; of norm and swiglu too, where they are there.
     roundings = 4 if fusion == "all" else 2
-    for a, e, p in zip(actual, exact, plain, strict=True):
-        compare(a.contiguous(), e, p, roundings=roundings)
+    for name, a, e, p in zip(named, actual, exact, plain, strict=True):
+        if name == "gate":
+            terms = grad * _added(x, weight, **kwargs)
+            compare_sum(a, e, p, terms, roundings)
+        else:
+            compare(a.contiguous(), e, p, roundings=roundings)
     through_linear = gradients(mllama_kernels.linear, dtype)
     assert all(torch.equal(a, b) for a, b in zip(actual, through_linear, strict=True))
 
