@@ -13,8 +13,11 @@ import pytest
 import mllama_kernels._library as library
 
 TESTS = Path(__file__).parent
-# Ops whose kernels write past the cache, and those with most code of their own per vector width.
-OPS = ("rms_norm", "gated_residual", "swiglu", "skinny_linear", "cross_attention", "quantize")
+# Ops whose kernels write past the cache.
+WRITING = ("rms_norm", "gated_residual", "swiglu")
+# Those too with most code of their own per vector width.
+OPS = (*WRITING, "skinny_linear", "cross_attention", "quantize")
+OPS += ("quantized_linear", "quantized_numerics", "quantized_rows")
 
 
 def run_tests(request, setting: dict[str, str], ops: tuple[str, ...], *options: str) -> None:
@@ -33,26 +36,28 @@ def run_tests(request, setting: dict[str, str], ops: tuple[str, ...], *options: 
 
 
 @pytest.mark.skipif(library.simulated, reason="there the CUDA kernels run")
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"MLLAMA_KERNELS_CPU_ISA": "generic"},
-        {"MLLAMA_KERNELS_CPU_ISA": "avx2"},
-        {"MLLAMA_KERNELS_CPU_CACHE": "0"},
-        {"MLLAMA_KERNELS_CPU_ISA": "avx2", "MLLAMA_KERNELS_CPU_CACHE": "0"},
-    ],
-    ids=lambda setting: "-".join(setting.values()),
-)
-def test_ops(setting, request):
-    if "CPU_ISA" in "".join(setting) and platform.machine() not in ("x86_64", "AMD64"):
+@pytest.mark.parametrize("width", ["generic", "avx2"])
+def test_narrower_vectors(width, request):
+    if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("there is one instruction set")
-    run_tests(request, setting, OPS)
+    run_tests(request, {"MLLAMA_KERNELS_CPU_ISA": width, "MLLAMA_TEST_REDUCED": "1"}, OPS)
 
 
 @pytest.mark.skipif(library.simulated, reason="there the CUDA kernels run")
-def test_products_where_the_library_has_none_of_16_bits(request):
+@pytest.mark.parametrize("width", [None, "avx2"])
+def test_results_written_past_the_cache(width, request):
+    """No memory counts as a cache, so that every result is written past it."""
+    setting = {"MLLAMA_KERNELS_CPU_CACHE": "0"}
+    if width is not None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("there is one instruction set")
+        setting["MLLAMA_KERNELS_CPU_ISA"] = width
+    run_tests(request, setting, WRITING)
+
+
+@pytest.mark.skipif(library.simulated, reason="there the CUDA kernels run")
+@pytest.mark.parametrize("tests", ["matches_float64", "quarter", "autocast"])
+def test_products_where_the_library_has_none_of_16_bits(tests, request):
     """oneDNN kept to AVX2 has no bfloat16, and PyTorch then says of this CPU that it has none."""
     setting = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    run_tests(
-        request, setting, ("linear_cross_entropy",), "-k", "matches_float64 or quarter or autocast"
-    )
+    run_tests(request, setting, ("linear_cross_entropy",), "-k", tests)
