@@ -227,6 +227,22 @@ def changed(stored: Path, folder: Path, change: Any) -> Path:
 NAME = "language_model.model.layers.0.mlp.down_proj.weight"
 
 
+def in_int8(tensors: dict[str, Tensor], scale: Tensor | None = None, rows: int = 128) -> None:
+    columns = tensors.pop(f"{NAME}.q8_0").shape[1] // 34 * 32
+    tensors[f"{NAME}.int8"] = torch.zeros(rows, columns).char()
+    if scale is not None or rows != 128:
+        tensors[f"{NAME}.int8.scale"] = torch.ones(128) if scale is None else scale
+
+
+def in_nf4(tensors: dict[str, Tensor], part: str, value: float) -> None:
+    """In nf4, with a value in the first place of a part."""
+    columns = tensors.pop(f"{NAME}.q8_0").shape[1] // 34 * 32
+    parts = {"absmax": torch.ones(128, columns // 64), "table": torch.linspace(-1, 1, 16)}
+    parts[part].flatten()[0] = value
+    tensors[f"{NAME}.nf4"] = torch.zeros(128, columns // 2, dtype=torch.uint8)
+    tensors.update({f"{NAME}.nf4.{name}": tensor for name, tensor in parts.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -235,7 +251,10 @@ NAME = "language_model.model.layers.0.mlp.down_proj.weight"
         (lambda t: t.update({f"{NAME}.q8_0": t[f"{NAME}.q8_0"].to(torch.int32)}), "I32"),
         (lambda t: t.pop(f"{NAME}.q8_0"), f"missing: {NAME}"),
         (lambda t: t.update({NAME: torch.zeros(128, 256)}), "quantised and plain"),
-        (lambda t: t.update({f"{NAME}.int8.scale": torch.ones(128)}), "missing: .*int8"),
+        (
+            lambda t: t.update({f"{NAME}.int8.scale": torch.ones(128)}),
+            rf"{NAME}\.int8\.scale in model\.safetensors has no .*{NAME}\.int8 beside",
+        ),
         (
             lambda t: t.update(
                 {
@@ -243,7 +262,8 @@ NAME = "language_model.model.layers.0.mlp.down_proj.weight"
                     f"{NAME}.int8.scale": torch.ones(128),
                 }
             ),
-            "quantised twice",
+            rf"{NAME}\.int8 in model\.safetensors.*{NAME}\.q8_0 in model\.safetensors|"
+            rf"{NAME}\.q8_0 in model\.safetensors.*{NAME}\.int8 in model\.safetensors",
         ),
         (
             lambda t: t.update(
@@ -251,20 +271,14 @@ NAME = "language_model.model.layers.0.mlp.down_proj.weight"
             ),
             "language_model.model.norm.weight.q8_0",
         ),
-        (
-            lambda t: (
-                t.update(
-                    {
-                        f"{NAME}.int8": torch.zeros(
-                            128, t[f"{NAME}.q8_0"].shape[1] // 34 * 32
-                        ).char(),
-                        f"{NAME}.int8.scale": -torch.ones(128),
-                    }
-                )
-                or t.pop(f"{NAME}.q8_0")
-            ),
-            "negative",
-        ),
+        (lambda t: in_int8(t, scale=-torch.ones(128)), "scale holds negative values"),
+        (lambda t: in_int8(t, scale=torch.full((128,), torch.nan)), "scale holds .* no numbers"),
+        (lambda t: in_int8(t, scale=torch.ones(64)), rf"{NAME}.*scale.*128.*64"),
+        (lambda t: in_int8(t, scale=torch.ones(128).half()), rf"{NAME}.*scale.*float32.*float16"),
+        (lambda t: in_int8(t, rows=64), rf"{NAME}.*scale.*64.*128"),
+        (in_int8, rf"{NAME}\.int8 in model\.safetensors has no .*{NAME}\.int8\.scale"),
+        (lambda t: in_nf4(t, "absmax", torch.nan), "absmax holds .* no numbers"),
+        (lambda t: in_nf4(t, "table", torch.inf), "table holds .* infinite"),
     ],
 )
 def test_damaged_parts_are_refused(stored: Path, tmp_path: Path, change: Any, said: str) -> None:

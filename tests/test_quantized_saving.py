@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import torch
 from hostile_weights import state
-from published_folders import FOLDERS, write_folder
+from published_folders import FOLDERS, TEXT, Published, Written, fp8, packed, write_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -71,6 +71,56 @@ def test_factors_that_come_out_negative_are_read_again(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
+def negative_fp8(weight: torch.Tensor) -> Written:
+    stored, decoded = fp8()(weight)
+    return stored | {"weight_scale": -stored["weight_scale"]}, -decoded
+
+
+def mixed(weight: torch.Tensor) -> Written:
+    square = weight.shape[0] == weight.shape[1]
+    return packed(*((8, 0) if square else (4, 32)), negative=True)(weight)
+
+
+@pytest.mark.parametrize(
+    ("write", "method"),
+    [
+        (packed(8, 0, negative=True), "compressed-tensors"),
+        (negative_fp8, "compressed-tensors"),
+        (mixed, "mllama_kernels"),
+    ],
+    ids=["int8", "fp8", "int8 and int4"],
+)
+def test_negative_scales_of_autoround_are_read_again(
+    tmp_path: Path, write: Any, method: str
+) -> None:
+    """The provider is not kept, so the folder itself has to say that they are no damage."""
+    config = {"quant_method": "compressed-tensors", "provider": "auto-round"}
+    write_folder(tmp_path, Published(write, config, TEXT, None))
+    model = load(tmp_path)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    ours, theirs = (
+        {n: m.weight for n, m in one.named_modules() if isinstance(m, QuantizedLinear)}
+        for one in (again, model)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, weight in theirs.items():
+        assert bool((weight.scale < 0).any()) and weight.encoding == ours[name].encoding
+        assert all(map(torch.equal, *(w.parts().values() for w in (ours[name], weight))))
+    again.save_pretrained(tmp_path / "again")
+    assert hashes(tmp_path / "saved") == hashes(tmp_path / "again")
+    # A part of it does not know how the whole was quantised, and is read again nevertheless.
+    model.model.save_pretrained(tmp_path / "part")
+    mllama.MllamaModel.from_pretrained(tmp_path / "part", device="cpu")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    entry = config["quantization_config"]
+    assert entry["quant_method"] == method
+    del (entry if method == "mllama_kernels" else entry["mllama_kernels"])["signed_scales"]
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="negative"):
+        load(tmp_path / "saved")
 
 
 def test_our_own_form(tmp_path: Path) -> None:

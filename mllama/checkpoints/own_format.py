@@ -19,6 +19,9 @@ from mllama_kernels.quantized_tensor import QuantizedTensor
 
 METHOD = "mllama_kernels"
 VERSION = 1
+# The entry of a folder whose scales of int8 and fp8 may be negative, as AutoRound's are: in another folder a
+# negative scale is damage.
+SIGNED = "signed_scales"
 # By what safetensors calls them, the types that only parts have.
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 
@@ -43,31 +46,42 @@ def find_own(stored: SafetensorsCheckpoint, quantization_config: Mapping[str, An
         )
     if is_named and not weights:
         problems.append(f"config.json says quant_method {METHOD!r}, but no tensor is stored so")
+    signed = quantization_config.get(SIGNED) is True
     for (weight, encoding), parts in weights.items():
         try:
-            described = _described(stored, weight, ENCODINGS[encoding], parts)
+            described = _described(stored, ENCODINGS[encoding], parts, signed)
         except ValueError as error:
             problems.append(str(error))
             other.update(parts.values())
             continue
         if weight in own:
             problems.append(
-                f"{shown(described.info.stored_name)} and {shown(own[weight].info.stored_name)} are the same "
-                "parameter, quantised twice"
+                f"{_place(stored, described)} and {_place(stored, own[weight])} are the same parameter, "
+                "quantised twice"
             )
         own[weight] = described
     return Found(METHOD, own, frozenset(other), problems)
 
 
+def _place(stored: SafetensorsCheckpoint, weight: StoredWeight) -> str:
+    """A weight and its files, for messages."""
+    files = sorted({stored.tensors[part].file for part in weight.parts})
+    return f"{shown(weight.info.stored_name)} in {shown(', '.join(files))}"
+
+
 def _described(
-    stored: SafetensorsCheckpoint, weight: str, encoding: Encoding, names: dict[str, str]
+    stored: SafetensorsCheckpoint, encoding: Encoding, names: dict[str, str], signed: bool
 ) -> StoredWeight:
     """Raises: ValueError for parts that make no weight, as far as headers tell."""
     infos = {part: stored.tensors[name] for part, name in names.items()}
     appended = part_names(encoding.name)
-    if missing := [f"{weight}{appended[p]}" for p in encoding.parts if p not in infos]:
+    if missing := [appended[part] for part in encoding.parts if part not in infos]:
+        part, there = next(iter(infos.items()))
+        stem = there.stored_name.removesuffix(appended[part])
+        lacking = ", ".join(shown(stem + end) for end in missing)
         raise ValueError(
-            f"missing: {', '.join(map(shown, missing))}, a part of a weight in {encoding.name}"
+            f"{shown(there.stored_name)} in {shown(there.file)} has no {lacking} beside it, which a weight "
+            f"in {encoding.name} is made of too"
         )
     first = infos[encoding.parts[0]]
     try:
@@ -85,7 +99,8 @@ def _described(
                 raise ValueError(f"its {part} holds values that are infinite or no numbers")
             # Those of int4 may be negative (AutoRound's), and so may factors that were nested: see
             # published/bitsandbytes_four_bit.py.
-            if part == "scale" and encoding.name != "int4" and bool((values < 0).any()):
+            may_be_negative = signed or part != "scale" or encoding.name == "int4"
+            if not may_be_negative and bool((values < 0).any()):
                 raise ValueError(f"its {part} holds negative values")
         return QuantizedTensor.from_parts(encoding.name, given, pack=False)
 

@@ -8,6 +8,7 @@ byte.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mllama.checkpoints.key_layout import canonical_name
-from mllama.checkpoints.own_format import METHOD, VERSION
+from mllama.checkpoints.own_format import METHOD, SIGNED, VERSION
 from mllama.quantization.names import named_parts, split_name
 from mllama.quantization.policy import Quantization
 from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -42,8 +43,10 @@ def stored_form(
 ) -> tuple[dict[str, Any] | None, list[Item]]:
     """The ``quantization_config`` of weights by their published names, None where all are plain, and the
     items to write. ``model`` says what it was quantised to."""
-    encodings = {n: w.encoding for n, w in weights.items() if isinstance(w, QuantizedTensor)}
-    entry, write = chosen_form(encodings, weights, model.quantization)
+    quantized = {n: w for n, w in weights.items() if isinstance(w, QuantizedTensor)}
+    encodings = {name: weight.encoding for name, weight in quantized.items()}
+    signed = any(map(_has_negative_scales, quantized.values()))
+    entry, write = chosen_form(encodings, weights, model.quantization, signed=signed)
     items = []
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor):
@@ -55,7 +58,11 @@ def stored_form(
 
 
 def chosen_form(
-    encodings: Mapping[str, str], names: Iterable[str], quantization: Quantization | None
+    encodings: Mapping[str, str],
+    names: Iterable[str],
+    quantization: Quantization | None,
+    *,
+    signed: bool = False,
 ) -> tuple[dict[str, Any] | None, Callable[[str, QuantizedTensor], list[tuple[str, Tensor]]]]:
     """The ``quantization_config`` of a folder, None of a plain one, and what makes the tensors of a weight.
 
@@ -63,16 +70,30 @@ def chosen_form(
         encodings: of its quantised weights, by their published names.
         names: of all its weights.
         quantization: what it was quantised to.
+        signed: whether scales of int8 or fp8 are negative, which no quantiser of this package makes.
     """
     used = set(encodings.values())
     if len(used) == 1 and (only := next(iter(used))) in _COMPRESSED:
         plain = [name for name in names if name not in encodings]
         entry = compressed_tensors_entry(only, plain)
+        own: dict[str, Any] = {SIGNED: True} if signed else {}
         if quantization is not None and quantization.overrides:
-            entry[METHOD] = {"overrides": dict(quantization.overrides)}  # others pass over it
-        return entry, compressed_tensors_parts
-    entry = own_entry(quantization.encoding, quantization.overrides) if quantization else None
-    return entry if used else None, own_parts
+            own["overrides"] = dict(quantization.overrides)
+        return {
+            **entry,
+            **({METHOD: own} if own else {}),
+        }, compressed_tensors_parts  # others pass over it
+    if signed and quantization is None:  # of a part of a model, which does not know
+        quantization = Quantization(Counter(encodings.values()).most_common(1)[0][0], {})
+    if not used or quantization is None:
+        return None, own_parts
+    entry = own_entry(quantization.encoding, quantization.overrides)
+    return {**entry, **({SIGNED: True} if signed else {})}, own_parts
+
+
+def _has_negative_scales(weight: QuantizedTensor) -> bool:
+    """Whether a reader would take the weight for damaged, unless the folder says that it is not."""
+    return weight.encoding in _COMPRESSED and bool((weight.parts()["scale"] < 0).any())
 
 
 def own_entry(encoding: str, overrides: Mapping[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mllama.checkpoints.own_format import METHOD, SIGNED
 from mllama.checkpoints.published.common import ACTIVATIONS_STAY
 from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
 from mllama.wording import quoted
@@ -69,7 +70,11 @@ def config_notes(config: Mapping[str, Any], stored: SafetensorsCheckpoint) -> li
 
 
 def signed_scales(config: Mapping[str, Any]) -> bool:
-    """Whether a scale may be negative: AutoRound's are, in whatever format it writes."""
+    """Whether a scale may be negative: AutoRound's are, in whatever format it writes, and also where this
+    package wrote the weights anew."""
+    ours = config.get(METHOD)
+    if isinstance(ours, Mapping) and ours.get(SIGNED) is True:
+        return True
     words = (config.get("quant_method"), config.get("provider"))
     return "autoround_version" in config or any(
         isinstance(word, str) and word.removeprefix("intel/") in ("auto-round", "auto_round")
