@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import struct
@@ -18,6 +19,7 @@ from gguf_writer import as_type, write_split, write_unified
 from mllama import MllamaConfig, MllamaProcessor
 from mllama.checkpoints.gguf.checkpoint import GgufCheckpoint
 from mllama.checkpoints.gguf.container import BadGguf, GgufFile
+from mllama.checkpoints.gguf.header import BadHeader, read_header
 from mllama.demo import checkpoint_path
 
 DEMO = Path(checkpoint_path())
@@ -196,6 +198,65 @@ def test_every_cut_is_noticed(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.gguf cannot be read: it is"):
             GgufCheckpoint(path)
+
+
+def test_a_header_that_is_cut_while_it_is_read():
+    """It is read and not mapped, which would end the process; nor does another error get out."""
+    tokens = entry("tokens", ARRAY, array(STRING, 9, text(b"ab") * 9))
+    numbers = entry("numbers", ARRAY, array(UINT32, 5, bytes(20)))
+    whole = file_of([tokens, numbers, entry("k", STRING, text("v"))], [tensor()])
+    assert set(read_header(io.BytesIO(whole), len(whole))[0]) == {"tokens", "numbers", "k"}
+    header = len(whole) - 32 - 31  # the data, and at most so much before it
+    for length in range(header):
+        with pytest.raises(
+            BadHeader, match=f"cut while it was read: {length} of its {len(whole)} bytes"
+        ):
+            read_header(io.BytesIO(whole[:length]), len(whole))
+
+
+def test_a_header_is_read_in_parts_of_any_length(monkeypatch):
+    whole = file_of(
+        [
+            entry("a", ARRAY, array(STRING, 40, b"".join(text("x" * n) for n in range(40)))),
+            entry("b", ARRAY, array(UINT32, 50, bytes(200))),
+            entry("c", STRING, text("y" * 99)),
+        ],
+        [tensor(f"t{n}", offset=32 * n) for n in range(4)],
+        bytes(128),
+    )
+    expected = read_header(io.BytesIO(whole), len(whole))
+    for size in (1, 7, 8, 64, 333):
+        monkeypatch.setattr("mllama.checkpoints.gguf.header._AT_ONCE", size)
+        assert read_header(io.BytesIO(whole), len(whole)) == expected
+
+
+@pytest.mark.parametrize("kind", [STRING, UINT32])
+def test_an_array_that_changes_while_it_is_read(kind, tmp_path, monkeypatch):
+    elements = text(b"ab") * 9 if kind == STRING else bytes(range(1, 37))
+    whole = file_of([entry("k", ARRAY, array(kind, 9, elements))], [tensor()])
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole)
+    file, changes = GgufFile(path), []
+    at = whole.index(elements)
+    for place in range(at, at + len(elements)):
+        changed = bytearray(whole)
+        changed[place] ^= 0x80
+        changes.append(bytes(changed))
+    for data in changes:
+        path.write_bytes(data)
+        try:
+            assert len(file.array("k")) == 9
+        except BadGguf as error:
+            assert "m.gguf" in str(error) and kind == STRING
+    # Cut after its length was compared.
+    path.write_bytes(whole)
+    before = path.stat()
+    monkeypatch.setattr(os, "fstat", lambda _: before)
+    path.write_bytes(whole[: at + 20])
+    with pytest.raises(BadGguf, match=r"m\.gguf was changed .*: of k 20 bytes are there, expected"):
+        file.array("k")
+    with pytest.raises(BadGguf, match=r"m\.gguf was cut .*: of a 0 bytes are there, expected 32"):
+        file.read(file.tensors["a"])
 
 
 def opened(*files: Path) -> tuple[Any, ...] | None:

@@ -1,11 +1,10 @@
 """A GGUF file: its header is read when it is opened, and data when it is asked for.
 
-Data is read and not mapped: a file that is cut meanwhile is an error, where a mapping ends the process.
+Neither is mapped: a file that is cut meanwhile is an error, where a mapping ends the process.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from mllama.checkpoints.gguf.header import (
     MAGIC,
-    MAX_HEADER_BYTES,
     BadHeader,
     GgufArray,
     GgufTensor,
@@ -54,20 +52,16 @@ class GgufFile:
         self._path, self.name, self._size = path.expanduser(), shown(path.name), -1
         with self._opened() as file:
             self._size = os.fstat(file.fileno()).st_size
-            beginning = min(self._size, MAX_HEADER_BYTES)
-            # An empty file cannot be mapped.
-            data = (
-                mmap.mmap(file.fileno(), beginning, access=mmap.ACCESS_READ) if beginning else b""
-            )
-        try:
-            self.metadata, self.tensors = read_header(data, self._size)
-        except BadHeader as error:
-            raise BadGguf(f"{self.name} cannot be read: {error}") from None
+            try:
+                self.metadata, self.tensors = read_header(file, self._size)
+            except BadHeader as error:
+                raise BadGguf(f"{self.name} cannot be read: {error}") from None
 
     def array(self, key: str) -> list[Any]:
         """The elements of an array of the metadata; of a key that is not there, none.
 
-        Raises: BadGguf for an entry that is no array, and for text that is no UTF-8.
+        Raises: BadGguf for an entry that is no array, text that is no UTF-8, and a file that is no longer the
+            one whose header was read.
         """
         entry = self.metadata.get(key, [])
         if isinstance(entry, list):
@@ -79,7 +73,11 @@ class GgufFile:
             data = file.read(entry.end - entry.begin)
         try:
             return entry.decoded(data)
-        except ValueError:
+        except BadHeader as error:
+            raise BadGguf(
+                f"{self.name} was changed while it was loaded: of {shown(key)} {error}"
+            ) from None
+        except UnicodeDecodeError:
             raise BadGguf(f"{self.name}: {shown(key)} holds text that is no UTF-8") from None
 
     def read(self, tensor: GgufTensor) -> Tensor:
@@ -90,8 +88,12 @@ class GgufFile:
         data = torch.empty(tensor.nbytes, dtype=torch.uint8, device="cpu")
         with self._opened() as file:
             file.seek(tensor.begin)
-            if file.readinto(data.numpy()) != tensor.nbytes:
-                raise BadGguf(f"{self.name} was cut while it was loaded")
+            found = file.readinto(data.numpy())
+        if found != tensor.nbytes:
+            raise BadGguf(
+                f"{self.name} was cut while it was loaded: of {shown(tensor.name)} {found:,} bytes are "
+                f"there, expected {tensor.nbytes:,}"
+            )
         return data
 
     @contextmanager

@@ -1,16 +1,18 @@
-"""The header of a GGUF file, parsed in place; no length in it is used before it is compared with the file.
+"""The header of a GGUF file, read a part at a time; no length in it is used before it is compared with the
+file.
 
-Numbers and strings of the metadata are read at once. Arrays, of which a vocabulary has some megabytes, are
-passed over with the length of every element checked, and decoded when they are asked for. Tensors must lie
-one after the other, as ggml demands: what an offset could be is known before it is read.
+Numbers and strings of the metadata are kept. Arrays, of which a vocabulary has some megabytes, are passed
+over with the length of every element checked, and decoded when they are asked for. Tensors must lie one after
+the other, as ggml demands: what an offset could be is known before it is read.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from mllama.checkpoints.gguf.types import TYPES, GgmlType
 from mllama.wording import quoted, shown
@@ -18,7 +20,8 @@ from mllama.wording import quoted, shown
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 # The 90B model has 1,700 tensors, 60 entries and a header of 11 MB, of which 10 are the vocabulary.
-MAX_HEADER_BYTES = 256 * 2**20
+_MAX_HEADER_BYTES = 256 * 2**20
+_AT_ONCE = 2**20  # bytes of it that are read together
 _MAX_TENSORS, _MAX_ENTRIES, _MAX_ELEMENTS = 50_000, 10_000, 2**22
 _MAX_NAME, _MAX_TEXT = 512, 4 * 2**20  # bytes; the longest text is a chat template
 _MAX_DIMENSIONS = 4  # ggml's own
@@ -58,15 +61,22 @@ class GgufArray:
     end: int
 
     def decoded(self, data: bytes) -> list[bool] | list[int] | list[float] | list[str]:
-        """The elements, of the bytes from `begin` to `end`. Raises: UnicodeDecodeError."""
+        """The elements, of the bytes from `begin` to `end`.
+
+        Raises: UnicodeDecodeError; BadHeader for bytes that are not those that were passed over.
+        """
         view = memoryview(data)
+        if len(view) != self.end - self.begin:
+            raise BadHeader(f"{len(view):,} bytes are there, expected {self.end - self.begin:,}")
         if self.kind == _BOOL:
             return [bool(byte) for byte in view]
         if self.kind != _STRING:
             return list(struct.unpack(f"<{self.count}{_NUMBERS[self.kind]}", view))
         at, texts = 0, []
         for _ in range(self.count):
-            (length,) = struct.unpack_from("<Q", view, at)
+            length = int.from_bytes(view[at : at + 8], "little")
+            if at + 8 + length > len(view):
+                raise BadHeader("its strings have other lengths than before")
             texts.append(str(view[at + 8 : at + 8 + length], "utf-8"))
             at += 8 + length
         return texts
@@ -75,18 +85,15 @@ class GgufArray:
 Entry = bool | int | float | str | GgufArray
 
 
-def read_header(
-    data: bytes | mmap.mmap, size: int
-) -> tuple[dict[str, Entry], dict[str, GgufTensor]]:
+def read_header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, GgufTensor]]:
     """The metadata and the tensors of a file.
 
     Args:
-        data: the beginning of the file, of it all or of `MAX_HEADER_BYTES`.
         size: of the file in bytes.
-    Raises: BadHeader.
+    Raises: BadHeader, also for a file that has become shorter; OSError.
     """
-    cursor = _Cursor(memoryview(data), size)
-    if bytes(cursor.take(4)) != MAGIC:
+    cursor = _Cursor(file, size)
+    if cursor.take(4) != MAGIC:
         raise BadHeader("it is no GGUF file: it does not begin with GGUF")
     version = cursor.number("I")
     if version not in _VERSIONS:
@@ -145,21 +152,42 @@ def _aligned(at: int, alignment: int) -> int:
 
 
 class _Cursor:
-    """Reads on in the header, never beyond it."""
+    """Reads on in the header, never beyond it.
 
-    def __init__(self, view: memoryview, size: int) -> None:
-        self._view, self._size, self.at = view, size, 0
+    The file is read and not mapped: one that is cut meanwhile is an error, where a mapping ends the process.
+    """
 
-    def take(self, count: int) -> memoryview:
-        if count > len(self._view) - self.at:
-            raise self._beyond()
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size, self._end = file, size, min(size, _MAX_HEADER_BYTES)
+        self._buffer, self._begin = b"", 0  # what has been read, and where it lies
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        self._fill(count)
+        start = self.at - self._begin
         self.at += count
-        return self._view[self.at - count : self.at]
+        return self._buffer[start : start + count]
 
-    def _beyond(self) -> BadHeader:
-        if self._size > len(self._view):
-            return BadHeader(f"its header has more than {len(self._view):,} bytes")
-        return BadHeader(
+    def _fill(self, count: int) -> None:
+        """Have the next bytes in the buffer."""
+        self._require(count)
+        if self.at + count <= self._begin + len(self._buffer):
+            return
+        self._file.seek(self.at)
+        self._buffer = self._file.read(min(max(count, _AT_ONCE), self._end - self.at))
+        self._begin = self.at
+        if len(self._buffer) < count:
+            left = self._file.seek(0, os.SEEK_END)
+            raise BadHeader(
+                f"it was cut while it was read: {left:,} of its {self._size:,} bytes are left"
+            )
+
+    def _require(self, count: int) -> None:
+        if count <= self._end - self.at:
+            return
+        if self._size > self._end:
+            raise BadHeader(f"its header has more than {self._end:,} bytes")
+        raise BadHeader(
             f"it is truncated: its {self._size:,} bytes do not hold the header that they announce"
         )
 
@@ -202,18 +230,24 @@ class _Cursor:
         if kind == _STRING:
             self._pass_texts(count)
         else:
-            self.take(count * struct.calcsize("<" + _NUMBERS.get(kind, "B")))
+            length = count * struct.calcsize("<" + _NUMBERS.get(kind, "B"))
+            self._require(length)
+            self.at += length
         return GgufArray(kind, count, begin, self.at)
 
     def _pass_texts(self, count: int) -> None:
         # A vocabulary has 400,000 of them: this loop is most of the time that a header takes.
-        view, at, last, length = self._view, self.at, len(self._view) - 8, struct.Struct("<Q")
+        length = struct.Struct("<Q").unpack_from
+        buffer, begin, at = self._buffer, self._begin, self.at
+        last = begin + len(buffer) - 8
         for _ in range(count):
             if at > last:
-                raise self._beyond()
-            at += 8 + length.unpack_from(view, at)[0]
-        if at > len(view):
-            raise self._beyond()
+                self.at = at
+                self._fill(8)
+                buffer, begin = self._buffer, self._begin
+                last = begin + len(buffer) - 8
+            at += 8 + length(buffer, at - begin)[0]
+        self._require(at - self.at)
         self.at = at
 
     def tensor(self) -> tuple[str, tuple[int, ...], GgmlType, int]:
