@@ -294,9 +294,7 @@ def test_a_weight_that_cannot_be_encoded_is_named(capsys, folder, tmp_path):
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run(capsys, "--model", damaged, "--encoding", "q4_k", "--output", output)
     assert code == 1 and f"{DOWN} in model.safetensors" in err and "row 2, column 5 is nan" in err
-    with pytest.raises((ValueError, OSError)):
-        MllamaForConditionalGeneration.from_pretrained(output, device="cpu")
-    assert not list(output.glob("*.partial"))
+    assert not list(output.iterdir())
 
 
 def test_a_killed_run_leaves_no_folder_that_loads(folder, tmp_path):
@@ -324,8 +322,43 @@ def test_a_killed_run_leaves_no_folder_that_loads(folder, tmp_path):
     process.kill()
     process.wait()
     assert list(output.glob("model-*partial"))
-    with pytest.raises((ValueError, OSError)):
-        MllamaForConditionalGeneration.from_pretrained(output, device="cpu")
+    assert all(path.name.endswith(".partial") for path in output.iterdir())
+    for kind in (MllamaForConditionalGeneration, MllamaProcessor):
+        with pytest.raises((ValueError, OSError)):
+            kind.from_pretrained(output)
+
+
+def test_a_processor_that_cannot_be_written_leaves_nothing(capsys, folder, tmp_path, monkeypatch):
+    def full(self, target: Path) -> None:
+        (target / "tokenizer.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MllamaProcessor, "save_pretrained", full)
+    output = tmp_path / "out"
+    code, _, err = run(capsys, "--model", folder, "--encoding", "q8_0", "--output", output)
+    assert code == 1 and "No space left on device" in err
+    assert not list(output.iterdir())
+
+
+def test_named_templates_are_written_with_the_model(capsys, folder, tmp_path):
+    """They lie in a folder of their own."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    processor = MllamaProcessor.from_pretrained(folder)
+    shutil.copytree(folder, source)
+    processor.chat_template = {"default": processor.chat_template, "short": "{{ messages }}"}
+    processor.save_pretrained(source)
+    code, _, err = run(capsys, "--model", source, "--encoding", "q8_0", "--output", output)
+    assert code == 0, err
+    assert MllamaProcessor.from_pretrained(output).chat_template == processor.chat_template
+    assert not list(output.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_folder_with_a_processor_is_left_alone(capsys, folder, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    code, _, err = run(capsys, "--model", folder, "--encoding", "q8_0", "--output", tmp_path)
+    assert code == 1 and f"holds a model ({name})" in err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_table_of_errors():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def model_texts(
 
 
 def write_folder(
-    folder: Path, items: Iterable[Item], texts: Mapping[str, dict[str, Any]], limit: int
+    folder: Path,
+    items: Iterable[Item],
+    texts: Mapping[str, dict[str, Any]],
+    limit: int,
+    *,
+    write_others: Callable[[Path], object] | None = None,
 ) -> None:
     """Write weights and JSON files as a checkpoint that is there as a whole or not at all.
 
@@ -96,6 +102,8 @@ def write_folder(
             memory.
         texts: names of JSON files to their content, ``config.json`` among them.
         limit: bytes per file; a single item may exceed it.
+        write_others: writes what else belongs to the checkpoint, such as the processor's files, into an empty
+            folder; called once the weights are written, and its files appear with theirs.
     """
     shards = list(_split(items, limit))
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +122,8 @@ def write_folder(
             staging.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for name, text in texts.items():
             staging.write_json(name, text)
+        if write_others is not None:
+            staging.take_up(write_others)
         staging.commit(last)
 
 
@@ -134,6 +144,15 @@ class _Staging:
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         self.path(name).write_text(text, encoding="utf-8")
 
+    def take_up(self, write: Callable[[Path], object]) -> None:
+        """Let ``write(folder)`` write files, also in folders of its own, and take them."""
+        with tempfile.TemporaryDirectory(self._suffix, "", self._folder) as temporary:
+            write(Path(temporary))
+            for file in [path for path in Path(temporary).rglob("*") if path.is_file()]:
+                place = self.path(str(file.relative_to(temporary)))
+                place.parent.mkdir(exist_ok=True)
+                os.replace(file, place)
+
     def commit(self, last: str) -> None:
         """Remove the weights that were there, then rename everything, `last` at the end."""
         # safetensors makes files that only their owner reads; the text files have the user's mode.
@@ -146,7 +165,8 @@ class _Staging:
                 old.unlink()
         for name in sorted(self._names, key=lambda name: name == last):
             os.replace(self._folder / (name + self._suffix), self._folder / name)
-        flush(self._folder)
+        for folder in {self._folder, *((self._folder / name).parent for name in self._names)}:
+            flush(folder)
 
     def __enter__(self) -> _Staging:
         return self

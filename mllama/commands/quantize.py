@@ -37,8 +37,11 @@ from mllama_kernels.quantize import TAKES_IMPORTANCE
 
 SHARD_BYTES = 10**9
 IMPORTANCE = "importance.safetensors"
-# What makes a folder one that holds a model.
-_OF_A_MODEL = ("*.safetensors", "*.safetensors.index.json", "config.json", "params.json", "*.gguf")
+# What makes a folder one that holds a model, or what is written and read with one.
+_OF_A_MODEL = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "params.json", "*.gguf"),
+    *("tokenizer*", "*processor_config.json", "*chat_template*"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,13 +116,12 @@ def run(options: argparse.Namespace) -> int:
     importance = _importance(options, matched, assignment, processor, device)
     table = ErrorTable()
     options.output.mkdir(parents=True, exist_ok=True)
-    processor.save_pretrained(options.output)
     if options.calibrate is not None:
         means = {_published(matched, canonical): mean for canonical, mean in importance.items()}
         write_importance(options.output / IMPORTANCE, means)
     work = _Work(matched, assignment, importance, dtype, device, table)
     quantization = Quantization(options.encoding, overrides)
-    work.write(options.output, quantization)
+    work.write(options.output, quantization, processor)
     known = sum(e in TAKES_IMPORTANCE for e in assignment.encodings.values())
     report = {
         "model": str(options.model),
@@ -233,8 +235,11 @@ class _Work:
         self._encodings, self._dtype, self._device = assignment.encodings, dtype, device
         self.weighted = 0  # weights for which importance was known and used
 
-    def write(self, output: Path, quantization: Quantization) -> None:
-        """Raises: CheckpointError for a weight that cannot be encoded, by name."""
+    def write(self, output: Path, quantization: Quantization, processor: MllamaProcessor) -> None:
+        """The whole folder, or nothing.
+
+        Raises: CheckpointError for a weight that cannot be encoded, by name.
+        """
         matched = self._matched
         published = {name: matched.layout.published_name(name) for name in matched.shapes}
         encodings = {published[name]: e for name, e in self._encodings.items()}
@@ -257,7 +262,13 @@ class _Work:
                 return [(n, part.cpu()) for n, part in parts(published[name], made)]
 
             items = [Item(self._nbytes(name), functools.partial(make, name)) for name in names]
-            write_folder(output, items, model_texts(model, self._dtype, entry), SHARD_BYTES)
+            write_folder(
+                output,
+                items,
+                model_texts(model, self._dtype, entry),
+                SHARD_BYTES,
+                write_others=processor.save_pretrained,
+            )
 
     def _nbytes(self, name: str) -> int:
         shape, encoding = self._matched.shapes[name], self._encodings.get(name)
