@@ -234,6 +234,16 @@ CASES: dict[str, Case] = {
     "no scale": Case(
         "fp8 dynamic", drop("weight_scale"), ("down_proj.weight", "F8_E4M3", "no weight_scale")
     ),
+    "fp8 of another kind": Case(
+        "fp8 dynamic",
+        edit("weight", lambda t: t.float().to(torch.float8_e5m2)),
+        ("down_proj.weight", "F8_E5M2", "expected F8_E4M3 (float8_e4m3fn)"),
+    ),
+    "a scale beside bytes": Case(
+        "fp8 dynamic",
+        edit("weight", lambda t: t.view(torch.uint8)),
+        ("down_proj.weight", "U8", "expected F8_E4M3 (float8_e4m3fn) or I8"),
+    ),
     "scales cut": Case(
         "fp8 dynamic", edit("weight_scale", cut), ("weight_scale", "(64, 1)", "(128, 1)")
     ),

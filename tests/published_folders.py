@@ -326,6 +326,10 @@ FOLDERS: dict[str, Published] = {
         "int4",
     ),
     "gptq v2": Published(gptq(subtracted=0), _gptq(), SELF_LAYERS, "int4"),
+    # Nothing says whether it is symmetric: then it is.
+    "gptq v2 without sym": Published(
+        gptq(subtracted=0), {"quant_method": "gptq", "bits": 4}, SELF_LAYERS, "int4"
+    ),
     "gptq without a config": Published(gptq(), None, SELF_LAYERS, "int4"),
     "gptq with an older config": Published(
         gptq(zero=True), None, SELF_LAYERS, "int4", {"bits": 4, "sym": False}

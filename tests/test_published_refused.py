@@ -151,6 +151,13 @@ def test_zeros_that_others_read_differently(tmp_path):
     assert "gptq_v2" in refusal(tmp_path) and "16" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("sym", ["false", 0, []])
+def test_symmetry_that_is_no_truth_value(tmp_path, sym):
+    write_folder(tmp_path, FOLDERS["gptq"])
+    change_config(tmp_path, sym=sym)
+    assert f"sym must be true or false, got {sym!r}" in refusal(tmp_path)
+
+
 def test_marlins_own_order_is_refused(tmp_path):
     write_folder(tmp_path, FOLDERS["gptq"])
     change_config(tmp_path, checkpoint_format="marlin")

@@ -53,7 +53,7 @@ def find_eight_bit(stored: SafetensorsCheckpoint, config: Mapping[str, Any]) -> 
     modules = [
         name.removesuffix(".weight")
         for name, info in stored.tensors.items()
-        if name.endswith(".weight") and (info.dtype_name in _ENCODINGS or _is_frozen(name, scaled))
+        if name.endswith(".weight") and (info.dtype_name in _ENCODINGS or _is_scaled(name, scaled))
     ]
     modules = [m for m in modules if f"{m}{_SCB}" not in stored.tensors or m in scaled]
     if not modules:
@@ -77,8 +77,8 @@ def find_eight_bit(stored: SafetensorsCheckpoint, config: Mapping[str, Any]) -> 
     return Found(method, found, frozenset(others), problems, told)
 
 
-def _is_frozen(weight: str, scaled: set[str]) -> bool:
-    """Whether a weight of floats has a scale: it waits for being quantised."""
+def _is_scaled(weight: str, scaled: set[str]) -> bool:
+    """Whether a weight has a scale: one of another type waits for being quantised, or is not read."""
     return weight.removesuffix(".weight") in scaled
 
 
@@ -95,9 +95,16 @@ def _weight(
 ) -> StoredWeight | None:
     stored, weight = checks.stored, f"{module}.weight"
     shape, kind = stored.tensors[weight].shape, stored.tensors[weight].dtype_name
-    if kind not in _ENCODINGS:
+    if kind in FLOATS:
         checks.add(
             weight, f"is {kind} and has a weight_scale: it was saved before it was compressed"
+        )
+        return None
+    if kind not in _ENCODINGS:
+        checks.add(
+            weight,
+            f"is {kind} and has a weight_scale, expected F8_E4M3 (float8_e4m3fn) or I8: no other type of 8 "
+            "bits is read",
         )
         return None
     named = [s for end in (_SCALE, _INVERSE) if (s := f"{module}{end}") in stored.tensors]

@@ -84,7 +84,8 @@ class _Rule:
 
     Attributes:
         added: to a stored zero; None: nothing says.
-        symmetric: whether zeros that are all in the middle were meant to be.
+        symmetric: whether zeros that are all in the middle were meant to be. Where `sym` is not there they
+            were: that is what it means to GPTQModel, AutoGPTQ, AutoRound and `transformers`.
         signed: whether scales may be negative.
     """
 
@@ -104,7 +105,10 @@ def _older_config(checks: Checks) -> Mapping[str, Any]:
 
 
 def _rule(checks: Checks, config: Mapping[str, Any]) -> _Rule:
-    signed, symmetric = signed_scales(config), config.get("sym") is not False
+    signed, sym = signed_scales(config), config.get("sym")
+    if sym is not None and not isinstance(sym, bool):
+        checks.problems.append(f"quantization_config: sym must be true or false, got {quoted(sym)}")
+    symmetric = sym is not False
     method = config.get("quant_method")
     if signed and method != "gptq":
         # AutoRound's own packing stores zeros as they are; that for AutoGPTQ's kernels does not.
