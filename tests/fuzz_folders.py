@@ -1,4 +1,5 @@
-"""Flips bytes of folders that others quantised: an error in words, or the weights that the bytes say.
+"""Flips bytes of quantised folders, those of others and our own: an error in words, or the weights that the
+bytes say.
 
     python tests/fuzz_folders.py [--seconds N] [--seed N] [--kind KIND --case N]
 
@@ -24,23 +25,57 @@ from published_folders import FOLDERS, write_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import mllama_kernels
 from mllama.checkpoints.checkpoint import CheckpointError
+from mllama.checkpoints.own_format import find_own
 from mllama.checkpoints.published import FINDERS
 from mllama.checkpoints.safetensors_files import SafetensorsCheckpoint
+from mllama.checkpoints.stored_form import own_entry, own_parts
 from mllama.checkpoints.stored_weights import StoredWeights
+from mllama_kernels.quantized_tensor import QuantizedTensor
 
+# Our own form: of weights that are quantised here, and of those of others.
+_OWN = {f"our {encoding}": encoding for encoding in ("q8_0", "q4_0", "q6_k", "q4_k", "int8", "fp8")}
+_ANEW = {"our int4": "w4a16 asymmetric", "our nf4": "bnb nf4"}
+KINDS = (*FOLDERS, *_OWN, *_ANEW)
 _KEPT = ("layers.0.mlp.down_proj", "layers.0.self_attn.k_proj", "layers.0.input_layernorm")
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     """Every weight, decoded. Raises: CheckpointError as the loader does."""
+    read = as_stored(folder).items()
+    return {name: t.clone() if isinstance(t, Tensor) else t.dequantize() for name, t in read}
+
+
+def as_stored(folder: Path) -> dict[str, Tensor | QuantizedTensor]:
     stored = SafetensorsCheckpoint(folder)
     config = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
-    weights = StoredWeights(stored, [f for find in FINDERS if (f := find(stored, config))])
+    finders = (find_own, *FINDERS)
+    weights = StoredWeights(stored, [f for find in finders if (f := find(stored, config))])
     if weights.problems:
         raise CheckpointError(folder, weights.problems)
-    read = weights.read(weights.tensors)
-    return {name: t.clone() if isinstance(t, Tensor) else t.dequantize() for name, t in read}
+    return dict(weights.read(weights.tensors))
+
+
+def write(kind: str, folder: Path) -> None:
+    """A folder of one kind with few of its tensors."""
+    write_folder(folder, FOLDERS[_ANEW.get(kind, "fp8 dynamic" if kind in _OWN else kind)])
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if any(k in n for k in _KEPT)}, file)
+    if kind not in _OWN and kind not in _ANEW:
+        return
+    made: dict[str, Tensor] = {}
+    for name, weight in as_stored(folder).items():
+        if kind in _OWN and isinstance(weight, QuantizedTensor):
+            # Of k forms only the rows of 256 are whole blocks.
+            encoding = _OWN[kind] if weight.shape[1] % 256 == 0 else "q8_0"
+            weight = mllama_kernels.quantize(weight.dequantize(), encoding)
+        made |= {name: weight} if isinstance(weight, Tensor) else dict(own_parts(name, weight))
+    save_file(made, file)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = own_entry(kind.removeprefix("our "), {})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @dataclass
@@ -61,11 +96,8 @@ class Folder:
 
     @classmethod
     def of(cls, kind: str, path: Path) -> Folder:
-        write_folder(path, FOLDERS[kind])
-        file = path / "model.safetensors"
-        tensors = load_file(file)
-        save_file({n: t for n, t in tensors.items() if any(k in n for k in _KEPT)}, file)
-        data = file.read_bytes()
+        write(kind, path)
+        data = (path / "model.safetensors").read_bytes()
         start = 8 + struct.unpack("<Q", data[:8])[0]
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
@@ -113,11 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kind", choices=FOLDERS)
+    parser.add_argument("--kind", choices=KINDS)
     parser.add_argument("--case", type=int)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    kinds = [given.kind] if given.kind else list(FOLDERS)
+    kinds = [given.kind] if given.kind else list(KINDS)
     counts = {"refused": 0, "read": 0, "finding": 0}
     for kind in kinds:
         with tempfile.TemporaryDirectory() as path:

@@ -30,8 +30,9 @@ def test_folders_survive(request):
 
 
 @pytest.mark.parametrize("fault", ["another error", "another weight"])
-def test_faults_are_found(tmp_path, monkeypatch, fault):
-    folder = fuzz_folders.Folder.of("w4a16", tmp_path)
+@pytest.mark.parametrize("kind", ["w4a16", "our q4_k"])
+def test_faults_are_found(tmp_path, monkeypatch, kind, fault):
+    folder = fuzz_folders.Folder.of(kind, tmp_path)
     right = fuzz_folders.read
 
     def wrong(path: Path) -> dict[str, torch.Tensor]:
