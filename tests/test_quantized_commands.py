@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mllama import MllamaForConditionalGeneration, cli
+from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
+from mllama.checkpoints import saving
 from mllama.demo import checkpoint_path
 from mllama.quantized_modules import Quantized
 
@@ -43,6 +45,27 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         == 0
     )
     return folder
+
+
+def test_a_serialised_model_is_there_with_its_processor_or_not_at_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, full = tmp_path / "in", tmp_path / "out", tmp_path / "full"
+    shutil.copytree(DEMO, source)
+    processor = MllamaProcessor.from_pretrained(DEMO)
+    processor.chat_template = {"default": processor.chat_template, "short": "{{ messages }}"}
+    processor.save_pretrained(source)
+    shared = ("--model", source, "--save-to-serialized-model-path")
+    code, _, err = generate(capsys, *shared, target)
+    assert code == 0, err
+    assert MllamaProcessor.from_pretrained(target).chat_template == processor.chat_template
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_file", no_space)
+    code, _, err = generate(capsys, *shared, full)
+    assert code == 1 and "No space left on device" in err and not list(full.iterdir())
 
 
 def test_a_serialised_model_answers_as_the_one_it_was_made_of(

@@ -414,9 +414,9 @@ def test_missing_extra_shape_and_dtype_in_one_error(folder):
         "missing: language_model.model.norm.weight (64,)",
         "vision_model.layernorm_pre.bias in model.safetensors and "
         "model.vision_model.layernorm_pre.bias in model.safetensors are the same parameter",
-        "wrong dtype: vision_model.class_embedding is I8, "
+        "wrong dtype: vision_model.class_embedding in model.safetensors is I8, "
         "expected one of float32, bfloat16, float16, float64",
-        "wrong shape: multi_modal_projector.bias is (63,), expected (64,)",
+        "wrong shape: multi_modal_projector.bias in model.safetensors is (63,), expected (64,)",
     ]
 
 

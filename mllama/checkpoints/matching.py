@@ -286,20 +286,18 @@ def _sources_of(
             )
             continue
         sources[name] = canonical
+        place = f"{shown(info.stored_name)} in {shown(info.file)}"
         wanted = expected[name]
         if info.shape != wanted:
-            problems.append(
-                f"wrong shape: {shown(info.stored_name)} is {quoted(info.shape)}, expected {wanted}"
-            )
+            problems.append(f"wrong shape: {place} is {quoted(info.shape)}, expected {wanted}")
         if info.encoding is not None and kind_of(canonical) is None:
             problems.append(
-                f"quantised: {shown(info.stored_name)} is {info.encoding}, but only weights of linears and "
+                f"quantised: {place} is {info.encoding}, but only weights of linears and "
                 "the embedding of tokens can be quantised"
             )
         elif info.dtype is None and info.encoding is None:
             problems.append(
-                f"wrong dtype: {shown(info.stored_name)} is {info.dtype_name}, "
-                f"expected one of {', '.join(DTYPES)}"
+                f"wrong dtype: {place} is {info.dtype_name}, expected one of {', '.join(DTYPES)}"
             )
     accounted = set(sources) | {layout.module_name(name) for name in checkpoint.unreadable}
     # Where no header could be read, every tensor would be missing: the file's own fault says it.

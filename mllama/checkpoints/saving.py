@@ -43,6 +43,7 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    write_others: Callable[[Path], object] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights under their published names.
 
@@ -59,6 +60,7 @@ def save_pretrained(
         max_shard_size: bytes per file, a number or like "500MB"; a single tensor may exceed it.
         state_dict: the tensors to write, under the names of the model's own, for a model that does not
             hold them whole itself.
+        write_others: as for :func:`write_folder`.
     Raises: ValueError for an unreadable size, a state_dict of other names, or a vocabulary that could not
         be loaded again; TypeError for a model of another class.
     """
@@ -67,7 +69,8 @@ def save_pretrained(
     state = _whole_state(model, state_dict)
     plain = (t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point())
     entry, items = stored_form({layout.published_name(n): t for n, t in state.items()}, model)
-    write_folder(Path(folder), items, model_texts(model, next(plain), entry), limit)
+    texts = model_texts(model, next(plain), entry)
+    write_folder(Path(folder), items, texts, limit, write_others=write_others)
 
 
 def model_texts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.checkpoints.gguf.container import is_gguf
 from mllama.checkpoints.hub import resolve_folder
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
+from mllama.checkpoints.saving import save_pretrained
 from mllama.checkpoints.weights import describe_checkpoint
 from mllama.commands.usage import UsageError
 from mllama.quantization.policy import MODEL_ENCODINGS, PLAIN
@@ -178,17 +180,18 @@ def _check_stored(folder: str, asked: str) -> None:
 def _write(model: Any, source: str, projector: str | None, target: Path) -> None:
     """The model, with the tokenizer and processor files of where it came from."""
     if is_gguf(Path(source)):
-        target.mkdir(parents=True, exist_ok=True)
-        processor = MllamaProcessor.from_pretrained(source, projector=projector)
-        processor.save_pretrained(target)
+        write_others = MllamaProcessor.from_pretrained(source, projector=projector).save_pretrained
     else:
-        copy_other_files(resolve_folder(source), target)
-    model.save_pretrained(target)
+        write_others = functools.partial(copy_other_files, resolve_folder(source))
+    save_pretrained(model, target, write_others=write_others)
     logger.warning("written to %s", shown(str(target)))
 
 
 # Of a checkpoint's folder what is neither weights nor written with them.
-_OTHERS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "README.md")
+_OTHERS = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt"),
+    *("LICENSE*", "USE_POLICY*", "README.md"),
+)
 _WRITTEN = ("config.json", "generation_config.json", INDEX)
 # What others say of weights that are stored otherwise now.
 _STALE = ("quantize_config.json", "quantization_config.json")
@@ -199,4 +202,6 @@ def copy_other_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted({path for pattern in _OTHERS for path in source.glob(pattern)}):
         if path.is_file() and path.name not in (*_WRITTEN, *_STALE):
-            shutil.copyfile(path, target / path.name)
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
