@@ -371,6 +371,10 @@ CASES: dict[str, Case] = {
     "g_idx cut": Case("gptq", edit("g_idx", cut), ("g_idx", "(128,)", "(256,)")),
     "GPTQ scale of NaN": Case("gptq", set_first("scales", NAN), ("scales", "nan"), True),
     "GPTQ scale negative": Case("gptq", set_first("scales", -1), ("scales", "-1"), True),
+    "AutoRound scale of NaN": Case("AutoRound", set_first("scales", NAN), ("scales", "nan"), True),
+    "AutoRound scale infinite": Case(
+        "w4a16 of AutoRound", set_first("weight_scale", -INF), ("weight_scale", "-inf"), True
+    ),
     "GPTQ and plain": Case("gptq", put("weight", torch.ones(128, 256)), ("quantised and plain",)),
     "a norm in GPTQ": Case("gptq", norm(*_GPTQ), ("input_layernorm", "norms")),
 }

@@ -216,6 +216,29 @@ def test_an_unknown_version_is_refused(stored: Path, tmp_path: Path, version: An
         load(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"encoding": "q5_k"}, "quantization_config.encoding must be one of .* got 'q5_k'"),
+        ({"encoding": None}, "quantization_config.encoding must be one of .* got None"),
+        ({"encoding": ["q8_0"]}, "quantization_config.encoding must be one of"),
+        ({"overrides": ["*"]}, "must be a mapping of patterns to encodings, got list"),
+        ({"overrides": {"*": 8}}, r"must be a mapping of patterns to encodings, got '\*': 8"),
+        ({"overrides": {"*": "q5_k"}}, "must be one of .* got 'q5_k'"),
+        ("q8_0", "quantization_config must be an object, got 'q8_0'"),
+        ([], "quantization_config must be an object, got "),
+    ],
+)
+def test_a_configuration_that_lies(stored: Path, tmp_path: Path, entries: Any, said: str) -> None:
+    shutil.copytree(stored, tmp_path / "other")
+    config = json.loads((stored / "config.json").read_text())
+    own = config["quantization_config"]
+    config["quantization_config"] = own | entries if isinstance(entries, dict) else entries
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"config.json: .*{said}"):
+        load(tmp_path / "other")
+
+
 def changed(stored: Path, folder: Path, change: Any) -> Path:
     shutil.copytree(stored, folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

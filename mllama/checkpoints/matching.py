@@ -172,9 +172,15 @@ def _open(folder: Path, has_config: bool) -> tuple[dict[str, Any], Checkpoint, s
 
 
 def _with_quantized(stored: SafetensorsCheckpoint, raw: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint with the quantised weights that any format has found in it."""
+    """The checkpoint with the quantised weights that any format has found in it.
+
+    Raises: CheckpointError for a quantization_config that is no mapping.
+    """
     entry = raw.get("quantization_config", raw.get("compression_config"))
-    config = entry if isinstance(entry, Mapping) else {}
+    config = {} if entry is None else entry
+    if not isinstance(config, Mapping):
+        problem = f"config.json: quantization_config must be an object, got {quoted(entry)}"
+        raise CheckpointError(stored.folder, [*stored.problems, problem])
     found = [one for find in _FINDERS if (one := find(stored, config)) is not None]
     if entry is not None and not found:
         what = quoted(config.get("quant_method", entry))

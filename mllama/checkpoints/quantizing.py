@@ -20,6 +20,7 @@ from mllama.quantization.policy import (
     assign,
     check_overrides,
     kind_of,
+    unknown,
 )
 from mllama.wording import listed, quoted
 from mllama_kernels.encodings import ENCODINGS
@@ -119,16 +120,14 @@ def stored_quantization(matched: MatchedCheckpoint) -> Quantization | None:
     method = ", ".join(found.method for found in matched.found)
     named = matched.raw.get("quantization_config")
     if isinstance(named, Mapping) and named.get("quant_method") == METHOD:
-        encoding, overrides = named.get("encoding"), named.get("overrides") or {}
-        if not isinstance(encoding, str) or not isinstance(overrides, Mapping):
-            raise CheckpointError(
-                matched.folder,
-                [
-                    "config.json: quantization_config must have an encoding and a mapping of overrides, got "
-                    f"{quoted(encoding)} and {quoted(overrides)}"
-                ],
-            )
-        return Quantization(encoding, dict(overrides), method)
+        encoding = named.get("encoding")
+        known = tuple(dict.fromkeys((*MODEL_ENCODINGS, *ENCODINGS)))
+        try:
+            if encoding not in known:
+                raise ValueError(unknown("quantization_config.encoding", encoding, known))
+            return Quantization(encoding, check_overrides(named.get("overrides")), method)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(matched.folder, [f"config.json: {error}"]) from None
     sizes: Counter[str] = Counter()
     for at in matched.sources.values():
         info = matched.checkpoint.tensors[at]
