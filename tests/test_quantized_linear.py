@@ -124,6 +124,21 @@ def test_a_row_has_the_same_bits_in_any_batch(device, dtype, kind):
                 assert torch.equal(out, whole[part]), f"rows {first} to {first + rows - 1}"
 
 
+@every_dtype
+@pytest.mark.parametrize("kind", FEW, ids=kind_name)
+def test_rows_of_a_long_prompt_have_the_bits_of_their_own(dtype, kind):
+    """A CPU takes 256 rows at a time: each finds its own x, residual, mask and place."""
+    (x, weight), kwargs = make(kind, 519, 20, 256, "all", dtype, torch.device("cpu"))
+    x, kwargs["residual"] = strided(x), strided(kwargs["residual"])
+    with torch.no_grad():
+        whole = quantized_linear(x, weight, **kwargs)
+        for first, rows in ((0, 3), (254, 4), (510, 9)):
+            part = slice(first, first + rows)
+            some = kwargs | {name: kwargs[name][part] for name in ("residual", "row_mask")}
+            out = quantized_linear(x[part], weight, **some)
+            assert torch.equal(out, whole[part]), f"rows {first} to {first + rows - 1}"
+
+
 @every_kind
 def test_any_number_of_threads_gives_the_same_bits(device, kind):
     calls = [make(kind, rows, 70, 600, "all", torch.bfloat16, device) for rows in (1, 5, 40)]
