@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_writer import as_type, write_split
 from published_folders import FOLDERS, write_folder
 
 from mllama import MllamaForConditionalGeneration, cli
+from mllama.commands import finetune as command
 from mllama.demo import checkpoint_path, sample_picture
 from mllama.quantization.decoded import decoded_copy
+from mllama.training.adapters import add_adapters
 from mllama.training.log import read_log
+from mllama.training.memory import Batch, TrainingPlan, training_plan
+from mllama.training.options import TrainingOptions
 
 MODEL = MllamaForConditionalGeneration
 QUESTION, ANSWER = "What do you see?", "blue"  # whatever the image shows
@@ -105,3 +111,97 @@ def test_whole_weights_are_not_trained(
     write_folder(tmp_path / "nf4", FOLDERS["bnb nf4"])
     assert finetune(tmp_path / "nf4", data, tmp_path / "out", *whole) == 1
     assert "quantised (nf4) and cannot be trained" in capsys.readouterr().err
+
+
+def test_adapters_on_a_model_in_two_gguf_files(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    text, projector = tmp_path / "text.gguf", tmp_path / "projector.gguf"
+    write_split(checkpoint_path(), text, projector, as_type("Q8_0"))
+    steps = ("--max-steps", "2", "--lora-rank", "2")
+    assert finetune(text, data, tmp_path / "out", *steps) == 1
+    assert "projector" in capsys.readouterr().err
+    with_projector = ("--projector", str(projector))
+    assert finetune(text, data, tmp_path / "out", *steps, *with_projector) == 0
+    plain = decoded(text, tmp_path / "plain", projector=projector)
+    assert finetune(plain, data, tmp_path / "of plain", *steps) == 0
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "of plain"), rel=1e-3)
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_does(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    room, plans = [10**6], []
+
+    def recorded(*given: Any) -> TrainingPlan:
+        plans.append(training_plan(*given))
+        return plans[-1]
+
+    monkeypatch.setattr(command, "free_bytes", lambda device: room[-1])
+    monkeypatch.setattr(command, "training_plan", recorded)
+    output = tmp_path / "out"
+    asked = ("--max-steps", "1", "--lora-rank", "2", "--quantization-encoding", "q8_0")
+    assert finetune(checkpoint_path(), data, output, *asked) == 1
+    said = capsys.readouterr().err
+    parts = "weights .*, adapters .*, gradients .*, optimizer .*, activations .*, workspace .*"
+    assert re.search(
+        rf"takes [\d.]+ GB \({parts}\), cpu has 0.00 GB free: [\d.]+ GB are missing", said
+    )
+    assert "may fit; --force trains all the same" in said
+    room.append(plans[-1].total - 1)
+    assert finetune(checkpoint_path(), data, output, *asked) == 1
+    assert "; --gradient-checkpointing fits; --force" in capsys.readouterr().err
+    assert finetune(checkpoint_path(), data, output, *asked, "--gradient-checkpointing") == 0
+    room.append(10**6)
+    assert finetune(checkpoint_path(), data, tmp_path / "forced", *asked, "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "quantization"),
+    [
+        (TrainingOptions(lora_rank=4), "bfloat16", "q8_0"),
+        (TrainingOptions(lora_rank=4), "float32", None),
+        (TrainingOptions(lora_rank=4, lora_dropout=0.5, lora_vision=True), "bfloat16", None),
+        (TrainingOptions(lora_rank=0), "float32", None),
+    ],
+)
+def test_what_a_step_keeps_is_as_planned(
+    options: TrainingOptions, dtype: str, quantization: str | None
+) -> None:
+    model = MODEL.from_pretrained(
+        checkpoint_path(), device="cpu", dtype=dtype, quantization=quantization
+    )
+    config, vision = model.config, model.config.vision_config
+    learner = add_adapters(model, options, "") if options.lora_rank else model
+    tokens, tiles, side = 400, vision.max_num_tiles, vision.image_size
+    ids = torch.full((1, tokens), 5)
+    ids[0, 1] = config.image_token_index
+    inputs = {
+        "pixel_values": torch.randn(1, 1, tiles, 3, side, side),
+        "aspect_ratio_ids": torch.full((1, 1), 6),
+        "aspect_ratio_mask": torch.ones(1, 1, tiles).long(),
+        "cross_attention_mask": torch.ones(1, tokens, 1, tiles).long(),
+    }
+    own = {t.untyped_storage().data_ptr() for t in (*learner.parameters(), *learner.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.train()(
+            input_ids=ids, labels=ids.masked_fill(ids == 5, -100), use_cache=False, **inputs
+        )
+    measured = sum(storage.nbytes() for storage in kept.values())
+    batch = Batch(rows=1, tokens=tokens, targets=0, images=1)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    made = training_plan(config, weights, dtype, batch, options)
+    assert 0.95 * measured <= made.activations <= 1.3 * measured
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    assert made.gradients == 4 * trained and made.optimizer == 8 * trained

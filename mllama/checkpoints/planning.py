@@ -54,7 +54,7 @@ def require_fit(
     is_cuda = device.type == "cuda"
     shared: dict[str, Any] = {
         "dtype": name or "float32",
-        "graphs": is_cuda,
+        "device": device.type,
         "images": 1 if images is None else images,
     }
     made = plan(config, encoding, tokens, weights=choice.nbytes, **shared)
@@ -64,7 +64,17 @@ def require_fit(
     if name is None:  # of float64 there are no plans
         check_room(device, choice.nbytes)
     elif made.total > free:
-        text = refusal(made, config, free, str(device), **shared)
+        quantization, stored = choice.quantization, choice.stored_nbytes
+        text = refusal(
+            made,
+            config,
+            free,
+            str(device),
+            is_stored=stored is not None,
+            as_stored=stored if quantization is None else None,
+            overrides=None if quantization is None else quantization.overrides,
+            **shared,
+        )
         raise ValueError(
             f"{text}; force=True (--force) loads it all the same"
             + (f"; {ONE_DEVICE}" if is_cuda else "")

@@ -35,12 +35,15 @@ class Choice:
         nbytes: of all parameters then.
         quantization: of the model; None of a plain one.
         notes: what the user should know, a line each.
+        stored_nbytes: of all parameters if the quantised ones are loaded as they are stored; None where none
+            is stored so.
     """
 
     encodings: dict[str, str]
     nbytes: int
     quantization: Quantization | None = None
     notes: list[str] = field(default_factory=list)
+    stored_nbytes: int | None = None
 
     def described(self, dtype: torch.dtype) -> list[str]:
         """A line for the whole, one for each encoding, and the notes; ``dtype`` is that of what is plain."""
@@ -76,11 +79,13 @@ def choose_encodings(
     infos = {name: matched.checkpoint.tensors[at] for name, at in matched.sources.items()}
     stored = {name: i.encoding for name, i in infos.items() if i.encoding is not None}
     notes = [note for found in matched.found for note in found.notes]
+    stored_nbytes = _nbytes(matched, stored, dtype) if stored else None
     if dequantize:
-        return Choice({}, _nbytes(matched, {}, dtype), None, notes)
+        return Choice({}, _nbytes(matched, {}, dtype), None, notes, stored_nbytes)
     quantization = stored_quantization(matched)
     if encoding is None:
-        return Choice(stored, _nbytes(matched, stored, dtype), quantization, notes)
+        nbytes = _nbytes(matched, stored, dtype)
+        return Choice(stored, nbytes, quantization, notes, stored_nbytes)
     if quantization is None:
         chosen, more = _assigned(matched, wanted, overrides, dtype)
         made = Quantization(encoding, overrides)
@@ -110,7 +115,8 @@ def choose_encodings(
         chosen = stored | {name: e for name, e in every.items() if name in decoded}
         if not stored:
             quantization = Quantization(encoding, overrides)
-    return Choice(chosen, _nbytes(matched, chosen, dtype), quantization, notes + more)
+    nbytes = _nbytes(matched, chosen, dtype)
+    return Choice(chosen, nbytes, quantization, notes + more, stored_nbytes)
 
 
 def stored_quantization(matched: MatchedCheckpoint) -> Quantization | None:

@@ -17,19 +17,26 @@ from typing import Any
 import torch
 
 from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
-from mllama.checkpoints.checkpoint import read_json
-from mllama.checkpoints.hub import resolve_folder
+from mllama.checkpoints.placement import resolve_device
+from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import add_execution_arguments, what_runs
-from mllama.commands.loading import add_quantization_arguments, dtype_of, overrides_of
+from mllama.commands.loading import (
+    add_projector_argument,
+    add_quantization_arguments,
+    dtype_of,
+    overrides_of,
+)
 from mllama.commands.usage import UsageError
+from mllama.memory import free_bytes
 from mllama.processing.paths import check_allow_paths
-from mllama.processing.tiktoken import MAX_LENGTH
+from mllama.quantization.plan import weight_bytes
 from mllama.quantization.policy import PLAIN
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.conversations import DataError
 from mllama.training.encoding import Example, read_examples
 from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.loop import Trainer
+from mllama.training.memory import Batch, refusal, training_plan
 from mllama.training.options import TrainingOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,8 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="DIR",
-        help="checkpoint folder, or hub id with the extra hub",
+        help="checkpoint folder, GGUF file, or hub id with the extra hub",
     )
+    add_projector_argument(group)
     group.add_argument(
         "--data", type=Path, required=True, metavar="FILE", help="conversations to train on (JSONL)"
     )
@@ -96,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_quantization_arguments(group)
     group.add_argument(
-        "--force", action="store_true", help="load also where the memory plan says it does not fit"
+        "--force", action="store_true", help="train also where the memory plan says it does not fit"
     )
     fields = {field.name: field.default for field in dataclasses.fields(TrainingOptions)}
     for title, options in _TRAINING.items():
@@ -132,9 +140,18 @@ def run(options: argparse.Namespace) -> int:
         dtype_of(options),
         overrides_of(options),
     )  # what is wrong with them is said before the data is read
-    processor = MllamaProcessor.from_pretrained(options.model)
-    limit = _longest(options, training)
+    processor = MllamaProcessor.from_pretrained(options.model, projector=options.projector)
+    source = _Source.of(options)
+    if not training.lora_rank and source.encoding is not None:
+        raise ValueError(
+            f"the weights are quantised ({source.encoding}) and cannot be trained: --lora-rank trains "
+            "adapters on them"
+        )
+    most = source.config.text_config.max_position_embeddings
+    limit = min(training.max_length or most, most)
     examples, held_out = _read(options, training, processor, limit)
+    if not options.force:
+        _require_fit(options, training, source, examples)
     folder = RunFolder(options.output, _asked(options, training), options.resume)
     if folder.is_finished:
         print(f"the run in {options.output} is finished", file=sys.stderr)
@@ -188,21 +205,62 @@ def _read(
     return read[0], read[1]
 
 
-def _longest(options: argparse.Namespace, training: TrainingOptions) -> int:
-    """Tokens that a conversation may have: what was asked for, and what the model takes."""
-    path = resolve_folder(options.model) / "config.json"
-    takes = MAX_LENGTH  # Meta's own layout has no config.json
-    if path.is_file():
-        takes = MllamaConfig.from_dict(read_json(path)).text_config.max_position_embeddings
-    return min(training.max_length or takes, takes)
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What is known of a checkpoint from the headers of its files.
+
+    Attributes:
+        encoding: of what is stored quantised, else None.
+        weights: bytes of the model as it is loaded.
+        dtype: of what is not quantised, as it is loaded.
+    """
+
+    config: MllamaConfig
+    encoding: str | None
+    weights: int
+    dtype: str
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> _Source:
+        config, stored, nbytes, dtype = plan_source(
+            MllamaForConditionalGeneration, options.model, projector=options.projector
+        )
+        dtype = dtype_of(options) or dtype
+        asked = options.quantization_encoding
+        if nbytes is None or asked not in (None, stored, *PLAIN):
+            encoding = dtype if asked is None or asked in PLAIN else asked
+            nbytes = weight_bytes(config, encoding, overrides_of(options) or None, dtype)
+        return cls(config, stored, nbytes, dtype)
+
+
+def _require_fit(
+    options: argparse.Namespace,
+    training: TrainingOptions,
+    source: _Source,
+    examples: list[Example],
+) -> None:
+    """Raises: ValueError where the device has not the room to train in, with what is missing and the nearest
+    choice that fits."""
+    device = resolve_device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+    )
+    free, batch = free_bytes(device), Batch.of(examples, training.batch_size)
+    if free is None or source.dtype not in DTYPES:  # the second is refused when it is loaded
+        return
+    given = (source.config, source.weights, source.dtype, batch, training)
+    made = training_plan(*given, device.type)
+    if made.total > free:
+        is_plain = source.encoding is None and options.quantization_encoding in (None, *PLAIN)
+        text = refusal(made, free, device, *given, can_quantize=is_plain)
+        raise ValueError(f"{text}; --force trains all the same")
 
 
 def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, Any]:
     """What decides the result of a run, besides the images' content and the versions installed."""
     named = ("model", "device", "dtype", "backend", "semantics")
     asked = {name: getattr(options, name) for name in named} | dataclasses.asdict(training)
-    quantized = ("quantization_encoding", "quantization_override")
-    asked |= {name: getattr(options, name) for name in quantized if getattr(options, name)}
+    others = ("quantization_encoding", "quantization_override", "projector")
+    asked |= {name: getattr(options, name) for name in others if getattr(options, name)}
     asked["data"] = fingerprint(options.data)
     asked["eval_data"] = fingerprint(options.eval_data) if options.eval_data else None
     return asked
@@ -222,13 +280,9 @@ def _load(
         semantics=options.semantics,
         quantization=None if encoding in PLAIN else encoding,
         quantization_overrides=overrides_of(options) or None,
+        projector=options.projector,
         force=options.force,
     )
-    if whole and model.quantization is not None:
-        raise ValueError(
-            f"the weights are quantised ({model.quantization.encoding}) and cannot be trained: --lora-rank "
-            "trains adapters on them"
-        )
     if model.dtype not in DTYPES.values():
         raise ValueError(f"the checkpoint is {model.dtype}: choose a --dtype to train in")
     if not whole or model.dtype == torch.float32:

@@ -41,14 +41,19 @@ def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
-    """How weights are loaded, besides device and dtype."""
-    add_quantization_arguments(group)
+def add_projector_argument(group: argparse._ArgumentGroup) -> None:
+    """The second file of a GGUF model."""
     group.add_argument(
         "--projector",
         metavar="FILE",
         help="GGUF file with the vision tower, where --model is the text file of a GGUF model",
     )
+
+
+def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
+    """How weights are loaded, besides device and dtype."""
+    add_quantization_arguments(group)
+    add_projector_argument(group)
     group.add_argument(
         "--save-to-serialized-model-path",
         type=Path,
@@ -113,7 +118,10 @@ def dtype_of(options: argparse.Namespace) -> str | None:
 
 
 def source_of(options: argparse.Namespace, checkpoint: str) -> str:
-    """The folder or file to load. Raises: UsageError for serialised folders that cannot be."""
+    """The folder or file to load, ``checkpoint`` unless a serialised folder is given.
+
+    Raises: UsageError for serialised folders that cannot be.
+    """
     stored, written = options.serialized_model_path, options.save_to_serialized_model_path
     if stored is not None and written is not None:
         raise UsageError(
@@ -148,7 +156,7 @@ def load_model(
     quantization = None if encoding in PLAIN else encoding
     overrides = overrides_of(options)
     if options.serialized_model_path is not None and encoding is not None:
-        _check_stored(folder, encoding)
+        check_stored(folder, encoding)
     model = MllamaForConditionalGeneration.from_pretrained(
         folder,
         dtype=dtype_of(options),
@@ -167,7 +175,8 @@ def load_model(
     return model
 
 
-def _check_stored(folder: str, asked: str) -> None:
+def check_stored(folder: str, asked: str) -> None:
+    """Raises: UsageError where a serialised folder holds another encoding than was asked for."""
     stored = describe_checkpoint(MllamaForConditionalGeneration, folder)
     found = stored.get("encoding", stored["dtype"])
     is_cast = asked in PLAIN and found in PLAIN  # as --dtype does

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ import torch
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import positive
-from mllama.commands.loading import add_quantization_arguments, overrides_of
+from mllama.commands.loading import (
+    add_projector_argument,
+    add_quantization_arguments,
+    overrides_of,
+)
 from mllama.config import MllamaConfig
 from mllama.memory import free_bytes
 from mllama.quantization.plan import (
@@ -25,6 +30,7 @@ from mllama.quantization.plan import (
     usable,
 )
 from mllama.quantization.policy import PLAIN
+from mllama.wording import shown
 
 _UNITS = {"MB": 2**20, "GB": 2**30, "MIB": 2**20, "GIB": 2**30, "": 1}
 
@@ -46,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|11b|90b",
         help="checkpoint folder, hub id with the extra hub, GGUF file, or a published size",
     )
-    group.add_argument("--projector", metavar="FILE", help="of a GGUF model in two files")
+    add_projector_argument(group)
     add_quantization_arguments(group)
     group.add_argument(
         "--max-length",
@@ -80,13 +86,21 @@ def run(options: argparse.Namespace) -> int:
         "images": options.images,
         "overrides": overrides or None,
         "dtype": dtype,
+        "device": _device(options).type if options.memory is None else "cuda",
     }
     most = config.text_config.max_position_embeddings
     context = options.max_length or min(8192, most)
     if encoding is None:
         return _table(options, config, free, shared)
-    is_stored = encoding == stored and bytes_of_stored is not None
+    # What is stored is loaded as it is: overrides would be of weights quantised anew.
+    is_stored = encoding == stored and bytes_of_stored is not None and not overrides
     known = {"weights": bytes_of_stored} if is_stored else {}
+    if stored is not None and encoding != stored:
+        print(
+            f"{shown(options.model)} holds {stored}: {encoding} is planned as of the checkpoint that it was "
+            "made of",
+            file=sys.stderr,
+        )
     made = plan(config, encoding, context, **shared, **known)
     longest, missing = longest_context(config, encoding, free, **shared, **known)
     fits = made.total <= free
@@ -99,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:10} {value / 1e9:8.2f} GB")
     print(f"{'free':10} {free / 1e9:8.2f} GB; the longest context that fits is {longest:,}")
     if not fits:
-        print(refusal(made, config, free, "the device", **shared))
+        print(refusal(made, config, free, "the device", is_stored=is_stored, **shared))
     return 0 if fits else 1
 
 
@@ -116,11 +130,15 @@ def _source(
 def _free(options: argparse.Namespace) -> int:
     if options.memory is not None:
         return usable(options.memory)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    free = free_bytes(torch.device(device))
+    device = _device(options)
+    free = free_bytes(device)
     if free is None:
         raise ValueError(f"{device} does not tell what is free: give --memory")
     return free
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _table(

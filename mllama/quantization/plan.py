@@ -11,7 +11,13 @@ from mllama.checkpoints.expected import expected_shapes
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.config import MllamaConfig
 from mllama.quantization.policy import MODEL_ENCODINGS, PLAIN, assign, unknown
-from mllama.quantization.workspace import GRAPHS, text_workspace, vision_workspace
+from mllama.quantization.workspace import (
+    GRAPHS,
+    pixel_bytes,
+    projected_bytes,
+    text_workspace,
+    vision_workspace,
+)
 from mllama.wording import quoted
 from mllama_kernels.encodings import ENCODINGS
 
@@ -80,7 +86,7 @@ def plan(
     *,
     dtype: str = "bfloat16",
     weights: int | None = None,
-    graphs: bool = True,
+    device: str = "cuda",
 ) -> MemoryPlan:
     """What a model takes.
 
@@ -94,7 +100,7 @@ def plan(
         overrides: as for `from_pretrained`.
         dtype: of activations, caches, and what is not quantised.
         weights: their bytes, where they are known already.
-        graphs: whether decode steps are captured, as on a GPU.
+        device: "cpu", or any other for a GPU, where decode steps are captured and libraries have a workspace.
     Raises: ValueError for what cannot be.
     """
     if isinstance(config, str):
@@ -114,10 +120,14 @@ def plan(
         weights = weight_bytes(config, encoding, overrides, dtype)
     head = 2 * text.num_key_value_heads * text.head_dim * itemsize
     crossed, attended = len(text.cross_attention_layers), len(text.self_attention_layers)
-    workspace = max(
-        text_workspace(text, context, itemsize, encoding not in PLAIN),
-        vision_workspace(vision, images, itemsize) if images else 0,
+    on_gpu = device != "cpu"
+    workspace = text_workspace(
+        text, context, itemsize, quantized=encoding not in PLAIN, on_gpu=on_gpu
     )
+    if images:
+        workspace += projected_bytes(config, images * tiles, itemsize)
+        workspace = max(workspace, vision_workspace(vision, images, itemsize, on_gpu=on_gpu))
+        workspace += pixel_bytes(vision, images)
     return MemoryPlan(
         encoding=encoding,
         context=context,
@@ -126,7 +136,7 @@ def plan(
         self_kv=batch * -(-context // _PAGE) * _PAGE * attended * head,
         cross_kv=batch * images * tiles * vision.num_patches * crossed * head,
         workspace=workspace,
-        graphs=GRAPHS if graphs else 0,
+        graphs=GRAPHS if on_gpu else 0,
     )
 
 
@@ -176,8 +186,24 @@ def usable(card: int) -> int:
     return card - (_RESERVED if card < _SMALL_CARD else _RESERVED_OF_LARGE)
 
 
-def refusal(made: MemoryPlan, config: MllamaConfig, free: int, where: str, **options: Any) -> str:
-    """Why a plan does not fit, with what is missing and the nearest choice that fits."""
+def refusal(
+    made: MemoryPlan,
+    config: MllamaConfig,
+    free: int,
+    where: str,
+    *,
+    is_stored: bool = False,
+    as_stored: int | None = None,
+    **options: Any,
+) -> str:
+    """Why a plan does not fit, with what is missing and the nearest choice that fits.
+
+    Args:
+        is_stored: the weights are stored quantised, and a checkpoint is loaded in no other encoding than its
+            own.
+        as_stored: bytes of such weights where they are decoded, in the plan, as they are loaded.
+        options: those of :func:`plan`.
+    """
     parts = ", ".join(
         f"{name} {getattr(made, name) / 1e9:.2f}"
         for name in ("weights", "self_kv", "cross_kv", "workspace")
@@ -186,23 +212,58 @@ def refusal(made: MemoryPlan, config: MllamaConfig, free: int, where: str, **opt
         f"{made.encoding} with a context of {made.context:,} takes {made.total / 1e9:.2f} GB ({parts}), "
         f"{where} has {free / 1e9:.2f} GB free: {(made.total - free) / 1e9:.2f} GB are missing"
     )
-    return f"{text}; {_nearest(made, config, free, **options)}"
+    return f"{text}; {_nearest(made, config, free, is_stored, as_stored, options)}"
 
 
-def _nearest(made: MemoryPlan, config: MllamaConfig, free: int, **options: Any) -> str:
-    own = dict(options)
-    shorter, _ = longest_context(config, made.encoding, free, weights=made.weights, **own)
+def _nearest(
+    made: MemoryPlan,
+    config: MllamaConfig,
+    free: int,
+    is_stored: bool,
+    as_stored: int | None,
+    options: dict[str, Any],
+) -> str:
+    """The first that fits of a shorter context, fewer images, the weights as they are stored, and a smaller
+    encoding: of this checkpoint where it can be loaded in one, else of the one that it was made of."""
+    shorter, _ = longest_context(config, made.encoding, free, weights=made.weights, **options)
     if shorter:
         return f"a context of {shorter:,} fits"
-    own.pop("overrides", None)  # which may name the encoding that does not fit
+    asked = options.get("images", 1)
+    # Fewer of them never take more: the most that fit lie between what fits and what does not.
+    least, most = 0, asked
+    while least < most - 1:
+        middle = (least + most) // 2
+        if _context_with(made, config, free, options, middle):
+            least = middle
+        else:
+            most = middle
+    if asked and (context := _context_with(made, config, free, options, least)):
+        images = f"{least} image{'s' if least > 1 else ''}" if least else "no image"
+        return f"with {images} a context of up to {min(context, made.context):,} fits"
+    if as_stored is not None:
+        context, _ = longest_context(config, "stored", free, weights=as_stored, **options)
+        if context:
+            up_to = f"a context of up to {min(context, made.context):,}"
+            return f"without dequantize=True it fits, with {up_to}"
+    own = {name: value for name, value in options.items() if name != "overrides"}
+    suffix = " without overrides" if options.get("overrides") else ""
     begin = BY_SIZE.index(made.encoding) + 1 if made.encoding in BY_SIZE else 0
     for encoding in BY_SIZE[begin:]:
-        if encoding == "bfloat16":
+        if encoding in PLAIN:
             continue
         context, _ = longest_context(config, encoding, free, **own)
         if context:
-            return f"{encoding} fits, with a context of up to {min(context, made.context):,}"
+            original = "its weights stay as they are stored; of the original, " if is_stored else ""
+            up_to = f"a context of up to {min(context, made.context):,}"
+            return f"{original}{encoding}{suffix} fits, with {up_to}"
     return "no encoding fits"
+
+
+def _context_with(
+    made: MemoryPlan, config: MllamaConfig, free: int, options: dict[str, Any], images: int
+) -> int:
+    given = {**options, "images": images, "weights": made.weights}
+    return longest_context(config, made.encoding, free, **given)[0]
 
 
 def _check_counts(config: MllamaConfig, context: int, batch: int, images: int, tiles: int) -> None:
