@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def require_room(
             f"{what} takes {nbytes / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free"
             + (f"; {instead}" if instead else "")
         )
+
+
+def return_freed() -> None:
+    """Give what was freed back to the system: the C library keeps blocks of up to 32 MB, which what is kept
+    for longer then lies between."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _available() -> int | None:

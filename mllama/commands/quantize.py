@@ -27,6 +27,8 @@ from mllama.checkpoints.stored_form import Item, chosen_form
 from mllama.checkpoints.weights import stored_dtype, stored_generation_config
 from mllama.commands.calibration import Inputs, mean_squares, read_inputs
 from mllama.commands.common import as_json
+from mllama.commands.usage import UsageError
+from mllama.memory import return_freed
 from mllama.progress import bar
 from mllama.quantization.error_table import ErrorTable
 from mllama.quantization.importance import read_importance, write_importance
@@ -162,10 +164,11 @@ def _check_output(output: Path) -> None:
 
 
 def _joined(given: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Raises: UsageError for a pattern with two encodings."""
     overrides: dict[str, str] = {}
     for pattern, encoding in given:
         if overrides.setdefault(pattern, encoding) != encoding:
-            raise ValueError(
+            raise UsageError(
                 f"--override {shown(pattern)} is given twice, as {overrides[pattern]} and {encoding}"
             )
     return overrides
@@ -256,6 +259,7 @@ class _Work:
 
             def make(name: str) -> list[tuple[str, Tensor]]:
                 made = self._made(name)
+                return_freed()
                 progress.update(infos[name].nbytes)
                 if isinstance(made, Tensor):
                     return [(published[name], made)]
