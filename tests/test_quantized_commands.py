@@ -173,6 +173,49 @@ def test_info_tells_what_an_encoding_would_give(
     assert code == 2 and "goes with a checkpoint in --model" in err
 
 
+def test_info_of_serialised_models(
+    capsys: pytest.CaptureFixture[str], stored: Path, tmp_path: Path
+) -> None:
+    _, expected, _ = run(capsys, "info", "--model", stored, "--json")
+    code, out, _ = run(capsys, "info", "--serialized-model-path", stored, "--json")
+    assert code == 0 and json.loads(out)["model"] == json.loads(expected)["model"]
+    again = ("--serialized-model-path", stored, "--quantization-encoding")
+    assert run(capsys, "info", *again, "q8_0")[0] == 0
+    code, _, err = run(capsys, "info", *again, "q6_k")
+    assert code == 2 and "holds q8_0, --quantization-encoding asks for q6_k" in err
+    target = tmp_path / "written"
+    written = ("--save-to-serialized-model-path", target)
+    asked = ("--model", DEMO, "--quantization-encoding", "q8_0")
+    code, out, err = run(capsys, "info", *asked, *written, "--json")
+    assert code == 0 and "q8_0" in json.loads(out)["model"]["loaded"][0] and "written to" in err
+    _, out, _ = run(capsys, "info", "--model", target, "--json")
+    model = json.loads(out)["model"]
+    assert model["encodings"] == json.loads(expected)["model"]["encodings"]
+    for given, said in (
+        (written, "goes with a checkpoint in --model"),
+        ((*asked, *written), "holds a model already"),
+        ((*written, "--serialized-model-path", stored), "contradict"),
+    ):
+        code, out, err = run(capsys, "info", *given)
+        assert code == 2 and said in err and not out
+
+
+def test_a_plan_of_another_encoding_than_stored_says_of_what(
+    capsys: pytest.CaptureFixture[str], stored: Path
+) -> None:
+    shared = ("plan", "--model", stored, "--device", "cpu", "--json")
+    code, out, err = run(capsys, *shared, "--quantization-encoding", "q8_0")
+    assert code == 0 and "planned" not in err
+    weights = json.loads(out)["weights"]
+    override = ("--quantization-override", "*.down_proj.weight=q4_0")
+    _, out, _ = run(capsys, *shared, "--quantization-encoding", "q8_0", *override)
+    assert json.loads(out)["weights"] < weights
+    code, out, err = run(capsys, *shared, "--quantization-encoding", "q4_0")
+    assert (
+        code == 0 and "holds q8_0: q4_0 is planned as of the checkpoint that it was made of" in err
+    )
+
+
 def test_verify_refuses_an_original_of_a_plain_model(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "verify", "--model", DEMO, "--original", DEMO, "--device", "cpu")
     assert code == 2 and "--original goes with a quantised model" in err
