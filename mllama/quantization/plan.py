@@ -183,7 +183,7 @@ def longest_context(
 
 def usable(card: int) -> int:
     """Bytes that are left of a card's by the driver and the contexts of libraries."""
-    return card - (_RESERVED if card < _SMALL_CARD else _RESERVED_OF_LARGE)
+    return max(card - (_RESERVED if card < _SMALL_CARD else _RESERVED_OF_LARGE), 0)
 
 
 def refusal(
