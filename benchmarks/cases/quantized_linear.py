@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mllama_kernels as ours
+from benchmarks import quantized_peers, random_codes
 from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting
-from benchmarks.shapes import INTERMEDIATE, E, sample_rows
+from benchmarks.shapes import HKV, HQ, INTERMEDIATE, VOCAB, D, E, sample_rows
 from mllama_kernels import QuantizedTensor
 from mllama_kernels.encodings import ENCODINGS
 
 CHECKED_COLUMNS = 512
-MADE = ("int8", "fp8", "q8_0", "q6_k", "q4_k", "q4_0")
-LAYERS = {"gate_up": (2 * INTERMEDIATE, E), "down": (E, INTERMEDIATE)}
+UNQUANTISED = "mllama_kernels.linear, not quantised"
 
 
-def make(setting: Setting, encoding: str, n: int, k: int, rows: int) -> Arguments:
-    """x, the quantised weight, and the weight in the setting's dtype."""
-    weight = setting.randn(n, k, scale=k**-0.5)
-    return setting.randn(rows, k), ours.quantize(weight, encoding), weight
+@dataclass(frozen=True)
+class Layer:
+    """A weight of the decoder: n rows of k; ``on_cpu``: whether a CPU has the time for it."""
+
+    model: str
+    name: str
+    n: int
+    k: int
+    on_cpu: bool = False
+
+
+LAYERS = (
+    Layer("11B", "gate_up", 2 * INTERMEDIATE, E, on_cpu=True),
+    Layer("11B", "down", E, INTERMEDIATE, on_cpu=True),
+    Layer("11B", "qkv", (HQ + 2 * HKV) * D, E),
+    Layer("11B", "o", E, E),
+    Layer("11B", "lm_head", VOCAB, E),
+    Layer("90B", "gate_up", 57344, 8192),
+    Layer("90B", "down", 8192, 28672, on_cpu=True),
+)
+
+
+def make(setting: Setting, encoding: str, layer: Layer, rows: int) -> Arguments:
+    """x, the quantised weight, and the same weight decoded to the setting's dtype."""
+    weight = random_codes.weight_of(encoding, layer.n, layer.k, setting.device)
+    return setting.randn(rows, layer.k), weight, weight.dequantize(setting.dtype)
 
 
 def product(x: Tensor, weight: QuantizedTensor, _: Tensor) -> Tensor:
@@ -35,7 +59,7 @@ def plain(x: Tensor, _: QuantizedTensor, decoded: Tensor) -> Tensor:
 
 
 def unquantised(x: Tensor, _: QuantizedTensor, decoded: Tensor) -> Tensor:
-    return ours.linear(x, decoded)
+    return ours.linear(x, decoded, weight_is_constant=True)
 
 
 def truth(x: Tensor, weight: QuantizedTensor, _: Tensor) -> Tensor:
@@ -49,23 +73,40 @@ def select(output: Tensor) -> tuple[Tensor, ...]:
     return (output[:, columns],)
 
 
+def layers(setting: Setting) -> list[Layer]:
+    """Those of the device: with --quick one, and of the 90B, which nobody has in float32, in 16 bits only."""
+    if setting.quick:
+        return [LAYERS[0]] if setting.on_gpu else [LAYERS[1]]
+    found = [layer for layer in LAYERS if setting.on_gpu or layer.on_cpu]
+    return [layer for layer in found if layer.model == "11B" or setting.dtype != torch.float32]
+
+
 def cases(setting: Setting) -> Iterator[Case]:
-    for name, (n, k) in LAYERS.items():
-        for encoding in MADE:
-            for rows in setting.sizes([1, 8, 16], [1, 8, 128], [1]):
+    for layer in layers(setting):
+        for encoding in ENCODINGS:
+            for rows in setting.sizes([1, 8, 16, 128, 512], [1, 8, 128], [1]):
                 yield Case(
                     op="quantized_linear",
-                    shape={"layer": name, "encoding": encoding, "rows": rows, "n": n, "k": k},
+                    shape={
+                        "model": layer.model,
+                        "layer": layer.name,
+                        "encoding": encoding,
+                        "rows": rows,
+                        "n": layer.n,
+                        "k": layer.k,
+                    },
                     dtype=setting.dtype,
-                    make=partial(make, setting, encoding, n, k, rows),
+                    make=partial(make, setting, encoding, layer, rows),
                     truth=truth,
                     select=select,
                     impls=(
                         Impl(OURS, product),
                         Impl(PLAIN, plain),
-                        Impl("mllama_kernels.linear, not quantised", unquantised),
+                        Impl(UNQUANTISED, unquantised),
+                        *quantized_peers.of(setting, encoding),
                     ),
-                    bytes=ENCODINGS[encoding].nbytes(n, k) + rows * (n + k) * setting.element,
-                    flops=2 * rows * n * k,
+                    bytes=random_codes.nbytes(encoding, layer.n, layer.k)
+                    + rows * (layer.n + layer.k) * setting.element,
+                    flops=2 * rows * layer.n * layer.k,
                     bound="read",
                 )

@@ -1,0 +1,74 @@
+"""Quantised weights of random codes: made faster than a quantiser could, of every encoding, also those that are
+only read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mllama_kernels import QuantizedTensor
+from mllama_kernels.encodings import ENCODINGS, GGML
+
+GROUP = 128  # columns that share a scale of int4
+# Where the float16 scales of a block lie, and by how much each is larger than the first.
+_HALVES = {"q8_0": {0: 1}, "q6_k": {208: 1}, "q4_k": {0: 1, 2: 8}, "q4_0": {0: 1}}
+# In 16-bit integers: 1 / 4 of it is the smallest scale, a normal number of float16.
+_LARGEST_SCALE = 2.0**-13
+# The 16 values of bitsandbytes' encodings, by their codes.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8, 12, 4, 6, 2, 3))
+TABLES = {"nf4": _NF4, "fp4": _FP4}
+
+
+def weight_of(encoding: str, n: int, k: int, device: torch.device) -> QuantizedTensor:
+    """A weight (n, k) as the kernels read it."""
+    return QuantizedTensor.from_parts(encoding, parts_of(encoding, n, k, device))
+
+
+def parts_of(encoding: str, n: int, k: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Its parts. Scales have three significant bits: who stores them in bfloat16, or their products with zero
+    points, has the very same weight.
+
+    Values are of about the size of weights of the 11B, none is NaN.
+    """
+    found = ENCODINGS[encoding]
+    data = _bytes(n, k // found.block * found.bytes_per_block, device)
+    if encoding in GGML:
+        blocks = data.view(n, -1, found.bytes_per_block)
+        for offset, times in _HALVES[encoding].items():
+            scale = times * _scales(n, blocks.shape[1], device).half()
+            blocks[..., offset : offset + 2] = scale.unsqueeze(-1).view(torch.uint8)
+        return {"blocks": data}
+    if encoding == "int8":
+        return {"data": data.view(torch.int8), "scale": _scales(n, 1, device).view(n)}
+    if encoding == "fp8":
+        data[data & 0x7F == 0x7F] = 0  # NaN
+        return {"data": data.view(torch.float8_e4m3fn), "scale": _scales(n, 1, device).view(n)}
+    if encoding == "int4":
+        scale = _scales(n, k // GROUP, device).bfloat16()
+        zero = _bytes(n, scale.shape[1], device) & 15
+        return {"data": data, "scale": scale, "zero": zero}
+    table = torch.tensor(TABLES[encoding], device=device)
+    return {"data": data, "absmax": 128 * _scales(n, k // 64, device), "table": table}
+
+
+def nbytes(encoding: str, n: int, k: int) -> int:
+    """Of the parts of a weight."""
+    return sum(part.nbytes for part in parts_of(encoding, n, k, "meta").values())
+
+
+def _bytes(n: int, width: int, device: torch.device | str) -> Tensor:
+    """uint8 (n, width): eight of one number, as many as there are."""
+    words = -(-n * width // 8)
+    numbers = torch.randint(-(2**63), 2**63 - 1, (words,), device=device)
+    return numbers.view(torch.uint8)[: n * width].view(n, width)
+
+
+def _scales(n: int, count: int, device: torch.device | str) -> Tensor:
+    """float32 (n, count)."""
+    return torch.randint(4, 8, (n, count), device=device) * (_LARGEST_SCALE / 8)
