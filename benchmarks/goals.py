@@ -14,6 +14,7 @@ GPU, CPU = "cuda", "cpu"
 MEASURES = {
     "us": ("{:.4g} us", False),
     "share": ("{:.0%} of floor", True),
+    "share_of_reading": ("{:.0%} of reading", True),
     "tflops": ("{:.4g} TFLOP/s", True),
     "ratio": ("{:.3g}x", True),
     "time_of_other": ("{:.2f} of its time", False),
@@ -32,7 +33,8 @@ class Goal:
         what: as it stands in the table.
         op: of the row, or "model" or "training".
         shape: sizes by which the row is found; it may have more.
-        measure: one of MEASURES. "share" is of the floor made of this machine's own ceilings.
+        measure: one of MEASURES. "share" is of the floor made of this machine's own ceilings,
+            "share_of_reading" of what was read in the same time right after the row.
         peers: beginnings of the names of the peers that a ratio is against; the fastest of them counts.
         other: for "time_of_other": sizes of the row whose time is the unit.
     """
@@ -147,6 +149,75 @@ def _on_cpu(dtype: str) -> list[Goal]:
         goal(f"CPU, {dtype}: decoding, share of read bandwidth", "share", 0.85),
         goal(f"CPU, {dtype}: decoding, against `transformers`", "token_ratio", 1.4),
         goal(f"CPU, {dtype}: prefill with an image", "first_token_ratio", 1.2),
+    ]
+
+
+# By encoding: the share of bandwidth on CPUs with AVX2, and how many times faster than the plain weights a
+# decoding step is; the shares of the floor on GPUs, of the larger and of the smaller layers.
+_EIGHT, _FOUR = ("q8_0", "int8", "fp8"), ("q4_k", "q4_0", "int4", "nf4", "fp4")
+_CPU_SHARE = {**dict.fromkeys(_EIGHT, 0.85), "q6_k": 0.75, **dict.fromkeys(_FOUR, 0.75)}
+_CPU_FASTER = {"q8_0": 1.65, "q6_k": 1.9, "q4_k": 2.6}
+_GPU_SHARE = {"int8": 0.88, "fp8": 0.88, "q8_0": 0.85, "q6_k": 0.78, **dict.fromkeys(_FOUR, 0.78)}
+_SMALL_LAYERS = ("qkv", "o")
+
+
+def _quantised_on_cpu(encoding: str) -> list[Goal]:
+    """Products of one and of eight rows; what four bits are to reach at eight is no ratio."""
+    op, one = "quantized_linear", {"model": "11B", "encoding": encoding, "rows": 1}
+    found = []
+    for layer in ("gate_up", "down"):
+        shape, what = one | {"layer": layer}, f"CPU: `{encoding}` {layer}"
+        share = _CPU_SHARE[encoding]
+        found.append(Goal(f"{what}, 1 row", op, shape, "share_of_reading", share, CPU))
+        if encoding not in _FOUR:
+            eight = shape | {"rows": 8}
+            found.append(
+                Goal(f"{what}, 8 rows against 1", op, eight, "time_of_other", 3.5, CPU, other=shape)
+            )
+    return found
+
+
+def _quantised_on_gpu(encoding: str) -> list[Goal]:
+    op, found = "quantized_linear", []
+    for layer in ("gate_up", "down", "lm_head", *_SMALL_LAYERS):
+        one = {"model": "11B", "layer": layer, "encoding": encoding, "rows": 1}
+        what, small = f"`{encoding}` {layer}", layer in _SMALL_LAYERS
+        share = 0.65 if small else _GPU_SHARE[encoding]
+        many, prompt = one | {"rows": 16}, one | {"rows": 512}
+        found += [
+            Goal(f"{what}, 1 row", op, one, "share", share),
+            Goal(f"{what}, 16 rows against 1", op, many, "time_of_other", 1.1, other=one),
+            Goal(f"{what}, 512 rows, bfloat16", op, prompt, "ratio", 0.85, peers=("pytorch",)),
+        ]
+    return found
+
+
+def _quantised_decoding(encoding: str) -> list[Goal]:
+    """Of the model on a CPU, and of text layers beside llama.cpp on one with AVX2."""
+
+    def goal(what: str, shape: dict[str, Any], measure: str, target: float, peer: str = "") -> Goal:
+        shape = shape | {"encoding": encoding}
+        what = f"CPU: `{encoding}` {what}"
+        return Goal(what, "model", shape, measure, target, CPU, peers=(peer,) if peer else ())
+
+    model, text = {"text layers": 5}, {"text layers": 4}
+    decoded, llama_cpp = "mllama_kernels, decoded", "llama.cpp"
+    return [
+        goal("decoding, share of read bandwidth", model, "share", _CPU_SHARE[encoding]),
+        goal("decoding, plain weights", model, "token_ratio", _CPU_FASTER[encoding], decoded),
+        goal("decoding, llama.cpp", text, "token_ratio", 1.4, llama_cpp),
+        goal("prompt of 128 tokens, llama.cpp", text, "first_token_ratio", 1, llama_cpp),
+    ]
+
+
+def _quantised_11b(encoding: str, tokens_per_s: float) -> list[Goal]:
+    shape = {"encoding": encoding, "batch": 1, "prompt": 1024, "text layers": 40}
+    what, peers = f"11B `{encoding}`, batch 1, 1k context", ("mllama_kernels, decoded",)
+    return [
+        Goal(f"{what}: decoding", "model", shape, "tokens_per_s", tokens_per_s),
+        Goal(
+            f"{what}: first token, bfloat16", "model", shape, "first_token_ratio", 0.8, peers=peers
+        ),
     ]
 
 
@@ -267,6 +338,11 @@ GOALS: tuple[Goal, ...] = (
     *_at_least_even("float32"),
     *_step("bfloat16", CPU, {"transformers sdpa": 1}),
     *_step("float32", CPU, {"transformers sdpa": 1}),
+    *(goal for encoding in _CPU_SHARE for goal in _quantised_on_cpu(encoding)),
+    *(goal for encoding in _CPU_FASTER for goal in _quantised_decoding(encoding)),
+    *(goal for encoding in _GPU_SHARE for goal in _quantised_on_gpu(encoding)),
+    *_quantised_11b("q8_0", 345),
+    *_quantised_11b("q4_k", 520),
 )
 
 
@@ -307,8 +383,8 @@ def value_of(goal: Goal, run: dict[str, Any] | None) -> float | None:
         return None
     if goal.measure == "us":
         return mine["us"]["median"]
-    if goal.measure in ("share", "tflops", "tokens_per_s"):
-        return mine["share_of_floor" if goal.measure == "share" else goal.measure]
+    if goal.measure in ("share", "share_of_reading", "tflops", "tokens_per_s"):
+        return mine.get("share_of_floor" if goal.measure == "share" else goal.measure)
     if goal.measure == "first_token_ms":
         return mine["first_token_ms"]["median"]
     if goal.measure == "time_of_other":

@@ -22,6 +22,7 @@ from benchmarks.timing import (
     ratios,
     significant,
 )
+from mllama_kernels import QuantizedTensor
 
 INTERRUPTED = "the run was interrupted before"
 
@@ -35,6 +36,7 @@ class Effort:
         seconds: length of a burst.
         budget: of the case; when it is over, ours and plain PyTorch are still measured, in one round.
         compiles: whether there is time for torch.compile.
+        reader: by which the read bandwidth is measured after each case, if at all.
     """
 
     device: torch.device
@@ -44,6 +46,7 @@ class Effort:
     patience: float = 0.5
     budget: Budget = field(default_factory=Budget)
     compiles: bool = True
+    reader: ceilings.Reader | None = None
 
     @classmethod
     def of(cls, device: torch.device, quick: bool, budget: Budget) -> Effort:
@@ -57,12 +60,13 @@ class Effort:
             machine.cold_bytes(device),
             budget=budget,
             compiles=gpu or not quick,
+            reader=None if gpu else ceilings.Reader(device),
         )
 
 
 def nbytes(args: Arguments) -> int:
     """Bytes of the tensors, a view counted as what it shows."""
-    return sum(t.numel() * t.element_size() for t in args if torch.is_tensor(t))
+    return sum(t.nbytes for t in args if torch.is_tensor(t) or isinstance(t, QuantizedTensor))
 
 
 def in_words(error: Exception) -> str:
@@ -118,7 +122,8 @@ def _measure(case: Case, effort: Effort) -> dict[str, Any]:
     torch.compiler.reset()
     first = case.make()
     gate = Gate(case, first)
-    copies = copies_for(nbytes(first), effort.cold_bytes)
+    # Not all arguments are read by each implementation, and some not at all.
+    copies = copies_for(min(nbytes(first), case.bytes), effort.cold_bytes)
     arguments = [first, *(case.make() for _ in range(copies.count - 1))]
     before = machine.state(effort.device)
     contestants = [_Contestant(impl, impl.name == OURS) for impl in case.impls]
@@ -129,10 +134,14 @@ def _measure(case: Case, effort: Effort) -> dict[str, Any]:
     rounds = effort.rounds if slowest < effort.patience else min(3, effort.rounds)
     times = interleave([c.timer.round for c in timed], rounds, effort.budget)
     after = machine.state(effort.device)
+    read_gbps = effort.reader.round() if effort.reader and timed else None
     mine = next((t for c, t in zip(timed, times) if c.is_ours), None)
     for contestant, one in zip(timed, times):
         if one:
             figures(contestant, one, mine, case)
+            if read_gbps is not None:  # on a shared machine it changes within seconds
+                read = contestant.record["gbps"] / read_gbps
+                contestant.record["share_of_reading"] = significant(read, 3)
         else:
             contestant.refuse("left out", INTERRUPTED)
     return {
@@ -145,7 +154,7 @@ def _measure(case: Case, effort: Effort) -> dict[str, Any]:
         "flops": case.flops,
         "bound": case.bound,
         "plain_error": to_json(gate.plain),
-        "state": {"before": before, "after": after},
+        "state": {"before": before, "after": after, "read_gbps": read_gbps},
         "impls": [c.record for c in contestants],
     }
 
@@ -173,6 +182,8 @@ def figures(
         record["tflops"] = significant(case.flops / typical.median / ceilings.TERA)
     if wall is not None:
         record["wall_us"] = significant(wall * 1e6)
+    if isinstance(timer, CpuTimer):
+        record["cpu_us"] = significant(timer.cpu_seconds() * 1e6)
     if why := getattr(timer, "why_no_graph", None):
         record["why_no_graph"] = why
     if mine is not None and not contestant.is_ours:

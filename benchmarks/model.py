@@ -35,6 +35,7 @@ from benchmarks.scenario import (
 )
 from benchmarks.shapes import HKV, TILE, TILES, VOCAB, D
 from benchmarks.timing import Spread, interleave, ratios, significant
+from mllama.quantized_modules import Quantized
 
 PEER = "transformers sdpa"
 LEFT_OUT = "no time was left, or the run was interrupted"
@@ -140,13 +141,23 @@ class Stopwatch:
 
 @dataclass
 class Contestant:
-    """A model as it is run: ``enter`` puts it into the state it is measured in."""
+    """A model as it is run.
+
+    Attributes:
+        options: of ``generate``.
+        enter: puts it into the state it is measured in.
+        unavailable: why it cannot run here.
+        tolerance: of the logits' norm; None: what the dtype allows.
+        bytes_per_step: what a decoding step of it reads; None: what one of ours reads.
+    """
 
     name: str
     model: Any
     options: dict[str, Any]
-    enter: Callable[[], None]
+    enter: Callable[[], None] = lambda: None
     unavailable: str | None = None
+    tolerance: float | None = None
+    bytes_per_step: int | None = None
 
 
 def contestants(mine: Any, theirs: Any, quick: bool) -> list[Contestant]:
@@ -177,7 +188,6 @@ def contestants(mine: Any, theirs: Any, quick: bool) -> list[Contestant]:
             OURS,
             mine,
             {"eos_token_id": None, "pad_token_id": theirs.generation_config.pad_token_id},
-            lambda: None,
         ),
         Contestant(PEER, theirs, {}, attention("sdpa")),
         Contestant(
@@ -216,14 +226,21 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 def bytes_per_step(model: Any, scenario: Scenario) -> int:
     """What one decoding step must read: the weights it uses, and the keys and values of every row."""
-    text = model.config.text_config
+    text = getattr(model.config, "text_config", model.config)
+    tower = getattr(model.model, "language_model", model.model)
     unused = ("embed_tokens", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")
-    named = [*model.model.language_model.named_parameters(), *model.lm_head.named_parameters()]
-    weights = sum(p.numel() for name, p in named if not any(part in name for part in unused))
+    used = [
+        module
+        for part in (tower, model.lm_head)
+        for name, module in part.named_modules()
+        if not any(one in name for one in unused)
+    ]
+    weights = sum(p.nbytes for module in used for p in module.parameters(recurse=False))
+    weights += sum(module.weight.nbytes for module in used if isinstance(module, Quantized))
     context = scenario.prompt + scenario.new // 2
     keys = context * len(text.self_attention_layers)
     keys += scenario.image_tokens * len(text.cross_attention_layers)
-    return (weights + scenario.batch * keys * 2 * HKV * D) * model.dtype.itemsize
+    return weights + scenario.batch * keys * 2 * HKV * D * model.dtype.itemsize
 
 
 def runs_flops(model: Any, scenario: Scenario) -> int:
@@ -233,22 +250,36 @@ def runs_flops(model: Any, scenario: Scenario) -> int:
 
 @torch.no_grad()
 def measure(
-    mine: Any, theirs: Any, layers: Layers, scenario: Scenario, quick: bool, budget: Budget
+    found: list[Contestant],
+    reference: str,
+    inputs: dict[str, Tensor],
+    scenario: Scenario,
+    sizes: dict[str, Any],
+    budget: Budget,
 ) -> dict[str, Any]:
-    """The row of a scenario, ready for JSON; the peer comes first, to be compared with."""
+    """The row of a scenario, ready for JSON.
+
+    Args:
+        found: ours and its peers.
+        reference: the name of the one with which logits are compared.
+        inputs: of all of them.
+        sizes: what the row says beside batch, prompt and new tokens.
+    """
+    mine = next(contestant.model for contestant in found if contestant.name == OURS)
     device = mine.device
     before = machine.state(device)
     dtype_name = str(mine.dtype).removeprefix("torch.")
-    inputs = inputs_of(scenario, mine.dtype, device, mine.config.text_config.vocab_size)
     records, runs = [], []
     expected: Tensor | None = None
-    for contestant in sorted(contestants(mine, theirs, quick), key=lambda c: c.name != PEER):
+    for contestant in sorted(found, key=lambda c: c.name != reference):
         record: dict[str, Any] = {"name": contestant.name, "status": "timed"}
+        if contestant.bytes_per_step is not None:
+            record["bytes_per_step"] = contestant.bytes_per_step
         records.append(record)
         if contestant.unavailable:
             record |= {"status": "unavailable", "reason": contestant.unavailable}
             continue
-        if budget.interrupted or (budget.over and contestant.name not in (OURS, PEER)):
+        if budget.interrupted or (budget.over and contestant.name not in (OURS, reference)):
             record |= {"status": "left out", "reason": LEFT_OUT}
             continue
         budget.say(f"model, {dtype_name}, batch {scenario.batch}: {contestant.name} is compared")
@@ -257,8 +288,8 @@ def measure(
             logits = contestant.model(**inputs, logits_to_keep=1).logits
             expected = logits if expected is None else expected
             record["difference"] = significant(difference(logits, expected), 3)
-            if not record["difference"] <= TOLERANCE[mine.dtype]:
-                reason = f"logits differ by {record['difference']} of those of {PEER}"
+            if not record["difference"] <= (contestant.tolerance or TOLERANCE[mine.dtype]):
+                reason = f"logits differ by {record['difference']} of those of {reference}"
                 record |= {"status": "wrong", "reason": reason}
                 continue
             if device.type == "cuda":  # graphs, recompilations; and how much memory it takes
@@ -306,7 +337,7 @@ def measure(
             "batch": scenario.batch,
             "prompt": scenario.prompt,
             "new": scenario.new,
-            **scenario.sizes(layers),
+            **sizes,
         },
         "dtype": dtype_name,
         "bytes_per_step": bytes_per_step(mine, scenario),
@@ -348,8 +379,16 @@ def run(
                         scenario.tile,
                         *build(layers, dtype, device, vocabulary, scenario.tile),
                     )
+                inputs = inputs_of(scenario, dtype, device, vocabulary)
                 with budget.share(1 / (len(chosen) - place)):
-                    yield measure(*built[1:], layers, scenario, quick, budget)
+                    yield measure(
+                        contestants(*built[1:], quick),
+                        PEER,
+                        inputs,
+                        scenario,
+                        scenario.sizes(layers),
+                        budget,
+                    )
 
 
 def line(row: dict[str, Any]) -> str:
@@ -369,7 +408,8 @@ def add_floor(row: dict[str, Any]) -> None:
     for impl in row["impls"]:
         if impl["status"] == "timed":
             rates = impl["read_gbps_rounds"]
-            floors_ms = [row["bytes_per_step"] / (rate * ceilings.GB) * 1e3 for rate in rates]
+            nbytes = impl.get("bytes_per_step", row["bytes_per_step"])
+            floors_ms = [nbytes / (rate * ceilings.GB) * 1e3 for rate in rates]
             impl["floor_token_ms"] = significant(median(floors_ms))
             shares = ratios(impl["token_rounds_ms"], floors_ms)
             impl["share_of_floor"] = significant(shares.median, 3)

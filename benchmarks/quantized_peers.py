@@ -1,5 +1,5 @@
-"""What else multiplies by quantised weights: PyTorch's packs, torchao, bitsandbytes. All but torchao's 4 bits,
-which are a quantiser's of its own, hold the very codes of the case."""
+"""What else multiplies by quantised weights: PyTorch's packs and bitsandbytes, which hold the codes of the
+case, and torchao, which quantises the decoded weight itself."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _int8_config(torchao: Any) -> Any:
 
 
 def _int4_config(torchao: Any) -> Any:
-    return torchao.Int4WeightOnlyConfig(group_size=GROUP)
+    return torchao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
 
 def _torchao(setting: Setting, name: str, config: Callable[[Any], Any]) -> Impl:

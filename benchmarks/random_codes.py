@@ -1,7 +1,10 @@
-"""Quantised weights of random codes: made faster than a quantiser could, of every encoding, also those that are
-only read."""
+"""Quantised weights of random codes: made faster than a quantiser could, and of every encoding, also of those
+that are only read."""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
@@ -12,8 +15,6 @@ from mllama_kernels.encodings import ENCODINGS, GGML
 GROUP = 128  # columns that share a scale of int4
 # Where the float16 scales of a block lie, and by how much each is larger than the first.
 _HALVES = {"q8_0": {0: 1}, "q6_k": {208: 1}, "q4_k": {0: 1, 2: 8}, "q4_0": {0: 1}}
-# In 16-bit integers: 1 / 4 of it is the smallest scale, a normal number of float16.
-_LARGEST_SCALE = 2.0**-13
 # The 16 values of bitsandbytes' encodings, by their codes.
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -26,35 +27,50 @@ TABLES = {"nf4": _NF4, "fp4": _FP4}
 
 
 def weight_of(encoding: str, n: int, k: int, device: torch.device) -> QuantizedTensor:
-    """A weight (n, k) as the kernels read it."""
-    return QuantizedTensor.from_parts(encoding, parts_of(encoding, n, k, device))
+    """A weight (n, k) as the kernels read it, of about the size that leaves activations theirs."""
+    scale = 2.0 ** round(math.log2(k**-0.5 / _deviation(encoding)))
+    return QuantizedTensor.from_parts(encoding, parts_of(encoding, n, k, device, scale))
 
 
-def parts_of(encoding: str, n: int, k: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Its parts. Scales have three significant bits: who stores them in bfloat16, or their products with zero
-    points, has the very same weight.
+def parts_of(
+    encoding: str, n: int, k: int, device: torch.device | str, scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The parts of a weight (n, k), none of whose values is NaN.
 
-    Values are of about the size of weights of the 11B, none is NaN.
+    Its scales, ``scale`` to nearly twice that, have three significant bits: who stores them in bfloat16, or
+    their products with zero points, has the very same weight.
     """
     found = ENCODINGS[encoding]
     data = _bytes(n, k // found.block * found.bytes_per_block, device)
     if encoding in GGML:
         blocks = data.view(n, -1, found.bytes_per_block)
         for offset, times in _HALVES[encoding].items():
-            scale = times * _scales(n, blocks.shape[1], device).half()
-            blocks[..., offset : offset + 2] = scale.unsqueeze(-1).view(torch.uint8)
+            halves = _scales(n, blocks.shape[1], device, times * scale).half()
+            blocks[..., offset : offset + 2] = halves.unsqueeze(-1).view(torch.uint8)
         return {"blocks": data}
     if encoding == "int8":
-        return {"data": data.view(torch.int8), "scale": _scales(n, 1, device).view(n)}
+        return {"data": data.view(torch.int8), "scale": _scales(n, 1, device, scale).view(n)}
     if encoding == "fp8":
         data[data & 0x7F == 0x7F] = 0  # NaN
-        return {"data": data.view(torch.float8_e4m3fn), "scale": _scales(n, 1, device).view(n)}
+        values = data.view(torch.float8_e4m3fn)
+        return {"data": values, "scale": _scales(n, 1, device, scale).view(n)}
     if encoding == "int4":
-        scale = _scales(n, k // GROUP, device).bfloat16()
-        zero = _bytes(n, scale.shape[1], device) & 15
-        return {"data": data, "scale": scale, "zero": zero}
+        zero = _bytes(n, k // GROUP, device) & 15
+        return {
+            "data": data,
+            "scale": _scales(n, k // GROUP, device, scale).bfloat16(),
+            "zero": zero,
+        }
     table = torch.tensor(TABLES[encoding], device=device)
-    return {"data": data, "absmax": 128 * _scales(n, k // 64, device), "table": table}
+    return {"data": data, "absmax": _scales(n, k // 64, device, scale), "table": table}
+
+
+@functools.cache
+def _deviation(encoding: str) -> float:
+    """The standard deviation of weights with scales of one to two."""
+    with torch.random.fork_rng(devices=[]):
+        parts = parts_of(encoding, 64, 1024, "cpu")
+        return QuantizedTensor.from_parts(encoding, parts).dequantize().std().item()
 
 
 def nbytes(encoding: str, n: int, k: int) -> int:
@@ -69,6 +85,6 @@ def _bytes(n: int, width: int, device: torch.device | str) -> Tensor:
     return numbers.view(torch.uint8)[: n * width].view(n, width)
 
 
-def _scales(n: int, count: int, device: torch.device | str) -> Tensor:
-    """float32 (n, count)."""
-    return torch.randint(4, 8, (n, count), device=device) * (_LARGEST_SCALE / 8)
+def _scales(n: int, count: int, device: torch.device | str, smallest: float) -> Tensor:
+    """float32 (n, count): one to seven quarters of the smallest."""
+    return torch.randint(4, 8, (n, count), device=device) * (smallest / 4)

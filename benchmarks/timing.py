@@ -119,17 +119,25 @@ class CpuTimer:
     ) -> None:
         self._rotation = Rotation(call, copies)
         self.calls = 1
+        self._cpu: list[float] = []
         self.once = self.round()
         if self.once < seconds:  # the first calls warm up; short ones are timed in bursts
             self.calls = min(len(copies), 8)
             self.once = self.round()
         self.calls = max(1, round(seconds / max(self.once, 1e-9)))
+        self._cpu.clear()  # of warming up
 
     def round(self) -> float:
         """Seconds per call."""
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         self._rotation.run(self.calls)
-        return (time.perf_counter() - begin) / self.calls
+        seconds = (time.perf_counter() - begin) / self.calls
+        self._cpu.append((time.process_time() - cpu) / self.calls)
+        return seconds
+
+    def cpu_seconds(self) -> float:
+        """CPU time per call and thread, of the median round: other work on the machine lengthens it less."""
+        return median(self._cpu) / torch.get_num_threads()
 
     def wall(self) -> float | None:
         """Seconds per call as the caller sees them; None where a round measures just that."""

@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     measure,
     model,
     peers,
+    quantized_model,
     readme,
     report,
     run,
@@ -317,10 +318,12 @@ def test_every_goal_names_a_case_and_its_peers(op):
 def test_every_goal_of_the_model_names_a_scenario():
     for goal in [goal for goal in goals.GOALS if goal.op == "model"]:
         layers = scenario.FULL if goal.device == "cuda" else scenario.REDUCED
+        device = torch.device(goal.device)
         shapes = [
             vars(one) | {"text layers": layers.text}
-            for one in scenario.scenarios(torch.device(goal.device), quick=True)
+            for one in scenario.scenarios(device, quick=True)
         ]
+        shapes += [vars(r.scenario) | r.sizes for r in quantized_model.rows(device, quick=True)]
         assert any(goal.shape.items() <= shape.items() for shape in shapes), goal
 
 
