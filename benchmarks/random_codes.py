@@ -33,7 +33,7 @@ def weight_of(encoding: str, n: int, k: int, device: torch.device) -> QuantizedT
 
 
 def parts_of(
-    encoding: str, n: int, k: int, device: torch.device | str, scale: float = 1.0
+    encoding: str, n: int, k: int, device: torch.device, scale: float = 1.0
 ) -> dict[str, Tensor]:
     """The parts of a weight (n, k), none of whose values is NaN.
 
@@ -69,22 +69,26 @@ def parts_of(
 def _deviation(encoding: str) -> float:
     """The standard deviation of weights with scales of one to two."""
     with torch.random.fork_rng(devices=[]):
-        parts = parts_of(encoding, 64, 1024, "cpu")
+        parts = parts_of(encoding, 64, 1024, torch.device("cpu"))
         return QuantizedTensor.from_parts(encoding, parts).dequantize().std().item()
 
 
 def nbytes(encoding: str, n: int, k: int) -> int:
     """Of the parts of a weight."""
-    return sum(part.nbytes for part in parts_of(encoding, n, k, "meta").values())
+    if encoding == "int4":
+        return n * k // 2 + 3 * n * k // GROUP
+    if encoding in TABLES:
+        return n * k // 2 + 4 * n * k // 64 + 64
+    return ENCODINGS[encoding].nbytes(n, k)
 
 
-def _bytes(n: int, width: int, device: torch.device | str) -> Tensor:
+def _bytes(n: int, width: int, device: torch.device) -> Tensor:
     """uint8 (n, width): eight of one number, as many as there are."""
     words = -(-n * width // 8)
     numbers = torch.randint(-(2**63), 2**63 - 1, (words,), device=device)
     return numbers.view(torch.uint8)[: n * width].view(n, width)
 
 
-def _scales(n: int, count: int, device: torch.device | str, smallest: float) -> Tensor:
+def _scales(n: int, count: int, device: torch.device, smallest: float) -> Tensor:
     """float32 (n, count): one to seven quarters of the smallest."""
     return torch.randint(4, 8, (n, count), device=device) * (smallest / 4)
