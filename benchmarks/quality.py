@@ -215,12 +215,15 @@ def measured(part: str, options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     document = json.loads(options.output.read_text()) if options.output.exists() else {}
+    commit = (
+        machine.commit()
+    )  # once: the file is one that git knows, and is written after every part
     for part in options.parts:
         print(part, flush=True)
         start = time.perf_counter()
         document[part] = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **machine.commit(),
+            **commit,
             "machine": machine.describe(torch.device(options.device)),
             "versions": machine.versions(),
             **measured(part, options),

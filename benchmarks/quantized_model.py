@@ -146,6 +146,9 @@ def run(
         if row.is_text and (reason := llama_cpp.missing()):
             leave_out(name, reason)
             continue
+        if budget.over:
+            leave_out(name, "no time was left")
+            continue
         with budget.share(1 / (len(todo) - number)):
             seconds, reading = budget.left, ceiling["read_gbps"] * ceilings.GB
             scenario = row.scenario

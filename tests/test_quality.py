@@ -70,6 +70,23 @@ def test_the_page_has_the_tables_of_the_plan_and_the_file() -> None:
     assert quality_tables.page(text, MEASURED) == text
 
 
+def test_parts_of_one_run_are_of_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the file that the first of them writes is a change to what is committed."""
+    output = tmp_path / "quality.json"
+    monkeypatch.setattr(
+        quality.machine, "commit", lambda: {"commit": "abc", "dirty": output.exists()}
+    )
+    monkeypatch.setattr(quality, "measured", lambda part, options: {"width": part})
+    wide = ["--wide", str(tmp_path), "--output", str(output)]
+    assert quality.main(wide) == 0
+    document = json.loads(output.read_text())
+    assert [(name, part["width"], part["dirty"]) for name, part in document.items()] == [
+        (part, part, False) for part in quality.PARTS
+    ]
+
+
 def test_divergence_is_that_of_the_expected_distribution() -> None:
     expected = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
     actual = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()

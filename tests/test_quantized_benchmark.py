@@ -90,6 +90,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         found = configs(self, vocabulary, tile)
         found["text_config"] |= {"hidden_size": 512, "intermediate_size": 768}
         found["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 1}
+        found["vision_config"] |= {"hidden_size": 320, "attention_heads": 4}
+        found["vision_config"] |= {"intermediate_size": 512, "vision_output_dim": 640}
         return found
 
     monkeypatch.setattr(quantized_model.Layers, "configs", narrower)

@@ -19,6 +19,7 @@ from mllama_kernels.encodings import ENCODINGS
 
 CHECKED_COLUMNS = 512
 UNQUANTISED = "mllama_kernels.linear, not quantised"
+QUICK = ("q8_0", "q6_k", "q4_k", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def layers(setting: Setting) -> list[Layer]:
 
 def cases(setting: Setting) -> Iterator[Case]:
     for layer in layers(setting):
-        for encoding in ENCODINGS:
+        for encoding in QUICK if setting.quick else ENCODINGS:
             for rows in setting.sizes([1, 8, 16, 128, 512], [1, 8, 128], [1]):
                 yield Case(
                     op="quantized_linear",
