@@ -396,9 +396,9 @@ def line(row: dict[str, Any]) -> str:
     text = f"model {row['shape']} {row['dtype']}"
     for impl in row["impls"]:
         if impl["status"] != "timed":
-            text += f"\n  {impl['name']:24}{impl['status']}: {impl['reason']}"
+            text += f"\n  {impl['name']:34}{impl['status']}: {impl['reason']}"
             continue
-        text += f"\n  {impl['name']:24}first token {impl['first_token_ms']['median']:9.1f} ms, "
+        text += f"\n  {impl['name']:34}first token {impl['first_token_ms']['median']:9.1f} ms, "
         text += f"then {impl['tokens_per_s']:7.2f} tokens/s"
     return text
 
