@@ -6,7 +6,7 @@
 namespace mllama {
 
 // Magnitudes up to this have an encoding: beyond it the scale of a block, a half, may be infinite.
-// 0: every finite one has.
+// int8 and fp8, whose scales are float32, have one for every finite magnitude.
 constexpr float largest_magnitude(Encoding encoding) {
   switch (encoding) {
     case Encoding::kQ8_0:

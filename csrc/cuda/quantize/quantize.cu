@@ -64,15 +64,23 @@ __device__ __forceinline__ float load_weight(const QuantizeParams& p, int64_t ro
 }
 
 __device__ __forceinline__ void put_half(uint8_t* out, float x) {
-  const unsigned bits = __half_as_ushort(__float2half_rn(x));
-  out[0] = static_cast<uint8_t>(bits);
-  out[1] = static_cast<uint8_t>(bits >> 8);
+  *reinterpret_cast<uint16_t*>(out) = __half_as_ushort(__float2half_rn(x));
 }
 
-template <int kLow, int kHigh>
-__device__ __forceinline__ uint8_t encode(float x, float minimum, float inverse) {
-  const float q = code<kLow, kHigh, Machine>((x + minimum) * inverse);
-  return static_cast<uint8_t>(static_cast<int>(q) - kLow);
+// The codes of a sub-block, less the lowest, four to a word.
+template <int kLow, int kHigh, int kSize>
+__device__ __forceinline__ void encode(const float (&x)[kSize][1], float minimum, float inverse,
+                                       uint32_t* words) {
+#pragma unroll
+  for (int i = 0; i < kSize; i += 4) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float q = code<kLow, kHigh, Machine>((x[i + e][0] + minimum) * inverse);
+      word |= static_cast<uint32_t>(static_cast<int>(q) - kLow) << 8 * e;
+    }
+    words[i / 4] = word;
+  }
 }
 
 // ---- searches
@@ -87,18 +95,33 @@ struct Shape {
   static constexpr int kBlocks = 32 / kParts;
 };
 
+// Everything is placed so that no two lanes of an access want different words of one bank.
 template <Encoding kEncoding>
 struct WarpMemory {
   using S = Shape<kEncoding>;
-  float x[32][S::kSize + 1];     // of each sub-block; padded, so that columns have their banks
-  uint8_t codes[32 * S::kSize];  // less the lowest code
-  uint8_t out[S::kBlocks * S::kBytes];
+  // From a block's bytes to the next one's.
+  static constexpr int kOutBytes = kEncoding == Encoding::kQ4_K   ? 160
+                                   : kEncoding == Encoding::kQ4_0 ? 20
+                                                                  : S::kBytes;
+  static_assert(S::kBytes % 2 == 0 && kOutBytes % 2 == 0, "copied by two bytes");
+
+  float values[32 * S::kSize];
+  // Of each sub-block, less the lowest code, four to a word, and a word between sub-blocks.
+  uint32_t codes[32][S::kSize / 4 + 1];
+  alignas(4) uint8_t out[S::kBlocks * kOutBytes];
+
+  // Where values has weight i of a sub-block: a warp writes sub-blocks one after the other, and
+  // reads a weight of each.
+  __device__ __forceinline__ static int place(int sub_block, int i) {
+    return sub_block * S::kSize + (i ^ sub_block / (32 / S::kSize));
+  }
 };
 
-// Codes of the sub-blocks of this warp, and scales, in ggml's order: each thread writes those bytes
-// of its block whose place is its own among the kParts threads of the block.
-__device__ __forceinline__ void pack_q4_k(const Q4KScales<Machine>& s, const uint8_t* codes,
-                                          uint8_t* out) {
+// Codes of the sub-blocks of a block, and scales, in ggml's order: each of the block's threads has
+// its own share of the bytes.
+template <int kWords>
+__device__ __forceinline__ void pack_q4_k(const Q4KScales<Machine>& s,
+                                          const uint32_t (*codes)[kWords], uint8_t* out) {
   const int j = threadIdx.x % 8, first = threadIdx.x % 32 - j;
   const int c = static_cast<int>(s.c[0]), m = static_cast<int>(s.m[0]);
   const int far_c = __shfl_sync(~0u, c, first + (j + 4) % 8);
@@ -112,30 +135,49 @@ __device__ __forceinline__ void pack_q4_k(const Q4KScales<Machine>& s, const uin
     out[8 + j] = static_cast<uint8_t>(m | far_m >> 4 << 6);
     out[12 + j] = static_cast<uint8_t>((far_c & 15) | (far_m & 15) << 4);
   }
-  for (int i = j; i < 128; i += 8) {
-    const int at = i / 32 * 64 + i % 32;
-    out[16 + i] = static_cast<uint8_t>(codes[at] | codes[at + 32] << 4);
+  // Columns 4 j to + 3 of each two sub-blocks share four bytes.
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    reinterpret_cast<uint32_t*>(out + 16)[pair * 8 + j] =
+        codes[2 * pair][j] | codes[2 * pair + 1][j] << 4;
   }
 }
 
-__device__ __forceinline__ void pack_q6_k(const Q6KScales<Machine>& s, const uint8_t* codes,
-                                          uint8_t* out) {
+template <int kWords>
+__device__ __forceinline__ void pack_q6_k(const Q6KScales<Machine>& s,
+                                          const uint32_t (*codes)[kWords], uint8_t* out) {
   const int j = threadIdx.x % 16;
-  for (int i = j; i < 64; i += 16) {
-    const int half = i / 32, e = i % 32;
-    const uint8_t* q = codes + 128 * half + e;
-    out[64 * half + e] = static_cast<uint8_t>((q[0] & 15) | (q[64] & 15) << 4);
-    out[64 * half + 32 + e] = static_cast<uint8_t>((q[32] & 15) | (q[96] & 15) << 4);
-    out[128 + 32 * half + e] =
-        static_cast<uint8_t>(q[0] >> 4 | q[32] >> 4 << 2 | q[64] >> 4 << 4 | q[96] >> 4 << 6);
+  const auto put = [&](int byte, uint32_t two) {
+    *reinterpret_cast<uint16_t*>(out + byte) = static_cast<uint16_t>(two);
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t two[4];  // codes of columns 2 j and + 1 of each 32
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      const uint32_t* const sub_block = codes[8 * half + 2 * g + j / 8];
+      two[g] = reinterpret_cast<const uint16_t*>(sub_block)[j % 8];
+    }
+    put(64 * half + 2 * j, (two[0] & 0x0f0f) | (two[2] & 0x0f0f) << 4);
+    put(64 * half + 32 + 2 * j, (two[1] & 0x0f0f) | (two[3] & 0x0f0f) << 4);
+    uint32_t high = 0;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) high |= (two[g] >> 4 & 0x0303) << 2 * g;
+    put(128 + 32 * half + 2 * j, high);
   }
   out[192 + j] = static_cast<uint8_t>(static_cast<int>(s.c[0]));
   if (j == 0) put_half(out + 208, s.d[0]);
 }
 
-__device__ __forceinline__ void pack_q4_0(float d, const uint8_t* codes, uint8_t* out) {
+// A thread has a whole block.
+__device__ __forceinline__ void pack_q4_0(float d, const uint32_t* codes, uint8_t* out) {
   put_half(out, d);
-  for (int i = 0; i < 16; ++i) out[2 + i] = static_cast<uint8_t>(codes[i] | codes[16 + i] << 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t four = codes[i] | codes[i + 4] << 4;
+    reinterpret_cast<uint16_t*>(out)[1 + 2 * i] = static_cast<uint16_t>(four);
+    reinterpret_cast<uint16_t*>(out)[2 + 2 * i] = static_cast<uint16_t>(four >> 16);
+  }
 }
 
 template <Encoding kEncoding, bool kWeighted>
@@ -143,56 +185,59 @@ __global__ void __launch_bounds__(kThreads) search_kernel(const QuantizeParams p
   using S = Shape<kEncoding>;
   __shared__ WarpMemory<kEncoding> memory[kWarps];
   WarpMemory<kEncoding>& own = memory[threadIdx.x / 32];
-  const int lane = threadIdx.x % 32, part = lane % S::kParts;
+  const int lane = threadIdx.x % 32;
   const int64_t per_row = p.k / S::kBlock, blocks = p.rows * per_row;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32) * S::kBlocks;
   if (first >= blocks) return;  // the whole warp
-  for (int i = lane; i < 32 * S::kSize; i += 32) {
-    const int64_t block = first + i / S::kBlock;
-    float x = 0.0f;
-    if (block < blocks)
-      x = load_weight<kEncoding>(p, block / per_row, block % per_row * S::kBlock + i % S::kBlock);
-    own.x[i / S::kSize][i % S::kSize] = x;
-  }
-  __syncwarp();
-  float x[S::kSize][1], importance[kWeighted ? S::kSize : 1][1];
-  const int64_t mine = first + lane / S::kParts;
-  const bool is_block = mine < blocks;
+  // What `of` says of each row and column of the warp's blocks, `beyond` for those there are not,
+  // to the threads of the sub-blocks.
+  const auto distribute = [&](float (&values)[S::kSize][1], float beyond, const auto& of) {
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane; i < 32 * S::kSize; i += 32) {
+      const int64_t block = first + i / S::kBlock;
+      own.values[own.place(i / S::kSize, i % S::kSize)] =
+          block < blocks ? of(block / per_row, block % per_row * S::kBlock + i % S::kBlock)
+                         : beyond;
+    }
+    __syncwarp();
 #pragma unroll
-  for (int i = 0; i < S::kSize; ++i) {
-    x[i][0] = own.x[lane][i];
-    if constexpr (kWeighted)
-      importance[i][0] =
-          is_block ? p.importance[mine % per_row * S::kBlock + part * S::kSize + i] : 1.0f;
+    for (int i = 0; i < S::kSize; ++i) values[i][0] = own.values[own.place(lane, i)];
+  };
+  float x[S::kSize][1], importance[kWeighted ? S::kSize : 1][1];
+  distribute(x, 0.0f,
+             [&](int64_t row, int64_t column) { return load_weight<kEncoding>(p, row, column); });
+  if constexpr (kWeighted) {
+    distribute(importance, 1.0f, [&](int64_t, int64_t column) { return p.importance[column]; });
   }
   const SubBlocks<Machine, S::kSize, kWeighted> b{x, importance};
-  uint8_t* codes = own.codes + lane * S::kSize;
-  uint8_t* block_codes = own.codes + lane / S::kParts * S::kBlock;
-  uint8_t* block_out = own.out + lane / S::kParts * S::kBytes;
+  const int block = lane / S::kParts;
+  uint8_t* const out = own.out + block * own.kOutBytes;
   if constexpr (kEncoding == Encoding::kQ4_K) {
     const Q4KScales<Machine> s = search_q4_k<Machine>(b);
     const float inverse = inverse_or_zero(s.d[0] * s.c[0]), minimum = s.e[0] * s.m[0];
-#pragma unroll
-    for (int i = 0; i < S::kSize; ++i) codes[i] = encode<0, 15>(x[i][0], minimum, inverse);
+    encode<0, 15>(x, minimum, inverse, own.codes[lane]);
     __syncwarp();
-    pack_q4_k(s, block_codes, block_out);
+    pack_q4_k(s, own.codes + block * S::kParts, out);
   } else if constexpr (kEncoding == Encoding::kQ6_K) {
     const Q6KScales<Machine> s = search_q6_k<Machine>(b);
     const float inverse = inverse_or_zero(s.d[0] * s.c[0]);
-#pragma unroll
-    for (int i = 0; i < S::kSize; ++i) codes[i] = encode<-32, 31>(x[i][0], 0.0f, inverse);
+    encode<-32, 31>(x, 0.0f, inverse, own.codes[lane]);
     __syncwarp();
-    pack_q6_k(s, block_codes, block_out);
+    pack_q6_k(s, own.codes + block * S::kParts, out);
   } else {
     const float d = search_q4_0<Machine>(b, 0), inverse = inverse_or_zero(d);
-#pragma unroll
-    for (int i = 0; i < S::kSize; ++i) codes[i] = encode<-8, 7>(x[i][0], 0.0f, inverse);
-    pack_q4_0(d, codes, block_out);
+    encode<-8, 7>(x, 0.0f, inverse, own.codes[lane]);
+    pack_q4_0(d, own.codes[lane], out);
   }
   __syncwarp();
-  const int64_t left = (blocks - first) * S::kBytes;
-  const int bytes = left < S::kBlocks * S::kBytes ? static_cast<int>(left) : S::kBlocks * S::kBytes;
-  for (int i = lane; i < bytes; i += 32) p.data[first * S::kBytes + i] = own.out[i];
+  constexpr int kHalves = S::kBytes / 2;  // of two bytes
+  const int halves = static_cast<int>(min(blocks - first, int64_t{S::kBlocks})) * kHalves;
+  uint16_t* const target = reinterpret_cast<uint16_t*>(p.data + first * S::kBytes);
+  for (int i = lane; i < halves; i += 32) {
+    const uint8_t* const from = own.out + i / kHalves * own.kOutBytes + i % kHalves * 2;
+    target[i] = *reinterpret_cast<const uint16_t*>(from);
+  }
 }
 
 // ---- blocks of 32, as the gguf package makes them

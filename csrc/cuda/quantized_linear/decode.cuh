@@ -20,6 +20,10 @@ __device__ __forceinline__ float load_half(const uint8_t* address) {
   return __half2float(*reinterpret_cast<const __half*>(address));
 }
 
+__device__ __forceinline__ float2 load_pair(const uint8_t* address) {
+  return __half22float2(*reinterpret_cast<const __half2*>(address));
+}
+
 // One value of int4's scale or zero plane.
 __device__ __forceinline__ float plane_value(const uint8_t* plane, PlaneType type, int index) {
   switch (type) {
@@ -31,6 +35,22 @@ __device__ __forceinline__ float plane_value(const uint8_t* plane, PlaneType typ
       return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(plane)[index]);
     default:
       return plane[index];
+  }
+}
+
+// Two neighbours, the first at an even index.
+__device__ __forceinline__ float2 plane_pair(const uint8_t* plane, PlaneType type, int index) {
+  switch (type) {
+    case PlaneType::kFloat32:
+      return reinterpret_cast<const float2*>(plane)[index / 2];
+    case PlaneType::kFloat16:
+      return __half22float2(reinterpret_cast<const __half2*>(plane)[index / 2]);
+    case PlaneType::kBFloat16:
+      return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(plane)[index / 2]);
+    default: {
+      const uchar2 pair = reinterpret_cast<const uchar2*>(plane)[index / 2];
+      return make_float2(pair.x, pair.y);
+    }
   }
 }
 
@@ -48,9 +68,18 @@ __device__ __forceinline__ uint32_t q4_k_pairs(const uint8_t* scales, int part, 
          static_cast<uint32_t>(scales[64 + place]) << 16;
 }
 
-// A lane's values: those of columns 32 g + 16 h + 4 j + i of a part, at 8 g + 4 h + i.
-__device__ __forceinline__ void decode_lane(const QuantizedWeight& w, int64_t row, int64_t part,
-                                            int j, float (&value)[kLaneColumns]) {
+// A weight's table in shared memory, where equal codes share a word and others have other banks.
+// All threads of the block, which may read it behind their next barrier.
+constexpr int kTableSize = 16;
+__device__ __forceinline__ void load_table(const QuantizedWeight& w, float (&table)[kTableSize]) {
+  if (has_table(w.encoding) && threadIdx.x < kTableSize) table[threadIdx.x] = w.table[threadIdx.x];
+}
+
+// A lane's values: those of columns 32 g + 16 h + 4 j + i of a part, at 8 g + 4 h + i. `table`: of
+// load_table().
+__device__ __forceinline__ void decode_lane(const QuantizedWeight& w,
+                                            const float (&table)[kTableSize], int64_t row,
+                                            int64_t part, int j, float (&value)[kLaneColumns]) {
   const Encoding e = w.encoding;
   const int parts = block_parts(e), own_part = static_cast<int>(part % parts);
   const int own_row = static_cast<int>(row % kEight), lane = own_row * 4 + j;
@@ -86,7 +115,8 @@ __device__ __forceinline__ void decode_lane(const QuantizedWeight& w, int64_t ro
   switch (e) {
     case Encoding::kQ8_0:
     case Encoding::kQ4_0: {
-      const float d[2] = {load_half(scales + own_row * 4), load_half(scales + own_row * 4 + 2)};
+      const float2 pair = load_pair(scales + own_row * 4);
+      const float d[2] = {pair.x, pair.y};
       const bool bytes = e == Encoding::kQ8_0;
       decode([&](int t, uint32_t c) {
         const int q = bytes ? static_cast<int8_t>(c) : static_cast<int>(c) - 8;
@@ -96,20 +126,20 @@ __device__ __forceinline__ void decode_lane(const QuantizedWeight& w, int64_t ro
     }
     case Encoding::kQ6_K: {
       const float d = load_half(scales + 128 + own_row * 2);
-      const int8_t* const scale =
-          reinterpret_cast<const int8_t*>(scales + own_part * 32 + own_row * 4);
+      const char4 four = *reinterpret_cast<const char4*>(scales + own_part * 32 + own_row * 4);
+      const float scale[4] = {__fmul_rn(d, four.x), __fmul_rn(d, four.y), __fmul_rn(d, four.z),
+                              __fmul_rn(d, four.w)};
       decode([&](int t, uint32_t c) {
-        return __fmul_rn(__fmul_rn(d, scale[t / 4]), static_cast<float>(static_cast<int>(c) - 32));
+        return __fmul_rn(scale[t / 4], static_cast<float>(static_cast<int>(c) - 32));
       });
       return;
     }
     case Encoding::kQ4_K: {
-      const float d = load_half(scales + 96 + own_row * 4);
-      const float least = load_half(scales + 96 + own_row * 4 + 2);
+      const float2 d = load_pair(scales + 96 + own_row * 4);
       const uint32_t pairs = q4_k_pairs(scales, own_part, own_row);
       decode([&](int t, uint32_t c) {
         const uint32_t own = pairs >> t / 8 * 12;
-        return __fsub_rn(__fmul_rn(__fmul_rn(d, own & 63), c), __fmul_rn(least, own >> 6 & 63));
+        return __fsub_rn(__fmul_rn(__fmul_rn(d.x, own & 63), c), __fmul_rn(d.y, own >> 6 & 63));
       });
       return;
     }
@@ -126,14 +156,18 @@ __device__ __forceinline__ void decode_lane(const QuantizedWeight& w, int64_t ro
     case Encoding::kInt4: {
       const uint8_t* const zeros =
           scales + kEight * int4_row_scales(w.group) * plane_type_size(w.scale);
+      const int index = int4_scale_index(w.group, own_row, own_part * kPartColumns / w.group);
+      const auto both = [&](const uint8_t* plane, PlaneType type, float (&of_half)[2]) {
+        if (w.group == 32) {
+          const float2 pair = plane_pair(plane, type, index);
+          of_half[0] = pair.x, of_half[1] = pair.y;
+        } else {
+          of_half[0] = of_half[1] = plane_value(plane, type, index);
+        }
+      };
       float scale[2], zero[2];
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        const int index =
-            int4_scale_index(w.group, own_row, (own_part * kPartColumns + g * 32) / w.group);
-        scale[g] = plane_value(scales, w.scale, index);
-        zero[g] = plane_value(zeros, w.zero, index);
-      }
+      both(scales, w.scale, scale);
+      both(zeros, w.zero, zero);
       decode([&](int t, uint32_t c) {
         return __fmul_rn(__fsub_rn(static_cast<float>(c), zero[t / 8]), scale[t / 8]);
       });
@@ -141,7 +175,7 @@ __device__ __forceinline__ void decode_lane(const QuantizedWeight& w, int64_t ro
     }
     default: {  // nf4, fp4
       const float absmax = reinterpret_cast<const float*>(scales)[own_row];
-      decode([&](int, uint32_t c) { return __fmul_rn(w.table[c], absmax); });
+      decode([&](int, uint32_t c) { return __fmul_rn(table[c], absmax); });
     }
   }
 }

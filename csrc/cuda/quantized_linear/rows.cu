@@ -4,12 +4,15 @@
 // Tiling     A thread per 16 columns of a row, as layout.h gives them to a lane. Of a slab a warp
 //            takes 8 rows x 64 columns, which are together in memory; of gathered rows one row x
 //            512 columns.
-// Precision  float32, as quantised_linear.h says, rounded once to the dtype.
-// Traffic    Each code once, in whole sectors (of gathered rows too); results in whole sectors.
+// Precision  float32, as ../../quantized_linear.h says, rounded once to the dtype.
+// Traffic    Each code once, in whole sectors (of gathered rows too, but for q6_k's high bits);
+//            results in whole sectors. Scales of a part are eight rows', of which a gathered row
+//            uses an eighth.
 //            Floor of a 64 MB slab in bfloat16 from q4_k: 19 us.
 
 #include "../common/dispatch.cuh"
 #include "../common/launch.h"
+#include "../common/vec_math.cuh"
 #include "decode.cuh"
 
 namespace mllama {
@@ -17,15 +20,17 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Four elements by one instruction where they stand together, which the compiler would take apart,
+// for it sees the stores of the other way.
 template <typename T>
 __device__ __forceinline__ void store_quarter(T* out, const float* value, int64_t columns) {
   if (columns >= 4 && reinterpret_cast<uintptr_t>(out) % (4 * sizeof(T)) == 0) {
-    struct alignas(4 * sizeof(T)) Quarter {
-      T data[4];
-    } quarter;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) quarter.data[i] = from_f32<T>(value[i]);
-    *reinterpret_cast<Quarter*>(out) = quarter;
+    if constexpr (std::is_same_v<T, float>) {
+      __stwb(reinterpret_cast<float4*>(out), make_float4(value[0], value[1], value[2], value[3]));
+    } else {
+      __stwb(reinterpret_cast<uint2*>(out),
+             make_uint2(pack_pair<T>(value[0], value[1]), pack_pair<T>(value[2], value[3])));
+    }
     return;
   }
 #pragma unroll
@@ -38,6 +43,9 @@ __device__ __forceinline__ void store_quarter(T* out, const float* value, int64_
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     quantized_rows_kernel(const QuantizedRowsParams p, const int64_t parts, const int64_t items) {
+  __shared__ float table[kTableSize];
+  load_table(p.w, table);
+  __syncthreads();
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= items) return;
   const int j = static_cast<int>(index % 4);
@@ -54,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   float value[kLaneColumns];
   if (row >= 0 && row < p.w.n) {
-    decode_lane(p.w, row, part, j, value);
+    decode_lane(p.w, table, row, part, j, value);
   } else {
 #pragma unroll
     for (float& v : value) v = __uint_as_float(0x7fffffff);

@@ -27,6 +27,7 @@ template <typename T, int kMaxRows>
 struct SimtShared {
   float sums[2][kWarps][kMaxRows][kEight];  // of gate or plain rows, of up rows
   float rstd[kMaxRows];
+  float table[kTableSize];
 };
 
 // Four elements of a row from column k on; zeros behind its end.
@@ -50,13 +51,14 @@ __device__ __forceinline__ float normalize_one(float x, float weight, float rstd
 }
 
 template <typename T, int kMaxRows>
-__device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned, int64_t row,
+__device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned,
+                                         const float (&table)[kTableSize], int64_t row,
                                          const float (&rstd)[kMaxRows], float (&sum)[kMaxRows]) {
   const int warp = threadIdx.x / kWarpSize, j = threadIdx.x % 4;
   const int64_t own = min(row, p.w.n - 1);
   for (int64_t part = warp; part < p.parts; part += kWarps) {
     float weight[kLaneColumns];
-    decode_lane(p.w, own, part, j, weight);
+    decode_lane(p.w, table, own, part, j, weight);
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
       const int64_t k = part * kPartColumns + quarter_column(quarter, j);
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // without the 1 it may spill
     quantized_linear_simt_kernel(const QuantizedCall p, const bool aligned) {
   __shared__ SimtShared<T, kMaxRows> shared;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  load_table(p.w, shared.table);
   for (int row = warp; row < kMaxRows; row += kWarps) {
     double sum = 0;
     const int64_t squares = p.norm_weight != nullptr && row < p.rows ? p.k : 0;
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // without the 1 it may spill
 #pragma unroll 1
     for (int half = 0; half < (p.swiglu ? 2 : 1); ++half) {
       float sum[kMaxRows] = {};
-      multiply<T>(p, aligned, half * p.n + eight * kEight + lane / 4, rstd, sum);
+      multiply<T>(p, aligned, shared.table, half * p.n + eight * kEight + lane / 4, rstd, sum);
 #pragma unroll
       for (int r = 0; r < kMaxRows; ++r) {
         const float all = warp_sum<4>(sum[r]);

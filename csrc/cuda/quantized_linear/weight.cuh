@@ -324,7 +324,7 @@ class QuantizedProductWeight {
     return fmaf(scale, 0.0f, scale);
   }
   __device__ __forceinline__ static float2 load_half_pair(const uint8_t* address) {
-    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(address));
+    const float2 pair = load_pair(address);
     return make_float2(nan_if_infinite(pair.x), nan_if_infinite(pair.y));
   }
 
