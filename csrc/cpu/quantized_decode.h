@@ -134,11 +134,12 @@ class Decoder {
     } else if constexpr (kEncoding == Encoding::kInt8 || kEncoding == Encoding::kFp8) {
       return {load(reinterpret_cast<const float*>(scales) + row), FVec{}};
     } else if constexpr (kEncoding == Encoding::kQ4_K) {
-      const int64_t block = step / 8, part = step % 8;
+      // Unsigned, so that of eight steps in a row the compiler knows each one's part.
+      const uint64_t block = (uint64_t)step / 8, part = (uint64_t)step % 8;
       const UVec first = load_words(extras, block * 3, row),
                  second = load_words(extras, block * 3 + 1, row),
                  third = load_words(extras, block * 3 + 2, row);
-      const int shift = part % 4 * 8;
+      const int shift = (int)(part % 4 * 8);
       UVec scale = first >> shift & 63, minimum = second >> shift & 63;
       if (part >= 4) {
         scale = (third >> shift & 15) | (first >> (shift + 6) & 3) << 4;
@@ -147,9 +148,9 @@ class Decoder {
       return {load_half(scales, block * 2, row) * to_float(scale),
               load_half(scales, block * 2 + 1, row) * to_float(minimum)};
     } else if constexpr (kEncoding == Encoding::kQ6_K) {
-      const int64_t part = step * 2 + half;
+      const uint64_t part = (uint64_t)step * 2 + half;
       const UVec word = load_words(extras, part / 4, row);
-      const IVec scale = (IVec)(word << (24 - part % 4 * 8)) >> 24;
+      const IVec scale = (IVec)(word << (int)(24 - part % 4 * 8)) >> 24;
       return {load_half(scales, part / 16, row) * __builtin_convertvector(scale, FVec), FVec{}};
     } else if constexpr (kEncoding == Encoding::kInt4) {
       const int64_t at = step * kStepColumns / w_.group * kTileRows + row;

@@ -100,8 +100,8 @@ class Linear {
     if (!reencoded_) {
       return floats_.multiply(tiles, count, x_, layout_.columns, padded_rows(), y, kWidth, scratch);
     }
+    reencoded_->multiply(tiles, count, y, kWidth);
     for (int64_t i = 0; i < count; ++i, y += kTileRows, tiles += layout_.tile_bytes) {
-      reencoded_->multiply(tiles, y, kWidth);
       for (int64_t row = 0; row < p_.rows; ++row) correct(tiles, row, y + row * kWidth, scratch);
     }
   }

@@ -111,6 +111,7 @@ class PairProduct final : public ReencodedProduct {
   PairProduct(const QuantizedWeight& w, const PackedLayout& layout)
       : steps_(layout.columns / kStepColumns),
         group_steps_(w.group / kStepColumns),
+        tile_bytes_(layout.tile_bytes),
         decoder_(w, layout),
         operands_(w) {}
 
@@ -150,8 +151,15 @@ class PairProduct final : public ReencodedProduct {
     return most == 0 || (most >= 0x1p-60f && -max_lanes(-least) >= 0x1p-100f);
   }
 
-  void multiply(const uint8_t* tile, float* y, int64_t ldy) const override {
+  void multiply(const uint8_t* tiles, int64_t count, float* y, int64_t ldy) const override {
     const typename SessionOf<kAmx>::Type session(block_rows_);
+    for (int64_t i = 0; i < count; ++i) {
+      multiply_tile(tiles + i * tile_bytes_, y + i * kTileRows, ldy);
+    }
+  }
+
+ private:
+  void multiply_tile(const uint8_t* tile, float* y, int64_t ldy) const {
     for (int64_t first = 0; first < steps_; first += kTogether) {
       const int64_t count = min(kTogether, steps_ - first);
       alignas(64) __m512i weight[kTogether][Operands::kWords][kPairs];
@@ -177,7 +185,6 @@ class PairProduct final : public ReencodedProduct {
     }
   }
 
- private:
   // Whether a sum ends with a step: its group does, or what is multiplied together.
   bool ends(int64_t step, int64_t left) const {
     return left == 1 || (Operands::kTabled && (step + 1) % group_steps_ == 0);
@@ -234,7 +241,7 @@ class PairProduct final : public ReencodedProduct {
     return (FVec)(even + odd);
   }
 
-  const int64_t steps_, group_steps_;
+  const int64_t steps_, group_steps_, tile_bytes_;
   const Decoder<kEncoding> decoder_;
   const Operands operands_;
   int64_t rows_ = 0, words_ = 1, block_rows_ = 0, step_elements_ = 0;

@@ -24,8 +24,9 @@ class ReencodedProduct {
   // Row `row` of x, (columns of the layout); false: it has to go the way of floats. Several threads
   // may call it, each for rows of its own.
   virtual bool take_row(int64_t row, const float* x) = 0;
-  // y[row][j] = x[row] . row j of the tile. Rows that were not taken may have anything.
-  virtual void multiply(const uint8_t* tile, float* y, int64_t ldy) const = 0;
+  // y[row][16 i + j] = x[row] . row j of tile i, for some neighbouring tiles. Rows that were not
+  // taken may have anything.
+  virtual void multiply(const uint8_t* tiles, int64_t count, float* y, int64_t ldy) const = 0;
 };
 
 }  // namespace mllama::MLLAMA_ISA

@@ -12,75 +12,11 @@
 // With int8_activations a step is one scale, largest / 127, times 8-bit integers.
 #pragma once
 
-#include "quantized_decode.h"
 #include "quantized_product.h"
+#include "quantized_quad_blocks.h"
 #include "quantized_quad_tiles.h"
 
 namespace mllama::MLLAMA_ISA {
-
-constexpr int kQuads = kStepColumns / 4;
-
-template <Encoding kEncoding>
-class QuadOperands {
-  using Codes = Decoder<kEncoding>;
-
- public:
-  static constexpr bool kSixBits = kEncoding == Encoding::kQ6_K;
-  static constexpr bool kHasOffset = kEncoding == Encoding::kQ4_K || kEncoding == Encoding::kInt4;
-  // Columns that share a scale, in quads, within a step.
-  static constexpr int kRunQuads = kSixBits ? 4 : 8;
-  static constexpr int kRuns = kQuads / kRunQuads;
-  // What the codes are above the integers of the weight.
-  static constexpr int kBias = Codes::kBytes                  ? 128
-                               : kSixBits                     ? 32
-                               : kEncoding == Encoding::kQ4_0 ? 8
-                                                              : 0;
-
-  explicit QuadOperands(const PackedLayout& layout) : layout_(layout) {}
-
-  // The column, of a step, that is byte `byte` of quad `quad`.
-  static constexpr int column(int quad, int byte) {
-    if (Codes::kBytes) return 4 * quad + byte;
-    return quad / 2 * 8 + quad % 2 * 2 + byte % 2 * 4 + byte / 2;
-  }
-
-  MLLAMA_METHOD void unpack(const uint8_t* tile, int64_t step, int row, UVec (&out)[kQuads]) const {
-    if constexpr (Codes::kBytes) {
-#pragma GCC unroll 8
-      for (int q = 0; q < kQuads; ++q) out[q] = load_words(tile, step * kQuads + q, row);
-    } else {
-#pragma GCC unroll 4
-      for (int word = 0; word < 4; ++word) {
-        const UVec nibbles = load_words(tile, step * 4 + word, row);
-        out[2 * word] = nibbles & 0x0f0f0f0f;
-        out[2 * word + 1] = nibbles >> 4 & 0x0f0f0f0f;
-      }
-    }
-    if constexpr (kSixBits) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const UVec high = load_words(tile + layout_.high_at, step * 2 + half, row);
-        out[4 * half] |= high << 4 & 0x30303030;
-        out[4 * half + 1] |= high << 2 & 0x30303030;
-        out[4 * half + 2] |= high & 0x30303030;
-        out[4 * half + 3] |= high >> 2 & 0x30303030;
-      }
-    }
-  }
-
- private:
-  const PackedLayout& layout_;
-};
-
-// A step of a row of x.
-struct QuadX {
-  // Two words for each quad: with AVX-512 the upper and the lower bytes of its columns, otherwise
-  // 16 bits of its even and of its odd columns.
-  int32_t words[2][kQuads];
-  float scale;
-  int32_t sums[2];  // of the halves' integers
-  int32_t has_second;
-};
 
 template <Encoding kEncoding>
 class QuadProduct final : public ReencodedProduct {
@@ -88,17 +24,40 @@ class QuadProduct final : public ReencodedProduct {
   static constexpr int kRunQuads = Operands::kRunQuads, kRuns = Operands::kRuns;
   static constexpr int64_t kTogether = 8;  // steps, for many rows
   static constexpr int64_t kAhead = 2048;
+  static constexpr int64_t kCodeBytes = Decoder<kEncoding>::kBytes ? 512 : 256;  // of a step
+#ifdef MLLAMA_QUAD_BLOCKS
+  using Blocks = QuadBlocks<kEncoding>;
+  using Groups = GroupScale[kRuns][kTileVectors];
+  // Steps whose scales are read together: those that share what they are made of.
+  static constexpr int kScaleSteps = kEncoding == Encoding::kQ4_K ? 8 : 1;
+  // One row: how many tiles take turns of how many steps, and how far ahead they are prefetched,
+  // into which cache. Measured: 8 bits like short turns, planes of several kinds long ones.
+  static constexpr bool kShortTurns = Decoder<kEncoding>::kBytes;
+  static constexpr int64_t kTogetherTiles = 4;
+  static constexpr int64_t kTurnSteps = kShortTurns ? 1 : 8;
+  static constexpr int64_t kAheadSteps = kShortTurns ? 4 : 8;
+  static constexpr int kLocality = kShortTurns ? 3 : 2;
+#endif
 
  public:
   QuadProduct(const QuantizedWeight& w, const PackedLayout& layout, bool int8)
-      : layout_(layout), decoder_(w, layout), operands_(layout), int8_(int8) {}
+      : layout_(layout),
+        decoder_(w, layout),
+        operands_(layout),
+        int8_(int8),
+        group_steps_(w.group / kStepColumns) {}
 
   void take(int64_t rows, DType dtype) override {
     rows_ = rows;
+#ifdef MLLAMA_QUAD_BLOCKS
+    encoder_.bytes = Operands::kBytesOfX && rows == 1;
+#endif
     // Less than this a code of x has too few digits.
-    least_ = dtype == DType::kBFloat16 ? 1 << 8 : 1 << 11;
+    encoder_.least = dtype == DType::kBFloat16 ? 1 << 8 : 1 << 11;
     block_rows_ = min<int64_t>(rows, 16);
     steps_ = layout_.columns / kStepColumns;
+    scale_bytes_ = layout_.scales.row_bytes() * kTileRows / steps_;
+    extra_bytes_ = layout_.extras.row_bytes() * kTileRows / steps_;
     const int64_t count = ceil_div<int64_t>(rows, 16) * block_rows_ * steps_;
     x_ = scratch_.take<QuadX>(count);
     second_ = int8_ ? nullptr : scratch_.take<QuadX>(count);
@@ -122,34 +81,42 @@ class QuadProduct final : public ReencodedProduct {
       QuadX& first = at(x_, row, step);
       if (int8_) {
         const float scale = most / 127;
-        write(first, values, nullptr, scale, most == 0 ? 0.0f : 127 / most);
+        encoder_.write(first, values, nullptr, scale, most == 0 ? 0.0f : 127 / most);
         continue;
       }
       // 2^14 times the largest's power of two; the largest code is 127 * 256 + 127.
-      float scale = power_of_two(most) * 0x1p-14f;
+      float scale = encoder_.power_of_two(most) * 0x1p-14f;
       if (most > 32639 * scale) scale *= 2;
       if (most == 0) scale = 1;
       float rest[kStepColumns], none[kStepColumns];
-      first.has_second = !write(first, values, rest, scale, 1 / scale, values);
+      first.has_second = !encoder_.write(first, values, rest, scale, 1 / scale, values);
       if (!first.has_second) continue;
       QuadX& second = at(second_, row, step);
-      if (!write(second, rest, none, scale * 0x1p-15f, 0x1p15f / scale, values)) return false;
+      if (!encoder_.write(second, rest, none, scale * 0x1p-15f, 0x1p15f / scale, values))
+        return false;
     }
     return true;
   }
 
-  void multiply(const uint8_t* tile, float* y, int64_t ldy) const override {
-#ifdef MLLAMA_QUAD_TILES
-    if (rows_ >= kManyRows && amx_available()) return multiply_in_tiles(tile, y, ldy);
+  void multiply(const uint8_t* tiles, int64_t count, float* y, int64_t ldy) const override {
+#ifdef MLLAMA_QUAD_BLOCKS
+    if (rows_ == 1) {
+      for (int64_t i = 0; i < count; i += kTogetherTiles) {
+        multiply_row(tiles + i * layout_.tile_bytes, min(kTogetherTiles, count - i),
+                     y + i * kTileRows);
+      }
+      return;
+    }
 #endif
-    for (int64_t row = 0; row < rows_; row += kTogetherRows) {
-      const int64_t count = min(kTogetherRows, rows_ - row);
-      for (int lane = 0; lane < kTileRows; lane += kLanes) {
-        if (count == 1) {
-          multiply_rows<1>(tile, row, 1, lane, y + row * ldy + lane, ldy);
-        } else {
-          multiply_rows<kTogetherRows>(tile, row, count, lane, y + row * ldy + lane, ldy);
-        }
+    for (int64_t i = 0; i < count; ++i, y += kTileRows, tiles += layout_.tile_bytes) {
+#ifdef MLLAMA_QUAD_TILES
+      if (rows_ >= kManyRows && amx_available()) {
+        multiply_in_tiles(tiles, y, ldy);
+        continue;
+      }
+#endif
+      for (int64_t row = 0; row < rows_; row += kTogetherRows) {
+        multiply_rows(tiles, row, min(kTogetherRows, rows_ - row), y + row * ldy, ldy);
       }
     }
   }
@@ -161,67 +128,180 @@ class QuadProduct final : public ReencodedProduct {
     return x[(row / 16 * steps_ + step) * block_rows_ + row % 16];
   }
 
-  static float power_of_two(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits &= 0x7f800000;
-    memcpy(&x, &bits, 4);
-    return x;
+  // total + the scaled sum of a run; `second` is only called for where x has a second word.
+  template <typename Second>
+  MLLAMA_METHOD FVec add_run(FVec total, IVec sum, const GroupScale& group, const QuadX& x,
+                             int64_t row, int64_t step, int run, const Second& second) const {
+    FVec value = unbiased(sum, x, run) * x.scale, ones = splat((float)x.sums[run] * x.scale);
+    if (x.has_second) {
+      const QuadX& rest = at(second_, row, step);
+      value += unbiased(second(rest), rest, run) * rest.scale;
+      ones += splat((float)rest.sums[run] * rest.scale);
+    }
+    if constexpr (kEncoding == Encoding::kInt4) value -= group.offset * ones;
+    total += value * group.scale;
+    if constexpr (kEncoding == Encoding::kQ4_K) total -= group.offset * ones;
+    return total;
   }
 
-  // The integers nearest to values / scale, and what they leave. Returns whether the columns
-  // `whole`, of which that is all or the rest, have digits enough. Of those that are not zero 3 in
-  // 8 may be inexact with fewer digits than enough, 2 in 8 with one bit less, 1 in 8 with two.
-  bool write(QuadX& out, const float* values, float* rest, float scale, float inverse,
-             const float* whole = nullptr) const {
-    int32_t codes[kStepColumns];
-    IVec fewer[3] = {}, nonzero = {};  // less 1 for each
-    for (int i = 0; i < kStepColumns; i += kLanes) {
-      const FVec code = round_nearest(load(values + i) * inverse);
-      const IVec integers = __builtin_convertvector(code, IVec);
-      memcpy(codes + i, &integers, sizeof(integers));
-      if (!rest) continue;
-      const FVec left = load(values + i) - code * scale;
-      store(rest + i, left);
-      const FVec all = load(whole + i), size = (all < FVec{} ? -all : all) * inverse;
-      const IVec inexact = left != FVec{};
-      fewer[2] += inexact & (size < least_);
-      fewer[1] += inexact & (size < least_ / 2);
-      fewer[0] += inexact & (size < least_ / 4);
-      nonzero += all != FVec{};
+  MLLAMA_METHOD FVec unbiased(IVec sum, const QuadX& x, int run) const {
+    if (Operands::kBias != 0) sum -= x.sums[run];
+    return __builtin_convertvector(sum, FVec);
+  }
+
+#ifdef MLLAMA_QUAD_BLOCKS
+  // What is read kAheadSteps later, of this tile or the one `next` tiles further on: of planes that
+  // are read slowly a line more often than need be.
+  MLLAMA_METHOD void prefetch_planes(const uint8_t* tile, int64_t step, int64_t next) const {
+    int64_t ahead = step + kAheadSteps;
+    if (ahead >= steps_) {
+      ahead -= steps_;
+      tile += next * layout_.tile_bytes;
     }
-    bool enough = true;
-    for (int i = 0; i < 3; ++i) enough &= -8 * sum_lanes(fewer[i]) <= -(i + 1) * sum_lanes(nonzero);
-    out.scale = scale;
-    out.has_second = 0;
-    for (int half = 0; half < 2; ++half) {
-      out.sums[half] = 0;
-      for (int i = 0; i < 16; ++i) out.sums[half] += codes[half * 16 + i];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kCodeBytes; i += 64) {
+      __builtin_prefetch(tile + ahead * kCodeBytes + i, 0, kLocality);
     }
-    for (int q = 0; q < kQuads; ++q) {
-      uint32_t a = 0, b = 0;
-      for (int byte = 0; byte < 4; ++byte) {
-        const int32_t code = codes[Operands::column(q, byte)];
-#if defined(__AVX512F__)
-        const int32_t low = (int8_t)code;
-        a |= (uint32_t)(uint8_t)((code - low) >> 8) << byte * 8;
-        b |= (uint32_t)(uint8_t)low << byte * 8;
-#else
-        (byte % 2 ? b : a) |= (uint32_t)(uint16_t)code << byte / 2 * 16;
-#endif
+    if constexpr (Operands::kSixBits) {
+      __builtin_prefetch(tile + layout_.high_at + ahead * 128, 0, kLocality);
+      __builtin_prefetch(tile + layout_.high_at + ahead * 128 + 64, 0, kLocality);
+    }
+    if constexpr (!Decoder<kEncoding>::kRowScale) {
+      __builtin_prefetch(tile + layout_.scales_at + ahead * scale_bytes_, 0, kLocality);
+      if (extra_bytes_ != 0) {
+        __builtin_prefetch(tile + layout_.extras_at + ahead * extra_bytes_, 0, kLocality);
       }
-      out.words[0][q] = (int32_t)a;
-      out.words[1][q] = (int32_t)b;
     }
-    return enough;
   }
 
-  static int sum_lanes(IVec v) {
-    int sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += v[i];
-    return sum;
+  // The scales of a step and those behind it, where the ones of the steps before end.
+  MLLAMA_METHOD void take_scales(const uint8_t* tile, int64_t step, bool first,
+                                 Groups (&groups)[kScaleSteps]) const {
+    if (kEncoding == Encoding::kInt4 && !first && step % group_steps_ != 0) return;
+    if constexpr (kScaleSteps > 1) {
+      if (step % kScaleSteps == 0) read_several_scales(tile, step / kScaleSteps, groups);
+    } else {
+      read_scales(tile, step, groups);
+    }
   }
 
+  // Apart, or the compiler computes all their places in the loop over steps.
+  __attribute__((noinline)) void read_several_scales(const uint8_t* tile, int64_t first,
+                                                     Groups (&groups)[kScaleSteps]) const {
+    read_scales(tile, first * kScaleSteps, groups);
+  }
+
+  MLLAMA_METHOD void read_scales(const uint8_t* tile, int64_t step,
+                                 Groups (&groups)[kScaleSteps]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kScaleSteps; ++i) {
+#pragma GCC unroll 2
+      for (int run = 0; run < kRuns; ++run) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          groups[i][run][v] = decoder_.scale(tile, step + i, v * kLanes, run);
+        }
+      }
+    }
+  }
+
+  // Several tiles in turn, some steps of each, since memory serves several readers faster.
+  void multiply_row(const uint8_t* tiles, int64_t count, float* y) const {
+    FVec totals[kTogetherTiles][kTileVectors] = {};
+    for (int64_t first = 0; first < steps_; first += kTurnSteps) {
+      for (int64_t i = 0; i < count; ++i) {
+        add_steps(tiles + i * layout_.tile_bytes, first, min(first + kTurnSteps, steps_), count,
+                  totals[i]);
+      }
+    }
+    memcpy(y, totals, count * sizeof(totals[0]));
+  }
+
+  // Apart, or the compiler keeps places of all tiles in registers that the sums need.
+  __attribute__((noinline)) void add_steps(const uint8_t* tile, int64_t first, int64_t end,
+                                           int64_t tiles, FVec (&totals)[kTileVectors]) const {
+    FVec sums[kTileVectors];
+    memcpy(sums, totals, sizeof(sums));
+    Groups scales[kScaleSteps];
+    for (int64_t step = first; step < end; ++step) {
+      prefetch_planes(tile, step, tiles);
+      take_scales(tile, step, step == first, scales);
+      const QuadX& x = x_[step];
+#pragma GCC unroll 2
+      for (int run = 0; run < kRuns; ++run) {
+        typename Blocks::Sums products;
+        Blocks::add(operands_, tile, step, run * kRunQuads, x, products);
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          const auto second = [&](const QuadX& rest) {
+            return second_sums(tile, step, run, rest, v);
+          };
+          sums[v] = add_run(sums[v], products[v], scales[step % kScaleSteps][run][v], x, 0, step,
+                            run, second);
+        }
+      }
+    }
+    memcpy(totals, sums, sizeof(sums));
+  }
+
+  // Apart, so that what is seldom called takes no registers.
+  __attribute__((noinline)) IVec second_sums(const uint8_t* tile, int64_t step, int run,
+                                             const QuadX& rest, int vector) const {
+    typename Blocks::Sums sums;
+    Blocks::add(operands_, tile, step, run * kRunQuads, rest, sums);
+    return sums[vector];
+  }
+
+  __attribute__((noinline)) IVec second_sums(const typename Blocks::Step& weight, int run,
+                                             const QuadX& rest, int vector) const {
+    typename Blocks::Sums sums[1];
+    Blocks::template add<1>(weight, run * kRunQuads, &rest, sums);
+    return sums[0][vector];
+  }
+
+  void multiply_rows(const uint8_t* tile, int64_t first_row, int64_t count, float* y,
+                     int64_t ldy) const {
+    FVec totals[kTogetherRows][kTileVectors];
+    Groups scales[kScaleSteps];
+    memset(totals, 0, count * sizeof(totals[0]));
+    for (int64_t step = 0; step < steps_; ++step) {
+      if (first_row == 0) prefetch_planes(tile, step, 1);
+      typename Blocks::Step weight;
+      Blocks::unpack(operands_, tile, step, weight);
+      take_scales(tile, step, step == 0, scales);
+      const Groups& groups = scales[step % kScaleSteps];
+      int64_t r = 0;
+      for (; r + 4 <= count; r += 4) add_rows<4>(weight, groups, first_row + r, step, &totals[r]);
+      if (r + 2 <= count) {
+        add_rows<2>(weight, groups, first_row + r, step, &totals[r]);
+        r += 2;
+      }
+      if (r < count) add_rows<1>(weight, groups, first_row + r, step, &totals[r]);
+    }
+    for (int64_t r = 0; r < count; ++r) memcpy(y + r * ldy, totals[r], sizeof(totals[r]));
+  }
+
+  template <int kRows>
+  __attribute__((noinline)) void add_rows(const typename Blocks::Step& weight, const Groups& groups,
+                                          int64_t row, int64_t step,
+                                          FVec (*totals)[kTileVectors]) const {
+    const QuadX* x = &at(x_, row, step);
+#pragma GCC unroll 2
+    for (int run = 0; run < kRuns; ++run) {
+      typename Blocks::Sums sums[kRows];
+      Blocks::template add<kRows>(weight, run * kRunQuads, x, sums);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          const auto second = [&](const QuadX& rest) { return second_sums(weight, run, rest, v); };
+          totals[r][v] =
+              add_run(totals[r][v], sums[r][v], groups[run][v], x[r], row + r, step, run, second);
+        }
+      }
+    }
+  }
+#else
   // Of `count` quads from `first` on: codes times integers.
   MLLAMA_METHOD IVec dot(const UVec (&weight)[kQuads], const QuadX& x, int first) const {
 #if defined(__AVX512F__)
@@ -233,18 +313,6 @@ class QuadProduct final : public ReencodedProduct {
       low = _mm512_dpbusd_epi32(low, codes, _mm512_set1_epi32(x.words[1][q]));
     }
     return ((IVec)high << 8) + (IVec)low;
-#elif defined(__AVX2__)
-    __m256i even = {}, odd = {};
-#pragma GCC unroll 8
-    for (int q = first; q < first + kRunQuads; ++q) {
-      const __m256i codes = (__m256i)weight[q];
-      even =
-          _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
-                                                   _mm256_set1_epi32(x.words[0][q])));
-      odd = _mm256_add_epi32(
-          odd, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_set1_epi32(x.words[1][q])));
-    }
-    return (IVec)_mm256_add_epi32(even, odd);
 #else
     IVec sum = {};
     for (int q = first; q < first + kRunQuads; ++q) {
@@ -257,40 +325,26 @@ class QuadProduct final : public ReencodedProduct {
 #endif
   }
 
-  // total + the scaled sum of a run; `second` is only called for where x has a second word.
-  template <typename Second>
-  MLLAMA_METHOD FVec add_run(FVec total, IVec sum, const GroupScale& group, const QuadX& x,
-                             int64_t row, int64_t step, int run, const Second& second) const {
-    FVec value = unbiased(sum, x, run) * x.scale, ones = splat((float)sum_of(x, run) * x.scale);
-    if (x.has_second) {
-      const QuadX& rest = at(second_, row, step);
-      value += unbiased(second(rest), rest, run) * rest.scale;
-      ones += splat((float)sum_of(rest, run) * rest.scale);
-    }
-    if constexpr (kEncoding == Encoding::kInt4) value -= group.offset * ones;
-    total += value * group.scale;
-    if constexpr (kEncoding == Encoding::kQ4_K) total -= group.offset * ones;
-    return total;
-  }
-
-  static int32_t sum_of(const QuadX& x, int run) {
-    return kRuns == 1 ? x.sums[0] + x.sums[1] : x.sums[run];
-  }
-  MLLAMA_METHOD FVec unbiased(IVec sum, const QuadX& x, int run) const {
-    if (Operands::kBias != 0) sum -= Operands::kBias * sum_of(x, run);
-    return __builtin_convertvector(sum, FVec);
-  }
-
   void prefetch(const uint8_t* tile, int64_t step) const {
-    constexpr int64_t kBytes = Decoder<kEncoding>::kBytes ? 512 : 256;
-    const uint8_t* place = tile + step * kBytes + kAhead;
+    const uint8_t* place = tile + step * kCodeBytes + kAhead;
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(place + i, 0, 3);
+    for (int64_t i = 0; i < kCodeBytes; i += 64) __builtin_prefetch(place + i, 0, 3);
+  }
+
+  void multiply_rows(const uint8_t* tile, int64_t first_row, int64_t count, float* y,
+                     int64_t ldy) const {
+    for (int lane = 0; lane < kTileRows; lane += kLanes) {
+      if (count == 1) {
+        multiply_lanes<1>(tile, first_row, 1, lane, y + lane, ldy);
+      } else {
+        multiply_lanes<kTogetherRows>(tile, first_row, count, lane, y + lane, ldy);
+      }
+    }
   }
 
   template <int kRows>
-  void multiply_rows(const uint8_t* tile, int64_t first_row, int64_t count, int lane, float* y,
-                     int64_t ldy) const {
+  void multiply_lanes(const uint8_t* tile, int64_t first_row, int64_t count, int lane, float* y,
+                      int64_t ldy) const {
     FVec totals[kRows] = {};
     for (int64_t step = 0; step < steps_; ++step) {
       if (lane == 0) prefetch(tile, step);
@@ -314,6 +368,7 @@ class QuadProduct final : public ReencodedProduct {
     }
     for (int64_t r = 0; r < count; ++r) store(y + r * ldy, totals[r]);
   }
+#endif
 
 #ifdef MLLAMA_QUAD_TILES
   void multiply_in_tiles(const uint8_t* tile, float* y, int64_t ldy) const {
@@ -367,8 +422,10 @@ class QuadProduct final : public ReencodedProduct {
   const Decoder<kEncoding> decoder_;
   const Operands operands_;
   const bool int8_;
-  float least_ = 0;
+  QuadEncoder<kEncoding> encoder_;
   int64_t rows_ = 0, block_rows_ = 0, steps_ = 0;
+  const int64_t group_steps_;
+  int64_t scale_bytes_ = 0, extra_bytes_ = 0;  // of a step, rounded down
   Scratch scratch_;
   QuadX *x_ = nullptr, *second_ = nullptr;
 };

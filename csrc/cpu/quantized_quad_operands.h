@@ -1,0 +1,147 @@
+// What quantized_quads.h multiplies: the codes of a packed weight as unsigned bytes, four
+// neighbouring columns to a 32-bit lane, and a step of x.
+#pragma once
+
+#include "quantized_decode.h"
+
+namespace mllama::MLLAMA_ISA {
+
+constexpr int kQuads = kStepColumns / 4;
+
+template <Encoding kEncoding>
+class QuadOperands {
+  using Codes = Decoder<kEncoding>;
+
+ public:
+  static constexpr bool kSixBits = kEncoding == Encoding::kQ6_K;
+  static constexpr bool kHasOffset = kEncoding == Encoding::kQ4_K || kEncoding == Encoding::kInt4;
+  // Columns that share a scale, in quads, within a step.
+  static constexpr int kRunQuads = kSixBits ? 4 : 8;
+  static constexpr int kRuns = kQuads / kRunQuads;
+  // Codes of 4 bits times signed bytes stay within 16 bits over a whole step, so that AVX2 too
+  // takes x as bytes; times wider codes its sums of two products may not fit.
+#if defined(__AVX512F__)
+  static constexpr bool kBytesOfX = true;
+#elif defined(__AVX2__)
+  static constexpr bool kBytesOfX = !Codes::kBytes && !kSixBits;
+#else
+  static constexpr bool kBytesOfX = false;
+#endif
+  // What the codes are above the integers of the weight.
+  static constexpr int kBias = Codes::kBytes                  ? 128
+                               : kSixBits                     ? 32
+                               : kEncoding == Encoding::kQ4_0 ? 8
+                                                              : 0;
+
+  explicit QuadOperands(const PackedLayout& layout) : layout_(layout) {}
+
+  // The column, of a step, that is byte `byte` of quad `quad`.
+  static constexpr int column(int quad, int byte) {
+    if (Codes::kBytes) return 4 * quad + byte;
+    return quad / 2 * 8 + quad % 2 * 2 + byte % 2 * 4 + byte / 2;
+  }
+
+  // Codes of a quad, of the rows from `row` on.
+  MLLAMA_METHOD UVec quad(const uint8_t* tile, int64_t step, int row, int quad) const {
+    if constexpr (Codes::kBytes) return load_words(tile, step * kQuads + quad, row);
+    const UVec nibbles = load_words(tile, step * 4 + quad / 2, row);
+    const UVec low = (quad % 2 ? nibbles >> 4 : nibbles) & 0x0f0f0f0f;
+    if constexpr (!kSixBits) return low;
+    const UVec high = load_words(tile + layout_.high_at, step * 2 + quad / 4, row);
+    const int at = quad % 4 * 2;  // of the two bits
+    return low | ((at < 4 ? high << (4 - at) : high >> (at - 4)) & 0x30303030);
+  }
+
+  MLLAMA_METHOD void unpack(const uint8_t* tile, int64_t step, int row, UVec (&out)[kQuads]) const {
+#pragma GCC unroll 8
+    for (int q = 0; q < kQuads; ++q) out[q] = quad(tile, step, row, q);
+  }
+
+ private:
+  const PackedLayout& layout_;
+};
+
+// A step of a row of x.
+struct QuadX {
+  // Two words for each quad: the upper and the lower bytes of its columns, or 16 bits of its even
+  // and of its odd columns.
+  int32_t words[2][kQuads];
+  float scale;
+  int32_t sums[2];  // of the integers of each run, times the bias of the codes if they have one
+  int32_t has_second;
+};
+
+// Steps of x to integers.
+template <Encoding kEncoding>
+struct QuadEncoder {
+  using Operands = QuadOperands<kEncoding>;
+
+  bool bytes = Operands::kBytesOfX;  // the words are bytes
+  float least = 0;                   // less than this a code has too few digits
+
+  static float power_of_two(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0x7f800000;
+    memcpy(&x, &bits, 4);
+    return x;
+  }
+
+  // The integers nearest to values / scale, and what they leave. Returns whether the columns
+  // `whole`, of which that is all or the rest, have digits enough. Of those that are not zero 3 in
+  // 8 may be inexact with fewer digits than enough, 2 in 8 with one bit less, 1 in 8 with two.
+  bool write(QuadX& out, const float* values, float* rest, float scale, float inverse,
+             const float* whole = nullptr) const {
+    int32_t codes[kStepColumns];
+    IVec fewer[3] = {}, nonzero = {};  // less 1 for each
+    for (int i = 0; i < kStepColumns; i += kLanes) {
+      const FVec code = round_nearest(load(values + i) * inverse);
+      const IVec integers = __builtin_convertvector(code, IVec);
+      memcpy(codes + i, &integers, sizeof(integers));
+      if (!rest) continue;
+      const FVec left = load(values + i) - code * scale;
+      store(rest + i, left);
+      const FVec all = load(whole + i), size = (all < FVec{} ? -all : all) * inverse;
+      const IVec inexact = left != FVec{};
+      fewer[2] += inexact & (size < least);
+      fewer[1] += inexact & (size < least / 2);
+      fewer[0] += inexact & (size < least / 4);
+      nonzero += all != FVec{};
+    }
+    bool enough = true;
+    for (int i = 0; i < 3; ++i) enough &= -8 * sum_lanes(fewer[i]) <= -(i + 1) * sum_lanes(nonzero);
+    constexpr int kColumns = Operands::kRunQuads * 4;
+    out.scale = scale;
+    out.has_second = 0;
+    for (int run = 0; run < Operands::kRuns; ++run) {
+      int32_t sum = 0;
+      for (int i = 0; i < kColumns; ++i) sum += codes[run * kColumns + i];
+      out.sums[run] = max(Operands::kBias, 1) * sum;
+    }
+    for (int q = 0; q < kQuads; ++q) {
+      uint32_t a = 0, b = 0;
+      for (int byte = 0; byte < 4; ++byte) {
+        const int32_t code = codes[Operands::column(q, byte)];
+        if (bytes) {
+          const int32_t low = (int8_t)code;
+          a |= (uint32_t)(uint8_t)((code - low) >> 8) << byte * 8;
+          b |= (uint32_t)(uint8_t)low << byte * 8;
+        } else {
+          (byte % 2 ? b : a) |= (uint32_t)(uint16_t)code << byte / 2 * 16;
+        }
+      }
+      out.words[0][q] = (int32_t)a;
+      out.words[1][q] = (int32_t)b;
+    }
+    return enough;
+  }
+
+ private:
+  static int sum_lanes(IVec v) {
+    int sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += v[i];
+    return sum;
+  }
+};
+
+}  // namespace mllama::MLLAMA_ISA
