@@ -139,7 +139,7 @@ def test_rows_of_a_long_prompt_have_the_bits_of_their_own(dtype, kind):
             assert torch.equal(out, whole[part]), f"rows {first} to {first + rows - 1}"
 
 
-@every_kind
+@pytest.mark.parametrize("kind", FEW if SIMULATED else KINDS, ids=kind_name)
 def test_any_number_of_threads_gives_the_same_bits(device, kind):
     calls = [make(kind, rows, 70, 600, "all", torch.bfloat16, device) for rows in (1, 5, 40)]
 

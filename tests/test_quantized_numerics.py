@@ -134,7 +134,8 @@ def test_what_a_table_is_rounded_by_does_not_add_up(dtype):
 
 @pytest.mark.parametrize("rows", [1, 4, 20])
 def test_float32_of_long_rows(rows):
-    for kind in (("q8_0", 0, ()), ("q4_k", 0, ()), ("fp4", 0, ())):
+    kinds: list[Kind] = [("q4_k", 0, ()), ("q8_0", 0, ()), ("fp4", 0, ())]
+    for kind in kinds[:1] if SIMULATED else kinds:  # there the order of a sum is the same for all
         weight = random_weight(kind, 16 if SIMULATED else 96, 14336)
         x = torch.randn(rows, 14336)
         assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)

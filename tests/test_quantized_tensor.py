@@ -9,10 +9,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import SIMULATED
 from numerics import opcheck
 from quantized_weights import (
     EVERY,
     INT4,
+    Kind,
     columns_of,
     kind_name,
     like_a_model,
@@ -26,6 +28,7 @@ from mllama_kernels.encodings import CODES, ENCODINGS, GGML
 from mllama_kernels.quantized_decoding import decode, round_to_int8
 
 every_kind = pytest.mark.parametrize("kind", EVERY, ids=kind_name)
+ONE_OF_EACH_FORM: list[Kind] = [("q4_k", 0, ()), ("int8", 0, ()), ("nf4", 0, ()), INT4[0]]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -245,7 +248,7 @@ def test_only_ggml_has_blocks():
         QuantizedTensor.from_blocks(torch.zeros(2, 34, dtype=torch.uint8), "int8")
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ONE_OF_EACH_FORM if SIMULATED else EVERY, ids=kind_name)
 def test_torch_machinery(device, kind):
     columns = columns_of(kind, 300)
     parts = on(device, like_a_model(kind, 9, columns))
