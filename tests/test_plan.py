@@ -318,6 +318,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1 and "are missing" in out
     code, _ = run(capsys, "--model", str(checkpoint_path()), "--quantization-encoding", "q8_0")
     assert code == 0
+    _, out = run(capsys, "--model", "11b", "--memory", "30MB", "--json")
+    assert json.loads(out)["free"] == 0
     for wrong in ("24XB", "-1", "0"):
         with pytest.raises(SystemExit):
             run(capsys, "--model", "11b", f"--memory={wrong}")
