@@ -31,8 +31,11 @@ def test_each_broken_rule_is_named(document):
     row = copy.deepcopy(document["rows"][0])
     row["moved_to_expected"] = 1.2
     launch = row["launches"][0]
+    assert row["arch"] == 80
+    launch["shared_bytes"] = 99 * 1024 + 1
     launch["shared_wavefronts"], launch["shared_conflicts"] = 1000, 500
-    moves, conflicts = table.failures([row], {})
+    moves, shared, conflicts = table.failures([row], {})
+    assert "101377 bytes of shared memory, sm_86 and sm_89 have 101376" in shared
     assert row["op"] in moves and "moves 1.2 times" in moves
     assert "500 of 1000 shared wavefronts are conflicts" in conflicts
     (spills,) = table.failures([], {90: {"kernel": Resources(255, 8)}})

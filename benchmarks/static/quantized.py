@@ -14,6 +14,9 @@ from mllama_kernels import QuantizedTensor
 from mllama_kernels.encodings import ENCODINGS, GGML
 
 N, K = 2112, 1024
+# Bytes that a gathered row of K columns reads beyond its own: of sectors with the scales of eight
+# rows, with q6_k's high bits of two, and of those with the ids.
+BESIDE_A_ROW = {"int8": 116, "fp8": 116, "q8_0": 504, "q6_k": 1136, "q4_k": 504, "nf4": 520}
 PRODUCTS = ("int8", "fp8", "q8_0", "q6_k", "q4_k", "nf4")  # one per kernel
 
 
@@ -64,4 +67,51 @@ def products(arch: int) -> Iterator[Case]:
     )
 
 
-SOURCES = (products,)
+def rows_of(arch: int) -> Iterator[Case]:
+    """Of a weight: those of an embedding, and a slab for the library's product."""
+    n, k, count = 512, K, 64
+    ids = torch.arange(count) * 8 % n + torch.arange(count) % 8
+    for encoding in PRODUCTS:
+        weight = weight_of(encoding, n, k)
+        table = 64 if encoding == "nf4" else 0
+        row_bytes = (weight.nbytes - table) // n
+        yield Case(
+            "quantized_rows",
+            f"{encoding}, {count} of {n} x {k}",
+            lambda weight=weight: ours.quantized_rows(ids, weight, torch.bfloat16),
+            floor=count * (row_bytes + 2 * k) + size(ids) + table,
+            again={"sectors that rows share, from L2": count * BESIDE_A_ROW[encoding]},
+        )
+        yield Case(
+            "quantized_dequantize",
+            f"{encoding}, {n} x {k}",
+            lambda weight=weight: weight.dequantize(torch.bfloat16),
+            floor=weight.nbytes + 2 * n * k,
+        )
+
+
+def quantizing(arch: int) -> Iterator[Case]:
+    rows, k = 32, K
+    weight, importance = rand(rows, k), torch.rand(k) + 0.5
+    per_row = {"importance, per row, from L2": (rows - 1) * size(importance)}
+    blocks = rows * k // 32
+    for encoding, given, again in (
+        ("q4_k", None, {}),
+        ("q6_k", importance, per_row | {"sectors of two stores, in L2": blocks * 14}),
+        ("q4_0", importance, per_row),
+        ("q8_0", None, {"sectors of two stores, in L2": blocks * 62}),
+        ("int8", None, {"the weight once more, from L2": size(weight)}),
+    ):
+        made = torch.ops.mllama_kernels.quantize_blocks(weight, encoding, given)
+        yield Case(
+            "quantize",
+            f"{encoding}{', importance' if given is not None else ''}, {rows} x {k}",
+            lambda encoding=encoding, given=given: torch.ops.mllama_kernels.quantize_blocks(
+                weight, encoding, given
+            ),
+            floor=size(weight, *made) + (0 if given is None else size(given)),
+            again=again,
+        )
+
+
+SOURCES = (products, rows_of, quantizing)
