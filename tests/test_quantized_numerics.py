@@ -173,3 +173,16 @@ def test_eight_bits_of_small_activations_are_no_zeros(kind):
     exact = reference.quantized_linear(x.double(), weight)
     out = product(x, weight, activations="int8").double()
     assert (out - exact).norm() < 0.012 * exact.norm()
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
+def test_one_row_is_multiplied_otherwise_and_has_the_same_bits(kind):
+    """More tiles than take turns, columns that no turn divides, and steps with a second word."""
+    weight = random_weight(kind, 200, columns_of(kind, 1056))
+    x = torch.randn(7, weight.shape[1]).bfloat16()
+    x[:, 64] = 3e4
+    out = product(x, weight)
+    assert_no_worse(out, reference.quantized_linear, x, weight)
+    for row in range(7):
+        assert torch.equal(product(x[row : row + 1], weight), out[row : row + 1])

@@ -2,7 +2,8 @@
 // is a power of two times 16-bit integers, the codes of the weight are unsigned bytes, four
 // neighbouring columns to a 32-bit lane, lanes are rows. Sums of integers are exact, so neither the
 // instructions nor the number of rows change a bit: AVX-512 multiplies bytes with the upper and the
-// lower byte of x (VNNI; for many rows AMX), AVX2 16-bit words.
+// lower byte of x (VNNI; for many rows AMX), AVX2 16-bit words, and for one row and codes of 4 bits
+// bytes too (quantized_quad_blocks.h).
 //
 // Integers of 16 bits are as good as the accuracy rule asks where the columns of a step are of a
 // kind. Beside larger ones the others keep too few digits, and would decide the result where the
