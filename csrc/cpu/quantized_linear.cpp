@@ -8,8 +8,8 @@
 // Precision  float32 sums, rounded to the dtype after the bias. A row has the same bits in any
 //            batch and on any number of threads.
 // Traffic    the weight once for every 256 rows, of one row as several readers of neighbouring
-//            tiles; of many rows it is unpacked out of the cache for each 16. x once a tile from the
-//            second cache.
+//            tiles; of many rows it is unpacked out of the cache for each 16. x once a tile from
+//            the second cache.
 // Memory     of these rows x in float32 and re-encoded, 9 bytes an element: 64 MB at k = 28672.
 // Aliasing   out may be residual.
 #include "../quantized_linear.h"
