@@ -8,7 +8,7 @@ from conftest import SIMULATED
 from quantized_weights import KINDS, Kind, columns_of, kind_name, like_a_model, random_weight
 from torch import Tensor
 
-from mllama_kernels import QuantizedTensor, quantized_linear, reference
+from mllama_kernels import QuantizedTensor, quantize, quantized_linear, reference
 from mllama_kernels.testing import assert_close_to_exact, assert_no_worse
 
 CPU_ONLY = pytest.mark.skipif(SIMULATED, reason="there the CUDA kernels run")
@@ -97,6 +97,28 @@ def test_few_columns_decide_where_larger_ones_meet_zeros(dtype, encoding, size, 
     assert torch.equal(product(x[:1], weight), out[:1])
 
 
+@every_small_dtype
+@pytest.mark.parametrize("encoding", ["int8", "q8_0", "q6_k", "q4_k", "q4_0"])
+@pytest.mark.parametrize(("zeros", "factor"), [(16, 30), (28, 300), (28, 5000), (31, 100)])
+def test_few_columns_decide_where_the_large_ones_meet_zeros(dtype, encoding, zeros, factor):
+    weight, x = torch.randn(256, 512), torch.randn(16, 512)
+    weight.view(256, -1, 32)[..., :zeros] = 0
+    x.view(16, -1, 32)[..., :zeros] *= factor
+    made, x = quantize(weight, encoding), x.to(dtype)
+    assert_no_worse(product(x, made), reference.quantized_linear, x, made)
+
+
+@every_small_dtype
+@pytest.mark.parametrize("encoding", ["int8", "q8_0", "q6_k", "q4_k", "q4_0"])
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_scales_moved_from_the_weight_to_the_activations(dtype, encoding, power):
+    """As smoothing does it, and beyond what makes columns count alike."""
+    scale = (2 * torch.randn(512)).exp()
+    made = quantize(torch.randn(256, 512) / scale**power, encoding)
+    x = (torch.randn(16, 512) * scale).to(dtype)
+    assert_no_worse(product(x, made), reference.quantized_linear, x, made)
+
+
 @pytest.mark.parametrize("encoding", ["int8", "fp8"])
 def test_subnormal_columns_decide_where_larger_ones_meet_zeros(encoding):
     parts = like_a_model((encoding, 0, ()), 40, 512)
@@ -141,7 +163,7 @@ def test_float32_of_long_rows(rows):
         assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
         with torch.no_grad():
             out = quantized_linear(x, weight, swiglu=True)
-        assert_no_worse(out, reference.quantized_linear, x, weight, roundings=2, swiglu=True)
+        assert_no_worse(out, reference.quantized_linear, x, weight, roundings=3, swiglu=True)
 
 
 @every_small_dtype

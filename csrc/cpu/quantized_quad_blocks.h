@@ -74,7 +74,7 @@ class QuadBlocks {
 
   // Of kRows rows, whose columns are not bytes.
   template <int kRows>
-  static MLLAMA_METHOD void add(const Step& step, int first, const QuadX* x, Sums (&sums)[kRows]) {
+  static MLLAMA_METHOD void add(const Step& step, int first, const QuadX* x, Sums* sums) {
     __m256i a[kRows][kTileVectors] = {};
 #pragma GCC unroll 2
     for (int word = 0; word < 2; ++word) {

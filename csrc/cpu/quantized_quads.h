@@ -7,8 +7,9 @@
 //
 // Integers of 16 bits are as good as the accuracy rule asks where the columns of a step are of a
 // kind. Beside larger ones the others keep too few digits, and would decide the result where the
-// larger meet zeros: such a step gets a second word for what the first left. Rows that two words
-// cannot hold, and infinities, go the way of floats.
+// larger meet zeros: such a step gets a second word for what the first left (of normal numbers a
+// tenth of the steps in bfloat16, two thirds in float16). Rows that two words cannot hold, and
+// infinities, go the way of floats.
 //
 // With int8_activations a step is one scale, largest / 127, times 8-bit integers.
 #pragma once
@@ -53,8 +54,7 @@ class QuadProduct final : public ReencodedProduct {
 #ifdef MLLAMA_QUAD_BLOCKS
     encoder_.bytes = Operands::kBytesOfX && rows == 1;
 #endif
-    // Less than this a code of x has too few digits.
-    encoder_.least = dtype == DType::kBFloat16 ? 1 << 8 : 1 << 11;
+    encoder_.unit = dtype == DType::kBFloat16 ? 0x1p-8f : 0x1p-11f;
     block_rows_ = min<int64_t>(rows, 16);
     steps_ = layout_.columns / kStepColumns;
     scale_bytes_ = layout_.scales.row_bytes() * kTileRows / steps_;
@@ -230,13 +230,12 @@ class QuadProduct final : public ReencodedProduct {
       const QuadX& x = x_[step];
 #pragma GCC unroll 2
       for (int run = 0; run < kRuns; ++run) {
-        typename Blocks::Sums products;
+        typename Blocks::Sums products, seconds = {};
         Blocks::add(operands_, tile, step, run * kRunQuads, x, products);
+        if (x.has_second) add_second(tile, step, run, second_[step], seconds);
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) {
-          const auto second = [&](const QuadX& rest) {
-            return second_sums(tile, step, run, rest, v);
-          };
+          const auto second = [&](const QuadX&) { return seconds[v]; };
           sums[v] = add_run(sums[v], products[v], scales[step % kScaleSteps][run][v], x, 0, step,
                             run, second);
         }
@@ -246,18 +245,16 @@ class QuadProduct final : public ReencodedProduct {
   }
 
   // Apart, so that what is seldom called takes no registers.
-  __attribute__((noinline)) IVec second_sums(const uint8_t* tile, int64_t step, int run,
-                                             const QuadX& rest, int vector) const {
-    typename Blocks::Sums sums;
-    Blocks::add(operands_, tile, step, run * kRunQuads, rest, sums);
-    return sums[vector];
+  __attribute__((noinline)) void add_second(const uint8_t* tile, int64_t step, int run,
+                                            const QuadX& rest,
+                                            typename Blocks::Sums& seconds) const {
+    Blocks::add(operands_, tile, step, run * kRunQuads, rest, seconds);
   }
 
-  __attribute__((noinline)) IVec second_sums(const typename Blocks::Step& weight, int run,
-                                             const QuadX& rest, int vector) const {
-    typename Blocks::Sums sums[1];
-    Blocks::template add<1>(weight, run * kRunQuads, &rest, sums);
-    return sums[0][vector];
+  __attribute__((noinline)) void add_second(const typename Blocks::Step& weight, int run,
+                                            const QuadX& rest,
+                                            typename Blocks::Sums& seconds) const {
+    Blocks::template add<1>(weight, run * kRunQuads, &rest, &seconds);
   }
 
   void multiply_rows(const uint8_t* tile, int64_t first_row, int64_t count, float* y,
@@ -293,9 +290,11 @@ class QuadProduct final : public ReencodedProduct {
       Blocks::template add<kRows>(weight, run * kRunQuads, x, sums);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+        typename Blocks::Sums seconds = {};
+        if (x[r].has_second) add_second(weight, run, at(second_, row + r, step), seconds);
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) {
-          const auto second = [&](const QuadX& rest) { return second_sums(weight, run, rest, v); };
+          const auto second = [&](const QuadX&) { return seconds[v]; };
           totals[r][v] =
               add_run(totals[r][v], sums[r][v], groups[run][v], x[r], row + r, step, run, second);
         }
