@@ -122,15 +122,14 @@ __global__ void __launch_bounds__(kThreads, 1)  // without the 1 it may spill
       const int row = i / kEight;
       const int64_t column = eight * kEight + i % kEight;
       if (row >= p.rows || column >= p.n) continue;
-      float total[2] = {};
-#pragma unroll 1
-      for (int half = 0; half < (p.swiglu ? 2 : 1); ++half) {
-        for (int w = 0; w < kWarps; ++w) total[half] += shared.sums[half][w][row][i % kEight];
-        if (p.bias != nullptr) {
-          total[half] += to_f32(static_cast<const T*>(p.bias)[half * p.n + column]);
-        }
-      }
-      LinearOutput<T>(p, row, column).store(p, gate, total[0], total[1]);
+      const auto total = [&](int half) {
+        float sum = 0;
+        for (int w = 0; w < kWarps; ++w) sum += shared.sums[half][w][row][i % kEight];
+        if (p.bias != nullptr) sum += to_f32(static_cast<const T*>(p.bias)[half * p.n + column]);
+        return sum;
+      };
+      const float up = p.swiglu ? total(1) : 0.0f;
+      LinearOutput<T>(p, row, column).store(p, gate, total(0), up);
     }
     __syncthreads();
   }
