@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from mllama.backend import Ops
 from mllama.quantization.names import named_parts, part_names, split_name
+from mllama_kernels._arguments import peft_asks
 from mllama_kernels.linear import linear_by
 from mllama_kernels.quantized_tensor import QuantizedTensor
 
@@ -22,18 +22,6 @@ _PLANES = ("packed", "table")
 class WholeWeights(OrderedDict[str, Any]):
     """A state dict to fill, ``module.state_dict(destination=WholeWeights())``, that holds each quantised
     weight as it is, under its own name: its parts may be new memory."""
-
-
-def _peft_asks() -> tuple[str, str]:
-    """The module and function of PEFT that reads or copies one of the modules below, or empty names.
-
-    PEFT knows no weight that cannot be changed, and looks at none before it begins.
-    """
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == "copy":
-        frame = frame.f_back
-    module = "" if frame is None else str(frame.f_globals.get("__name__"))
-    return (module, frame.f_code.co_name) if module.startswith("peft.") else ("", "")
 
 
 class Quantized(nn.Module):
@@ -54,7 +42,7 @@ class Quantized(nn.Module):
         Raises: TypeError for PEFT, where it would change the weight.
         """
         if not torch.compiler.is_compiling():
-            self._check_asked(*_peft_asks())
+            self._check_asked(*peft_asks())
         return self._weight
 
     def set_quantized(self, weight: QuantizedTensor) -> None:
@@ -76,7 +64,7 @@ class Quantized(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantized:
         """As for every module. Raises: TypeError for PEFT's copy of what is to be trained as a whole."""
-        if _peft_asks() == ("peft.utils.other", "update"):
+        if peft_asks() == ("peft.utils.other", "update"):
             raise TypeError(
                 f"{self._name} cannot be trained as a whole (modules_to_save): train an adapter on it, or "
                 "load the model with dequantize=True"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _dispatch, _library
-from mllama_kernels._arguments import QuantizedWeight
+from mllama_kernels._arguments import QuantizedWeight, peft_asks
 from mllama_kernels.encodings import CODES, ENCODINGS, GGML, PLANE_TYPES, Encoding, encoding_of
 from mllama_kernels.quantized_decoding import decode
 
@@ -144,7 +144,16 @@ class QuantizedTensor(QuantizedWeight):
 
     @property
     def data(self) -> Tensor:
-        """The numbers (N, K), or (N, K / 2) with two in a byte, of an encoding that is not ggml's."""
+        """The numbers (N, K), or (N, K / 2) with two in a byte, of an encoding that is not ggml's.
+
+        Raises: TypeError for PEFT, whose methods that read the weight would compute with the codes.
+        """
+        if module := peft_asks()[0]:
+            raise TypeError(
+                f"{module} reads the values of a weight that is quantised ({self.encoding}), whose data are "
+                "codes: use a method that runs beside the layer, as LoRA, IA3, LoHa, LoKr and OFT do, or "
+                "load the model with dequantize=True"
+            )
         return self._part("data")
 
     @property

@@ -124,6 +124,19 @@ def test_merging_is_refused(encoding: str, safe: bool, target: str) -> None:
         assert learner(input_ids=IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("encoding", ["int8", "fp8", "q8_0"])
+def test_a_method_that_reads_the_weight_is_refused(encoding: str) -> None:
+    """The numbers of int8 and fp8 are codes, which such a method would take for the values."""
+    model = MODEL.from_pretrained(checkpoint_path(), dtype="float32", quantization=encoding)
+    config = peft.HRAConfig(r=8, target_modules=["q_proj"])
+    learner = peft.get_peft_model(model, config)
+    said = (
+        rf"peft.tuners.hra.layer reads the values .* quantised .{encoding}., whose data are codes"
+    )
+    with pytest.raises(TypeError, match=said), torch.no_grad():
+        learner(input_ids=IDS)
+
+
 def test_quantised_weights_are_not_drawn_anew(base: Any) -> None:
     gates = [p for n, p in base.named_parameters() if n.endswith("gate")]
     before = [gate.clone() for gate in gates]
