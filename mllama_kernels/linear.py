@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 import mllama_kernels
 from mllama_kernels._arguments import checked
 from mllama_kernels._product import product
-from mllama_kernels._steps import StepOps, behind, check_options, rows_of
+from mllama_kernels._steps import StepOps, behind, check_devices, check_options, rows_of
 from mllama_kernels.quantized_tensor import QuantizedTensor
 from mllama_kernels.skinny_linear import MAX_ROWS
 
@@ -114,6 +114,7 @@ def _check(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> 
     if bias is not None and bias.shape != weight.shape[:1]:
         got = tuple(bias.shape)
         raise RuntimeError(f"mllama_kernels.linear: bias must be ({shape[0]},), got shape {got}")
+    check_devices("linear", x, weight, bias)
 
 
 def linear_by(

@@ -85,6 +85,17 @@ def quantized_linear(
         RuntimeError: naming what was given and what is expected.
     """
     check_activations(activations, x)
+    check_options("quantized_linear", residual, gate, row_mask)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"mllama_kernels.quantized_linear: x must be (..., {weight.shape[1]}), got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in _DTYPES:
+        got = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(
+            "mllama_kernels.quantized_linear: x must be float32, float16 or bfloat16, got "
+            f"{got}; mllama_kernels.reference.quantized_linear takes float64 too"
+        )
     if not weight.is_packed:
         return reference.quantized_linear(
             x,
@@ -97,17 +108,6 @@ def quantized_linear(
             row_mask=row_mask,
             swiglu=swiglu,
             activations=activations,
-        )
-    check_options("quantized_linear", residual, gate, row_mask)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            f"mllama_kernels.quantized_linear: x must be (..., {weight.shape[1]}), got shape {tuple(x.shape)}"
-        )
-    if x.dtype not in _DTYPES:
-        got = str(x.dtype).removeprefix("torch.")
-        raise RuntimeError(
-            "mllama_kernels.quantized_linear: x must be float32, float16 or bfloat16, got "
-            f"{got}; mllama_kernels.reference.quantized_linear takes float64 too"
         )
     rows, is_flat = math.prod(x.shape[:-1]), x.dim() == 2
     h, is_one_op = x, _is_one_op(x, rows)
@@ -159,6 +159,11 @@ def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> 
         RuntimeError: for an id that is no row, on CPU. On CUDA, where nobody can look without waiting, its
             row is NaN.
     """
+    if dtype not in _DTYPES:
+        got = str(dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"mllama_kernels.quantized_rows: dtype must be float32, float16 or bfloat16, got {got}"
+        )
     if not weight.is_packed:
         return reference.quantized_rows(ids, weight, dtype)
     packed, table = weight.packed_and_table

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama_kernels._arguments import check_activations, checked
+from mllama_kernels._steps import check_quantized, check_rows
 from mllama_kernels.quantized_decoding import decode, round_to_int8
 
 if TYPE_CHECKING:
@@ -82,12 +83,22 @@ def linear(
     weight_is_constant: bool = False,
 ) -> Tensor:
     """Norm, product, SwiGLU and residual; see :func:`mllama_kernels.linear`."""
+    if not isinstance(weight, Tensor):
+        return quantized_linear(
+            x,
+            weight,
+            bias,
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=residual,
+            gate=gate,
+            row_mask=row_mask,
+            swiglu=swiglu,
+        )
     if (gate is not None and residual is None) or (row_mask is not None and gate is None):
         raise ValueError("gate goes with residual, row_mask with gate")
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, eps)
-    if not isinstance(weight, Tensor):
-        weight = weight.decoded().to(x.dtype)
     y = F.linear(x, weight, bias)
     if swiglu:
         y = _swiglu(y)
@@ -131,17 +142,20 @@ def quantized_linear(
 ) -> Tensor:
     """:func:`linear` by the decoded weight, in x's dtype; see :func:`mllama_kernels.quantized_linear`."""
     check_activations(activations, x)
+    check_quantized(x, weight, bias, norm_weight, eps, residual, gate, row_mask, swiglu)
     if activations is not None:
         if norm_weight is not None:
             x, norm_weight = rms_norm(x, norm_weight, eps), None
         x = round_to_int8(x)
     fused = {"residual": residual, "gate": gate, "row_mask": row_mask, "swiglu": swiglu}
-    return linear(x, weight, bias, norm_weight=norm_weight, eps=eps, **fused)
+    decoded = weight.decoded().to(x.dtype)
+    return linear(x, decoded, bias, norm_weight=norm_weight, eps=eps, **fused)
 
 
 @checked
 def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """``F.embedding(ids, weight)`` by the decoded weight; see :func:`mllama_kernels.quantized_rows`."""
+    check_rows(ids, weight, dtype)
     flat, parts = ids.reshape(-1), weight.parts()
     rows = {n: part if n == "table" else part.index_select(0, flat) for n, part in parts.items()}
     return decode(weight.encoding, rows).to(dtype).view(*ids.shape, weight.shape[1])

@@ -486,8 +486,15 @@ def test_activations_in_eight_bits(device, dtype, kind):
         assert error <= 1.05 * plain + exact.norm() * torch.finfo(dtype).eps
 
 
-def test_errors(device):
-    weight = random_weight(("q8_0", 0, ()), 16, 64, device)
+@pytest.mark.parametrize("pack", [True, False])
+def test_errors(device, pack):
+    """With an unpacked weight, which plain PyTorch decodes, as with a packed one."""
+
+    def made(rows: int, pack: bool = pack) -> QuantizedTensor:
+        packed = random_weight(("q8_0", 0, ()), rows, 64, device)
+        return QuantizedTensor.from_blocks(packed.blocks(), "q8_0", pack=pack)
+
+    weight = made(16)
     x, gate = torch.randn(3, 64, device=device), torch.ones(1, device=device)
     residual = torch.randn(3, 16, device=device)
     mask = torch.ones(3, dtype=torch.bool, device=device)
@@ -498,10 +505,12 @@ def test_errors(device):
         (x.double(), {}, "got float64; mllama_kernels.reference.quantized_linear takes float64"),
         (x.int(), {}, "x must be float32, float16 or bfloat16"),
         (x, {"bias": residual[0, :8]}, r"bias must have shape \(16,\), got \(8,\)"),
+        (x, {"bias": gate}, r"bias must have shape \(16,\), got \(1,\)"),
         (x, {"bias": residual[0].half()}, "bias must have the dtype of x, float32, got float16"),
         (x, {"norm_weight": gate}, r"norm_weight must have shape \(64,\), got \(1,\)"),
         (x, {"norm_weight": x[0].half()}, "norm_weight must have the dtype of x"),
         (x, {"residual": residual[:2]}, r"residual must have shape \(3, 16\), got \(2, 16\)"),
+        (x, {"residual": residual.expand(5, 3, 16)}, r"residual must have shape \(3, 16\)"),
         (x, {"residual": residual, "swiglu": True}, r"residual must have shape \(3, 8\)"),
         (x, {"residual": residual.half()}, "residual must have the dtype of x"),
         (x, {"gate": gate}, "gate goes with residual, row_mask with gate"),
@@ -515,21 +524,41 @@ def test_errors(device):
         for given, kwargs, message in cases:
             with pytest.raises(RuntimeError, match=message):
                 quantized_linear(given, weight, **kwargs)
-        odd = random_weight(("q8_0", 0, ()), 15, 64, device)
         with pytest.raises(RuntimeError, match="even number of rows with swiglu, got 15"):
-            quantized_linear(x, odd, swiglu=True)
+            quantized_linear(x, made(15), swiglu=True)
     with pytest.raises(ValueError, match="activations must be None or \"int8\", got 'int4'"):
         quantized_linear(x, weight, activations="int4")
     with pytest.raises(TypeError, match="weight must be a QuantizedTensor, got a Tensor"):
         quantized_linear(x, residual)
     with pytest.raises(TypeError, match="weight must be a tensor or a QuantizedTensor, got a list"):
         mllama_kernels.linear(x, [1.0])
-    with pytest.raises(RuntimeError, match="residual must be"):  # as a step of its own
+    with pytest.raises(RuntimeError, match=r"residual must (be|have)"):  # as a step of its own
         quantized_linear(x, weight, residual=residual[:1])
     op = torch.ops.mllama_kernels.quantized_linear
     for kwargs in ({"gate": gate}, {"residual": residual, "row_mask": mask}):
         with pytest.raises(RuntimeError, match=r"(gate|row_mask) is given without"):
-            op(*as_op(weight, x, **kwargs))
+            op(*as_op(made(16, pack=True), x, **kwargs))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_weight_without_values_gives_none(device, record):
+    """torch multiplies by a weight on the meta device, and gives memory as it lay."""
+    blocks = torch.empty(16, 68, dtype=torch.uint8, device="meta")
+    weight = QuantizedTensor.from_blocks(blocks, "q8_0")
+    x, ids = torch.randn(3, 64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    with torch.set_grad_enabled(record):
+        for call in (
+            lambda: quantized_linear(x, weight),
+            lambda: mllama_kernels.linear(x, weight),
+            lambda: mllama_kernels.linear(x, torch.empty(16, 64, device="meta")),
+            lambda: reference.quantized_linear(x, weight),
+            lambda: mllama_kernels.quantized_rows(ids, weight, torch.float32),
+        ):
+            with pytest.raises(
+                RuntimeError, match=r"all tensors must be on one device, got c.*, meta"
+            ):
+                call()
+        assert quantized_linear(x.to("meta"), weight).shape == (3, 16)
 
 
 @pytest.mark.full

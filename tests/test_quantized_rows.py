@@ -54,8 +54,10 @@ def test_torch_machinery(device, kind):
         assert quantized_rows(ids, weight, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_errors(device):
-    weight = random_weight(("int8", 0, ()), 9, 20, device)
+@pytest.mark.parametrize("pack", [True, False])
+def test_errors(device, pack):
+    parts = random_weight(("int8", 0, ()), 9, 20, device).parts()
+    weight = QuantizedTensor.from_parts("int8", parts, pack=pack)
     ids = torch.tensor([8, 1], device=device)
     with pytest.raises(RuntimeError, match="ids must be int64, got int32"):
         quantized_rows(ids.int(), weight, torch.float32)
@@ -63,6 +65,8 @@ def test_errors(device):
         RuntimeError, match="dtype must be float32, float16 or bfloat16, got float64"
     ):
         quantized_rows(ids, weight, torch.float64)
+    with pytest.raises(RuntimeError, match="must be float32, float16 or bfloat16, got int32"):
+        quantized_rows(ids, weight, torch.int32)
     with pytest.raises(TypeError, match="weight must be a QuantizedTensor, got a Tensor"):
         quantized_rows(ids, weight.data, torch.float32)
     with pytest.raises(TypeError, match="missing a required argument: 'dtype'"):
