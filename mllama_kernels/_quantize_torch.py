@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mllama_kernels.encodings import ENCODINGS
+from mllama_kernels.encodings import ENCODINGS, joined
 
 _LARGEST = {"q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0, "q4_k": 2.0**21, "q6_k": 2.0**27}
 _CHUNK = 1 << 22  # weights that are worked on at once
@@ -31,7 +31,7 @@ def parts(weight: Tensor, encoding: str, importance: Tensor | None) -> list[Tens
             chunks.append(_scaled_rows(x, encoding))
         else:
             chunks.append([_blocks(x, encoding, importance)])
-    return [torch.cat(part) for part in zip(*chunks, strict=True)]
+    return [joined(part) for part in zip(*chunks, strict=True)]
 
 
 def _check(x: Tensor, first_row: int, encoding: str) -> None:

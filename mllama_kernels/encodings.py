@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 # Of int4's scale and zero, by the number that the ops know them by; 0: there is no such plane.
 PLANE_TYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -67,3 +69,10 @@ def encoding_of(name: str) -> Encoding:
         known = ", ".join(ENCODINGS)
         raise ValueError(f"the encodings of a quantised weight are {known}; got {name!r:.60}")
     return found
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of parts one after another, as bytes: in an autocast region torch.cat casts numbers, and fails
+    for those of 8 bits."""
+    data = torch.cat([part.contiguous().view(torch.uint8) for part in parts])
+    return data.view(parts[0].dtype)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mllama_kernels import _dispatch, _library
 from mllama_kernels._arguments import QuantizedWeight, peft_asks
-from mllama_kernels.encodings import CODES, ENCODINGS, GGML, PLANE_TYPES, Encoding, encoding_of
+from mllama_kernels.encodings import (
+    CODES,
+    ENCODINGS,
+    GGML,
+    PLANE_TYPES,
+    Encoding,
+    encoding_of,
+    joined,
+)
 from mllama_kernels.quantized_decoding import decode
 
 OPS = (
@@ -124,8 +132,8 @@ class QuantizedTensor(QuantizedWeight):
             packed = torch.cat([weight.planes[0] for weight in weights])
             return first._with((packed, *first._table()), (sum(rows), first.shape[1]))
         parts = [weight.parts() for weight in weights]
-        joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if name != "table"}
-        return cls.from_parts(first.encoding, {**parts[0], **joined})
+        rows_of_all = {n: joined([p[n] for p in parts]) for n in parts[0] if n != "table"}
+        return cls.from_parts(first.encoding, {**parts[0], **rows_of_all})
 
     @property
     def form(self) -> tuple[int, int, int, int, int, int]:
@@ -432,6 +440,6 @@ def _fake_dequantize(
     return packed.new_empty(end - begin, k, dtype=dtype)
 
 
-_dispatch.register("quantized_pack", _fake_pack)
+_dispatch.register("quantized_pack", _fake_pack, kept=(0, 1, 2))
 _dispatch.register("quantized_unpack", _fake_unpack)
 _dispatch.register("quantized_dequantize", _fake_dequantize, kept=(1,))

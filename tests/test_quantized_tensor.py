@@ -37,6 +37,19 @@ def on(device, parts):
 
 
 @every_kind
+def test_autocast_leaves_the_parts_as_they_are(device, kind):
+    parts = random_parts(kind, 24, columns_of(kind, 300))
+    with torch.autocast(device.type, torch.bfloat16):
+        weight = QuantizedTensor.from_parts(kind[0], on(device, parts))
+        found = weight.parts()
+        some = weight.rows(3, 20).parts()  # packed anew
+        again = QuantizedTensor.cat([weight.rows(0, 3), weight.rows(3)]).parts()
+    for name, part in parts.items():
+        assert same_bits(found[name].cpu(), part) and same_bits(again[name].cpu(), part)
+        assert same_bits(some[name].cpu(), part if name == "table" else part[3:20])
+
+
+@every_kind
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 16, 33])
 def test_every_bit_of_the_parts_comes_back(device, kind, rows):
     for about in (1, 300, 1100):
