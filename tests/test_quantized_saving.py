@@ -179,6 +179,37 @@ def test_transformers_reads_eight_bits(tmp_path: Path, encoding: str) -> None:
         tmp_path, dtype=torch.float32, output_loading_info=True
     )
     assert not any(told.values())
+    inputs = one_image(model)
+    with torch.no_grad():
+        got, want = model(**inputs).logits, theirs.eval()(**inputs).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoding", ["int8", "fp8"])
+def test_transformers_reads_eight_bits_beside_bfloat16(tmp_path: Path, encoding: str) -> None:
+    """It decodes to the type of the scales, which are float32, so all has to be cast once it has."""
+    pytest.importorskip("compressed_tensors")
+    transformers = pytest.importorskip("transformers")
+    model = load(quantization=encoding, semantics="transformers")
+    model.save_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    theirs = transformers.MllamaForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+    )
+    theirs = theirs.eval().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            decoded = module.weight.dequantize().to(torch.bfloat16)
+            assert torch.equal(theirs.get_submodule(name).weight, decoded), name
+    inputs = one_image(model)
+    with torch.no_grad():
+        got, want = model(**inputs).logits, theirs(**inputs).logits
+    assert want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0, atol=float(want.std()) / 8)
+
+
+def one_image(model: Any) -> dict[str, torch.Tensor]:
+    """A prompt of 18 tokens about an image of one tile."""
     vision = model.config.vision_config
     size = (1, 1, vision.max_num_tiles, 3, vision.image_size, vision.image_size)
     torch.manual_seed(0)
@@ -190,9 +221,7 @@ def test_transformers_reads_eight_bits(tmp_path: Path, encoding: str) -> None:
         "cross_attention_mask": torch.ones(1, 18, 1, vision.max_num_tiles, dtype=torch.long),
     }
     inputs["cross_attention_mask"][..., 1:] = 0
-    with torch.no_grad():
-        got, want = model(**inputs).logits, theirs.eval()(**inputs).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    return inputs
 
 
 def plain_weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
