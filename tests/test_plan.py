@@ -320,9 +320,30 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     _, out = run(capsys, "--model", "11b", "--memory", "30MB", "--json")
     assert json.loads(out)["free"] == 0
-    for wrong in ("24XB", "-1", "0"):
+    for wrong in ("24XB", "-1", "0GB", "12"):
         with pytest.raises(SystemExit):
             run(capsys, "--model", "11b", f"--memory={wrong}")
+        said = capsys.readouterr().err
+        assert "with its unit, such as 24GB" in said and f"'{wrong}'" in said
+    code, _ = run(capsys, "--model", "11b", "--memory", "24GB", "--projector", "none.gguf")
+    assert code == 2
+
+
+def test_nothing_is_planned_that_is_not_loaded(
+    stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", str(stored), "--memory", "24GB", "--json", "--quantization-encoding")
+    assert cli.main(["plan", *asked, "q4_k"]) == 1
+    said = capsys.readouterr()
+    assert "it is quantised, q8_0" in said.err and not said.out
+    overrides = ("--quantization-override", "*.q_proj.weight=q6_k")
+    assert cli.main(["plan", *asked, "q8_0", *overrides]) == 1
+    assert "cannot be met" in capsys.readouterr().err
+    # A dtype is that of the activations and of what is plain.
+    made = {dtype: json.loads(run(capsys, *asked, dtype)[1]) for dtype in ("bfloat16", "float32")}
+    assert {entry["encoding"] for entry in made.values()} == {"q8_0"}
+    assert made["float32"]["self_kv"] == 2 * made["bfloat16"]["self_kv"]
+    assert made["float32"]["weights"] > made["bfloat16"]["weights"]
 
 
 def test_a_model_is_refused_for_the_context_it_is_loaded_for(

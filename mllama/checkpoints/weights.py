@@ -239,17 +239,28 @@ def plan_source(
     cls: type[nn.Module],
     name_or_path: str | os.PathLike[str],
     projector: str | os.PathLike[str] | None = None,
+    *,
+    quantization: str | None = None,
+    quantization_overrides: Mapping[str, str] | None = None,
 ) -> tuple[Any, str | None, int | None, str]:
     """What a memory plan of a checkpoint starts from, from the headers of the files only: its configuration,
-    the encoding and the bytes of what is stored quantised (else None), and the dtype.
+    the encoding and the bytes of what is stored quantised (else None), and the dtype; as it is loaded with
+    ``quantization``, an encoding or a dtype.
 
     Raises: as :func:`load_pretrained`.
     """
     matched = match_checkpoint(cls, name_or_path, "auto", "auto", projector=projector)
-    dtype = stored_dtype(matched.folder, matched.raw, matched.checkpoint, matched.sources.values())
+    if quantization in PLAIN:
+        dtype, wanted = _parse_dtype(quantization), Wanted()
+    else:
+        places = matched.sources.values()
+        dtype = stored_dtype(matched.folder, matched.raw, matched.checkpoint, places)
+        wanted = Wanted(quantization)
     name = str(dtype).removeprefix("torch.")
-    choice = choose_encodings(matched, Wanted(), None, dequantize=False, dtype=dtype)
-    if choice.quantization is None:
+    choice = choose_encodings(
+        matched, wanted, quantization_overrides, dequantize=False, dtype=dtype
+    )
+    if choice.quantization is None or not matched.found:
         return matched.config, None, None, name
     return matched.config, choice.quantization.encoding, choice.nbytes, name
 

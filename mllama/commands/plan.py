@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mllama.commands.loading import (
     add_quantization_arguments,
     overrides_of,
 )
+from mllama.commands.usage import UsageError
 from mllama.config import MllamaConfig
 from mllama.memory import free_bytes
 from mllama.quantization.plan import (
@@ -30,17 +30,19 @@ from mllama.quantization.plan import (
     usable,
 )
 from mllama.quantization.policy import PLAIN
-from mllama.wording import shown
+from mllama.wording import quoted
 
-_UNITS = {"MB": 2**20, "GB": 2**30, "MIB": 2**20, "GIB": 2**30, "": 1}
+_UNITS = {"GB": 2**30, "MB": 2**20, "GIB": 2**30, "MIB": 2**20, "B": 1}
 
 
 def memory(text: str) -> int:
-    """An argparse type: the size of a card, 24GB (of 2^30 bytes) or bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|GIB|MIB|)", text.strip().upper())
+    """An argparse type: the size of a card with its unit, of which GB are of 2^30 bytes."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", text.strip().upper())
     value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size of a memory, such as 24GB")
+        raise argparse.ArgumentTypeError(
+            f"must be a size of a memory with its unit, such as 24GB, 500MB or 1000000B; got {quoted(text)}"
+        )
     return value
 
 
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=memory,
         metavar="SIZE",
-        help="of a card, as 24GB, which is 24 x 2^30 bytes (default: what is free on this machine's)",
+        help="of a card, with its unit: 24GB is 24 x 2^30 bytes (default: what is free on this machine's)",
     )
     group.add_argument("--device", help="whose free memory counts (default: cuda if there is one)")
     group.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
@@ -78,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     overrides = overrides_of(options)
-    config, stored, bytes_of_stored, dtype = _source(options)
+    config, stored, bytes_of_stored, dtype = _source(options, overrides)
     free = _free(options)
-    encoding = options.quantization_encoding or stored
+    encoding = stored or options.quantization_encoding
     shared: dict[str, Any] = {
         "batch": options.max_batch_size,
         "images": options.images,
@@ -92,15 +94,8 @@ def run(options: argparse.Namespace) -> int:
     context = options.max_length or min(8192, most)
     if encoding is None:
         return _table(options, config, free, shared)
-    # What is stored is loaded as it is: overrides would be of weights quantised anew.
-    is_stored = encoding == stored and bytes_of_stored is not None and not overrides
+    is_stored = bytes_of_stored is not None
     known = {"weights": bytes_of_stored} if is_stored else {}
-    if stored is not None and encoding != stored:
-        print(
-            f"{shown(options.model)} holds {stored}: {encoding} is planned as of the checkpoint that it was "
-            "made of",
-            file=sys.stderr,
-        )
     made = plan(config, encoding, context, **shared, **known)
     longest, missing = longest_context(config, encoding, free, **shared, **known)
     fits = made.total <= free
@@ -118,13 +113,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _source(
-    options: argparse.Namespace,
+    options: argparse.Namespace, overrides: dict[str, str]
 ) -> tuple[MllamaConfig, str | None, int | None, str]:
-    """The configuration, the encoding and bytes of what is stored quantised, and the dtype."""
+    """The configuration, the encoding and bytes of what is stored quantised, and the dtype.
+
+    Raises: UsageError for a projector file of a published size; as `from_pretrained` for what it would not
+        load.
+    """
     config = named_config(options.model)
-    if config is not None:
-        return config, None, None, "bfloat16"
-    return plan_source(MllamaForConditionalGeneration, options.model, projector=options.projector)
+    if config is None:
+        return plan_source(
+            MllamaForConditionalGeneration,
+            options.model,
+            projector=options.projector,
+            quantization=options.quantization_encoding,
+            quantization_overrides=overrides or None,
+        )
+    if options.projector is not None:
+        raise UsageError(
+            f"--projector goes with the text file of a GGUF model in --model, not with {options.model}"
+        )
+    return config, None, None, "bfloat16"
 
 
 def _free(options: argparse.Namespace) -> int:
