@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_writer import write_split, write_unified
 
-from mllama import MllamaImageProcessor, MllamaProcessor
+from mllama import MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor
 from mllama.checkpoints.gguf.checkpoint import GgufCheckpoint
 from mllama.demo import checkpoint_path
 from mllama.processing.published_template import PUBLISHED_TEMPLATE
@@ -99,6 +99,18 @@ def test_a_text_file_does_not_say_how_large_tiles_are(files):
     own = MllamaImageProcessor.from_pretrained(projector)
     assert MllamaProcessor.from_pretrained(text, image_processor=own).image_processor is own
     assert len(MllamaTokenizer.from_pretrained(text)) == 451
+
+
+def test_files_in_each_others_place_are_named(files):
+    text, projector = files["split"]
+    with pytest.raises(ValueError, match=r"projector\.gguf is a projector file.*the text file as"):
+        read([projector])
+    for load in (MllamaProcessor, MllamaForConditionalGeneration):
+        with pytest.raises(
+            ValueError, match=r"swapped: projector\.gguf .*text\.gguf the text"
+        ) as said:
+            load.from_pretrained(projector, projector=text)
+        assert "is no projector file" not in str(said.value)
 
 
 def test_it_can_be_saved_as_a_folder(files, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllama.checkpoints.gguf.container import is_gguf
+from mllama.checkpoints.gguf.files import open_files
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS, resolve_folder
 from mllama.processing.image_processor import MllamaImageProcessor
 from mllama.processing.options import IDLE_OPTIONS, IMAGE_OPTIONS
@@ -49,6 +50,8 @@ def read_parts(
     download = {n: v for n, v in options.items() if n in DOWNLOAD_OPTIONS and v is not None}
     if is_gguf(Path(name)):
         folder, of_images = Path(name), projector or name
+        if tokenizer is None:  # before its entries are missed: files in each other's place
+            open_files(folder, None if projector is None else Path(projector))
     elif projector is not None:
         raise ValueError(
             f"projector= goes with a GGUF text file, {quoted(os.fspath(name))} is none"

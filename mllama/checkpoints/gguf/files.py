@@ -45,7 +45,13 @@ def open_files(path: Path, projector: Path | None) -> GgufFiles:
         raise CheckpointError(path, [str(error)]) from None
     problems = [_foreign(file) for file in (text, other) if file is not None]
     has_text, has_vision = _halves(text)
-    if not has_text:
+    if other is not None and not has_text and _halves(other) == (True, False):
+        problems.append(
+            f"the two files are swapped: {text.name} is the projector file, and {other.name} the text file, "
+            "which goes in the place of the model"
+        )
+        other = None
+    elif not has_text:
         problems.append(
             f"{text.name} is a projector file, without a text model: give the text file as the model and "
             "this one as projector="
