@@ -26,6 +26,7 @@ from transformers_helpers import (
 from mllama_kernels import _dispatch, _library
 from mllama_kernels.transformers import Report, accelerate, accelerated
 from mllama_kernels.transformers import accelerate as accelerate_function
+from mllama_kernels.transformers.patch import Patch
 
 
 def llama(**changes) -> transformers.LlamaForCausalLM:
@@ -193,6 +194,33 @@ def test_other_models_are_refused():
         accelerate(gpt)
     with pytest.raises(ValueError, match="cannot accelerate a Linear"):
         accelerate(nn.Linear(2, 2))
+
+
+def test_a_compressed_model_is_called_before():
+    """compressed-tensors decompresses it in its first call, and wraps the methods of its modules there."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    config = QuantizationConfig(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
+    )
+    model, batch = llama(num_hidden_layers=1), text_batch()
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data.fill_(0.01)
+    ModelCompressor(quantization_config=config).compress_model(model)
+    with pytest.raises(ValueError, match=r"call the model once before.*dequantize=True"):
+        accelerate(model)
+    assert not any(isinstance(vars(m).get("forward"), Patch) for m in model.modules())
+    with torch.no_grad():
+        want = model(**batch).logits
+        report = accelerate(model)
+        got = model(**batch).logits
+    assert "swiglu" in report.replaced
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_arguments():

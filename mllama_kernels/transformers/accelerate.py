@@ -83,7 +83,8 @@ def accelerate(
         strict: refuse a release of `transformers` that is not tested, instead of warning once.
     Returns: what was replaced and what was left; its `revert` undoes it.
     Raises:
-        ValueError: for other models, naming those supported, and for unknown semantics.
+        ValueError: for other models, naming those supported, for unknown semantics, and for a model that
+            compressed-tensors decompresses in its first forward.
         RuntimeError: with `strict`, for an untested release.
     """
     switches = {
@@ -98,6 +99,7 @@ def accelerate(
     if semantics not in (None, "transformers", "meta"):
         raise ValueError(f'semantics must be "transformers" or "meta", got {semantics!r:.80}')
     target = _unwrapped(model)
+    _check_decompressed(target)
     _check_version(strict)
     for patch in list(installed(target)):
         patch.remove()
@@ -185,6 +187,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(inner, _FAMILIES):
         raise ValueError(f"cannot accelerate a {type(inner).__name__}; supported are {SUPPORTED}")
     return inner
+
+
+def _check_decompressed(model: nn.Module) -> None:
+    """compressed-tensors wraps every forward when it decompresses, and takes them for methods."""
+    if any(hasattr(module, "ct_decompress_hook") for module in model.modules()):
+        raise ValueError(
+            "cannot accelerate a model that compressed-tensors decompresses in its first forward: call the "
+            "model once before, or load it with CompressedTensorsConfig(dequantize=True), in releases 4 of "
+            "transformers run_compressed=False"
+        )
 
 
 def _check_version(strict: bool) -> None:
