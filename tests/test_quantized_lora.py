@@ -124,7 +124,6 @@ def test_merging_is_refused(encoding: str, safe: bool, target: str) -> None:
         assert learner(input_ids=IDS).logits.isfinite().all()
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("encoding", ["int8", "fp8", "q8_0"])
 def test_a_method_that_reads_the_weight_is_refused(encoding: str) -> None:
     """The numbers of int8 and fp8 are codes, which such a method would take for the values."""
@@ -136,7 +135,8 @@ def test_a_method_that_reads_the_weight_is_refused(encoding: str) -> None:
     )
     with pytest.raises(TypeError, match=said), torch.no_grad():
         learner(input_ids=IDS)
-=======
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
 def test_a_cast_is_of_what_is_plain(base: Any, cast: str) -> None:
     model = getattr(copy.deepcopy(base), cast)()
@@ -145,7 +145,6 @@ def test_a_cast_is_of_what_is_plain(base: Any, cast: str) -> None:
         assert model(IDS).logits.dtype == model.dtype == getattr(torch, cast)
     with pytest.raises(TypeError, match="cannot be cast"):
         model.type(torch.float32)
->>>>>>> bba9c6f (HRA and SHiRA on quantised weights are refused by name; what casts do, in the docs)
 
 
 def test_quantised_weights_are_not_drawn_anew(base: Any) -> None:
