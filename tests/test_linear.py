@@ -114,7 +114,8 @@ def test_strides(device, dtype, rows):
     columns = x.T.contiguous().T
     assert torch.equal(mllama_kernels.linear(columns, weight, **kwargs), expected)
     turned = mllama_kernels.linear(x, weight.T.contiguous().T, **kwargs)
-    assert_no_worse(turned, reference.linear, x, weight, **kwargs)
+    # Stored by the norm, for gate and up, by swiglu and at the end.
+    assert_no_worse(turned, reference.linear, x, weight, roundings=5, **kwargs)
 
 
 @torch.no_grad()

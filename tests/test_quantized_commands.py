@@ -200,22 +200,6 @@ def test_info_of_serialised_models(
         assert code == 2 and said in err and not out
 
 
-def test_a_plan_of_another_encoding_than_stored_says_of_what(
-    capsys: pytest.CaptureFixture[str], stored: Path
-) -> None:
-    shared = ("plan", "--model", stored, "--device", "cpu", "--json")
-    code, out, err = run(capsys, *shared, "--quantization-encoding", "q8_0")
-    assert code == 0 and "planned" not in err
-    weights = json.loads(out)["weights"]
-    override = ("--quantization-override", "*.down_proj.weight=q4_0")
-    _, out, _ = run(capsys, *shared, "--quantization-encoding", "q8_0", *override)
-    assert json.loads(out)["weights"] < weights
-    code, out, err = run(capsys, *shared, "--quantization-encoding", "q4_0")
-    assert (
-        code == 0 and "holds q8_0: q4_0 is planned as of the checkpoint that it was made of" in err
-    )
-
-
 def test_verify_refuses_an_original_of_a_plain_model(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "verify", "--model", DEMO, "--original", DEMO, "--device", "cpu")
     assert code == 2 and "--original goes with a quantised model" in err
