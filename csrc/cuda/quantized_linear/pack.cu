@@ -28,7 +28,9 @@ __device__ __forceinline__ uint32_t code(const Packing& p, int64_t row, int64_t 
 __device__ __forceinline__ uint32_t part_byte(const Packing& p, int part, int64_t row, int64_t at) {
   const int64_t bytes = part_row_bytes(p.w, part);
   if (row >= p.w.n || at >= bytes) return 0;
-  return static_cast<const uint8_t*>(p.parts[part])[row * bytes + at];
+  // Not by index: parameters that are indexed are copied to local memory first.
+  const void* const data = part == 0 ? p.parts[0] : part == 1 ? p.parts[1] : p.parts[2];
+  return static_cast<const uint8_t*>(data)[row * bytes + at];
 }
 
 // A word of the codes of a part of 64 columns.
