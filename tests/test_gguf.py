@@ -304,7 +304,10 @@ def test_halves_that_do_not_belong_together(tmp_path, wide):
     other_text, other = write_split(wide, tmp_path / "t2.gguf", tmp_path / "p2.gguf")
     whole = write_unified(DEMO, tmp_path / "u.gguf")
     refused(projector, problem="p.gguf is a projector file.*give the text file as the model")
-    refused(projector, text, problem=r"p.gguf is a projector file[\s\S]*t.gguf is no projector")
+    refused(
+        projector, text, problem="swapped: p.gguf is the projector file, and t.gguf the text file"
+    )
+    refused(projector, other, problem=r"p.gguf is a projector file[\s\S]*text file as the model")
     refused(text, problem="t.gguf is a text file.*projector=")
     refused(text, text, problem="t.gguf is no projector file")
     refused(text, whole, problem="u.gguf is no projector file")

@@ -281,8 +281,10 @@ def test_all_faults_are_listed_together(tmp_path, published):
     text = str(caught.value)
     assert "consolidated.00.pth lacks text_model.layers.0.attention.wq.weight" in text
     assert "consolidated.01.pth holds text_model.unknown.weight, which is unknown" in text
-    assert "text_model.layers.1.feed_forward.w1.weight is (14, 64), expected (224, 64)" in text
-    assert "text_model.norm.weight is int8" in text
+    files = "consolidated.00.pth, consolidated.01.pth"
+    wrong = "text_model.layers.1.feed_forward.w1.weight in"
+    assert f"{wrong} {files} is (14, 64), expected (224, 64)" in text
+    assert f"text_model.norm.weight in {files} is int8" in text
     assert "conv1._linear.weight has unusable shapes" in text
     assert "layers.2.feed_forward.w2.weight has unusable shapes [(64, 112), (65, 112)]" in text
     assert len(caught.value.problems) == 8
