@@ -78,7 +78,7 @@ class QuadProduct final : public ReencodedProduct {
       for (int i = 0; i < kStepColumns; ++i) finite &= __builtin_isfinite(values[i]);
       const float most = max_lanes(largest);
       // Scales and their reciprocals stay far from the ends of the exponents.
-      if (!finite || (most != 0 && (most < 0x1p-80f || most > 0x1p100f))) return false;
+      if (!finite || (most != 0 && (most < 0x1p-80f || most > 0x1p100f))) return leave(row);
       QuadX& first = at(x_, row, step);
       if (int8_) {
         const float scale = most / 127;
@@ -94,7 +94,7 @@ class QuadProduct final : public ReencodedProduct {
       if (!first.has_second) continue;
       QuadX& second = at(second_, row, step);
       if (!encoder_.write(second, rest, none, scale * 0x1p-15f, 0x1p15f / scale, values))
-        return false;
+        return leave(row);
     }
     return true;
   }
@@ -127,6 +127,12 @@ class QuadProduct final : public ReencodedProduct {
 
   QuadX& at(QuadX* x, int64_t row, int64_t step) const {
     return x[(row / 16 * steps_ + step) * block_rows_ + row % 16];
+  }
+
+  // A row that is not taken is multiplied with the others: as zeros, which have no second word.
+  bool leave(int64_t row) {
+    for (int64_t step = 0; step < steps_; ++step) at(x_, row, step) = {};
+    return false;
   }
 
   // total + the scaled sum of a run; `second` is only called for where x has a second word.
