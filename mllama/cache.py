@@ -23,11 +23,11 @@ from torch import Tensor
 
 from mllama.config import MllamaTextConfig
 from mllama.config_fields import integer, value_problem
-from mllama.engine.pages import PAGE_SIZE
 from mllama.memory import require_room
 from mllama.tiles import LOOSE, PADDING, ImageTiles, TileView, VisibleTiles
 from mllama.wording import quoted
 
+PAGE_SIZE = 64
 _SIZES = {"batch_size": integer(1, 2**20), "max_tokens": integer(1, 2**31 - 1)}
 
 
