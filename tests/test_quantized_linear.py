@@ -124,7 +124,9 @@ def test_a_row_has_the_same_bits_in_any_batch(device, dtype, kind):
                 assert torch.equal(out, whole[part]), f"rows {first} to {first + rows - 1}"
 
 
-@pytest.mark.skipif(SIMULATED, reason="there the CUDA kernels run, whose long prompts the library takes")
+@pytest.mark.skipif(
+    SIMULATED, reason="there the CUDA kernels run, whose long prompts the library takes"
+)
 @every_dtype
 @pytest.mark.parametrize("kind", FEW, ids=kind_name)
 def test_rows_of_a_long_prompt_have_the_bits_of_their_own(dtype, kind):
