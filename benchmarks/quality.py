@@ -1,11 +1,12 @@
 """What each encoding costs in quality, and how large it is: writes one JSON file.
 
-    python -m benchmarks.quality [demo | wide | stack ...] [--wide DIR] [--narrower] [--output FILE]
+    python -m benchmarks.quality [demo | wide | stack | speed ...] [--wide DIR] [--narrower] [--output FILE]
 
 The shipped demo model, and the wide one that `python -m tools.demo_model.widen` made, answer questions about
 images that they have not seen, and their weights are compared with themselves decoded. Logits of a random
 stack of eight layers of the 11B's shape (--narrower: of a quarter of its width) are compared with those of
-the plain weights in float32, with and without an image. A part that is run replaces that of the file.
+the plain weights in float32, with and without an image. Decoding and prompts of a few layers are timed beside
+bfloat16. A part that is run replaces that of the file.
 `python -m benchmarks.quality_tables` makes the tables of docs/quantisation.md from it.
 """
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 import mllama
-from benchmarks import machine, model
+from benchmarks import machine, model, quality_speed
 from benchmarks.scenario import SMALL_VOCABULARY, Layers, Scenario
 from benchmarks.shapes import VOCAB
 from mllama.checkpoints.key_layout import KeyLayout
@@ -37,7 +38,7 @@ from mllama.quantized_modules import Quantized
 from tools.demo_model.evaluate import Report, examine
 from tools.demo_model.train import HELD_OUT_SEED
 
-PARTS = ("demo", "wide", "stack")
+PARTS = ("demo", "wide", "stack", "speed")
 OUTPUT = machine.ROOT / "benchmarks" / "quality.json"
 PLAIN = "bfloat16"
 ENCODINGS = BY_SIZE  # PLAIN first
@@ -205,6 +206,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measured(part: str, options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
+    if part == "speed":
+        quantising = [encoding for encoding in ENCODINGS if encoding != PLAIN]
+        return quality_speed.compared(quantising, options.seed, device)
     if part == "stack":
         return compared(ENCODINGS, options.narrower, options.seed, device, options.tokens)
     folder = checkpoint_path() if part == "demo" else options.wide

@@ -55,13 +55,14 @@ def _context(tokens: int, missing: int) -> str:
 
 
 def quality(document: Mapping[str, Any]) -> str:
-    """One row per encoding: answers of the demo models, and logits of the random stack."""
+    """One row per encoding: answers of the demo models, logits of the random stack, and speed."""
     parts = [document[part] for part in ("demo", "wide") if part in document]
-    stack = document["stack"]
+    stack, speed = document["stack"], document["speed"]
     header, rows = ["encoding"], []
     for part in parts:
         header += [f"accuracy, width {part['width']}", "same answers"]
     header += ["KL, image", "KL, text", "same token, image", "same token, text"]
+    header += ["decoding", "prompt"]
     for encoding in ENCODINGS:
         cells = [f"`{encoding}`"]
         for part in parts:
@@ -70,10 +71,14 @@ def quality(document: Mapping[str, Any]) -> str:
         row = stack["encodings"][encoding]
         cells += [f"{row[case]['kl']:.1e}" for case in ("image", "text")]
         cells += [_percent(row[case]["top1"]) for case in ("image", "text")]
+        if encoding == PLAIN:
+            cells += ["1x", "1x"]
+        else:
+            row = speed["encodings"][encoding]
+            cells += [f"{row[name]['median']:.2f}x" for name in ("faster_token", "faster_prompt")]
         rows.append(cells)
-    return "\n\n".join(
-        [*(_demo_in_words(part) for part in parts), _stack_in_words(stack), table(header, rows)]
-    )
+    words = [_stack_in_words(stack), _speed_in_words(speed)]
+    return "\n\n".join([*(_demo_in_words(part) for part in parts), *words, table(header, rows)])
 
 
 def _percent(share: float) -> str:
@@ -93,6 +98,14 @@ def _stack_in_words(stack: Mapping[str, Any]) -> str:
         f"Random stack: {stack['layers']} text layers of width {stack['width']}{narrower}, normal weights, "
         f"{stack['tokens']} tokens, activations in float32 against the plain weights in float32; the row "
         f"of `{PLAIN}` has 16-bit activations. KL in nats. On {_where(stack)}."
+    )
+
+
+def _speed_in_words(speed: Mapping[str, Any]) -> str:
+    return (
+        f"Speed: {speed['layers']} text layers of width {speed['width']}, {speed['new']} tokens after a "
+        f"prompt of {speed['prompt']}, against the same weights in `{PLAIN}` in the same run. On "
+        f"{_where(speed)}, {speed['machine']['threads']} threads."
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mllama
 from benchmarks import ceilings, llama_cpp
@@ -119,6 +119,12 @@ def build(row: Row, dtype: torch.dtype, device: torch.device, vocabulary: int) -
     return quantised.eval(), plain
 
 
+def text_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a model without images; where an image would be stands another token."""
+    inputs["input_ids"][:, 0] = 0
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
 def run(
     device: torch.device,
     dtypes: list[torch.dtype],
@@ -181,8 +187,7 @@ def _measured(
     )
     with ExitStack() as stack:
         if row.is_text:
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            inputs["input_ids"][:, 0] = 0  # where an image would be
+            inputs = text_of(inputs)
             peer = stack.enter_context(llama_cpp.model(quantised, row.encoding, row.scenario))
             found.append(Contestant(llama_cpp.NAME, peer, {}, tolerance=llama_cpp.TOLERANCE))
         return measure(found, PLAIN, inputs, row.scenario, row.sizes, budget)
