@@ -50,6 +50,13 @@ class QuantizedTensor(QuantizedWeight):
     dtype = torch.uint8
     requires_grad = False
     ndim = 2
+    encoding: str
+    shape: torch.Size
+    planes: tuple[Tensor, ...]
+    is_packed: bool
+    group: int
+    scale_type: int
+    zero_type: int
 
     def __init__(
         self,
@@ -62,13 +69,23 @@ class QuantizedTensor(QuantizedWeight):
         scale_type: int = 0,
         zero_type: int = 0,
     ) -> None:
-        self.encoding = encoding
-        self.shape = torch.Size(shape)
-        self.planes = planes
-        self.is_packed = is_packed
-        self.group = group
-        self.scale_type = scale_type
-        self.zero_type = zero_type
+        put = object.__setattr__
+        put(self, "encoding", encoding)
+        put(self, "shape", torch.Size(shape))
+        put(self, "planes", planes)
+        put(self, "is_packed", is_packed)
+        put(self, "group", group)
+        put(self, "scale_type", scale_type)
+        put(self, "zero_type", zero_type)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises: AttributeError for all but ``requires_grad``, which may be set to what it is."""
+        if name != "requires_grad":
+            raise AttributeError(
+                f"{name} of a QuantizedTensor cannot be set, since it does not change: make another one by "
+                "quantize, from_blocks or from_parts"
+            )
+        self.requires_grad_(value)
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, encoding: str, *, pack: bool = True) -> QuantizedTensor:

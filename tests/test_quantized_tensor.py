@@ -197,6 +197,18 @@ def test_what_a_weight_says_of_itself(device):
     assert weight.requires_grad_(False) is weight
 
 
+def test_it_does_not_change(device):
+    weight = random_weight(("q4_k", 0, ()), 16, 256, device)
+    before = dict(vars(weight))
+    for name in (*before, "dtype", "device", "data", "grad", "anything"):
+        with pytest.raises(AttributeError, match=f"^{name} of a QuantizedTensor cannot be set"):
+            setattr(weight, name, None)
+    with pytest.raises(RuntimeError, match="has no gradient: train adapters"):
+        weight.requires_grad = True
+    weight.requires_grad = False
+    assert vars(weight) == before and not weight.requires_grad
+
+
 def test_moving_and_copying(device):
     weight = random_weight(("nf4", 0, ()), 16, 128, device)
     assert weight.to(weight.device) is weight and weight.to(str(weight.device)) is weight
