@@ -14,6 +14,9 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# What kernels compute in; on a CPU those of plain weights, and plain PyTorch anywhere, in float64 as well.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 # Defaults of arguments that models go by too.
 IGNORED = -100  # a label that is no target, as it is to torch
 PAD_TO = 8  # the tokens of an image tile are padded with zeros to a multiple of this; they are attended to
@@ -100,6 +103,24 @@ def checked(function: Function) -> Function:
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def wrong_dtype(what: str, dtype: Any, taken: tuple[torch.dtype, ...]) -> str | None:
+    """What is wrong with a dtype, where it is none of those `taken`."""
+    if dtype in taken:
+        return None
+    *others, last = map(dtype_name, taken)
+    return f"{what} must be {', '.join(others)} or {last}, got {dtype_name(dtype)}"
+
+
+def check_dtype(op: str, what: str, dtype: Any, taken: tuple[torch.dtype, ...]) -> None:
+    """Raises: RuntimeError for a dtype that is none of those `taken`."""
+    if problem := wrong_dtype(what, dtype, taken):
+        raise RuntimeError(f"mllama_kernels.{op}: {problem}")
+
+
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_activations(activations: str | None, x: Tensor) -> None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from mllama_kernels._arguments import FLOATS_AND_DOUBLE, check_dtype, dtype_name
+
 if TYPE_CHECKING:
     from mllama_kernels.quantized_tensor import QuantizedTensor
-
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class StepOps(Protocol):
@@ -66,10 +65,7 @@ def check_quantized(
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise RuntimeError(f"{op} x must be (..., {k}), got shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise RuntimeError(
-            f"{op} x must be float32, float16, bfloat16 or float64, got {_name(x.dtype)}"
-        )
+    check_dtype("quantized_linear", "x", x.dtype, FLOATS_AND_DOUBLE)
     if not 0 <= eps < math.inf:
         raise RuntimeError(f"{op} eps must not be negative or infinite, got {eps:g}")
     if swiglu and n % 2:
@@ -89,7 +85,7 @@ def check_quantized(
             continue
         if given.dtype != x.dtype and not (is_cast and given.is_floating_point()):
             raise RuntimeError(
-                f"{op} {name} must have the dtype of x, {_name(x.dtype)}, got {_name(given.dtype)}"
+                f"{op} {name} must have the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(given.dtype)}"
             )
         if sizes is not None and given.shape != sizes:
             raise RuntimeError(f"{op} {name} must have shape {sizes}, got {tuple(given.shape)}")
@@ -98,7 +94,7 @@ def check_quantized(
     if row_mask is not None and row_mask.shape != leading:
         raise RuntimeError(f"{op} row_mask must have shape {leading}, got {tuple(row_mask.shape)}")
     if row_mask is not None and row_mask.dtype != torch.bool:
-        raise RuntimeError(f"{op} row_mask must be bool, got {_name(row_mask.dtype)}")
+        raise RuntimeError(f"{op} row_mask must be bool, got {dtype_name(row_mask.dtype)}")
 
 
 def check_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> None:
@@ -106,15 +102,8 @@ def check_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> None
     op = "mllama_kernels.quantized_rows:"
     check_devices("quantized_rows", ids, weight)
     if ids.dtype != torch.int64:
-        raise RuntimeError(f"{op} ids must be int64, got {_name(ids.dtype)}")
-    if dtype not in _DTYPES:
-        raise RuntimeError(
-            f"{op} dtype must be float32, float16, bfloat16 or float64, got {_name(dtype)}"
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise RuntimeError(f"{op} ids must be int64, got {dtype_name(ids.dtype)}")
+    check_dtype("quantized_rows", "dtype", dtype, FLOATS_AND_DOUBLE)
 
 
 def rows_of(op: str, name: str, given: Tensor | None, x: Tensor, trailing: int) -> Tensor | None:

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 import mllama_kernels
-from mllama_kernels._arguments import checked
+from mllama_kernels._arguments import FLOATS_AND_DOUBLE, check_dtype, checked
 from mllama_kernels._product import product
 from mllama_kernels._steps import StepOps, behind, check_devices, check_options, rows_of
 from mllama_kernels.quantized_tensor import QuantizedTensor
 from mllama_kernels.skinny_linear import MAX_ROWS
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class LinearOps(StepOps, Protocol):
@@ -106,11 +104,7 @@ def _check(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> 
     if x.dim() == 0 or x.shape[-1] != shape[1]:
         got = tuple(x.shape)
         raise RuntimeError(f"mllama_kernels.linear: x must be (..., {shape[1]}), got shape {got}")
-    if x.dtype not in _DTYPES:
-        got = str(x.dtype).removeprefix("torch.")
-        raise RuntimeError(
-            f"mllama_kernels.linear: x must be a float of 16, 32 or 64 bits, got {got}"
-        )
+    check_dtype("linear", "x", x.dtype, FLOATS_AND_DOUBLE)
     if bias is not None and bias.shape != weight.shape[:1]:
         got = tuple(bias.shape)
         raise RuntimeError(f"mllama_kernels.linear: bias must be ({shape[0]},), got shape {got}")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _dispatch, _quantize_torch
+from mllama_kernels._arguments import FLOATS, wrong_dtype
 from mllama_kernels.encodings import ENCODINGS, Encoding, encoding_of
 from mllama_kernels.quantized_tensor import QuantizedTensor
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Those in whose blocks there is a choice to make; the others follow from the largest magnitude.
 TAKES_IMPORTANCE = frozenset({"q4_0", "q4_k", "q6_k"})
 # Importance below this share of the mean counts as this: such columns get sensible values too.
@@ -79,8 +79,8 @@ def _check(weight: Any, encoding: str) -> Encoding:
         _fail(f"{encoding} is read, not made; the encodings that are made are {made}")
     if weight.dim() != 2:
         _fail(f"weight must be (N, K), got shape {tuple(weight.shape)}")
-    if weight.dtype not in _DTYPES:
-        _fail(f"weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    if problem := wrong_dtype("weight", weight.dtype, FLOATS):
+        _fail(problem)
     if weight.is_meta:
         _fail(f"weight {tuple(weight.shape)} is on the meta device, which holds no values")
     if not chosen.fits(weight.shape[1]):

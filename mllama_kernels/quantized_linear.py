@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _dispatch, _library, _product, reference
-from mllama_kernels._arguments import check_activations
+from mllama_kernels._arguments import FLOATS, check_activations, wrong_dtype
 from mllama_kernels._steps import behind, check_options, rows_of
 from mllama_kernels.gated_residual import gated_residual
 from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -18,7 +18,6 @@ from mllama_kernels.swiglu import swiglu as _swiglu
 
 # Rows of x that one call of the CUDA kernel takes; more are multiplied by decoded slabs.
 MAX_ROWS = 64
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SLAB_BYTES = 64 << 20  # of decoded weight at a time
 _TABLE, _BIAS = 2, 8  # their places among the op's arguments
 
@@ -29,6 +28,12 @@ class _Steps:
     rms_norm = staticmethod(rms_norm)
     swiglu = staticmethod(_swiglu)
     gated_residual = staticmethod(gated_residual)
+
+
+def _check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
+    if problem := wrong_dtype(what, dtype, FLOATS):
+        hint = f"mllama_kernels.reference.{op} takes float64 too"
+        raise RuntimeError(f"mllama_kernels.{op}: {problem}; {hint}")
 
 
 @_dispatch.public
@@ -90,12 +95,7 @@ def quantized_linear(
         raise RuntimeError(
             f"mllama_kernels.quantized_linear: x must be (..., {weight.shape[1]}), got shape {tuple(x.shape)}"
         )
-    if x.dtype not in _DTYPES:
-        got = str(x.dtype).removeprefix("torch.")
-        raise RuntimeError(
-            "mllama_kernels.quantized_linear: x must be float32, float16 or bfloat16, got "
-            f"{got}; mllama_kernels.reference.quantized_linear takes float64 too"
-        )
+    _check_dtype("quantized_linear", "x", x.dtype)
     if not weight.is_packed:
         return reference.quantized_linear(
             x,
@@ -159,11 +159,7 @@ def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> 
         RuntimeError: for an id that is no row, on CPU. On CUDA, where nobody can look without waiting, its
             row is NaN.
     """
-    if dtype not in _DTYPES:
-        got = str(dtype).removeprefix("torch.")
-        raise RuntimeError(
-            f"mllama_kernels.quantized_rows: dtype must be float32, float16 or bfloat16, got {got}"
-        )
+    _check_dtype("quantized_rows", "dtype", dtype)
     if not weight.is_packed:
         return reference.quantized_rows(ids, weight, dtype)
     packed, table = weight.packed_and_table

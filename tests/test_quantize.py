@@ -185,7 +185,7 @@ def test_errors_name_what_was_given(device):
         (ValueError, "q4_k encodes 256 columns together.* 96 wide; what fits: q8_0, q4_0, int8, fp8",
          (weight, "q4_k")),
         (ValueError, r"\(N, K\), got shape \(96,\)", (weight[0], "q8_0")),
-        (ValueError, "got torch.float64", (weight.double(), "q8_0")),
+        (ValueError, "must be float32, float16 or bfloat16, got float64", (weight.double(), "q8_0")),
         (ValueError, r"\(2, 96\) is on the meta device", (weight.to("meta"), "q8_0")),
         (ValueError, "nf4 is read, not made; the encodings that are made are q8_0", (weight, "nf4")),
         (ValueError, "got 'q5_k'", (weight, "q5_k")),

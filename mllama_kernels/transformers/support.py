@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import mllama_kernels as ops
+from mllama_kernels._arguments import FLOATS, FLOATS_AND_DOUBLE
 from mllama_kernels._dispatch import has_ops
 from mllama_kernels.linear import linear_by
 from mllama_kernels.plain import is_plain
@@ -22,14 +23,11 @@ NAME = "mllama_kernels"  # as an attn_implementation
 KNOWN_IMPLEMENTATIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", NAME}
 
 
-_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether ops run on tensors like these: plain, of one supported dtype."""
     lead = tensors[0]
     dtype = lead.dtype
-    if dtype not in _DTYPES and not (dtype == torch.float64 and lead.is_cpu):
+    if dtype not in (FLOATS_AND_DOUBLE if lead.is_cpu else FLOATS):
         return False
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != dtype:
