@@ -126,8 +126,10 @@ class QuantizedTensor(QuantizedWeight):
         """The rows of several weights one after another, in new memory; of packed ones that are whole tiles
         (16 rows on CPU, 8 on CUDA) without unpacking them.
 
-        Raises: ValueError unless they have one encoding, width, group, device and table.
+        Raises: ValueError unless they have one encoding, width, group, device and table; for none.
         """
+        if not weights:
+            raise ValueError("QuantizedTensor.cat was given no weights to put together")
         first = weights[0]
         for other in weights[1:]:
             for what in ("encoding", "group", "scale_type", "zero_type", "device"):
@@ -251,7 +253,15 @@ class QuantizedTensor(QuantizedWeight):
         return self.planes[0], self.planes[1] if len(self.planes) > 1 else None
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The weight on a device, in the layout of its kernels; itself where it is there already."""
+        """The weight on a device, in the layout of its kernels; itself where it is there already.
+
+        Raises: TypeError for a dtype: the encoding says what the weight is stored as.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"a QuantizedTensor is moved by to(device) and not cast: dequantize({device}) gives its "
+                "values as a tensor"
+            )
         device = torch.empty(0, device=device).device  # with its index
         if device == self.device and (self.is_packed or not _is_packed_on(device)):
             return self

@@ -156,6 +156,8 @@ def test_what_does_not_go_together(device):
     tables[1].planes[1].add_(1)
     with pytest.raises(ValueError, match="one table"):
         QuantizedTensor.cat(tables)
+    with pytest.raises(ValueError, match="QuantizedTensor.cat was given no weights"):
+        QuantizedTensor.cat([])
 
 
 @every_kind
@@ -221,6 +223,8 @@ def test_moving_and_copying(device):
     assert copy.copy(weight) is weight
     meta = weight.to("meta")
     assert meta.shape == weight.shape and meta.device.type == "meta" and not meta.is_packed
+    with pytest.raises(TypeError, match=r"not cast: dequantize\(torch.float16\) gives its values"):
+        weight.to(torch.float16)
 
 
 def test_it_is_not_pickled(device):
