@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _dispatch, _library
-from mllama_kernels._arguments import QuantizedWeight, peft_asks
+from mllama_kernels._arguments import (
+    FLOATS_AND_DOUBLE,
+    QuantizedWeight,
+    check_dtype,
+    peft_asks,
+)
 from mllama_kernels._quantized_parts import DATA_TYPES, description_of
 from mllama_kernels.encodings import (
     CODES,
@@ -210,8 +215,10 @@ class QuantizedTensor(QuantizedWeight):
     ) -> Tensor:
         """Rows `begin` to `end` of the weight, decoded in float32 and rounded to the dtype.
 
-        Raises: ValueError for rows that are not there.
+        Raises: ValueError for rows that are not there; RuntimeError for a dtype that is no float of 16, 32 or
+            64 bits.
         """
+        check_dtype("QuantizedTensor.dequantize", "dtype", dtype, FLOATS_AND_DOUBLE)
         end = self._end(begin, end)
         if not self.is_packed:
             return self.rows(begin, end).decoded().to(dtype)

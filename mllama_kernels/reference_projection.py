@@ -154,8 +154,25 @@ def quantized_linear(
 
 @checked
 def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """``F.embedding(ids, weight)`` by the decoded weight; see :func:`mllama_kernels.quantized_rows`."""
+    """``F.embedding(ids, weight)`` by the decoded weight; see :func:`mllama_kernels.quantized_rows`.
+
+    Raises: RuntimeError for an id that is no row, on CPU; elsewhere its row is NaN.
+    """
     check_rows(ids, weight, dtype)
-    flat, parts = ids.reshape(-1), weight.parts()
-    rows = {n: part if n == "table" else part.index_select(0, flat) for n, part in parts.items()}
-    return decode(weight.encoding, rows).to(dtype).view(*ids.shape, weight.shape[1])
+    flat, parts, n = ids.reshape(-1), weight.parts(), weight.shape[0]
+    table = {name: parts.pop(name) for name in ("table",) if name in parts}
+    beyond = None
+    if not flat.is_cpu:  # nobody can look without waiting
+        beyond = (flat < 0) | (flat >= n)
+        flat = flat.masked_fill(beyond, 0)
+    try:
+        rows = {name: part.index_select(0, flat) for name, part in parts.items()}
+    except IndexError:
+        wrong = flat[(flat < 0) | (flat >= n)][0]
+        raise RuntimeError(
+            f"mllama_kernels.quantized_rows: ids must be within 0..{n - 1}, got {wrong}"
+        ) from None
+    values = decode(weight.encoding, rows | table).to(dtype)
+    if beyond is not None:
+        values = values.masked_fill(beyond.unsqueeze(1), torch.nan)
+    return values.view(*ids.shape, weight.shape[1])

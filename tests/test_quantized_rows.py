@@ -73,12 +73,14 @@ def test_errors(device, pack):
         mllama_kernels.quantized_rows(ids, weight)
 
 
+@pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("wrong", [9, -1, 2**63 - 1, -(2**63)])
-def test_ids_that_are_no_rows(device, wrong):
+def test_ids_that_are_no_rows(device, wrong, pack):
     """Refused where the host can look; not a number, and nothing else, where it would have to wait."""
-    weight = random_weight(("q4_0", 0, ()), 9, 64, device)
+    parts = random_weight(("q4_0", 0, ()), 9, 64, device).parts()
+    weight = QuantizedTensor.from_parts("q4_0", parts, pack=pack)
     ids = torch.tensor([3, wrong, 8], device=device)
-    if device.type == "cpu" and not SIMULATED:
+    if device.type == "cpu" and not (SIMULATED and pack):
         with pytest.raises(RuntimeError, match=rf"ids must be within 0\.\.8, got {wrong}"):
             quantized_rows(ids, weight, torch.float32)
     else:

@@ -118,6 +118,17 @@ def test_the_kernel_decodes_as_plain_pytorch_does(device, kind, dtype):
         assert weight.dequantize(dtype, 7, 7).shape == (0, weight.shape[1])
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_it_decodes_to_floats_alone(device, pack):
+    parts = random_weight(("q8_0", 0, ()), 9, 64, device).parts()
+    weight = QuantizedTensor.from_parts("q8_0", parts, pack=pack)
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(
+            RuntimeError, match="dtype must be float32, float16, bfloat16 or float64"
+        ):
+            weight.dequantize(dtype)
+
+
 @every_kind
 def test_rows_and_their_joining(device, kind):
     whole = random_weight(kind, 40, columns_of(kind, 300), device)
