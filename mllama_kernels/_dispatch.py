@@ -67,8 +67,13 @@ def has_ops(device: torch.device) -> bool:
     return BACKEND == "reference" or _library.unavailable(device.type) is None
 
 
-def public(kernel: Function) -> Function:
-    """The public function of an op: the kernel, or the reference of the same name."""
+def public(kernel: Function, check: Callable[..., None] | None = None) -> Function:
+    """The public function of an op: the kernel, or the reference of the same name.
+
+    Args:
+        check: given the arguments, raises for what the kernel refuses and the reference would take, so that
+            switching does not change it.
+    """
     name = kernel.__name__
     if name not in _library.OPS:
         _library.OPS.append(name)
@@ -90,6 +95,8 @@ def public(kernel: Function) -> Function:
             raise
         if BACKEND == "kernels" and switched_off(name) is None:
             raise RuntimeError(f"mllama_kernels.{name} cannot run: {reason}")
+        if check is not None:
+            check(*args, **kwargs)
         return plain(*args, **kwargs)
 
     return op  # type: ignore[return-value]

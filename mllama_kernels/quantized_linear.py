@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -36,7 +37,15 @@ def _check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
         raise RuntimeError(f"mllama_kernels.{op}: {problem}; {hint}")
 
 
-@_dispatch.public
+def _check_x(x: Tensor, *_: Any, **__: Any) -> None:
+    _check_dtype("quantized_linear", "x", x.dtype)
+
+
+def _check_decoded(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> None:
+    _check_dtype("quantized_rows", "dtype", dtype)
+
+
+@functools.partial(_dispatch.public, check=_check_x)
 def quantized_linear(
     x: Tensor,
     weight: QuantizedTensor,
@@ -95,7 +104,7 @@ def quantized_linear(
         raise RuntimeError(
             f"mllama_kernels.quantized_linear: x must be (..., {weight.shape[1]}), got shape {tuple(x.shape)}"
         )
-    _check_dtype("quantized_linear", "x", x.dtype)
+    _check_x(x)
     if not weight.is_packed:
         return reference.quantized_linear(
             x,
@@ -145,7 +154,7 @@ def _is_one_op(x: Tensor, rows: int) -> bool:
     return (x.is_cpu and not _library.simulated) or rows <= MAX_ROWS
 
 
-@_dispatch.public
+@functools.partial(_dispatch.public, check=_check_decoded)
 def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Rows of a quantised weight, as an embedding reads them.
 
@@ -159,7 +168,7 @@ def quantized_rows(ids: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> 
         RuntimeError: for an id that is no row, on CPU. On CUDA, where nobody can look without waiting, its
             row is NaN.
     """
-    _check_dtype("quantized_rows", "dtype", dtype)
+    _check_decoded(ids, weight, dtype)
     if not weight.is_packed:
         return reference.quantized_rows(ids, weight, dtype)
     packed, table = weight.packed_and_table

@@ -459,6 +459,10 @@ def test_without_kernels(device, monkeypatch):
 
     monkeypatch.setattr(_dispatch, "BACKEND", "reference")
     assert torch.equal(quantized_linear(x, weight, **kwargs), expected)
+    for refusing in (quantized_linear, mllama_kernels.linear):  # as the kernel does
+        with pytest.raises(RuntimeError, match=r"got float64; mllama_kernels\.reference"):
+            refusing(x.double(), weight)
+    assert reference.quantized_linear(x.double(), weight).dtype == torch.float64
     parts = QuantizedTensor.from_parts("q4_k", weight.parts())
     assert torch.equal(mllama_kernels.linear(x, parts, **kwargs), expected)
     monkeypatch.undo()

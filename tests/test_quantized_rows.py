@@ -39,6 +39,8 @@ def test_without_kernels(device, monkeypatch):
     plain = QuantizedTensor.from_parts("q4_k", weight.parts())
     assert same_bits(quantized_rows(ids, plain, torch.bfloat16), expected)
     assert same_bits(quantized_rows(ids, weight, torch.bfloat16), expected)
+    with pytest.raises(RuntimeError, match=r"got float64; mllama_kernels\.reference"):
+        quantized_rows(ids, weight, torch.float64)
     monkeypatch.undo()
     assert same_bits(quantized_rows(ids, plain, torch.bfloat16), expected)  # not packed
 

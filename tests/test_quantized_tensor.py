@@ -167,7 +167,7 @@ def test_what_does_not_go_together(device):
     tables[1].planes[1].add_(1)
     with pytest.raises(ValueError, match="one table"):
         QuantizedTensor.cat(tables)
-    with pytest.raises(ValueError, match="QuantizedTensor.cat was given no weights"):
+    with pytest.raises(ValueError, match=r"QuantizedTensor\.cat was given no weights"):
         QuantizedTensor.cat([])
 
 
