@@ -58,13 +58,19 @@ ENCODINGS = {
         Encoding("fp4", ("data", "absmax", "table"), 64, 32, (64,), is_made=False),
     )
 }
+# Of whole models, with the encodings of what they hold in blocks of 256.
+MIXES = {"q4_k_m": ("q4_k", "q6_k")}
 CODES = {name: code for code, name in enumerate(ENCODINGS)}
 GGML = frozenset(name for name, encoding in ENCODINGS.items() if encoding.parts == ("blocks",))
 
 
 def encoding_of(name: str) -> Encoding:
     """Raises: ValueError for a name that is no encoding."""
-    found = ENCODINGS.get(name) if isinstance(name, str) else None
+    known_as = name if isinstance(name, str) else ""
+    if known_as in MIXES:
+        one = " or ".join(MIXES[name])
+        raise ValueError(f"{name} is a mix for whole models; one weight is made as {one}")
+    found = ENCODINGS.get(known_as)
     if found is None:
         known = ", ".join(ENCODINGS)
         raise ValueError(f"the encodings of a quantised weight are {known}; got {name!r:.60}")

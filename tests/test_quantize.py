@@ -189,6 +189,8 @@ def test_errors_name_what_was_given(device):
         (ValueError, r"\(2, 96\) is on the meta device", (weight.to("meta"), "q8_0")),
         (ValueError, "nf4 is read, not made; the encodings that are made are q8_0", (weight, "nf4")),
         (ValueError, "got 'q5_k'", (weight, "q5_k")),
+        (ValueError, "q4_k_m is a mix for whole models; one weight is made as q4_k or q6_k",
+         (weight, "q4_k_m")),
         (TypeError, "weight must be a tensor, got a list", ([1.0], "q8_0")),
         (TypeError, "importance must be a tensor, got a int", (weight, "q4_0", 1)),
         (ValueError, "importance has no part in q8_0; q4_0, q4_k, q6_k take it",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mllama.checkpoints.key_layout import HEAD, PROJECTOR, TEXT, VISION, KeyLayout
 from mllama.shapes import Shapes
 from mllama.wording import listed, quoted
-from mllama_kernels.encodings import ENCODINGS
+from mllama_kernels.encodings import ENCODINGS, MIXES
 
 if TYPE_CHECKING:
     from mllama.checkpoints.expected import Config
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PLAIN = ("float32", "bfloat16", "float16")
 # What weights can be made into; the others are only read.
 MADE = ("q8_0", "q6_k", "q4_k", "q4_0", "int8", "fp8")
-# Encodings of whole models: a mix of two besides.
-MODEL_ENCODINGS = (*MADE, "q4_k_m")
+# Encodings of whole models.
+MODEL_ENCODINGS = (*MADE, *MIXES)
 
 _LINEAR = re.compile(
     r"layers\.(\d+)\.(self_attn|cross_attn|mlp)\.(\w+_proj|fc1|fc2)\.weight$", re.ASCII
