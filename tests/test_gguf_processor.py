@@ -113,6 +113,13 @@ def test_files_in_each_others_place_are_named(files):
         assert "is no projector file" not in str(said.value)
 
 
+def test_a_projector_file_has_no_tokenizer(files):
+    with pytest.raises(
+        ValueError, match=r"projector\.gguf is a projector file.*the text model's file"
+    ):
+        MllamaTokenizer.from_pretrained(files["split"][1])
+
+
 def test_it_can_be_saved_as_a_folder(files, tmp_path):
     read(files["unified"]).save_pretrained(tmp_path)
     theirs, ours = read(files["unified"]), MllamaProcessor.from_pretrained(tmp_path)

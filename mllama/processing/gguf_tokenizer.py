@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from mllama.checkpoints.gguf.container import GgufFile
+from mllama.checkpoints.gguf.files import is_projector
 from mllama.processing.encoders import failures_named
 from mllama.processing.published_template import PUBLISHED_TEMPLATE
 from mllama.processing.templates import Templates
@@ -33,6 +34,10 @@ def read_gguf_tokenizer(path: Path) -> dict[str, Any]:
     Raises: ValueError naming the file and the entry.
     """
     file = GgufFile(path)
+    if is_projector(file):
+        raise ValueError(
+            f"{file.name} is a projector file, which has no tokenizer: give the text model's file"
+        )
     _expect(file, "tokenizer.ggml.model", ("gpt2",))
     _expect(file, "tokenizer.ggml.pre", _SPLITTERS)
     tokens, kinds, merges = (

@@ -58,13 +58,18 @@ def open_files(path: Path, projector: Path | None) -> GgufFiles:
         )
     elif has_vision and other is not None:
         problems.append(f"{text.name} is a whole model, which takes no projector file")
-    if other is not None and _halves(other) != (False, True):
+    if other is not None and not is_projector(other):
         problems.append(
             f"{other.name} is no projector file: it must hold tensors of the vision tower only"
         )
     if problems := [problem for problem in problems if problem]:
         raise CheckpointError(path, problems)
     return GgufFiles(text, text if has_vision else other)
+
+
+def is_projector(file: GgufFile) -> bool:
+    """Whether a file has the vision tower and no text model."""
+    return _halves(file) == (False, True)
 
 
 def without_vision(text: GgufFile) -> str:
