@@ -1,8 +1,13 @@
-"""Runs hostile code in a child process with limits on time and memory: no crash takes the tests along."""
+"""Runs hostile code in a child process with limits on time and memory: no crash takes the tests along.
+
+Time is that of the processor, so that other work on the machine fails no test. A child that waits instead is
+given `_PATIENCE` times as long.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -12,7 +17,9 @@ import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
+from typing import Any
 
+_PATIENCE = 8
 # Sanitizers map terabytes of addresses.
 _SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 # Not ru_maxrss, which begins with what the process was before it became this program.
@@ -28,7 +35,7 @@ class Ended:
 
     Attributes:
         out, err: what it printed.
-        seconds: how long it took.
+        seconds: how long it took by the clock.
         peak: its largest resident memory in MiB; 0 where it did not live to say.
     """
 
@@ -45,7 +52,8 @@ def confined(
     """Run Python code in a child with `arguments` in sys.argv.
 
     Args:
-        seconds: of time, after which the child is killed.
+        seconds: of processor time, rounded up to whole ones, after which the child is killed; processes that
+            it starts have as many of their own.
         mebibytes: of address space; torch takes about 1000 by being imported.
     """
 
@@ -53,6 +61,8 @@ def confined(
         if not _SANITIZED:
             resource.setrlimit(resource.RLIMIT_AS, (mebibytes << 20,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), hard))
 
     start = time.monotonic()
     process = subprocess.Popen(
@@ -67,24 +77,30 @@ def confined(
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     try:
-        out, err = process.communicate(timeout=seconds)
+        out, err = process.communicate(timeout=_PATIENCE * seconds)
         status = process.returncode
         kind = "ok" if status == 0 else "error" if status > 0 else signal.Signals(-status).name
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # also what ends a test that takes too long
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         kind = "timeout"
     body, _, peak = out.rpartition("peak ")
     if not peak.strip().isdigit():
         body, peak = out, "0"
-    return Ended(kind, body, err, time.monotonic() - start, int(peak))
+    return _ended(kind, body, err, time.monotonic() - start, int(peak))
+
+
+def _ended(kind: str, *others: Any) -> Ended:
+    return Ended("timeout" if kind == "SIGXCPU" else kind, *others)
 
 
 # The parent of the cases: each is a fork of a process that has run the setup, so that importing torch is paid
 # once. A case that hangs or crashes takes nobody along.
 _CASES = """
-import json, os, select, signal, sys, time, traceback
-setup, cases, seconds = json.load(open(sys.argv.pop(1)))
+import json, os, resource, select, signal, sys, time, traceback
+setup, cases, seconds, patience = json.load(open(sys.argv.pop(1)))
 names = {"__name__": "cases"}
 exec(setup, names)
 for name, code in cases.items():
@@ -92,6 +108,8 @@ for name, code in cases.items():
     start, (read, write) = time.monotonic(), os.pipe()
     child = os.fork()
     if child == 0:
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
         os.dup2(write, 1)
         os.dup2(write, 2)
         status = 1
@@ -105,7 +123,7 @@ for name, code in cases.items():
         os._exit(status)
     os.close(write)
     said, kind = b"", None
-    while select.select([read], [], [], max(0, start + seconds - time.monotonic()))[0]:
+    while select.select([read], [], [], max(0, start + patience - time.monotonic()))[0]:
         if not (chunk := os.read(read, 1 << 16)):
             break
         said = (said + chunk)[-(1 << 16):]
@@ -131,14 +149,14 @@ def confined_cases(
         setup: Python code that all cases start from: imports and helpers. It starts no threads, which a
             fork would not have.
         cases: code by name.
-        seconds: of time for each case.
+        seconds: of processor time for each case, rounded up to whole ones.
         mebibytes: of address space for each.
     Returns:
         how each case ended; `out` and `err` are one text, the end of what it printed.
     """
     setup, cases = textwrap.dedent(setup), {n: textwrap.dedent(c) for n, c in cases.items()}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([setup, cases, seconds], file)
+        json.dump([setup, cases, math.ceil(seconds), _PATIENCE * seconds], file)
         file.flush()
         whole = 60 + seconds * len(cases)
         parent = confined(_CASES, file.name, seconds=whole, mebibytes=mebibytes)
@@ -146,4 +164,4 @@ def confined_cases(
     lines = [line[5:] for line in parent.out.splitlines() if line.startswith("case ")]
     found = dict(json.loads(line) for line in lines)
     assert found.keys() == cases.keys(), "the parent of the cases has lost some"
-    return {name: Ended(kind, said, said, *rest) for name, (kind, said, *rest) in found.items()}
+    return {name: _ended(kind, said, said, *rest) for name, (kind, said, *rest) in found.items()}

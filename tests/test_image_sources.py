@@ -126,11 +126,11 @@ def test_messages_stay_short(name):
 
 
 def test_strings_are_told_apart_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (" " * 300_000 + "!", "A" * 300_000 + "!", "=" * 300_000, "A\n" * 150_000):
         with pytest.raises(ImageOpenError):
             open_image(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_file_goes_before_base64(tmp_path, monkeypatch):
@@ -188,10 +188,10 @@ def test_caps_hold_for_the_added_formats():
     ids=["text", "maximum", "comment"],
 )
 def test_ppm_that_would_take_minutes(data, message):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ImageOpenError, match=message):
         open_image(data)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("kind", ["1", "L", "RGB", "plain"])
