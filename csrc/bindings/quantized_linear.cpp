@@ -1,5 +1,6 @@
 // quantized_linear: the kernel for any number of rows on a CPU; on CUDA for few, and for more the
 // library's product of slabs of the weight, decoded one after another into the same memory.
+#include "linear_steps.h"
 #include "product.h"
 #include "quantized_weight.h"
 
@@ -40,9 +41,9 @@ void multiply_by_slabs(const Checker& c, const QuantizedWeight& w, const Tensor&
 Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor table,
                         int64_t encoding, int64_t n_in, int64_t group, int64_t scale_type,
                         int64_t zero_type, const OptionalTensor& bias_in,
-                        const OptionalTensor& norm_weight_in, double eps,
-                        const OptionalTensor& residual_in, const OptionalTensor& gate,
-                        const OptionalTensor& row_mask_in, bool swiglu, bool weight_is_constant,
+                        const OptionalTensor& norm_weight, double eps,
+                        const OptionalTensor& residual, const OptionalTensor& gate,
+                        const OptionalTensor& row_mask, bool swiglu, bool weight_is_constant,
                         bool int8_activations) {
   const Checker c{"quantized_linear", x_in, "x"};
   check(x_in.scalar_type() != ScalarType::Double, c.op,
@@ -60,33 +61,13 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor
   check(!int8_activations || takes_int8(c.runs_on_cpu(), p.w.encoding), c.op,
         "activations=\"int8\" has no kernel for ", traits(p.w.encoding).name, " on ",
         c.runs_on_cpu() ? "this CPU" : "CUDA");
-  c.eps(eps);
-  check(!gate || residual_in, c.op, "gate is given without residual");
-  check(!row_mask_in || gate, c.op, "row_mask is given without gate");
-  OptionalTensor bias, norm_weight, residual, row_mask;
+  OptionalTensor bias;
   if (bias_in) {
     c.floating(*bias_in, "bias");
     c.sizes(*bias_in, "bias", {n_in});
     bias = torch::stable::contiguous(*bias_in);
   }
-  if (norm_weight_in) {
-    c.floating(*norm_weight_in, "norm_weight");
-    c.sizes(*norm_weight_in, "norm_weight", {k});
-    norm_weight = torch::stable::contiguous(*norm_weight_in);
-  }
-  if (residual_in) {
-    c.floating(*residual_in, "residual");
-    c.sizes(*residual_in, "residual", {rows, n});
-    residual = with_contiguous_rows(*residual_in);
-  }
-  if (gate) {
-    c.floating(*gate, "gate");
-    check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
-  }
-  if (row_mask_in) {
-    c.sizes(*row_mask_in, "row_mask", {rows});
-    row_mask = c.bools(*row_mask_in, "row_mask");
-  }
+  const LinearSteps steps = linear_steps(c, rows, n, k, norm_weight, eps, residual, gate, row_mask);
   c.product("the result", {rows, n, element_size(p.dtype)});
   const Tensor x = with_contiguous_rows(x_in);
   Tensor out = torch::stable::new_empty(x, {rows, n});
@@ -100,17 +81,12 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor
   }
   p.x = x.const_data_ptr();
   p.bias = data(bias);
-  p.norm_weight = data(norm_weight);
-  p.residual = data(residual);
-  p.gate = data(gate);
-  p.row_mask = static_cast<const bool*>(data(row_mask));
   p.out = out.mutable_data_ptr();
   p.rows = rows;
   p.n = n;
   p.k = k;
   p.x_row_stride = stride(x, 0);
-  p.residual_row_stride = residual ? stride(*residual, 0) : 0;
-  p.eps = eps;
+  put_steps(steps, eps, p);
   p.swiglu = swiglu;
   p.weight_is_constant = weight_is_constant;
   p.int8_activations = int8_activations;

@@ -1,14 +1,14 @@
 // skinny_linear.
 #include "../skinny_linear.h"
 
-#include "checks.h"
+#include "linear_steps.h"
 
 namespace mllama {
 namespace {
 
-Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& norm_weight_in,
-                     double eps, const OptionalTensor& residual_in, const OptionalTensor& gate,
-                     const OptionalTensor& row_mask_in, bool swiglu, bool weight_is_constant) {
+Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTensor& norm_weight,
+                     double eps, const OptionalTensor& residual, const OptionalTensor& gate,
+                     const OptionalTensor& row_mask, bool swiglu, bool weight_is_constant) {
   const Checker c{"skinny_linear", x_in, "x"};
   check(x_in.dim() == 2, c.op, "x must be (rows, K), got shape ", shape(x_in));
   const int64_t rows = x_in.size(0), k = x_in.size(1);
@@ -22,45 +22,19 @@ Tensor skinny_linear(const Tensor& x_in, const Tensor& weight, const OptionalTen
         "weight must have an even number of rows with swiglu, got ", weight.size(0));
   c.last_contiguous(weight, "weight");  // a copy would cost more than the product
   const int64_t n = swiglu ? weight.size(0) / 2 : weight.size(0);
-  c.eps(eps);
-  check(!gate || residual_in, c.op, "gate is given without residual");
-  check(!row_mask_in || gate, c.op, "row_mask is given without gate");
-  OptionalTensor norm_weight, residual, row_mask;
-  if (norm_weight_in) {
-    c.floating(*norm_weight_in, "norm_weight");
-    c.sizes(*norm_weight_in, "norm_weight", {k});
-    norm_weight = torch::stable::contiguous(*norm_weight_in);
-  }
-  if (residual_in) {
-    c.floating(*residual_in, "residual");
-    c.sizes(*residual_in, "residual", {rows, n});
-    residual = with_contiguous_rows(*residual_in);
-  }
-  if (gate) {
-    c.floating(*gate, "gate");
-    check(gate->numel() == 1, c.op, "gate must have one element, got shape ", shape(*gate));
-  }
-  if (row_mask_in) {
-    c.sizes(*row_mask_in, "row_mask", {rows});
-    row_mask = c.bools(*row_mask_in, "row_mask");
-  }
+  const LinearSteps steps = linear_steps(c, rows, n, k, norm_weight, eps, residual, gate, row_mask);
   const Tensor x = with_contiguous_rows(x_in);
   Tensor out = torch::stable::new_empty(x, {rows, n});
   SkinnyLinearParams p{};
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.norm_weight = data(norm_weight);
-  p.residual = data(residual);
-  p.gate = data(gate);
-  p.row_mask = static_cast<const bool*>(data(row_mask));
   p.out = out.mutable_data_ptr();
   p.rows = rows;
   p.n = n;
   p.k = k;
   p.x_row_stride = stride(x, 0);
   p.weight_row_stride = stride(weight, 0);
-  p.residual_row_stride = residual ? stride(*residual, 0) : 0;
-  p.eps = eps;
+  put_steps(steps, eps, p);
   p.swiglu = swiglu;
   p.weight_is_constant = weight_is_constant;
   p.dtype = c.dtype();
