@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+import shares
 import torch
 
 import mllama_kernels._library as library
@@ -67,6 +68,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`full` runs only when asked for by -m; gpu tests skip in words where there is no GPU."""
+    shares.mark_the_others(items, config.getoption("--seed"))
     if "full" not in (config.getoption("-m") or "") and os.environ.get("MLLAMA_TEST_FULL") != "1":
         kept = [item for item in items if item.get_closest_marker("full") is None]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -140,6 +140,7 @@ def _compare(touch: touches.Touch, family: str, path: str) -> None:
         assert effect > 1e-3, "a touch that nobody could notice proves nothing"
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("touch", touches.HOOKS + touches.REPLACEMENTS, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("family, path", _cases())
 def test_calls(family, path, touch):
