@@ -31,6 +31,11 @@ def several_blocks() -> int:
     return 150 if REDUCED or _library.simulated else 600
 
 
+def simulated_share(count: int) -> pytest.MarkDecorator:
+    """`share` (pyproject.toml) of cases that take long on a simulated device, and no time anywhere else."""
+    return pytest.mark.share(count if _library.simulated else 1)
+
+
 def assert_no_worse(actual: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any) -> None:
     """As `testing.assert_no_worse`, of an op, whose results are contiguous."""
     assert all(t.is_contiguous() for t in ((actual,) if torch.is_tensor(actual) else actual))

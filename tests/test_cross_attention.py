@@ -13,6 +13,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
 )
 
 import mllama_kernels
@@ -49,6 +50,7 @@ def make(case, dtype, device):
     return q, kv[:, :, :, 0], kv[:, :, :, 1], mask
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("masked", [False, True])
@@ -273,6 +275,7 @@ def test_decode_over_many_tiles(device, dtype):
     assert_no_worse(out, reference.cross_attention, q, k, v, mask, **kwargs)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
 )
 from test_cross_attention import make
 
@@ -48,6 +49,7 @@ def make_fused(case, dtype, device):
     return q, kv, torch.rand(batch, rows, tiles, device=device) < 0.5
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("masked", [False, True])
@@ -59,6 +61,7 @@ def test_gradients_match_float64(device, dtype, case, masked):
     )
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_through_the_norm_match_float64(device, dtype, case):

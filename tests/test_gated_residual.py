@@ -16,6 +16,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    simulated_share,
     strided,
 )
 
@@ -23,6 +24,7 @@ import mllama_kernels
 from mllama_kernels import reference
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", grid([(3, 7), (2, 2, 136)], [(257, 1), (65, 4096), (9, 8193)]))
 @pytest.mark.parametrize("masked", [False, True])
@@ -67,6 +69,7 @@ def test_torch_machinery(device):
     opcheck("gated_residual_backward", (residual, x, gate, mask))
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", grid([(3, 7), (2, 2, 136)], [(257, 1), (65, 4096), (9, 8193)]))
 @pytest.mark.parametrize("masked", [False, True])

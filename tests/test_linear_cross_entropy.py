@@ -20,6 +20,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    simulated_share,
     strided,
     takes_float64,
 )
@@ -78,6 +79,7 @@ def assert_all_no_worse(x: Tensor, weight: Tensor, labels: Tensor, **options: An
         compare(a, e, p)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(

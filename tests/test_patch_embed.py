@@ -15,6 +15,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    simulated_share,
 )
 
 import mllama_kernels
@@ -56,6 +57,7 @@ def make(images, tiles, size, width, patch, dtype, device, ratios=9):
     )
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(device, dtype, case):
@@ -189,6 +191,7 @@ def assert_patch_gradients_no_worse(args, draws):
         compare(a, e, p)
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_match_float64(device, dtype, case):

@@ -7,7 +7,7 @@ import math
 import gguf
 import pytest
 import torch
-from numerics import FLOATS, grid
+from numerics import FLOATS, grid, simulated_share
 from quantizer_weights import awkward, distributions, relative_error
 
 import mllama_kernels
@@ -40,6 +40,7 @@ def test_the_bytes_are_those_of_the_gguf_package(device, encoding):
         assert_same_bits([got.blocks()], [expected])
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("encoding", MADE)
 def test_the_kernel_has_the_bits_of_plain_pytorch(device, encoding, dtype):
@@ -154,6 +155,7 @@ def test_only_the_proportions_of_importance_matter(device):
     assert same.blocks().equal(mllama_kernels.quantize(weight, "q6_k").blocks())
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("encoding", MADE)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

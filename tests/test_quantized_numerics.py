@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import SIMULATED
+from numerics import simulated_share
 from quantized_weights import KINDS, Kind, columns_of, kind_name, like_a_model, random_weight
 from torch import Tensor
 
@@ -57,6 +58,7 @@ def zero_columns(kind: Kind, rows: int, columns: int) -> QuantizedTensor:
     return weight
 
 
+@simulated_share(3)
 @every_small_dtype
 @pytest.mark.parametrize("size", [16, 300, 3000, 3e4])
 @pytest.mark.parametrize("kind", WITH_ZEROS, ids=kind_name)
@@ -77,6 +79,7 @@ def test_outliers_that_two_words_cannot_hold(kind):
     assert torch.equal(product(x[1:2], weight), out[1:2])
 
 
+@simulated_share(3)
 @every_small_dtype
 @pytest.mark.parametrize("encoding", ["int8", "fp8"])
 @pytest.mark.parametrize("size", [30, 100, 300, 1000])
@@ -97,6 +100,7 @@ def test_few_columns_decide_where_larger_ones_meet_zeros(dtype, encoding, size, 
     assert torch.equal(product(x[:1], weight), out[:1])
 
 
+@simulated_share(3)
 @every_small_dtype
 @pytest.mark.parametrize("encoding", ["int8", "q8_0", "q6_k", "q4_k", "q4_0"])
 @pytest.mark.parametrize(("zeros", "factor"), [(16, 30), (28, 300), (28, 5000), (31, 100)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import SIMULATED
-from numerics import FLOATS, assert_compiles, opcheck
+from numerics import FLOATS, assert_compiles, opcheck, simulated_share
 from quantized_weights import EVERY, columns_of, kind_name, random_weight, same_bits
 
 import mllama_kernels
@@ -14,6 +14,7 @@ from mllama_kernels import QuantizedTensor, quantized_rows, reference
 every_kind = pytest.mark.parametrize("kind", EVERY, ids=kind_name)
 
 
+@simulated_share(2)
 @every_kind
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_are_those_of_the_decoded_weight(device, kind, dtype):

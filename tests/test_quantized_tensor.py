@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIMULATED
-from numerics import opcheck
+from numerics import opcheck, simulated_share
 from quantized_weights import (
     EVERY,
     INT4,
@@ -49,6 +49,7 @@ def test_autocast_leaves_the_parts_as_they_are(device, kind):
         assert same_bits(some[name].cpu(), part if name == "table" else part[3:20])
 
 
+@simulated_share(2)
 @every_kind
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 16, 33])
 def test_every_bit_of_the_parts_comes_back(device, kind, rows):
@@ -102,6 +103,7 @@ def test_values_are_what_the_parts_say():
     assert torch.equal(fp8.dequantize(), numbers.to(torch.float8_e4m3fn).float() * scale[:, None])
 
 
+@simulated_share(2)
 @every_kind
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_the_kernel_decodes_as_plain_pytorch_does(device, kind, dtype):

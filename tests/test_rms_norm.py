@@ -17,6 +17,7 @@ from numerics import (
     grid,
     opcheck,
     randn,
+    simulated_share,
     strided,
 )
 
@@ -26,6 +27,7 @@ from mllama_kernels import reference
 SHAPES = grid([(3, 7), (2, 129), (5, 64)], [(257, 1), (4, 1280), (33, 4096), (2, 8192), (3, 16384)])
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_float64(device, dtype, shape):
@@ -219,6 +221,7 @@ GRADIENT_SHAPES = grid(
 )
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", GRADIENT_SHAPES)
 def test_gradient_matches_float64(device, dtype, shape):
@@ -231,6 +234,7 @@ def test_gradient_matches_float64(device, dtype, shape):
     )
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dim", grid([24], [264, 37, 8200]))
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "mask"])

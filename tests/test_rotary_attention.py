@@ -14,6 +14,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
     to_double,
 )
 
@@ -41,6 +42,7 @@ def make(case, dtype, device):
     return q, k, v, cos, sin
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -106,6 +108,7 @@ class Paged:
         )  # fmt: skip
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("head", grid([(4, 2, 64), (2, 1, 128)], [(4, 1, 80), (8, 1, 128)]))
 @pytest.mark.parametrize("interleaved", [False, True])

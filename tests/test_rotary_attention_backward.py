@@ -17,6 +17,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
 )
 from test_rotary_attention import angles, make
 
@@ -50,6 +51,7 @@ def packed(lengths, dim, dtype, device, heads=4, kv_heads=2):
     return qkv, (heads, kv_heads, *angles(where, dim, dtype)), kwargs
 
 
+@simulated_share(2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("interleaved", [False, True])

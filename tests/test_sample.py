@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import FLOATS, assert_compiles, chi_square, grid, opcheck, strided
+from numerics import FLOATS, assert_compiles, chi_square, grid, opcheck, simulated_share, strided
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
@@ -72,6 +72,7 @@ def draws(logits: Tensor, count: int, device: torch.device, **options: Any) -> T
     return mllama_kernels.sample(batch, seeds, torch.tensor(3, device=device), **options)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["normal", "tied", "equal", "close", "hidden", "far"])
 @pytest.mark.parametrize("vocab", [1, 7, 301, 4097])

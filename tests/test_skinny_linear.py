@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIMULATED
-from numerics import FLOATS, assert_compiles, assert_no_worse, grid, opcheck, randn, strided
+from numerics import (
+    FLOATS,
+    assert_compiles,
+    assert_no_worse,
+    grid,
+    opcheck,
+    randn,
+    simulated_share,
+    strided,
+)
 from torch import Tensor
 
 import mllama_kernels
@@ -43,6 +52,7 @@ def make(
     return (x, weight * k**-0.5), kwargs
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -52,6 +62,7 @@ def test_matches_float64(device, dtype, shape, fusion):
     assert_no_worse(out, reference.skinny_linear, *args, **kwargs)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_every_number_of_rows(device, dtype, rows):
@@ -72,6 +83,7 @@ def test_float64(shape, fusion):
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", grid([(16, 24, 264)], [(16, 70, 4096), (16, 40, 77)]))
 @pytest.mark.parametrize("fusion", ["product", "all"])

@@ -13,6 +13,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
 )
 
 import mllama_kernels
@@ -38,6 +39,7 @@ def tile_padding(batch, seqlen, device, tiles=4, valid_tiles=2, pad=3):
     return padding.expand(batch, -1).clone()
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padded", [False, True])

@@ -17,6 +17,7 @@ from numerics import (
     opcheck,
     randn,
     several_blocks,
+    simulated_share,
 )
 from test_vision_attention import make, tile_padding
 
@@ -35,6 +36,7 @@ def fused(ops, padding):
     return lambda qkv: ops.vision_attention(*qkv.unbind(2), padding)
 
 
+@simulated_share(3)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padded", ["none", "tiles", "random"])
