@@ -23,8 +23,15 @@ export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:allocator_may
 ASAN_OPTIONS+=:max_allocation_size_mb=2048:hard_rss_limit_mb=4096:quarantine_size_mb=64
 ASAN_OPTIONS+=:malloc_fill_byte=255:max_malloc_fill_size=1073741824
 export UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONPATH=$work/site
-LD_PRELOAD=$libraries "$python" tests/fuzz_ops.py "$@"
+sanitized() { LD_PRELOAD=$libraries "$python" "$@"; }
+status=0
 case " $* " in
-*" --case"*) ;;
-*) LD_PRELOAD=$libraries "$python" tests/fuzz_folders.py --seconds 60 ;;
+*" --case"*) sanitized tests/fuzz_ops.py "$@" || status=$? ;;
+*) # each takes one core
+  sanitized tests/fuzz_folders.py --seconds 60 &
+  folders=$!
+  sanitized tests/fuzz_ops.py "$@" || status=$?
+  wait $folders || status=$?
+  ;;
 esac
+exit $status
