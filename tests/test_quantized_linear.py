@@ -10,6 +10,7 @@ from numerics import (
     assert_same_bits_on_any_threads,
     compare,
     grid,
+    simulated_share,
     strided,
 )
 from quantized_calls import FEW, FUSED, ROUNDINGS, every_dtype, every_kind, make
@@ -23,6 +24,7 @@ from mllama_kernels.quantized_linear import MAX_ROWS
 ROWS = [*range(10), 15, 16, 17, 31, 32, 33, 40]
 
 
+@simulated_share(3)
 @every_dtype
 @pytest.mark.parametrize(("fusion", "kind"), FUSED)
 def test_matches_float64(device, dtype, kind, fusion):
@@ -48,6 +50,7 @@ def test_every_number_of_rows(device, dtype, kind):
             assert_no_worse(out, reference.quantized_linear, *args, roundings=roundings, **kwargs)
 
 
+@simulated_share(3)
 @every_dtype
 @every_kind
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, kind):
@@ -143,6 +146,7 @@ def test_strides_and_borders(device, dtype, kind):
         assert torch.equal(quantized_linear(x, weight, **kwargs), expected)
 
 
+@simulated_share(3)
 @every_dtype
 @every_kind
 def test_one_hot_rows_read_the_weight(device, dtype, kind):
@@ -173,6 +177,7 @@ def test_hidden_rows_and_closed_gate(device, dtype, kind):
         assert torch.equal(quantized_linear(x, weight, **kwargs), kwargs["residual"])
 
 
+@simulated_share(3)
 @every_dtype
 @every_kind
 def test_not_finite_values_stay_in_their_row(device, dtype, kind):
@@ -203,6 +208,7 @@ def test_outliers_beside_small_columns(device, dtype, kind):
     assert_no_worse(out, reference.quantized_linear, x, weight)
 
 
+@simulated_share(2)
 @every_kind
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e36])
 def test_large_and_small_activations(device, kind, scale):
@@ -234,6 +240,7 @@ def test_empty(device, kind):
             x = x[:0]
 
 
+@simulated_share(3)
 @every_dtype
 @every_kind
 def test_activations_in_eight_bits(device, dtype, kind):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import compare, compare_sum, randn
+from numerics import compare, compare_sum, randn, simulated_share
 from quantized_calls import FUSED, as_op, every_dtype, make
 from torch import Tensor
 
@@ -24,6 +24,7 @@ def _added(x: Tensor, weight: QuantizedTensor, **kwargs: Any) -> Tensor:
     return y.masked_fill(~row_mask.unsqueeze(-1), 0) * (1 - gate.tanh().square())
 
 
+@simulated_share(3)
 @every_dtype
 @pytest.mark.parametrize(
     ("fusion", "kind"), [case for case in FUSED if case.values[0] in ("product", "all")]
