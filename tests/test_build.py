@@ -173,6 +173,16 @@ def test_sanitizers_that_do_not_fit(build, monkeypatch, environment, words):
         assert word in str(stop.value)
 
 
+def test_the_slowest_sources_start_first(build):
+    """A file of one line may instantiate the largest templates: last, it keeps one core busy alone."""
+    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+    names = [str(p.relative_to(ROOT / "csrc/cuda")) for p in build.slowest_first(sources)]
+    assert sorted(names) == sorted(str(p.relative_to(ROOT / "csrc/cuda")) for p in sources)
+    products = [i for i, name in enumerate(names) if name.startswith("quantized_linear/mma_")]
+    assert len(products) == 6 and max(products) < len(names) / 3
+    assert names[-1] == "common/device.cu"
+
+
 def test_jobs(build, monkeypatch):
     assert build.jobs() >= 1
     monkeypatch.setenv("MAX_JOBS", "7")
