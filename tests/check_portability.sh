@@ -23,17 +23,28 @@ find_python() {  # an interpreter of version $1: on PATH, or one that pyenv keep
 wheel=$(ls "$work"/wheel/*.whl)
 case $wheel in *cp310-abi3-*) ;; *) echo "not a cp310-abi3 wheel: $wheel" >&2; exit 1 ;; esac
 "$python" -c 'import sys, torch; print("built under Python", sys.version.split()[0], "and torch", torch.__version__)'
-ran=0
+
+check() { # the wheel under interpreter $1 and a torch that meets $2, in folder $3
+  "$1" -m venv "$3"
+  # Bytecode only of what is imported.
+  "$3/bin/pip" install -q --no-cache-dir --no-compile "$2" "$wheel"
+  (cd "$work" && "$3/bin/python" "$OLDPWD/tests/portability_smoke.py")
+}
+
+# All at once: one waits for the network while another unpacks.
+running=() names=()
 while read -r version requirement; do
   interpreter=$(find_python "$version")
   if [ -z "$interpreter" ]; then
     echo "skipped: no Python $version on this machine"
     continue
   fi
-  "$interpreter" -m venv "$work/venv"
-  "$work/venv/bin/pip" install -q --no-cache-dir "$requirement" "$wheel"
-  (cd "$work" && venv/bin/python "$OLDPWD/tests/portability_smoke.py")
-  rm -rf "$work/venv"
-  ran=$((ran + 1))
+  check "$interpreter" "$requirement" "$work/${#running[@]}" &
+  running+=($!) names+=("Python $version with $requirement")
 done <<<"$PAIRS"
-echo "$ran further pairs of Python and torch ran the same binary"
+status=0
+for i in "${!running[@]}"; do
+  wait "${running[i]}" || { status=$? && echo "failed: ${names[i]}" >&2; }
+done
+[ $status = 0 ] && echo "${#running[@]} further pairs of Python and torch ran the same binary"
+exit $status
