@@ -35,5 +35,5 @@ done
 if [ $# -eq 0 ]; then
   echo "static figures"
   cd "$tests/.."
-  CUDASIM_THREADS=2 "$python" -m benchmarks.static "$work/site" "$work/simulator" --check
+  "$python" -m benchmarks.static "$work/site" "$work/simulator" --check
 fi
