@@ -164,15 +164,26 @@ struct QuantizedLinearParams {
   // The launch just before on this stream does not write the weight, so that it may be read before
   // that launch has ended.
   bool weight_is_constant;
-  // h goes to 8-bit integers with a scale per 32 columns: a change of numerics, asked for by the
-  // caller.
+  // h goes to 8-bit integers with a scale per 32 columns, the largest magnitude / 127: a change of
+  // numerics, asked for by the caller. Of integer codes only.
   bool int8_activations;
   DType dtype;  // kFloat32, kFloat16 or kBFloat16
 };
 
-// Whether int8_activations is implemented for the encoding.
-bool quantized_takes_int8_cpu(Encoding encoding);
-bool quantized_takes_int8_cuda(Encoding encoding);
+// Whose product takes int8_activations.
+constexpr bool has_integer_codes(Encoding encoding) {
+  return encoding != Encoding::kFp8 && encoding != Encoding::kNf4 && encoding != Encoding::kFp4;
+}
+
+// What int8_activations makes of x in the dtype, for the library's product on CUDA.
+struct QuantizedRoundParams {
+  const void* x;  // (rows, k), last dimension contiguous
+  void* out;      // (rows, k), contiguous, of its own memory
+  int64_t rows, k, x_row_stride;
+  DType dtype;  // kFloat32, kFloat16 or kBFloat16
+};
+
+int quantized_round_cuda(const QuantizedRoundParams& p, CUstream_st* stream);
 
 // Rows that the kernel of CUDA takes; more are given to the library's product, slab by slab.
 constexpr int64_t kQuantizedLinearMaxRows = 64;

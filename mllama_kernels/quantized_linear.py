@@ -87,9 +87,12 @@ def quantized_linear(
         swiglu: whether the product holds gate and up side by side.
         weight_is_constant: as for `skinny_linear`.
         activations: "int8" changes the numerics: h is rounded to 8-bit integers with a scale for every 32
-            columns. None, the default, is as accurate as the decoded weight allows. Rows with infinities, NaN
-            or values beyond 2^100 (or blocks of none above 2^-80) are not rounded on a CPU: what they give
-            is what None gives. Of integers only: fp8, nf4 and fp4 have no such kernel and refuse it.
+            columns, the largest / 127, and these are multiplied by the weight's. None, the default, is as
+            accurate as the decoded weight allows. Of integers only: fp8, nf4 and fp4 have no such kernel and
+            refuse it. Rows with infinities, NaN or values beyond 2^100 (or blocks of none above 2^-80) are
+            not rounded on a CPU: what they give is what None gives. On CUDA rows with infinities or NaN give
+            NaN, and blocks of none above 2^-112 are rounded as if one were; with more than 64 rows what the
+            integers stand for is rounded to the dtype, for the library's product.
     Returns:
         (..., N) in x's dtype, contiguous. In an autocast region the product has the region's dtype.
     Gradients:

@@ -26,7 +26,7 @@ from sass import Instruction, Kernel, parse
 
 GLOBAL = r"(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED|UTMALDG|UTMASTG|UTMAREDG)$"
 # Copies of a weight that its caller promises to be constant.
-MAY_COPY_EARLY = r"skinny_linear_sm90_kernel|quantized_linear_kernel"
+MAY_COPY_EARLY = r"skinny_linear_sm90_kernel|quantized_linear_(int8_)?kernel"
 # Mangled name, and how many 16-byte loads are at least under way whenever one of them is used.
 IN_FLIGHT = {
     # A chunk of x for one or two eights of rows, and of the norm's weight.

@@ -240,31 +240,6 @@ def test_empty(device, kind):
             x = x[:0]
 
 
-@simulated_share(3)
-@every_dtype
-@every_kind
-def test_activations_in_eight_bits(device, dtype, kind):
-    """As far from float64 as rounding them makes it; or refused by name."""
-    for rows in (1, 3, 20):
-        (x, weight), kwargs = make(kind, rows, 33, 1024, "norm", dtype, device)
-        x[0, 3] = 50
-        with torch.no_grad():
-            try:
-                out = quantized_linear(x, weight, **kwargs, activations="int8")
-            except RuntimeError as error:
-                where = "this CPU" if device.type == "cpu" and not SIMULATED else "CUDA"
-                message = f'activations="int8" has no kernel for {kind[0]} on {where}'
-                assert str(error) == f"mllama_kernels.quantized_linear: {message}"
-                return
-            exact_kwargs = kwargs | {"norm_weight": kwargs["norm_weight"].double()}
-            exact = reference.quantized_linear(x.double(), weight, **exact_kwargs)
-            h = mllama_kernels.rms_norm(x, kwargs["norm_weight"], kwargs["eps"]).double()
-            rounded = reference.quantized_linear(h, weight, activations="int8")
-            assert not torch.equal(out, quantized_linear(x, weight, **kwargs))
-        error, plain = ((t.double() - exact).norm() for t in (out, rounded))
-        assert error <= 1.05 * plain + exact.norm() * torch.finfo(dtype).eps
-
-
 @pytest.mark.full
 @every_dtype
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336)])

@@ -193,30 +193,6 @@ def test_scales_of_blocks_that_are_not_finite(dtype, kind, place, value):
 
 @CPU_ONLY
 @pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
-@pytest.mark.parametrize("rows", [1, 7, 20])
-def test_eight_bits_leave_rows_that_are_not_finite_as_they_are(kind, rows):
-    """Whatever an earlier call has left in memory."""
-    weight = random_weight(kind, 33, columns_of(kind, 512))
-    x = torch.randn(rows, weight.shape[1]).bfloat16()
-    product(x * 1000 ** torch.randn(x.shape).bfloat16(), weight)
-    x[-1, 30] = float("inf")
-    out, plain = product(x, weight, activations="int8"), product(x, weight)
-    assert torch.equal(out[-1].nan_to_num(1.5), plain[-1].nan_to_num(1.5))
-    assert torch.equal(out[:-1], product(x[:-1], weight, activations="int8"))
-
-
-@CPU_ONLY
-@pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
-def test_eight_bits_of_small_activations_are_no_zeros(kind):
-    weight = random_weight(kind, 24, columns_of(kind, 512))
-    x = (torch.randn(3, weight.shape[1]).double() * 1e-31).bfloat16()
-    exact = reference.quantized_linear(x.double(), weight)
-    out = product(x, weight, activations="int8").double()
-    assert (out - exact).norm() < 0.012 * exact.norm()
-
-
-@CPU_ONLY
-@pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
 def test_one_row_is_multiplied_otherwise_and_has_the_same_bits(kind):
     """More tiles than take turns, columns that no turn divides, and steps with a second word."""
     weight = random_weight(kind, 200, columns_of(kind, 1056))

@@ -12,12 +12,14 @@ from benchmarks.static.case import Case, rand, size
 from benchmarks.static.compiler import MULTIPROCESSORS
 from mllama_kernels import QuantizedTensor
 from mllama_kernels.encodings import ENCODINGS, GGML
+from mllama_kernels.quantized_linear import MAX_ROWS
 
 N, K = 2112, 1024
 # Bytes that a gathered row of K columns reads beyond its own: of sectors with the scales of eight
 # rows, with q6_k's high bits of two, and of those with the ids.
 BESIDE_A_ROW = {"int8": 116, "fp8": 116, "q8_0": 504, "q6_k": 1136, "q4_k": 504, "nf4": 520}
 PRODUCTS = ("int8", "fp8", "q8_0", "q6_k", "q4_k", "nf4")  # one per kernel
+INTEGERS = ("int8", "q8_0", "q6_k", "q4_k")  # those with one for x in 8 bits
 
 
 def parts(encoding: str, n: int, k: int) -> dict[str, Tensor]:
@@ -40,14 +42,16 @@ def weight_of(encoding: str, n: int, k: int) -> QuantizedTensor:
 def products(arch: int) -> Iterator[Case]:
     blocks = MULTIPROCESSORS[arch].count
     norm_weight = rand(K)
-    for encoding in PRODUCTS:
+    for encoding, activations in [*((e, None) for e in PRODUCTS), *((e, "int8") for e in INTEGERS)]:
         weight = weight_of(encoding, N, K)
         for rows in (1, 16):
             x = rand(rows, K)
             yield Case(
                 "quantized_linear",
-                f"{encoding}, o*, {rows} x {K}",
-                lambda x=x, weight=weight: ours.quantized_linear(x, weight),
+                f"{encoding}, o*, {rows} x {K}" + (", x in 8 bits" if activations else ""),
+                lambda x=x, weight=weight, activations=activations: ours.quantized_linear(
+                    x, weight, activations=activations
+                ),
                 floor=weight.nbytes + size(x) + rows * N * 2,
                 again={"x by every block, from L2": (blocks - 1) * size(x)},
                 flops=2 * rows * N * K,
@@ -64,6 +68,18 @@ def products(arch: int) -> Iterator[Case]:
             - size(x, norm_weight)
         },
         flops=2 * N * K,
+    )
+
+
+def rounded(arch: int) -> Iterator[Case]:
+    """x for the library's product, which is not counted, and a slab of the weight."""
+    n, rows = 64, MAX_ROWS + 1
+    weight, x = weight_of("q8_0", n, K), rand(rows, K)
+    yield Case(
+        "quantized_linear",
+        f"q8_0, {n} x {K}, {rows} x {K}, x in 8 bits",
+        lambda: ours.quantized_linear(x, weight, activations="int8"),
+        floor=weight.nbytes + 2 * size(x) + n * K * 2,
     )
 
 
@@ -114,4 +130,4 @@ def quantizing(arch: int) -> Iterator[Case]:
         )
 
 
-SOURCES = (products, rows_of, quantizing)
+SOURCES = (products, rounded, rows_of, quantizing)

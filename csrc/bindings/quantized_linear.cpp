@@ -38,6 +38,20 @@ void multiply_by_slabs(const Checker& c, const QuantizedWeight& w, const Tensor&
   }
 }
 
+// x as 8-bit integers hold it, in its dtype.
+Tensor rounded_to_int8(const Checker& c, const Tensor& x) {
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  QuantizedRoundParams p{};
+  p.x = x.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.rows = x.size(0);
+  p.k = x.size(1);
+  p.x_row_stride = stride(x, 0);
+  p.dtype = c.dtype();
+  launch(c, p, nullptr, MLLAMA_CUDA(quantized_round_cuda));
+  return out;
+}
+
 Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor table,
                         int64_t encoding, int64_t n_in, int64_t group, int64_t scale_type,
                         int64_t zero_type, const OptionalTensor& bias_in,
@@ -58,9 +72,8 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor
   check(!swiglu || n_in % 2 == 0, c.op, "weight must have an even number of rows with swiglu, got ",
         n_in);
   const int64_t n = swiglu ? n_in / 2 : n_in;
-  check(!int8_activations || takes_int8(c.runs_on_cpu(), p.w.encoding), c.op,
-        "activations=\"int8\" has no kernel for ", traits(p.w.encoding).name, " on ",
-        c.runs_on_cpu() ? "this CPU" : "CUDA");
+  check(!int8_activations || has_integer_codes(p.w.encoding), c.op,
+        "activations=\"int8\" has no kernel for ", traits(p.w.encoding).name);
   OptionalTensor bias;
   if (bias_in) {
     c.floating(*bias_in, "bias");
@@ -73,10 +86,10 @@ Tensor quantized_linear(const Tensor& x_in, const Tensor& packed, OptionalTensor
   Tensor out = torch::stable::new_empty(x, {rows, n});
   if (out.numel() == 0) return out;
   if (!c.runs_on_cpu() && rows > kQuantizedLinearMaxRows) {
-    check(!norm_weight && !residual && !swiglu && !int8_activations, c.op,
-          "norm_weight, residual, swiglu and activations go with at most ", kQuantizedLinearMaxRows,
+    check(!norm_weight && !residual && !swiglu, c.op,
+          "norm_weight, residual and swiglu go with at most ", kQuantizedLinearMaxRows,
           " rows on CUDA, got ", rows);
-    multiply_by_slabs(c, p.w, x, bias, out);
+    multiply_by_slabs(c, p.w, int8_activations ? rounded_to_int8(c, x) : x, bias, out);
     return out;
   }
   p.x = x.const_data_ptr();

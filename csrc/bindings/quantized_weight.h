@@ -76,15 +76,6 @@ inline QuantizedWeight described(const char* op, const WeightForm& form) {
   return w;
 }
 
-inline bool takes_int8(bool on_cpu, Encoding encoding) {
-  if (on_cpu) return quantized_takes_int8_cpu(encoding);
-#ifdef MLLAMA_WITH_CUDA
-  return quantized_takes_int8_cuda(encoding);
-#else
-  return false;
-#endif
-}
-
 inline int64_t packed_bytes(const char* op, bool on_cpu, const QuantizedWeight& w) {
   if (on_cpu) return quantized_packed_bytes_cpu(w);
 #ifdef MLLAMA_WITH_CUDA

@@ -69,10 +69,6 @@ int64_t quantized_packed_bytes_cpu(const QuantizedWeight& w) {
   return MLLAMA_ISA::PackedLayout(w).bytes;
 }
 
-bool quantized_takes_int8_cpu(Encoding encoding) {
-  return encoding != Encoding::kFp8 && encoding != Encoding::kNf4 && encoding != Encoding::kFp4;
-}
-
 }  // namespace mllama
 
 extern "C" const char* mllama_kernels_instruction_set() {

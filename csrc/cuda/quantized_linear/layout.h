@@ -61,6 +61,15 @@ constexpr Family family_of(Encoding e) {
   }
 }
 
+constexpr bool has_integer_codes(Family family) {
+  for (int32_t e = 0; e <= static_cast<int32_t>(Encoding::kFp4); ++e) {
+    if (family_of(static_cast<Encoding>(e)) == family) {
+      return has_integer_codes(static_cast<Encoding>(e));
+    }
+  }
+  return false;
+}
+
 // Bits of a code: 8, 6 or 4.
 constexpr int code_bits(Encoding e) {
   return has_row_scale(e) || e == Encoding::kQ8_0 ? 8 : e == Encoding::kQ6_K ? 6 : 4;

@@ -1,5 +1,6 @@
-// The kernel of quantized_linear with tensor cores; see quantized_linear.cu. One per family of
-// encodings and type, compiled for the copies that an architecture has.
+// The kernels of quantized_linear with tensor cores; see quantized_linear.cu. One per family of
+// encodings and type, compiled for the copies that an architecture has. Where codes are integers
+// there is one more for x in 8-bit integers, of 1 to 16 rows, so that it is compiled once.
 #pragma once
 
 #include "../common/device.h"
@@ -32,17 +33,18 @@ struct MmaShared {
 #ifdef MLLAMA_SM90A_DEVICE
 template <Family kFamily, int kRowBlocks>
 constexpr int kMmaBlocks = kFamily == Family::kQ6_K && kRowBlocks == 2 ? 1 : 2;
+constexpr int kInt8MmaBlocks = 2;
 #else
 template <Family kFamily, int kRowBlocks>
 constexpr int kMmaBlocks = 1;
+constexpr int kInt8MmaBlocks = 1;
 #endif
 
-template <typename T, Family kFamily, int kRowBlocks>
-__global__ void __launch_bounds__(kSlabThreads, (kMmaBlocks<kFamily, kRowBlocks>))
-    quantized_linear_kernel(const QuantizedCall p) {
+// The body of a kernel.
+template <typename Weight, Family kFamily>
+__device__ __forceinline__ void multiply_slabs(const QuantizedCall& p) {
   extern __shared__ uint4 shared_memory[];
-  using Weight = QuantizedProductWeight<T, kFamily, kRowBlocks>;
-  const WeightShare<QuantizedCall> share(p, max_pass_tiles(kRowBlocks));
+  const WeightShare<QuantizedCall> share(p, max_pass_tiles(Weight::kRowBlocks));
 #ifdef MLLAMA_SM90A_DEVICE
   using Shared = MmaShared<kFamily, true>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
@@ -59,16 +61,37 @@ __global__ void __launch_bounds__(kSlabThreads, (kMmaBlocks<kFamily, kRowBlocks>
   FewRowsProduct<QuantizedCall, Weight>(share, shared.few_rows, weight).run(ring);
 }
 
+template <typename T, Family kFamily, int kRowBlocks>
+__global__ void __launch_bounds__(kSlabThreads, (kMmaBlocks<kFamily, kRowBlocks>))
+    quantized_linear_kernel(const QuantizedCall p) {
+  multiply_slabs<QuantizedProductWeight<T, kFamily, kRowBlocks>, kFamily>(p);
+}
+
+template <typename T, Family kFamily>
+__global__ void __launch_bounds__(kSlabThreads, kInt8MmaBlocks)
+    quantized_linear_int8_kernel(const QuantizedCall p) {
+  multiply_slabs<QuantizedProductWeight<T, kFamily, kFewRows / 8, true>, kFamily>(p);
+}
+
 template <Family kFamily>
 cudaError_t launch_mma(const QuantizedCall& p, int multiprocessors, cudaStream_t stream) {
   static_assert(MmaShared<kFamily, true>::fits(sizeof(MmaShared<kFamily, true>)));
   static_assert(MmaShared<kFamily, false>::fits(sizeof(MmaShared<kFamily, false>)));
   const bool sm90 = runs_sm90a();
   const int64_t bytes = sm90 ? sizeof(MmaShared<kFamily, true>) : sizeof(MmaShared<kFamily, false>);
+  const auto launch_it = [&](auto* kernel) {
+    return launch(kernel, slab_blocks(p.n, multiprocessors), kSlabThreads, bytes, stream,
+                  {.overlap = sm90}, p);
+  };
+  if constexpr (has_integer_codes(kFamily)) {
+    if (p.int8_activations) {
+      return dispatch_half(p.dtype, [&](auto element) {
+        return launch_it(quantized_linear_int8_kernel<decltype(element), kFamily>);
+      });
+    }
+  }
   return dispatch_few_rows(p.dtype, p.rows, [&](auto element, auto row_blocks) {
-    return launch(quantized_linear_kernel<decltype(element), kFamily, row_blocks()>,
-                  slab_blocks(p.n, multiprocessors), kSlabThreads, bytes, stream, {.overlap = sm90},
-                  p);
+    return launch_it(quantized_linear_kernel<decltype(element), kFamily, row_blocks()>);
   });
 }
 

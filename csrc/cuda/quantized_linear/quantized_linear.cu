@@ -17,6 +17,11 @@
 // sm_80      Ring of 80 KB (tables 48) by cp.async, below the 99 KB of sm_86 and sm_89.
 //            float32, rows that do not start and end on 16 bytes, SwiGLU of columns that are no
 //            whole eights: simt.cu.
+// 8-bit x    With int8_activations: integers of x and their scales are made in registers, chunk by
+//            chunk (int8.cuh); m16n8k32 multiplies them with the codes as signed bytes, for which
+//            a mask or two suffice, and sums of 32 columns are multiplied by both scales in
+//            float32. One kernel for 1 to 16 rows, which leaves the upper eight out where there are
+//            none. More than kQuantizedLinearMaxRows: round.cu, then the library.
 // Precision  float32 sums, of numbers exact in 16 bits, of a table's in two times 16; the order of
 //            additions depends on k alone. Weights keep their sign and are zero where the decoded
 //            ones are, so that neither an outlier of x on a zero column costs the others digits,
@@ -51,7 +56,6 @@
 #include "../../quantized_linear.h"
 #include "../common/alignment.h"
 #include "../common/device.h"
-#include "../common/error_text.h"
 #include "kernels.h"
 
 namespace mllama {
@@ -93,17 +97,12 @@ QuantizedLinearParams rows_from(const QuantizedLinearParams& p, int64_t first) {
 
 }  // namespace
 
-bool quantized_takes_int8_cuda(Encoding) { return false; }
-
 int quantized_linear_cuda(const QuantizedLinearParams& p, CUstream_st* stream) {
   if (p.rows == 0 || p.n == 0) return cudaSuccess;
   if (p.rows > kQuantizedLinearMaxRows || p.n > INT32_MAX / 2 - kSlabRows ||
-      eight_bytes(p.w) > INT32_MAX / 2) {
+      eight_bytes(p.w) > INT32_MAX / 2 ||
+      (p.int8_activations && !has_integer_codes(p.w.encoding))) {
     return cudaErrorInvalidValue;
-  }
-  if (p.int8_activations && !quantized_takes_int8_cuda(p.w.encoding)) {
-    explain_error("activations in 8 bits have no kernel on CUDA");
-    return cudaErrorNotSupported;
   }
   int multiprocessors = 0;
   cudaError_t status = count_multiprocessors(multiprocessors);

@@ -15,6 +15,7 @@
 #include "../common/rms.cuh"
 #include "../few_rows/output.cuh"
 #include "decode.cuh"
+#include "int8.cuh"
 #include "kernels.h"
 
 namespace mllama {
@@ -50,6 +51,13 @@ __device__ __forceinline__ float normalize_one(float x, float weight, float rstd
   return round_to<T>(__fmul_rn(round_to<T>(__fmul_rn(x, rstd)), weight));
 }
 
+template <typename T>
+__device__ __forceinline__ float4 normalize_four(const float4& x, const float4& weight,
+                                                 float rstd) {
+  return make_float4(normalize_one<T>(x.x, weight.x, rstd), normalize_one<T>(x.y, weight.y, rstd),
+                     normalize_one<T>(x.z, weight.z, rstd), normalize_one<T>(x.w, weight.w, rstd));
+}
+
 template <typename T, int kMaxRows>
 __device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned,
                                          const float (&table)[kTableSize], int64_t row,
@@ -60,24 +68,31 @@ __device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned,
     float weight[kLaneColumns];
     decode_lane(p.w, table, own, part, j, weight);
 #pragma unroll
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      const int64_t k = part * kPartColumns + quarter_column(quarter, j);
-      float4 norm{};
+    for (int g = 0; g < 2; ++g) {  // 32 columns, eight of which are this lane's
+      const auto column = [&](int h) { return part * kPartColumns + quarter_column(2 * g + h, j); };
+      float4 norm[2] = {};
       if (p.norm_weight != nullptr) {
-        norm = load_four(static_cast<const T*>(p.norm_weight), k, p.k, aligned);
+        const T* const own_norm = static_cast<const T*>(p.norm_weight);
+        norm[0] = load_four(own_norm, column(0), p.k, aligned);
+        norm[1] = load_four(own_norm, column(1), p.k, aligned);
       }
 #pragma unroll
       for (int r = 0; r < kMaxRows; ++r) {
         if (r >= p.rows) break;
-        float4 x = load_four(static_cast<const T*>(p.x) + r * p.x_row_stride, k, p.k, aligned);
+        const T* const row_of_x = static_cast<const T*>(p.x) + r * p.x_row_stride;
+        float4 x[2] = {load_four(row_of_x, column(0), p.k, aligned),
+                       load_four(row_of_x, column(1), p.k, aligned)};
         if (p.norm_weight != nullptr) {
-          x = make_float4(
-              normalize_one<T>(x.x, norm.x, rstd[r]), normalize_one<T>(x.y, norm.y, rstd[r]),
-              normalize_one<T>(x.z, norm.z, rstd[r]), normalize_one<T>(x.w, norm.w, rstd[r]));
+          x[0] = normalize_four<T>(x[0], norm[0], rstd[r]);
+          x[1] = normalize_four<T>(x[1], norm[1], rstd[r]);
         }
-        const float* const w = weight + quarter * 4;
-        // Four by themselves: the rounding of a long sum would be the largest error.
-        sum[r] += fmaf(x.w, w[3], fmaf(x.z, w[2], fmaf(x.y, w[1], x.x * w[0])));
+        if (p.int8_activations) round_to_int8(x);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float* const w = weight + (2 * g + h) * 4;
+          // Four by themselves: the rounding of a long sum would be the largest error.
+          sum[r] += fmaf(x[h].w, w[3], fmaf(x[h].z, w[2], fmaf(x[h].y, w[1], x[h].x * w[0])));
+        }
       }
     }
   }

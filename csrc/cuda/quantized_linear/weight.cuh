@@ -4,6 +4,7 @@
 #include "../few_rows/product.cuh"
 #include "codes.cuh"
 #include "decode.cuh"
+#include "int8.cuh"
 #include "kernels.h"
 
 namespace mllama {
@@ -74,7 +75,8 @@ struct QuantizedShared<Family::kTable4> {
   alignas(16) float scales[kSlabWarps][kSlabHalves * kHalfRows][2];
 };
 
-template <typename T, Family kFamily, int kBlocksOfRows>
+// kInt8: x goes to 8-bit integers (int8.cuh), and codes are multiplied as they are.
+template <typename T, Family kFamily, int kBlocksOfRows, bool kInt8 = false>
 class QuantizedProductWeight {
   static constexpr int kFloats = scale_floats(kFamily);
   static constexpr bool kOffsets = kFamily == Family::kInt4;
@@ -103,7 +105,9 @@ class QuantizedProductWeight {
   // The sums of x over 32 columns, by a product with a constant, for the offsets.
   __device__ __forceinline__ void begin_chunk(const Words& x, int chunk) {
     present_ = chunk * kSlabWarps + warp_ < share_.p.parts;
-    if constexpr (kOffsets) {
+    if constexpr (kInt8) {
+      integers_.take(x);
+    } else if constexpr (kOffsets) {
       __syncwarp();  // all are done with the chunk before
       const uint32_t one = twice<T>(1.0f / kFinish<T, kFamily>);
 #pragma unroll
@@ -144,48 +148,10 @@ class QuantizedProductWeight {
     const Codes<T, kFamily> low(own);
     const Codes<T, kFamily> high(own + (tile == short_tile_ ? 0 : kHalfStride));
     const int row = 2 * slab_tile * kHalfRows + lane() / 4;
-#pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      const Scales low_scale = scales_of(row, g), high_scale = scales_of(row + kHalfRows, g);
-      float part_sum[kRowBlocks][4] = {};
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const auto multiply_by = [&](const uint32_t (&a)[4]) {
-#pragma unroll
-          for (int b = 0; b < kRowBlocks; ++b) {
-            const uint4& words = x.x[b][g];
-            mma_m16n8k16<T>(kRowScales ? sum[b] : part_sum[b], a, h == 0 ? words.x : words.z,
-                            h == 0 ? words.y : words.w);
-          }
-        };
-        if constexpr (kFamily == Family::kTable4) {
-          const uint2 a[4] = {low.table_pair(g, h, 0, lookup_), high.table_pair(g, h, 0, lookup_),
-                              low.table_pair(g, h, 1, lookup_), high.table_pair(g, h, 1, lookup_)};
-          multiply_by({a[0].x, a[1].x, a[2].x, a[3].x});
-          multiply_by({a[0].y, a[1].y, a[2].y, a[3].y});
-        } else {
-          const uint32_t low_zero = zero_of(row, g), high_zero = zero_of(row + kHalfRows, g);
-          multiply_by({low.pair(g, h, 0, low_zero), high.pair(g, h, 0, high_zero),
-                       low.pair(g, h, 1, low_zero), high.pair(g, h, 1, high_zero)});
-        }
-        if constexpr (kFamily == Family::kQ6_K) {
-          add(sum, part_sum, h == 0 ? low_scale.x : low_scale.y,
-              h == 0 ? high_scale.x : high_scale.y);
-#pragma unroll
-          for (auto& own : part_sum) own[0] = own[1] = own[2] = own[3] = 0.0f;
-        }
-      }
-      if constexpr (kOffsets) {
-        add(sum, part_sum, low_scale.x, high_scale.x);
-#pragma unroll
-        for (int b = 0; b < kRowBlocks; ++b) {
-          const float2 two = shared_.x_sums[warp_][b][g][lane() % 4];
-          const float x_sum[4] = {two.x, two.y, two.x, two.y};
-          add_row_block(sum[b], x_sum, low_scale.y, high_scale.y);
-        }
-      } else if constexpr (kFloats == 2) {
-        add(sum, part_sum, low_scale.x, high_scale.x);
-      }
+    if constexpr (kInt8) {
+      multiply_integers(sum, low, high, row);
+    } else {
+      multiply_numbers(sum, x, low, high, row);
     }
   }
 
@@ -267,7 +233,9 @@ class QuantizedProductWeight {
     } else if constexpr (kFamily == Family::kInt4) {
       const QuantizedWeight& w = share_.p.w;
       float factor[2], doubled[2], offset[2];
-      if (w.encoding == Encoding::kQ4_K) {
+      if constexpr (kInt8) {
+        int4_terms(scales, row, factor, offset);
+      } else if (w.encoding == Encoding::kQ4_K) {
         const float2 d = load_half_pair(scales + 96 + row * 4);
         const uint32_t pairs = q4_k_pairs(scales, part_, row);
 #pragma unroll
@@ -297,8 +265,37 @@ class QuantizedProductWeight {
         }
       }
       *reinterpret_cast<float4*>(scale) = make_float4(factor[0], offset[0], factor[1], offset[1]);
-      *reinterpret_cast<uint2*>(shared_.zeros[warp_][slab_row]) =
-          make_uint2(int4_zero<T>(doubled[0]), int4_zero<T>(doubled[1]));
+      if constexpr (!kInt8) {
+        *reinterpret_cast<uint2*>(shared_.zeros[warp_][slab_row]) =
+            make_uint2(int4_zero<T>(doubled[0]), int4_zero<T>(doubled[1]));
+      }
+    }
+  }
+  // What 32 columns each multiply sums by, of signed codes and of x.
+  __device__ __forceinline__ void int4_terms(const uint8_t* scales, int row, float (&factor)[2],
+                                             float (&offset)[2]) const {
+    constexpr float kUnit = signed_unit(kFamily);
+    const QuantizedWeight& w = share_.p.w;
+    if (w.encoding == Encoding::kQ4_K) {
+      const float2 d = load_half_pair(scales + 96 + row * 4);
+      const uint32_t pairs = q4_k_pairs(scales, part_, row);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        factor[g] = d.x * (pairs >> 12 * g & 63);
+        offset[g] = kUnit * (kSignedInt4Zero * factor[g] - d.y * (pairs >> (12 * g + 6) & 63));
+      }
+    } else if (w.encoding == Encoding::kQ4_0) {
+      const float2 own = load_half_pair(scales + row * 4);
+      factor[0] = own.x, factor[1] = own.y;
+      offset[0] = offset[1] = 0.0f;
+    } else {
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const int index = int4_scale_index(w.group, row, (part_ * 2 + g) >> (w.group >> 6));
+        factor[g] = nan_if_infinite(plane_value(scales, w.scale, index));
+        const float zero = plane_value(scales + share_.p.zeros, w.zero, index);
+        offset[g] = kUnit * (kSignedInt4Zero - zero) * factor[g];
+      }
     }
   }
   // What is subtracted from codes that decode to zero at `zero`: that if it is one of the codes,
@@ -355,6 +352,67 @@ class QuantizedProductWeight {
     for (int b = 0; b < kRowBlocks; ++b) add_row_block(sum[b], part[b], low, high);
   }
 
+  // `row` of the slab is that of the low half.
+  __device__ __forceinline__ void multiply_numbers(float (&sum)[kRowBlocks][4], const Words& x,
+                                                   const Codes<T, kFamily>& low,
+                                                   const Codes<T, kFamily>& high, int row) const {
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      const Scales low_scale = scales_of(row, g), high_scale = scales_of(row + kHalfRows, g);
+      float part_sum[kRowBlocks][4] = {};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto multiply_by = [&](const uint32_t (&a)[4]) {
+#pragma unroll
+          for (int b = 0; b < kRowBlocks; ++b) {
+            const uint4& words = x.x[b][g];
+            mma_m16n8k16<T>(kRowScales ? sum[b] : part_sum[b], a, h == 0 ? words.x : words.z,
+                            h == 0 ? words.y : words.w);
+          }
+        };
+        if constexpr (kFamily == Family::kTable4) {
+          const uint2 a[4] = {low.table_pair(g, h, 0, lookup_), high.table_pair(g, h, 0, lookup_),
+                              low.table_pair(g, h, 1, lookup_), high.table_pair(g, h, 1, lookup_)};
+          multiply_by({a[0].x, a[1].x, a[2].x, a[3].x});
+          multiply_by({a[0].y, a[1].y, a[2].y, a[3].y});
+        } else {
+          const uint32_t low_zero = zero_of(row, g), high_zero = zero_of(row + kHalfRows, g);
+          multiply_by({low.pair(g, h, 0, low_zero), high.pair(g, h, 0, high_zero),
+                       low.pair(g, h, 1, low_zero), high.pair(g, h, 1, high_zero)});
+        }
+        if constexpr (kFamily == Family::kQ6_K) {
+          add(sum, part_sum, h == 0 ? low_scale.x : low_scale.y,
+              h == 0 ? high_scale.x : high_scale.y);
+#pragma unroll
+          for (auto& own : part_sum) own[0] = own[1] = own[2] = own[3] = 0.0f;
+        }
+      }
+      if constexpr (kOffsets) {
+        add(sum, part_sum, low_scale.x, high_scale.x);
+#pragma unroll
+        for (int b = 0; b < kRowBlocks; ++b) {
+          const float2 two = shared_.x_sums[warp_][b][g][lane() % 4];
+          const float x_sum[4] = {two.x, two.y, two.x, two.y};
+          add_row_block(sum[b], x_sum, low_scale.y, high_scale.y);
+        }
+      } else if constexpr (kFloats == 2) {
+        add(sum, part_sum, low_scale.x, high_scale.x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_integers(float (&sum)[kRowBlocks][4],
+                                                    const Codes<T, kFamily>& low,
+                                                    const Codes<T, kFamily>& high, int row) const {
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      const uint32_t a[4] = {signed_codes(low, g, 0), signed_codes(high, g, 0),
+                             signed_codes(low, g, 1), signed_codes(high, g, 1)};
+      integers_.multiply(sum, a, g, share_.p.rows, scales_of(row, g),
+                         scales_of(row + kHalfRows, g));
+    }
+  }
+
   // The table in 16 bits, scaled by a power of two as integers are, twice by twice.
   __device__ __forceinline__ void make_pairs() {
     const float own = share_.p.w.table[lane() % 16], largest = warp_max<16>(fabsf(own));
@@ -396,7 +454,12 @@ class QuantizedProductWeight {
   const int short_tile_;  // which has one half
   bool present_ = false;  // this warp has columns in the chunk
   uint32_t lookup_ = 0;
-  float finish_ = kFinish<T, kFamily>;
+  struct NoIntegers {
+    static constexpr float kMargin = 1.0f;
+  };
+  using Integers = std::conditional_t<kInt8, Int8Rows<T, kFamily, kRowBlocks>, NoIntegers>;
+  Integers integers_;
+  float finish_ = kInt8 ? Integers::kMargin : kFinish<T, kFamily>;
 };
 
 }  // namespace mllama
