@@ -38,7 +38,7 @@ void multiply_by_slabs(const Checker& c, const QuantizedWeight& w, const Tensor&
   }
 }
 
-// x as 8-bit integers hold it, in its dtype.
+// x as 8-bit integers hold it, in its dtype. On CUDA alone.
 Tensor rounded_to_int8(const Checker& c, const Tensor& x) {
   const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   QuantizedRoundParams p{};
@@ -48,7 +48,7 @@ Tensor rounded_to_int8(const Checker& c, const Tensor& x) {
   p.k = x.size(1);
   p.x_row_stride = stride(x, 0);
   p.dtype = c.dtype();
-  launch(c, p, nullptr, MLLAMA_CUDA(quantized_round_cuda));
+  launch<QuantizedRoundParams>(c, p, nullptr, MLLAMA_CUDA(quantized_round_cuda));
   return out;
 }
 

@@ -95,11 +95,12 @@ class Int8Rows {
   // Of int8, whose scales of rows come last, with a margin for large x.
   static constexpr float kMargin = kFamily == Family::kInt8 ? 0x1p14f : 1.0f;
 
-  // All lanes of a warp.
-  __device__ __forceinline__ void take(const Words& x) {
+  // All lanes of a warp. What is behind the eight with the last of the rows stays as it is.
+  __device__ __forceinline__ void take(const Words& x, int64_t rows) {
     constexpr float kShrink = 1.0f / (signed_unit(kFamily) * kMargin);
 #pragma unroll
     for (int b = 0; b < kRowBlocks; ++b) {
+      if (rows <= 8 * b) break;
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) {
         const uint4& own = x.x[b][v];

@@ -58,6 +58,15 @@ __device__ __forceinline__ float4 normalize_four(const float4& x, const float4& 
                      normalize_one<T>(x.z, weight.z, rstd), normalize_one<T>(x.w, weight.w, rstd));
 }
 
+// Apart, so that it is compiled once and not for every row.
+struct LaneOfX {
+  float4 quarter[2];
+};
+__device__ __noinline__ LaneOfX in_int8(LaneOfX x) {
+  round_to_int8(x.quarter);
+  return x;
+}
+
 template <typename T, int kMaxRows>
 __device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned,
                                          const float (&table)[kTableSize], int64_t row,
@@ -80,18 +89,19 @@ __device__ __forceinline__ void multiply(const QuantizedCall& p, bool aligned,
       for (int r = 0; r < kMaxRows; ++r) {
         if (r >= p.rows) break;
         const T* const row_of_x = static_cast<const T*>(p.x) + r * p.x_row_stride;
-        float4 x[2] = {load_four(row_of_x, column(0), p.k, aligned),
-                       load_four(row_of_x, column(1), p.k, aligned)};
+        LaneOfX x = {load_four(row_of_x, column(0), p.k, aligned),
+                     load_four(row_of_x, column(1), p.k, aligned)};
         if (p.norm_weight != nullptr) {
-          x[0] = normalize_four<T>(x[0], norm[0], rstd[r]);
-          x[1] = normalize_four<T>(x[1], norm[1], rstd[r]);
+          x.quarter[0] = normalize_four<T>(x.quarter[0], norm[0], rstd[r]);
+          x.quarter[1] = normalize_four<T>(x.quarter[1], norm[1], rstd[r]);
         }
-        if (p.int8_activations) round_to_int8(x);
+        if (p.int8_activations) x = in_int8(x);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+          const float4& four = x.quarter[h];
           const float* const w = weight + (2 * g + h) * 4;
           // Four by themselves: the rounding of a long sum would be the largest error.
-          sum[r] += fmaf(x[h].w, w[3], fmaf(x[h].z, w[2], fmaf(x[h].y, w[1], x[h].x * w[0])));
+          sum[r] += fmaf(four.w, w[3], fmaf(four.z, w[2], fmaf(four.y, w[1], four.x * w[0])));
         }
       }
     }

@@ -106,7 +106,7 @@ class QuantizedProductWeight {
   __device__ __forceinline__ void begin_chunk(const Words& x, int chunk) {
     present_ = chunk * kSlabWarps + warp_ < share_.p.parts;
     if constexpr (kInt8) {
-      integers_.take(x);
+      integers_.take(x, share_.p.rows);
     } else if constexpr (kOffsets) {
       __syncwarp();  // all are done with the chunk before
       const uint32_t one = twice<T>(1.0f / kFinish<T, kFamily>);
