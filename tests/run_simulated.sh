@@ -33,6 +33,9 @@ for arch in 80 90; do
 done
 
 if [ $# -eq 0 ]; then
+  echo "compute capability 8.6, for what runs otherwise in less shared memory"
+  CUDASIM_ARCH=86 "$python" -m pytest -c "$tests/../pyproject.toml" --rootdir "$tests" -p no:cacheprovider \
+    "$tests/test_rms_norm.py" -k gradient
   echo "static figures"
   cd "$tests/.."
   "$python" -m benchmarks.static "$work/site" "$work/simulator" --check

@@ -14,7 +14,9 @@
 //            way into shared memory, where each thread reads back but what it has asked for itself.
 //            At the end the teams' shares are added up in shared memory and written as one partial
 //            row. Other rows take a whole block and two passes, the second out of L1 and L2, with
-//            the shares in shared memory or, where that is too small, in the partial row itself.
+//            the shares in shared memory or, where that is too small, in the partial row itself;
+//            and so do rows on a device that cannot hold the ring: 144 KB with a gate, 112 KB
+//            without but with grad_total, of which sm_86 and sm_89 have 99 KB.
 // Two stages One partial row per block of rows (rms_norm.h: norm_row_blocks), then a kernel that
 //            adds them up by columns. The order of all sums follows from rows and dim: no atomics.
 // Precision  float32 for 16-bit types; the sums of float32 rows and columns in double. Each result
@@ -383,24 +385,28 @@ cudaError_t launch_rows(const RmsNormBackwardParams& p, int64_t blocks, cudaStre
       is_aligned16(p.grad_residual, 0, p.dtype) && is_aligned16(p.grad_x, 0, p.dtype);
   const int64_t vecs = ceil_div<int64_t>(p.dim, Vec<T>::kSize);
   const int64_t lanes = round_up<int64_t>(ceil_div<int64_t>(vecs, kTeamVecs), kWarpSize);
-  if (!vectorized || lanes > kThreads) {
-    const int64_t bytes = vecs * static_cast<int64_t>(sizeof(WeightSums<T>));
-    const bool in_shared = bytes <= kMaxSumsInShared;
-    const int threads = static_cast<int>(std::min<int64_t>(kThreads, lanes));
-    return launch(rms_norm_backward_two_pass_kernel<T, kGated>, blocks, threads,
-                  in_shared ? bytes : 0, stream, options, p, vectorized, in_shared);
+  if (vectorized && lanes <= kThreads) {
+    const bool is_short = vecs <= kShortRowLanes;
+    Teams teams;
+    teams.lanes = is_short ? kShortRowLanes : static_cast<int>(lanes);
+    teams.count = kThreads / teams.lanes;
+    teams.vecs = static_cast<int>(vecs);
+    teams.tensors = 2 + (p.grad_total.data != nullptr) + (p.x.data != nullptr);
+    const int threads = teams.count * teams.lanes;
+    const int bytes = (1 + kStages * teams.tensors) * (is_short ? 1 : kTeamVecs) * kThreads * 16;
+    const auto kernel = is_short ? rms_norm_backward_kernel<T, kGated, true>
+                                 : rms_norm_backward_kernel<T, kGated, false>;
+    if (holds_cluster(address_of(kernel), threads, bytes, 1)) {
+      return launch(kernel, blocks, threads, bytes, stream, options, p, teams);
+    }
   }
-  const bool is_short = vecs <= kShortRowLanes;
-  Teams teams;
-  teams.lanes = is_short ? kShortRowLanes : static_cast<int>(lanes);
-  teams.count = kThreads / teams.lanes;
-  teams.vecs = static_cast<int>(vecs);
-  teams.tensors = 2 + (p.grad_total.data != nullptr) + (p.x.data != nullptr);
-  const int threads = teams.count * teams.lanes;
-  const int bytes = (1 + kStages * teams.tensors) * (is_short ? 1 : kTeamVecs) * kThreads * 16;
-  return launch(is_short ? rms_norm_backward_kernel<T, kGated, true>
-                         : rms_norm_backward_kernel<T, kGated, false>,
-                blocks, threads, bytes, stream, options, p, teams);
+  const auto kernel = rms_norm_backward_two_pass_kernel<T, kGated>;
+  const int64_t bytes = vecs * static_cast<int64_t>(sizeof(WeightSums<T>));
+  const int threads = static_cast<int>(std::min<int64_t>(kThreads, lanes));
+  const bool in_shared =
+      bytes <= kMaxSumsInShared && holds_cluster(address_of(kernel), threads, bytes, 1);
+  return launch(kernel, blocks, threads, in_shared ? bytes : 0, stream, options, p, vectorized,
+                in_shared);
 }
 
 }  // namespace
