@@ -76,6 +76,9 @@ MLLAMA_INLINE FVec fp8_values(HVec bytes) {
   return widen(half | (bytes & 0x80) << 8, (F16*)nullptr) * 256.0f;
 }
 
+// Steps that share a scale of nf4 or fp4.
+constexpr int64_t kTableSteps = 64 / kStepColumns;
+
 // What a vector of codes is scaled with.
 struct GroupScale {
   FVec scale, offset;
@@ -157,7 +160,7 @@ class Decoder {
       return {load_elements(w_.scale, scales + at * layout_.scales.size),
               load_elements(w_.zero, extras + at * layout_.extras.size)};
     } else {
-      const int64_t at = step * kStepColumns / w_.group * kTileRows + row;
+      const int64_t at = step / kTableSteps * kTileRows + row;
       return {load(reinterpret_cast<const float*>(scales) + at), FVec{}};
     }
   }

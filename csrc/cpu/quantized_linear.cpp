@@ -2,9 +2,10 @@
 // Threads    tasks of neighbouring tiles of the weight; norm and re-encoding of x by rows.
 // Products   float32: with the decoded weight, in chains that are the same for few rows and many
 //            (quantized_float.h). 16 bits: with its integers as integers (quantized_quads.h), with
-//            fp8, nf4 and fp4 as bfloat16 where the CPU has that (quantized_pairs.h), one way for
-//            every number of rows. What these cannot, a row they do not take or a sum that is not
-//            finite, is computed in float32.
+//            fp8, nf4 and fp4 as bfloat16 where the CPU has that (quantized_pairs.h); on AVX2 with
+//            nf4 and fp4 as integers too (quantized_table_blocks.h), one way for every number of
+//            rows. What these cannot, a row they do not take or a sum that is not finite, is
+//            computed in float32.
 // Precision  float32 sums, rounded to the dtype after the bias. A row has the same bits in any
 //            batch and on any number of threads.
 // Traffic    the weight once for every 256 rows, of one row as several readers of neighbouring
@@ -171,6 +172,14 @@ void multiply(const QuantizedLinearParams& p) {
       if (sixteen_bits) {
         PairProduct<kEncoding, false> pairs(p.w, layout);
         return run(p, layout, floats, &pairs);
+      }
+#elif defined(MLLAMA_QUAD_BLOCKS)
+      if constexpr (kEncoding == Encoding::kNf4) {
+        const IntegerTable table(p.w.table);
+        if (sixteen_bits && table.is_enough(p.dtype)) {
+          QuadProduct<kEncoding> quads(p.w, layout, false, &table);
+          return run(p, layout, floats, &quads);
+        }
       }
 #endif
     }

@@ -17,12 +17,20 @@ namespace mllama::MLLAMA_ISA {
 
 constexpr int kTileVectors = kTileRows / kLanes;
 
+// Not known to the compiler: a sum that it would otherwise add up in an order of its own, with all
+// products in memory.
+MLLAMA_INLINE __m256i in_register(__m256i x) {
+  asm("" : "+x"(x));
+  return x;
+}
+
 template <Encoding kEncoding>
 class QuadBlocks {
   using Operands = QuadOperands<kEncoding>;
 
  public:
   using Sums = IVec[kTileVectors];
+  static constexpr int kMostRows = 4;  // whose sums fit into the registers
 
   // The even and the odd columns of a step of a tile.
   struct Step {
@@ -100,18 +108,48 @@ class QuadBlocks {
     memcpy(sums, a, sizeof(a));
   }
 
+  // Of one row and the quads whose bits are set.
+  static MLLAMA_METHOD void add_some(const Operands& operands, const uint8_t* tile, int64_t step,
+                                     uint32_t quads, const QuadX& x, Sums& sums) {
+    for (; quads != 0; quads &= quads - 1) {
+      const int q = __builtin_ctz(quads);
+      const __m256i upper = _mm256_set1_epi32(x.words[0][q]);
+      const __m256i lower = _mm256_set1_epi32(x.words[1][q]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) {
+        const __m256i codes = (__m256i)operands.quad(tile, step, v * kLanes, q);
+        __m256i a, b;
+        if constexpr (Operands::kBytesOfX) {
+          a = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, upper), _mm256_set1_epi16(256));
+          b = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, lower), _mm256_set1_epi16(1));
+        } else {
+          a = _mm256_madd_epi16(even(codes), upper);
+          b = _mm256_madd_epi16(odd(codes), lower);
+        }
+        sums[v] += (IVec)_mm256_add_epi32(a, b);
+      }
+    }
+  }
+
+  static MLLAMA_METHOD void add_some(const Step& step, uint32_t quads, const QuadX& x, Sums& sums) {
+    for (; quads != 0; quads &= quads - 1) {
+      const int q = __builtin_ctz(quads);
+#pragma GCC unroll 2
+      for (int word = 0; word < 2; ++word) {
+        const __m256i columns = _mm256_set1_epi32(x.words[word][q]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          sums[v] += (IVec)_mm256_madd_epi16(step.codes[word][q][v], columns);
+        }
+      }
+    }
+  }
+
  private:
   static MLLAMA_METHOD __m256i even(__m256i codes) {
     return _mm256_and_si256(codes, _mm256_set1_epi16(255));
   }
   static MLLAMA_METHOD __m256i odd(__m256i codes) { return _mm256_srli_epi16(codes, 8); }
-
-  // Not known to the compiler: a sum that it would otherwise add up in an order of its own, with
-  // all products in memory.
-  static MLLAMA_METHOD __m256i in_register(__m256i x) {
-    asm("" : "+x"(x));
-    return x;
-  }
 };
 
 }  // namespace mllama::MLLAMA_ISA

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "quantized_decode.h"
+#include "quantized_integer_table.h"
 
 namespace mllama::MLLAMA_ISA {
 
@@ -15,6 +16,7 @@ class QuadOperands {
  public:
   static constexpr bool kSixBits = kEncoding == Encoding::kQ6_K;
   static constexpr bool kHasOffset = kEncoding == Encoding::kQ4_K || kEncoding == Encoding::kInt4;
+  static constexpr bool kTabled = Codes::kTabled;
   // Columns that share a scale, in quads, within a step.
   static constexpr int kRunQuads = kSixBits ? 4 : 8;
   static constexpr int kRuns = kQuads / kRunQuads;
@@ -23,7 +25,7 @@ class QuadOperands {
 #if defined(__AVX512F__)
   static constexpr bool kBytesOfX = true;
 #elif defined(__AVX2__)
-  static constexpr bool kBytesOfX = !Codes::kBytes && !kSixBits;
+  static constexpr bool kBytesOfX = !Codes::kBytes && !kSixBits && !kTabled;
 #else
   static constexpr bool kBytesOfX = false;
 #endif
@@ -33,7 +35,8 @@ class QuadOperands {
                                : kEncoding == Encoding::kQ4_0 ? 8
                                                               : 0;
 
-  explicit QuadOperands(const PackedLayout& layout) : layout_(layout) {}
+  QuadOperands(const PackedLayout& layout, const IntegerTable* integers)
+      : table(integers), layout_(layout) {}
 
   // The column, of a step, that is byte `byte` of quad `quad`.
   static constexpr int column(int quad, int byte) {
@@ -45,7 +48,7 @@ class QuadOperands {
   MLLAMA_METHOD UVec quad(const uint8_t* tile, int64_t step, int row, int quad) const {
     if constexpr (Codes::kBytes) return load_words(tile, step * kQuads + quad, row);
     const UVec nibbles = load_words(tile, step * 4 + quad / 2, row);
-    const UVec low = (quad % 2 ? nibbles >> 4 : nibbles) & 0x0f0f0f0f;
+    const UVec low = nibbles >> quad % 2 * 4 & 0x0f0f0f0f;
     if constexpr (!kSixBits) return low;
     const UVec high = load_words(tile + layout_.high_at, step * 2 + quad / 4, row);
     const int at = quad % 4 * 2;  // of the two bits
@@ -57,6 +60,8 @@ class QuadOperands {
     for (int q = 0; q < kQuads; ++q) out[q] = quad(tile, step, row, q);
   }
 
+  const IntegerTable* const table;  // of nf4 and fp4
+
  private:
   const PackedLayout& layout_;
 };
@@ -64,11 +69,12 @@ class QuadOperands {
 // A step of a row of x.
 struct QuadX {
   // Two words for each quad: the upper and the lower bytes of its columns, or 16 bits of its even
-  // and of its odd columns.
+  // and of its odd columns. For a table the two are neighbours, and have 16 bits of each column.
   int32_t words[2][kQuads];
   float scale;
   int32_t sums[2];  // of the integers of each run, times the bias of the codes if they have one
-  int32_t has_second;
+  uint32_t quads;   // bits of those whose words are not all zero
+  uint32_t second_quads;  // those of the second word; 0: there is none
 };
 
 // Steps of x to integers.
@@ -78,6 +84,23 @@ struct QuadEncoder {
 
   bool bytes = Operands::kBytesOfX;  // the words are bytes
   float unit = 0;                    // half the distance of the dtype's numbers, at 1
+  float weight_unit = 1;             // of a table's integers
+
+  // The units of a second word in one of the first: its integers, of at most half of these, have 14
+  // bits, or 13.
+  static constexpr float kSecondUnits = Operands::kTabled ? 0x1p14f : 0x1p15f;
+
+  // The unit of the first word for columns of at most `most`.
+  static float scale_of(const float* values, float most) {
+    if (most == 0) return 1;
+    // 2^14 times the largest's power of two; the largest code is 127 * 256 + 127.
+    float scale = power_of_two(most) * 0x1p-14f;
+    if (most > 32639 * scale) scale *= 2;
+    if constexpr (Operands::kTabled) {
+      while (!fits(values, 1 / scale)) scale *= 2;
+    }
+    return scale;
+  }
 
   static float power_of_two(float x) {
     uint32_t bits;
@@ -85,6 +108,23 @@ struct QuadEncoder {
     bits &= 0x7f800000;
     memcpy(&x, &bits, 4);
     return x;
+  }
+
+  // Whether sums of products with a table's integers, which are below 2^14, stay within 32 bits: of
+  // the even columns of a step and of the odd ones. Integers of 13 bits do, whatever they are.
+  static bool fits(const float* values, float inverse) {
+    static_assert(kLanes % 2 == 0);
+    FVec sizes = {};
+    for (int i = 0; i < kStepColumns; i += kLanes) {
+      const FVec code = round_nearest(load(values + i) * inverse);
+      sizes += code < FVec{} ? -code : code;
+    }
+    float even = 0, odd = 0;
+    for (int i = 0; i < kLanes; i += 2) {
+      even += sizes[i];
+      odd += sizes[i + 1];
+    }
+    return max(even, odd) <= 0x1p17f;
   }
 
   // The integers nearest to values / scale, and what they leave. Returns whether the columns
@@ -117,8 +157,8 @@ struct QuadEncoder {
     const bool enough =
         sum_lanes(squares) <= square * (float)-sum_lanes(nonzero) && most * most <= 8 * square;
     constexpr int kColumns = Operands::kRunQuads * 4;
-    out.scale = scale;
-    out.has_second = 0;
+    out.scale = scale * weight_unit;
+    out.quads = out.second_quads = 0;
     for (int run = 0; run < Operands::kRuns; ++run) {
       int32_t sum = 0;
       for (int i = 0; i < kColumns; ++i) sum += codes[run * kColumns + i];
@@ -132,12 +172,16 @@ struct QuadEncoder {
           const int32_t low = (int8_t)code;
           a |= (uint32_t)(uint8_t)((code - low) >> 8) << byte * 8;
           b |= (uint32_t)(uint8_t)low << byte * 8;
+        } else if (Operands::kTabled) {
+          (byte / 2 ? b : a) |= (uint32_t)(uint16_t)code << byte % 2 * 16;
         } else {
           (byte % 2 ? b : a) |= (uint32_t)(uint16_t)code << byte / 2 * 16;
         }
       }
-      out.words[0][q] = (int32_t)a;
-      out.words[1][q] = (int32_t)b;
+      const int at = Operands::kTabled ? 2 * q : q, next = Operands::kTabled ? at + 1 : at + kQuads;
+      out.words[at / kQuads][at % kQuads] = (int32_t)a;
+      out.words[next / kQuads][next % kQuads] = (int32_t)b;
+      out.quads |= (uint32_t)((a | b) != 0) << q;
     }
     return enough;
   }

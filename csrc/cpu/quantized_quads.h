@@ -17,6 +17,7 @@
 #include "quantized_product.h"
 #include "quantized_quad_blocks.h"
 #include "quantized_quad_tiles.h"
+#include "quantized_table_blocks.h"
 
 namespace mllama::MLLAMA_ISA {
 
@@ -28,7 +29,7 @@ class QuadProduct final : public ReencodedProduct {
   static constexpr int64_t kAhead = 2048;
   static constexpr int64_t kCodeBytes = Decoder<kEncoding>::kBytes ? 512 : 256;  // of a step
 #ifdef MLLAMA_QUAD_BLOCKS
-  using Blocks = QuadBlocks<kEncoding>;
+  using Blocks = typename BlocksOf<kEncoding>::Type;
   using Groups = GroupScale[kRuns][kTileVectors];
   // Steps whose scales are read together: those that share what they are made of.
   static constexpr int kScaleSteps = kEncoding == Encoding::kQ4_K ? 8 : 1;
@@ -42,10 +43,12 @@ class QuadProduct final : public ReencodedProduct {
 #endif
 
  public:
-  QuadProduct(const QuantizedWeight& w, const PackedLayout& layout, bool int8)
+  // `table` is that of nf4 and fp4.
+  QuadProduct(const QuantizedWeight& w, const PackedLayout& layout, bool int8,
+              const IntegerTable* table = nullptr)
       : layout_(layout),
         decoder_(w, layout),
-        operands_(layout),
+        operands_(layout, table),
         int8_(int8),
         group_steps_(w.group / kStepColumns) {}
 
@@ -54,6 +57,7 @@ class QuadProduct final : public ReencodedProduct {
 #ifdef MLLAMA_QUAD_BLOCKS
     encoder_.bytes = Operands::kBytesOfX && rows == 1;
 #endif
+    if constexpr (Operands::kTabled) encoder_.weight_unit = operands_.table->unit();
     encoder_.unit = dtype == DType::kBFloat16 ? 0x1p-8f : 0x1p-11f;
     block_rows_ = min<int64_t>(rows, 16);
     steps_ = layout_.columns / kStepColumns;
@@ -85,16 +89,14 @@ class QuadProduct final : public ReencodedProduct {
         encoder_.write(first, values, nullptr, scale, most == 0 ? 0.0f : 127 / most);
         continue;
       }
-      // 2^14 times the largest's power of two; the largest code is 127 * 256 + 127.
-      float scale = encoder_.power_of_two(most) * 0x1p-14f;
-      if (most > 32639 * scale) scale *= 2;
-      if (most == 0) scale = 1;
+      const float scale = encoder_.scale_of(values, most);
       float rest[kStepColumns], none[kStepColumns];
-      first.has_second = !encoder_.write(first, values, rest, scale, 1 / scale, values);
-      if (!first.has_second) continue;
+      if (encoder_.write(first, values, rest, scale, 1 / scale, values)) continue;
       QuadX& second = at(second_, row, step);
-      if (!encoder_.write(second, rest, none, scale * 0x1p-15f, 0x1p15f / scale, values))
+      constexpr float kUnits = QuadEncoder<kEncoding>::kSecondUnits;
+      if (!encoder_.write(second, rest, none, scale / kUnits, kUnits / scale, values))
         return leave(row);
+      first.second_quads = second.quads;
     }
     return true;
   }
@@ -136,11 +138,11 @@ class QuadProduct final : public ReencodedProduct {
   }
 
   // total + the scaled sum of a run; `second` is only called for where x has a second word.
-  template <typename Second>
-  MLLAMA_METHOD FVec add_run(FVec total, IVec sum, const GroupScale& group, const QuadX& x,
+  template <typename Sum, typename Second>
+  MLLAMA_METHOD FVec add_run(FVec total, Sum sum, const GroupScale& group, const QuadX& x,
                              int64_t row, int64_t step, int run, const Second& second) const {
     FVec value = unbiased(sum, x, run) * x.scale, ones = splat((float)x.sums[run] * x.scale);
-    if (x.has_second) {
+    if (x.second_quads != 0) {
       const QuadX& rest = at(second_, row, step);
       value += unbiased(second(rest), rest, run) * rest.scale;
       ones += splat((float)rest.sums[run] * rest.scale);
@@ -151,6 +153,7 @@ class QuadProduct final : public ReencodedProduct {
     return total;
   }
 
+  static MLLAMA_METHOD FVec unbiased(FVec sum, const QuadX&, int) { return sum; }
   MLLAMA_METHOD FVec unbiased(IVec sum, const QuadX& x, int run) const {
     if (Operands::kBias != 0) sum -= x.sums[run];
     return __builtin_convertvector(sum, FVec);
@@ -185,6 +188,7 @@ class QuadProduct final : public ReencodedProduct {
   MLLAMA_METHOD void take_scales(const uint8_t* tile, int64_t step, bool first,
                                  Groups (&groups)[kScaleSteps]) const {
     if (kEncoding == Encoding::kInt4 && !first && step % group_steps_ != 0) return;
+    if (Operands::kTabled && !first && step % kTableSteps != 0) return;
     if constexpr (kScaleSteps > 1) {
       if (step % kScaleSteps == 0) read_several_scales(tile, step / kScaleSteps, groups);
     } else {
@@ -238,7 +242,9 @@ class QuadProduct final : public ReencodedProduct {
       for (int run = 0; run < kRuns; ++run) {
         typename Blocks::Sums products, seconds = {};
         Blocks::add(operands_, tile, step, run * kRunQuads, x, products);
-        if (x.has_second) add_second(tile, step, run, second_[step], seconds);
+        if (const uint32_t quads = second_quads(x, run); quads != 0) {
+          add_second(tile, step, quads, second_[step], seconds);
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) {
           const auto second = [&](const QuadX&) { return seconds[v]; };
@@ -250,17 +256,21 @@ class QuadProduct final : public ReencodedProduct {
     memcpy(totals, sums, sizeof(sums));
   }
 
-  // Apart, so that what is seldom called takes no registers.
-  __attribute__((noinline)) void add_second(const uint8_t* tile, int64_t step, int run,
-                                            const QuadX& rest,
-                                            typename Blocks::Sums& seconds) const {
-    Blocks::add(operands_, tile, step, run * kRunQuads, rest, seconds);
+  static MLLAMA_METHOD uint32_t second_quads(const QuadX& x, int run) {
+    return x.second_quads & ((1u << kRunQuads) - 1) << run * kRunQuads;
   }
 
-  __attribute__((noinline)) void add_second(const typename Blocks::Step& weight, int run,
+  // Apart, so that what is seldom called takes no registers.
+  __attribute__((noinline)) void add_second(const uint8_t* tile, int64_t step, uint32_t quads,
                                             const QuadX& rest,
                                             typename Blocks::Sums& seconds) const {
-    Blocks::template add<1>(weight, run * kRunQuads, &rest, &seconds);
+    Blocks::add_some(operands_, tile, step, quads, rest, seconds);
+  }
+
+  __attribute__((noinline)) void add_second(const typename Blocks::Step& weight, uint32_t quads,
+                                            const QuadX& rest,
+                                            typename Blocks::Sums& seconds) const {
+    Blocks::add_some(weight, quads, rest, seconds);
   }
 
   void multiply_rows(const uint8_t* tile, int64_t first_row, int64_t count, float* y,
@@ -275,11 +285,10 @@ class QuadProduct final : public ReencodedProduct {
       take_scales(tile, step, step == 0, scales);
       const Groups& groups = scales[step % kScaleSteps];
       int64_t r = 0;
-      for (; r + 4 <= count; r += 4) add_rows<4>(weight, groups, first_row + r, step, &totals[r]);
-      if (r + 2 <= count) {
-        add_rows<2>(weight, groups, first_row + r, step, &totals[r]);
-        r += 2;
+      if constexpr (Blocks::kMostRows == 4) {
+        for (; r + 4 <= count; r += 4) add_rows<4>(weight, groups, first_row + r, step, &totals[r]);
       }
+      for (; r + 2 <= count; r += 2) add_rows<2>(weight, groups, first_row + r, step, &totals[r]);
       if (r < count) add_rows<1>(weight, groups, first_row + r, step, &totals[r]);
     }
     for (int64_t r = 0; r < count; ++r) memcpy(y + r * ldy, totals[r], sizeof(totals[r]));
@@ -297,7 +306,9 @@ class QuadProduct final : public ReencodedProduct {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         typename Blocks::Sums seconds = {};
-        if (x[r].has_second) add_second(weight, run, at(second_, row + r, step), seconds);
+        if (const uint32_t quads = second_quads(x[r], run); quads != 0) {
+          add_second(weight, quads, at(second_, row + r, step), seconds);
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) {
           const auto second = [&](const QuadX&) { return seconds[v]; };
