@@ -3,9 +3,9 @@
 // Products   float32: with the decoded weight, in chains that are the same for few rows and many
 //            (quantized_float.h). 16 bits: with its integers as integers (quantized_quads.h), with
 //            fp8, nf4 and fp4 as bfloat16 where the CPU has that (quantized_pairs.h); on AVX2 with
-//            nf4 and fp4 as integers too (quantized_table_blocks.h), one way for every number of
-//            rows. What these cannot, a row they do not take or a sum that is not finite, is
-//            computed in float32.
+//            nf4 and fp4 as integers too (quantized_table_blocks.h) and fp8 as float16
+//            (quantized_halves.h), one way for every number of rows. What these cannot, a row they
+//            do not take or a sum that is not finite, is computed in float32.
 // Precision  float32 sums, rounded to the dtype after the bias. A row has the same bits in any
 //            batch and on any number of threads.
 // Traffic    the weight once for every 256 rows, of one row as several readers of neighbouring
@@ -20,6 +20,7 @@
 #include "common/machine.h"
 #include "ops.h"
 #include "quantized_float.h"
+#include "quantized_halves.h"
 #include "quantized_pairs.h"
 #include "quantized_quads.h"
 
@@ -180,6 +181,9 @@ void multiply(const QuantizedLinearParams& p) {
           QuadProduct<kEncoding> quads(p.w, layout, false, &table);
           return run(p, layout, floats, &quads);
         }
+      } else if (sixteen_bits) {
+        HalvesProduct halves(layout);
+        return run(p, layout, floats, &halves);
       }
 #endif
     }
