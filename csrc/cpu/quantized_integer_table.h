@@ -31,6 +31,7 @@ class IntegerTable {
       // What was cut to zero has lost all.
       if (error != 0) error_ = max(error_, error / max(__builtin_fabsf(integer), error));
       const int code = (int)integer;
+      integers[i] = integers[16 + i] = (int16_t)code;
       low[i] = low[16 + i] = (uint8_t)code;
       high[i] = high[16 + i] = (uint8_t)(code >> 8);
     }
@@ -45,7 +46,8 @@ class IntegerTable {
 
   float unit() const { return unit_; }
 
-  // The bytes of the integers, twice.
+  // The integers, twice, and their bytes.
+  int16_t integers[32];
   uint8_t low[32], high[32];
 
  private:

@@ -1,10 +1,11 @@
 // quantized_linear: as skinny_linear, of a packed weight and any number of rows.
 // Threads    tasks of neighbouring tiles of the weight; norm and re-encoding of x by rows.
 // Products   float32: with the decoded weight, in chains that are the same for few rows and many
-//            (quantized_float.h). 16 bits: with its integers as integers (quantized_quads.h), with
-//            fp8, nf4 and fp4 as bfloat16 where the CPU has that (quantized_pairs.h); on AVX2 with
-//            nf4 and fp4 as integers too (quantized_table_blocks.h) and fp8 as float16
-//            (quantized_halves.h), one way for every number of rows. What these cannot, a row they
+//            (quantized_float.h). 16 bits: with its integers as integers (quantized_quads.h), and
+//            so with nf4 and fp4 where AVX2 or AVX-512 looks their table up and integers are exact
+//            enough (quantized_integer_table.h); with what is left of these and fp8 as bfloat16
+//            where the CPU has that (quantized_pairs.h), with fp8 as float16 on AVX2
+//            (quantized_halves.h). One way for every number of rows. What these cannot, a row they
 //            do not take or a sum that is not finite, is computed in float32.
 // Precision  float32 sums, rounded to the dtype after the bias. A row has the same bits in any
 //            batch and on any number of threads.
@@ -165,6 +166,15 @@ void multiply(const QuantizedLinearParams& p) {
         return run(p, layout, floats, &quads);
       }
     } else {
+#if defined(__AVX512BF16__) || defined(MLLAMA_QUAD_BLOCKS)
+      if constexpr (kEncoding == Encoding::kNf4) {
+        const IntegerTable table(p.w.table);
+        if (sixteen_bits && table.is_enough(p.dtype)) {
+          QuadProduct<kEncoding> quads(p.w, layout, false, &table);
+          return run(p, layout, floats, &quads);
+        }
+      }
+#endif
 #ifdef __AVX512BF16__
       if (sixteen_bits && amx_available()) {
         PairProduct<kEncoding, true> pairs(p.w, layout);
@@ -175,15 +185,11 @@ void multiply(const QuantizedLinearParams& p) {
         return run(p, layout, floats, &pairs);
       }
 #elif defined(MLLAMA_QUAD_BLOCKS)
-      if constexpr (kEncoding == Encoding::kNf4) {
-        const IntegerTable table(p.w.table);
-        if (sixteen_bits && table.is_enough(p.dtype)) {
-          QuadProduct<kEncoding> quads(p.w, layout, false, &table);
-          return run(p, layout, floats, &quads);
+      if constexpr (kEncoding == Encoding::kFp8) {
+        if (sixteen_bits) {
+          HalvesProduct halves(layout);
+          return run(p, layout, floats, &halves);
         }
-      } else if (sixteen_bits) {
-        HalvesProduct halves(layout);
-        return run(p, layout, floats, &halves);
       }
 #endif
     }

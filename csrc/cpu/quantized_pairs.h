@@ -1,8 +1,9 @@
-// Products of 16-bit x with fp8, nf4 and fp4 on AVX512-BF16: codes go to bfloat16 exactly, two
-// columns to a 32-bit lane, lanes are rows; their products are summed in float32 for the columns
-// that share a scale, and that sum is scaled. So no weight is rounded, and a column whose weights
-// are zero adds nothing, whatever x is there. What is not exact in one bfloat16 is two: x in
-// float16 (11 bits), and the values of a table (16 of their 24 bits).
+// Products of 16-bit x on AVX512-BF16 with fp8, and with nf4 and fp4 where integers are not exact
+// enough: codes go to bfloat16 exactly, two columns to a 32-bit lane, lanes are rows; their
+// products are summed in float32 for the columns that share a scale, and that sum is scaled. So no
+// weight is rounded, and a column whose weights are zero adds nothing, whatever x is there. What is
+// not exact in one bfloat16 is two: x in float16 (11 bits), and the values of a table (16 of their
+// 24 bits).
 #pragma once
 
 #include "common/gemm_amx.h"

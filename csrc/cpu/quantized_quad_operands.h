@@ -23,11 +23,18 @@ class QuadOperands {
   // Codes of 4 bits times signed bytes stay within 16 bits over a whole step, so that AVX2 too
   // takes x as bytes; times wider codes its sums of two products may not fit.
 #if defined(__AVX512F__)
-  static constexpr bool kBytesOfX = true;
+  static constexpr bool kBytesOfX = !kTabled;
 #elif defined(__AVX2__)
   static constexpr bool kBytesOfX = !Codes::kBytes && !kSixBits && !kTabled;
 #else
   static constexpr bool kBytesOfX = false;
+#endif
+  // Columns beside each other whose products with a table's integers are one sum of two in a step;
+  // the next ones are the other's.
+#if defined(__AVX512F__)
+  static constexpr int kNeighbours = 2;
+#else
+  static constexpr int kNeighbours = 1;
 #endif
   // What the codes are above the integers of the weight.
   static constexpr int kBias = Codes::kBytes                  ? 128
@@ -40,7 +47,7 @@ class QuadOperands {
 
   // The column, of a step, that is byte `byte` of quad `quad`.
   static constexpr int column(int quad, int byte) {
-    if (Codes::kBytes) return 4 * quad + byte;
+    if (Codes::kBytes || (kTabled && kNeighbours == 2)) return 4 * quad + byte;
     return quad / 2 * 8 + quad % 2 * 2 + byte % 2 * 4 + byte / 2;
   }
 
@@ -59,6 +66,22 @@ class QuadOperands {
 #pragma GCC unroll 8
     for (int q = 0; q < kQuads; ++q) out[q] = quad(tile, step, row, q);
   }
+
+#if defined(__AVX512F__)
+  // A table's integers, of two neighbouring columns in the halves of each lane.
+  MLLAMA_METHOD void unpack(const uint8_t* tile, int64_t step, int row,
+                            UVec (&out)[2 * kQuads]) const {
+    const __m512i integers = load_bits<__m512i>(table->integers);
+#pragma GCC unroll 4
+    for (int word = 0; word < 4; ++word) {
+      const UVec nibbles = load_words(tile, step * 4 + word, row);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {  // the lowest five bits count, and the table is there twice
+        out[4 * word + i] = (UVec)_mm512_permutexvar_epi16((__m512i)(nibbles >> 4 * i), integers);
+      }
+    }
+  }
+#endif
 
   const IntegerTable* const table;  // of nf4 and fp4
 
@@ -110,21 +133,18 @@ struct QuadEncoder {
     return x;
   }
 
-  // Whether sums of products with a table's integers, which are below 2^14, stay within 32 bits: of
-  // the even columns of a step and of the odd ones. Integers of 13 bits do, whatever they are.
+  // Whether the two sums of products with a table's integers, which are below 2^14, stay within 32
+  // bits. Those of integers of 13 bits do, whatever these are.
   static bool fits(const float* values, float inverse) {
-    static_assert(kLanes % 2 == 0);
+    static_assert(kLanes % 4 == 0);
     FVec sizes = {};
     for (int i = 0; i < kStepColumns; i += kLanes) {
       const FVec code = round_nearest(load(values + i) * inverse);
       sizes += code < FVec{} ? -code : code;
     }
-    float even = 0, odd = 0;
-    for (int i = 0; i < kLanes; i += 2) {
-      even += sizes[i];
-      odd += sizes[i + 1];
-    }
-    return max(even, odd) <= 0x1p17f;
+    float sums[2] = {};
+    for (int i = 0; i < kLanes; ++i) sums[i / Operands::kNeighbours % 2] += sizes[i];
+    return max(sums[0], sums[1]) <= 0x1p17f;
   }
 
   // The integers nearest to values / scale, and what they leave. Returns whether the columns

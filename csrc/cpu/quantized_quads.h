@@ -5,6 +5,10 @@
 // lower byte of x (VNNI; for many rows AMX), AVX2 16-bit words, and for one row and codes of 4 bits
 // bytes too (quantized_quad_blocks.h).
 //
+// The values of a table, nf4's and fp4's, are integers of 15 bits over a unit of theirs: AVX2 looks
+// up their bytes (quantized_table_blocks.h), AVX-512 the integers, a pair of columns to a lane, and
+// multiplies them by 16-bit words for any number of rows; their bits differ between the two.
+//
 // Integers of 16 bits are as good as the accuracy rule asks where the columns of a step are of a
 // kind. Beside larger ones the others keep too few digits, and would decide the result where the
 // larger meet zeros: such a step gets a second word for what the first left (of normal numbers a
@@ -16,6 +20,7 @@
 
 #include "quantized_product.h"
 #include "quantized_quad_blocks.h"
+#include "quantized_quad_dots.h"
 #include "quantized_quad_tiles.h"
 #include "quantized_table_blocks.h"
 
@@ -25,7 +30,8 @@ template <Encoding kEncoding>
 class QuadProduct final : public ReencodedProduct {
   using Operands = QuadOperands<kEncoding>;
   static constexpr int kRunQuads = Operands::kRunQuads, kRuns = Operands::kRuns;
-  static constexpr int64_t kTogether = 8;  // steps, for many rows
+  static constexpr int64_t kTogether = 8;                                   // steps, for many rows
+  static constexpr int kVectors = Operands::kTabled ? 2 * kQuads : kQuads;  // of a step of a tile
   static constexpr int64_t kAhead = 2048;
   static constexpr int64_t kCodeBytes = Decoder<kEncoding>::kBytes ? 512 : 256;  // of a step
 #ifdef MLLAMA_QUAD_BLOCKS
@@ -113,9 +119,11 @@ class QuadProduct final : public ReencodedProduct {
 #endif
     for (int64_t i = 0; i < count; ++i, y += kTileRows, tiles += layout_.tile_bytes) {
 #ifdef MLLAMA_QUAD_TILES
-      if (rows_ >= kManyRows && amx_available()) {
-        multiply_in_tiles(tiles, y, ldy);
-        continue;
+      if constexpr (!Operands::kTabled) {
+        if (rows_ >= kManyRows && amx_available()) {
+          multiply_in_tiles(tiles, y, ldy);
+          continue;
+        }
       }
 #endif
       for (int64_t row = 0; row < rows_; row += kTogetherRows) {
@@ -319,27 +327,8 @@ class QuadProduct final : public ReencodedProduct {
     }
   }
 #else
-  // Of `count` quads from `first` on: codes times integers.
-  MLLAMA_METHOD IVec dot(const UVec (&weight)[kQuads], const QuadX& x, int first) const {
-#if defined(__AVX512F__)
-    __m512i high = {}, low = {};
-#pragma GCC unroll 8
-    for (int q = first; q < first + kRunQuads; ++q) {
-      const __m512i codes = (__m512i)weight[q];
-      if (!int8_) high = _mm512_dpbusd_epi32(high, codes, _mm512_set1_epi32(x.words[0][q]));
-      low = _mm512_dpbusd_epi32(low, codes, _mm512_set1_epi32(x.words[1][q]));
-    }
-    return ((IVec)high << 8) + (IVec)low;
-#else
-    IVec sum = {};
-    for (int q = first; q < first + kRunQuads; ++q) {
-      const IVec codes = (IVec)weight[q];
-      sum += (codes & 255) * (int16_t)x.words[0][q] + (codes >> 16 & 255) * (x.words[0][q] >> 16) +
-             (codes >> 8 & 255) * (int16_t)x.words[1][q] +
-             (codes >> 24 & 255) * (x.words[1][q] >> 16);
-    }
-    return sum;
-#endif
+  MLLAMA_METHOD auto dot(const UVec (&weight)[kVectors], const QuadX& x, int first) const {
+    return quad_dot<Operands>(weight, x, first, int8_);
   }
 
   void prefetch(const uint8_t* tile, int64_t step) const {
@@ -365,7 +354,7 @@ class QuadProduct final : public ReencodedProduct {
     FVec totals[kRows] = {};
     for (int64_t step = 0; step < steps_; ++step) {
       if (lane == 0) prefetch(tile, step);
-      UVec weight[kQuads];
+      UVec weight[kVectors];
       operands_.unpack(tile, step, lane, weight);
 #pragma GCC unroll 2
       for (int run = 0; run < kRuns; ++run) {
