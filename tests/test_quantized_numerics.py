@@ -191,8 +191,93 @@ def test_scales_of_blocks_that_are_not_finite(dtype, kind, place, value):
     assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
 
 
+def looked_up(table: Tensor, rows: int, columns: int, always: int = 0) -> QuantizedTensor:
+    """Random codes, in which the bits `always` are set."""
+    absmax = torch.rand(rows, columns // 64) + 0.5
+    data = torch.randint(0, 256, (rows, columns // 2)).byte() | always << 4 | always
+    return QuantizedTensor.from_parts("nf4", {"data": data, "absmax": absmax, "table": table})
+
+
+TABLES = {
+    "normal": lambda: torch.randn(16),
+    "some far smaller": lambda: torch.randn(16) * torch.tensor([1.0, 1e-5]).repeat(8),
+    "zeros": lambda: torch.zeros(16),
+    "large": lambda: torch.randn(16) * 1e30,
+    "small": lambda: torch.randn(16) * 1e-30,
+    "infinity and NaN": lambda: torch.tensor([float("inf"), float("nan"), *range(14)]),
+    "one value": lambda: torch.tensor([0.7] + [0.0] * 15),
+}
+
+
+@every_small_dtype
+@pytest.mark.parametrize("always", [0, 1])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_any_table(dtype, table, always):
+    weight = looked_up(table(), 40, 512, always)
+    x = torch.randn(5, 512).to(dtype)
+    out = product(x, weight)
+    assert_no_worse(out, reference.quantized_linear, x, weight)
+    assert torch.equal(product(x[:1], weight).nan_to_num(1.5), out[:1].nan_to_num(1.5))
+
+
+@every_small_dtype
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_the_largest_integers_of_a_table_and_of_a_row_meet(dtype, place):
+    """All products have one sign and the largest size that there is; or those of every fourth column."""
+    weight = looked_up(torch.full((16,), 32767.0 / 32768), 20, 512)
+    x = torch.full((5, 512), 1.9921875).to(dtype)
+    x[2:, place::4] = 0
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@every_small_dtype
+@pytest.mark.parametrize("size", [64.4375, 16.375, 8.4375])
+def test_what_large_columns_leave_of_the_others_adds_up(dtype, size):
+    """The large ones meet zeros; the others have what integers in 2^-14 cannot hold, all of one sign."""
+    codes = torch.full((20, 512), 1)
+    codes[:, ::32] = 0
+    parts = {"data": (codes[:, ::2] | codes[:, 1::2] << 4).byte(), "absmax": torch.ones(20, 8)}
+    weight = QuantizedTensor.from_parts("nf4", {**parts, "table": torch.tensor([0.0] + [1.0] * 15)})
+    x = torch.full((5, 512), size / 2**14).to(dtype)
+    x[:, ::32] = 1
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@every_small_dtype
+def test_every_code_of_eight_bits_and_nan_where_its_row_has_it(dtype):
+    """Subnormal numbers and both zeros too, at every place of a step."""
+    codes = torch.arange(256).repeat(8).view(8, 256).roll(1).to(torch.uint8)
+    codes = torch.stack([codes[i].roll(i) for i in range(8)]).repeat(6, 2)
+    nan = codes & 127 == 127
+    nan[5], nan[17] = False, False  # NaN stays there
+    codes[nan] = 0
+    parts = {"data": codes.view(torch.float8_e4m3fn), "scale": torch.rand(48) + 0.5}
+    weight = QuantizedTensor.from_parts("fp8", parts)
+    x = torch.randn(60, 512).to(dtype)
+    out = product(x, weight)
+    assert_no_worse(out, reference.quantized_linear, x, weight)
+    assert out.isnan().sum(0).tolist() == [60 * (row in (5, 17)) for row in range(48)]
+    for row in (0, 13, 59):
+        assert torch.equal(
+            product(x[row : row + 1], weight).nan_to_num(), out[row : row + 1].nan_to_num()
+        )
+
+
+@every_small_dtype
+def test_subnormal_codes_alone(dtype):
+    parts = like_a_model(("fp8", 0, ()), 40, 512)
+    parts["data"] = (torch.randint(0, 8, (40, 512)) + torch.randint(0, 2, (40, 512)) * 128).to(
+        torch.uint8
+    )
+    weight = QuantizedTensor.from_parts(
+        "fp8", {**parts, "data": parts["data"].view(torch.float8_e4m3fn)}
+    )
+    x = torch.randn(5, 512).to(dtype)
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
 @CPU_ONLY
-@pytest.mark.parametrize("kind", INTEGERS, ids=kind_name)
+@every_kind
 def test_one_row_is_multiplied_otherwise_and_has_the_same_bits(kind):
     """More tiles than take turns, columns that no turn divides, and steps with a second word."""
     weight = random_weight(kind, 200, columns_of(kind, 1056))
