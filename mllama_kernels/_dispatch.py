@@ -71,7 +71,7 @@ def public(kernel: Function, check: Callable[..., None] | None = None) -> Functi
     """The public function of an op: the kernel, or the reference of the same name.
 
     Args:
-        check: given the arguments, raises for what the kernel refuses and the reference would take, so that
+        check: given such arguments, raises for what the kernel refuses and the reference would take, so that
             switching does not change it.
     """
     name = kernel.__name__
@@ -96,6 +96,7 @@ def public(kernel: Function, check: Callable[..., None] | None = None) -> Functi
         if BACKEND == "kernels" and switched_off(name) is None:
             raise RuntimeError(f"mllama_kernels.{name} cannot run: {reason}")
         if check is not None:
+            arguments.explain(args, kwargs)
             check(*args, **kwargs)
         return plain(*args, **kwargs)
 
