@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mllama_kernels.encodings import INTEGERS
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What kernels compute in; on a CPU those of plain weights, and plain PyTorch anywhere, in float64 as well.
@@ -123,15 +125,25 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_activations(activations: str | None, x: Tensor) -> None:
-    """Raises: ValueError for what a projection cannot round x to; RuntimeError where x wants a gradient,
-    which rounding does not have."""
-    if activations not in (None, "int8"):
+def check_activations(
+    activations: str | None, encoding: str, wanted: dict[str, Tensor | None]
+) -> None:
+    """Raises: ValueError for what a projection cannot round x to; RuntimeError for a weight whose codes are
+    no integers, and where one of those ``wanted`` wants a gradient, which rounding does not have."""
+    if activations is None:
+        return
+    if activations != "int8":
         raise ValueError(
             'mllama_kernels.quantized_linear: activations must be None or "int8", got '
             f"{activations!r:.60}"
         )
-    if activations is not None and torch.is_grad_enabled() and x.requires_grad:
+    if encoding not in INTEGERS:
         raise RuntimeError(
-            f'mllama_kernels.quantized_linear: activations="{activations}" has no gradient, which x wants'
+            f'mllama_kernels.quantized_linear: activations="int8" has no kernel for {encoding}'
         )
+    for name, tensor in wanted.items():
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(
+                'mllama_kernels.quantized_linear: activations="int8" has no gradient, which '
+                f"{name} wants"
+            )

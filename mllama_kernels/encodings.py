@@ -61,6 +61,8 @@ ENCODINGS = {
 # Of whole models, with the encodings of what they hold in blocks of 256.
 MIXES = {"q4_k_m": ("q4_k", "q6_k")}
 CODES = {name: code for code, name in enumerate(ENCODINGS)}
+# Whose codes are integers, so that x may become integers too.
+INTEGERS = frozenset(ENCODINGS) - {"fp8", "nf4", "fp4"}
 GGML = frozenset(name for name, encoding in ENCODINGS.items() if encoding.parts == ("blocks",))
 
 

@@ -90,18 +90,21 @@ def quantized_linear(
             columns, the largest / 127, and these are multiplied by the weight's. None, the default, is as
             accurate as the decoded weight allows. Of integers only: fp8, nf4 and fp4 have no such kernel and
             refuse it. Rows with infinities, NaN or values beyond 2^100 (or blocks of none above 2^-80) are
-            not rounded on a CPU: what they give is what None gives. On CUDA rows with infinities or NaN give
-            NaN, and blocks of none above 2^-112 are rounded as if one were; with more than 64 rows what the
+            not rounded by a CPU's kernels: what they give is what None gives. On CUDA, and where the weight
+            is not packed, rows with infinities or NaN give NaN, and blocks of none above 2^-112 are rounded as if one were; with more than 64 rows what the
             integers stand for is rounded to the dtype, for the library's product.
     Returns:
         (..., N) in x's dtype, contiguous. In an autocast region the product has the region's dtype.
     Gradients:
-        of x, bias, norm_weight, residual and gate; with `activations` there are none. That of x is made of
+        of x, bias, norm_weight, residual and gate; with `activations` x, bias and
+        norm_weight have none, and may not want one. That of x is made of
         the library's products, whose bits depend on what else is in the batch.
     Raises:
         RuntimeError: naming what was given and what is expected.
     """
-    check_activations(activations, x)
+    check_activations(
+        activations, weight.encoding, {"x": x, "norm_weight": norm_weight, "bias": bias}
+    )
     check_options("quantized_linear", residual, gate, row_mask)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise RuntimeError(

@@ -92,6 +92,12 @@ class QuantizedTensor(QuantizedWeight):
             )
         self.requires_grad_(value)
 
+    def __delattr__(self, name: str) -> None:
+        """Raises: AttributeError."""
+        raise AttributeError(
+            f"{name} of a QuantizedTensor cannot be deleted, since it does not change"
+        )
+
     @classmethod
     def from_blocks(cls, blocks: Tensor, encoding: str, *, pack: bool = True) -> QuantizedTensor:
         """Of blocks uint8 (N, bytes per row) in ggml's byte order; ``pack`` as for :meth:`from_parts`.

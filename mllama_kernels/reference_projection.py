@@ -141,7 +141,9 @@ def quantized_linear(
     activations: str | None = None,
 ) -> Tensor:
     """:func:`linear` by the decoded weight, in x's dtype; see :func:`mllama_kernels.quantized_linear`."""
-    check_activations(activations, x)
+    check_activations(
+        activations, weight.encoding, {"x": x, "norm_weight": norm_weight, "bias": bias}
+    )
     check_quantized(x, weight, bias, norm_weight, eps, residual, gate, row_mask, swiglu)
     if activations is not None:
         if norm_weight is not None:

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 WRITING = ("rms_norm", "gated_residual", "swiglu")
 # Those too with most code of their own per vector width.
 OPS = (*WRITING, "skinny_linear", "cross_attention", "quantize")
-OPS += ("quantized_linear", "quantized_numerics", "quantized_rows")
+OPS += ("quantized_linear", "quantized_linear_int8", "quantized_numerics", "quantized_rows")
 
 
 def run_tests(request, setting: dict[str, str], ops: tuple[str, ...], *options: str) -> None:

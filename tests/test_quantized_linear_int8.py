@@ -12,7 +12,7 @@ from quantized_weights import KINDS, kind_name
 from torch import Tensor
 
 import mllama_kernels
-from mllama_kernels import quantized_linear, reference
+from mllama_kernels import QuantizedTensor, quantized_linear, reference
 from mllama_kernels.quantized_linear import MAX_ROWS
 
 INTEGERS = [kind for kind in KINDS if kind[0] not in ("fp8", "nf4", "fp4")]
@@ -145,5 +145,24 @@ def test_torch_machinery_of_eight_bits(device, kind):
 def test_eight_bits_of_what_is_no_integer(device, kind):
     for rows in (1, MAX_ROWS + 1):
         (x, weight), _ = make(kind, rows, 8, 64, "product", torch.bfloat16, device)
-        with pytest.raises(RuntimeError, match=f'activations="int8" has no kernel for {kind[0]}$'):
-            quantized_linear(x, weight, activations="int8")
+        unpacked = QuantizedTensor.from_parts(kind[0], weight.parts(), pack=False)
+        for function in (quantized_linear, reference.quantized_linear):
+            for given in (weight, unpacked):
+                with pytest.raises(RuntimeError, match=f'"int8" has no kernel for {kind[0]}$'):
+                    function(x, given, activations="int8")
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_eight_bits_have_no_gradient(device, pack):
+    (x, weight), kwargs = make(("q8_0", 0, ()), 3, 16, 64, "all", torch.float32, device)
+    if not pack:
+        weight = QuantizedTensor.from_parts("q8_0", weight.parts(), pack=False)
+    given = {"x": x, "norm_weight": kwargs["norm_weight"], "bias": kwargs["bias"]}
+    for name, tensor in given.items():
+        tensor.requires_grad_()
+        for function in (quantized_linear, reference.quantized_linear):
+            with pytest.raises(
+                RuntimeError, match=f'activations="int8" has no gradient, which {name}'
+            ):
+                function(x, weight, **kwargs, activations="int8")
+        tensor.requires_grad_(False)

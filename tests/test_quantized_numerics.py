@@ -146,6 +146,42 @@ def test_the_ends_of_the_exponents(kind, scale):
     assert_close_to_exact(product(x, weight), exact, plain)
 
 
+@pytest.mark.parametrize("encoding", ["int8", "q8_0", "q4_0", "q4_k"])
+@pytest.mark.parametrize(
+    ("dtype", "count", "size"),
+    [(torch.float16, 6, 514.5), (torch.float16, 1, 514.5), (torch.bfloat16, 14, 100.5)],
+)
+def test_columns_that_are_alike_have_no_errors_that_add_up(dtype, count, size, encoding):
+    """They decide, since the others meet zeros; one at the end of each 32 is larger."""
+    columns = torch.arange(1024)
+    small = columns % 32 < count
+    values = torch.rand(160, 1024) + 0.5
+    values[:, ~small] = 0
+    x = torch.full((2, 1024), 2.0**-3)
+    x[:, small] = size * 2.0**-14
+    x[:, columns % 32 == 31] = 1
+    weight = quantize(values, encoding)
+    x = x.to(dtype)
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
+@CPU_ONLY
+def test_two_codes_of_a_table_whose_errors_add_up():
+    """Of a table of random numbers, in rows as long as they come, under x with a mean."""
+    columns, table = 14336, torch.rand(16, generator=torch.Generator().manual_seed(14)) * 2 - 1
+    others = round(
+        columns * (-table[14] / (table[9] - table[14])).item()
+    )  # so that the mean is zero
+    codes = torch.full((32, columns), 14)
+    for row in codes:
+        row[torch.randperm(columns)[:others]] = 9
+    data = (codes[:, ::2] | codes[:, 1::2] << 4).byte()
+    parts = {"data": data, "absmax": torch.rand(32, columns // 64) + 0.5, "table": table}
+    weight = QuantizedTensor.from_parts("nf4", parts)
+    x = torch.randn(3, columns).abs().bfloat16()
+    assert_no_worse(product(x, weight), reference.quantized_linear, x, weight)
+
+
 @every_small_dtype
 def test_what_a_table_is_rounded_by_does_not_add_up(dtype):
     """Over a row of x with a mean: each code's error is the same wherever it stands."""

@@ -218,6 +218,8 @@ def test_it_does_not_change(device):
     for name in (*before, "dtype", "device", "data", "grad", "anything"):
         with pytest.raises(AttributeError, match=f"^{name} of a QuantizedTensor cannot be set"):
             setattr(weight, name, None)
+        with pytest.raises(AttributeError, match=f"^{name} of a QuantizedTensor cannot be deleted"):
+            delattr(weight, name)
     with pytest.raises(RuntimeError, match="has no gradient: train adapters"):
         weight.requires_grad = True
     weight.requires_grad = False

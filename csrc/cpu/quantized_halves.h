@@ -60,7 +60,7 @@ class HalvesProduct final : public ReencodedProduct {
       most = max(most, size);
       least = size != 0 ? min(least, size) : least;
     }
-    return finite && most <= 0x1p100f && least >= 0x1p-80f;
+    return finite && most <= 0x1p100f && least >= 0x1p-100f;
   }
 
   void multiply(const uint8_t* tiles, int64_t count, float* y, int64_t ldy) const override {

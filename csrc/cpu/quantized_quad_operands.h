@@ -1,5 +1,5 @@
 // What quantized_quads.h multiplies: the codes of a packed weight as unsigned bytes, four
-// neighbouring columns to a 32-bit lane, and a step of x.
+// neighbouring columns to a 32-bit lane, or a table's integers of 16 bits, two; and a step of x.
 #pragma once
 
 #include "quantized_decode.h"
@@ -15,7 +15,6 @@ class QuadOperands {
 
  public:
   static constexpr bool kSixBits = kEncoding == Encoding::kQ6_K;
-  static constexpr bool kHasOffset = kEncoding == Encoding::kQ4_K || kEncoding == Encoding::kInt4;
   static constexpr bool kTabled = Codes::kTabled;
   // Columns that share a scale, in quads, within a step.
   static constexpr int kRunQuads = kSixBits ? 4 : 8;
@@ -125,6 +124,14 @@ struct QuadEncoder {
     return scale;
   }
 
+  // The integers nearest to values times `inverse`, as that is rounded: where rounding is an
+  // addition the compiler would fuse the product with it, and CPUs differ.
+  static FVec integers_of(const float* values, float inverse) {
+    FVec scaled = load(values) * inverse;
+    asm("" : "+m"(scaled));
+    return round_nearest(scaled);
+  }
+
   static float power_of_two(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -139,7 +146,7 @@ struct QuadEncoder {
     static_assert(kLanes % 4 == 0);
     FVec sizes = {};
     for (int i = 0; i < kStepColumns; i += kLanes) {
-      const FVec code = round_nearest(load(values + i) * inverse);
+      const FVec code = integers_of(values + i, inverse);
       sizes += code < FVec{} ? -code : code;
     }
     float sums[2] = {};
@@ -147,26 +154,30 @@ struct QuadEncoder {
     return max(sums[0], sums[1]) <= 0x1p17f;
   }
 
-  // The integers nearest to values / scale, and what they leave. Returns whether the columns
-  // `whole`, of which that is all or the rest, have digits enough.
+  // The integers nearest to values / scale, and what they leave. Returns whether that is nothing;
+  // or, of what a first word has left of the columns `whole`, whether they have digits enough.
   //
-  // An integer is off by 1 / sqrt(12) in the root mean square, its column by that over its size.
-  // Plain PyTorch rounds the weight and the result, each by some 0.4 units of the dtype: within
-  // half a unit in the mean of all columns the rule's factor of two holds whatever the weights do
-  // that treat columns alike, and within three times that of any single column also where one or a
-  // few decide the result, since the others are large where weights are small.
+  // A first word leaves nothing or has a second: errors of several columns may be alike, and single
+  // columns may decide the result, so that no share of a unit of the dtype keeps to the rule. A
+  // second word's integers are off by 1 / sqrt(12) in the root mean square, its column by that over
+  // its size. Plain PyTorch rounds the weight and the result, each by some 0.4 units of the dtype:
+  // within half a unit in the mean of all columns, and three times that of any, few inputs are seen
+  // to have larger errors, of columns 2^-20 below the largest.
   bool write(QuadX& out, const float* values, float* rest, float scale, float inverse,
              const float* whole = nullptr) const {
     int32_t codes[kStepColumns];
+    FVec most_left = {};
     FVec squares = {}, largest = {};  // of one over the size of columns that are not exact
     IVec nonzero = {};                // less 1 for each
     for (int i = 0; i < kStepColumns; i += kLanes) {
-      const FVec code = round_nearest(load(values + i) * inverse);
+      const FVec code = integers_of(values + i, inverse);
       const IVec integers = __builtin_convertvector(code, IVec);
       memcpy(codes + i, &integers, sizeof(integers));
       if (!rest) continue;
       const FVec left = load(values + i) - code * scale;
       store(rest + i, left);
+      most_left = max_vec(left < FVec{} ? -left : left, most_left);
+      if (!whole) continue;
       const FVec all = load(whole + i), size = (all < FVec{} ? -all : all) * inverse;
       const FVec parts = left != FVec{} ? 1 / size : FVec{};
       squares += parts * parts;
@@ -174,8 +185,9 @@ struct QuadEncoder {
       nonzero += all != FVec{};
     }
     const float square = 3 * unit * unit, most = max_lanes(largest);
-    const bool enough =
-        sum_lanes(squares) <= square * (float)-sum_lanes(nonzero) && most * most <= 8 * square;
+    const bool enough = whole ? sum_lanes(squares) <= square * (float)-sum_lanes(nonzero) &&
+                                    most * most <= 8 * square
+                              : max_lanes(most_left) == 0;
     constexpr int kColumns = Operands::kRunQuads * 4;
     out.scale = scale * weight_unit;
     out.quads = out.second_quads = 0;

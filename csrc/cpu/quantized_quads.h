@@ -9,11 +9,10 @@
 // up their bytes (quantized_table_blocks.h), AVX-512 the integers, a pair of columns to a lane, and
 // multiplies them by 16-bit words for any number of rows; their bits differ between the two.
 //
-// Integers of 16 bits are as good as the accuracy rule asks where the columns of a step are of a
-// kind. Beside larger ones the others keep too few digits, and would decide the result where the
-// larger meet zeros: such a step gets a second word for what the first left (of normal numbers a
-// tenth of the steps in bfloat16, two thirds in float16). Rows that two words cannot hold, and
-// infinities, go the way of floats.
+// Integers of 16 bits hold a step whose columns are of a kind. Beside larger ones the others lose
+// digits, and would decide the result where the larger meet zeros: such a step gets a second word
+// for what the first left (of normal numbers a fifth of the steps in bfloat16, five sixths in
+// float16). Rows that two words cannot hold, and infinities, go the way of floats.
 //
 // With int8_activations a step is one scale, largest / 127, times 8-bit integers.
 #pragma once
@@ -97,7 +96,7 @@ class QuadProduct final : public ReencodedProduct {
       }
       const float scale = encoder_.scale_of(values, most);
       float rest[kStepColumns], none[kStepColumns];
-      if (encoder_.write(first, values, rest, scale, 1 / scale, values)) continue;
+      if (encoder_.write(first, values, rest, scale, 1 / scale)) continue;
       QuadX& second = at(second_, row, step);
       constexpr float kUnits = QuadEncoder<kEncoding>::kSecondUnits;
       if (!encoder_.write(second, rest, none, scale / kUnits, kUnits / scale, values))
