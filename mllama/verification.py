@@ -52,7 +52,7 @@ class Comparison:
     errors: Errors = field(default_factory=Errors)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, actual: Any, plain: Tensor, exact: Tensor) -> None:
+    def add(self, actual: Any, plain: Tensor, exact: Tensor, roundings: int = 1) -> None:
         """Takes in one result of the kernel, of plain PyTorch and of float64."""
         problem = _shape_or_dtype(actual, plain) or _not_finite(actual, exact)
         if problem:
@@ -63,7 +63,7 @@ class Comparison:
             if wrong := int((actual != exact).sum()):
                 self.problems.append(f"{wrong} of {exact.numel()} elements differ")
             return
-        self.errors.add(actual, plain, exact)
+        self.errors.add(actual, plain, exact, roundings)
 
     @property
     def ratio(self) -> float:
@@ -171,7 +171,7 @@ class _CheckedOps:
         else:
             if name not in kernels.ran:
                 row.problems.append(f"did not run as a kernel{_reason(name, given)}")
-            fits = _take(row, result, plain, exact)
+            fits = _take(row, result, plain, exact, _roundings(given))
             for argument in before:
                 _take_written(row, *(t[argument] for t in (before, given, plain_written, wide)))
             for argument in set(given) - set(before):
@@ -198,8 +198,19 @@ def _reason(name: str, given: dict[str, Any]) -> str:
     return "" if why is None else f": {why}"
 
 
+def _roundings(given: dict[str, Any]) -> int:
+    """To the dtype, in what an op does one after another: those of a norm before a product, of SwiGLU, which
+    multiplies two columns, and of a sum behind."""
+    has = {name for name, value in given.items() if value is not None and value is not False}
+    return 1 + ("norm_weight" in has) + 2 * ("swiglu" in has) + ("residual" in has)
+
+
 def _take(
-    row: Comparison, result: Any, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+    row: Comparison,
+    result: Any,
+    plain: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...],
+    roundings: int,
 ) -> bool:
     """Compares the results of one call. Whether the model can continue with them: NaN would be every later
     op's fault."""
@@ -208,7 +219,7 @@ def _take(
         row.problems.append(f"{len(actual)} results, expected {len(plain)}")
         return False
     for a, p, e in zip(actual, plain, exact, strict=True):
-        row.add(a, p, e)
+        row.add(a, p, e, roundings)
     return not any(
         _shape_or_dtype(a, p) or _not_finite(a, e)
         for a, p, e in zip(actual, plain, exact, strict=True)

@@ -91,8 +91,9 @@ def quantized_linear(
             accurate as the decoded weight allows. Of integers only: fp8, nf4 and fp4 have no such kernel and
             refuse it. Rows with infinities, NaN or values beyond 2^100 (or blocks of none above 2^-80) are
             not rounded by a CPU's kernels: what they give is what None gives. On CUDA, and where the weight
-            is not packed, rows with infinities or NaN give NaN, and blocks of none above 2^-112 are rounded as if one were; with more than 64 rows what the
-            integers stand for is rounded to the dtype, for the library's product.
+            is not packed, rows with infinities or NaN give NaN. On CUDA blocks of none above 2^-112 are
+            rounded as if one were; with more than 64 rows what the integers stand for is rounded to the
+            dtype, for the library's product.
     Returns:
         (..., N) in x's dtype, contiguous. In an autocast region the product has the region's dtype.
     Gradients:

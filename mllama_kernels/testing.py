@@ -86,7 +86,8 @@ class Errors:
     Attributes:
         compared: how many elements, without those left out.
         error, plain: of what is tested, and of plain PyTorch.
-        half_ulp: half a unit in the last place of the results' dtypes, for every element.
+        half_ulp: half a unit in the last place of the results' dtypes, for every element; in the largest
+            error as often as there are roundings.
         exact: the float64 results.
     """
 
@@ -96,8 +97,9 @@ class Errors:
     half_ulp: Norms = field(default_factory=Norms)
     exact: Norms = field(default_factory=Norms)
 
-    def add(self, actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-        """Takes in a result: what is tested, plain PyTorch's, and that of float64, of one shape.
+    def add(self, actual: Tensor, plain: Tensor, exact: Tensor, roundings: int = 1) -> None:
+        """Takes in a result: what is tested, plain PyTorch's, and that of float64, of one shape; and how
+        often the op's definition rounds to the dtype, the store included.
 
         Elements that float64 has but the result's dtype cannot hold are left out; that the others are
         finite is for the caller to see. Where only plain PyTorch overflows its error is no measure.
@@ -111,7 +113,8 @@ class Errors:
         size, measured = Norms.of(e), p.isfinite()
         self.error = self.error.and_(Norms.of(a - e))
         self.plain = self.plain.and_(Norms.of((p - e)[measured]))
-        self.half_ulp = self.half_ulp.and_(size.times(torch.finfo(actual.dtype).eps / 2))
+        ulp = size.times(torch.finfo(actual.dtype).eps / 2)
+        self.half_ulp = self.half_ulp.and_(Norms(roundings * ulp.largest, ulp.root))
         self.exact = self.exact.and_(size)
 
     def floor(self, roundings: int = 1, few: bool = False) -> Norms:
