@@ -288,7 +288,8 @@ def test_the_peak_is_as_planned(plain: Path, tokens: int, images: int) -> None:
     )
     measured, planned = map(int, result.stdout.split())
     print(f"measured {measured / 1e6:.1f} MB, planned {planned / 1e6:.1f} MB")
-    assert measured == pytest.approx(planned, rel=0.03)
+    # Of an image's tower 3 % more is planned than is taken, give or take half a percent.
+    assert 0.96 * planned <= measured <= 1.03 * planned
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
