@@ -28,7 +28,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # The CPU kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
 ANY_ISA = ("dispatch.cpp", "machine.cpp")
 # Ops that give the same bits on every instruction set and device: a product and a sum are rounded apart.
-SAME_BITS = ("quantize",)
+SAME_BITS = ("quantize", "sample")
 ISA_FLAGS = {"generic": ""}
 if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"

@@ -8,6 +8,7 @@
 //           increases with the level, is 2^40 at level 0 and 0 at kMaxLevel.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #ifdef __CUDACC__
@@ -47,6 +48,17 @@ MLLAMA_HOST_DEVICE static inline int64_t weight_of(uint32_t level) {
   const uint64_t power = static_cast<uint64_t>((1u << 31) + multiply_high(p, fraction)) << 9;
   const uint32_t shift = 42 - whole;
   return static_cast<int64_t>((power + ((uint64_t{1} << shift) >> 1)) >> shift);
+}
+
+// The log-probability of a token, of the row's largest logit and of the sum of all weights: the
+// logits in float32, the rest in float64.
+MLLAMA_HOST_DEVICE static inline double log_mass(int64_t total) {
+  return log(static_cast<double>(total) * 0x1p-40);
+}
+MLLAMA_HOST_DEVICE static inline float log_probability(float logit, float largest,
+                                                       double log_mass) {
+  const double distance = static_cast<double>(logit) - static_cast<double>(largest);
+  return static_cast<float>(distance - log_mass);
 }
 
 // 53 random bits, a function of (seed, step): SplitMix64 (Steele, Lea, Flood 2014).

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mllama.config import MllamaConfig as MllamaConfig
     from mllama.config import MllamaTextConfig as MllamaTextConfig
     from mllama.config import MllamaVisionConfig as MllamaVisionConfig
+    from mllama.engine.engine import Engine as Engine
     from mllama.generation.config import GenerationConfig as GenerationConfig
     from mllama.generation.streaming import TextStreamer as TextStreamer
     from mllama.model import MllamaForCausalLM as MllamaForCausalLM
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # What the imports above are to type checkers; a module is imported on first use, so that a processor
 # needs no model, a configuration no torch ops.
 _MODULES = {
+    "Engine": "mllama.engine.engine",
     "GenerationConfig": "mllama.generation.config",
     "MllamaCache": "mllama.cache",
     "MllamaConfig": "mllama.config",

@@ -1,18 +1,15 @@
-"""Keys and values of earlier tokens and of images, preallocated and paged.
+"""Keys and values of earlier tokens and of images of a fixed batch: rows of tables into a store, its own or
+one that is lent.
 
-Self-attention: every layer has a pool of pages, (num_pages, Hkv, page_size, D) for k and for v, and
-``page_table`` (B, max_pages) int32 says which pages hold a sequence. Cross-attention: every layer has a
-pool of tiles, (num_slots, P, Hkv, D), k already normalised, and ``tile_table`` (B, T) int32 says which
-slots hold the tiles a sequence may see, -1 for a tile that is not stored.
+``page_table`` (B, max_pages) int32 says which pages of the store hold a sequence, and ``tile_table`` (B, T)
+int32 which of its slots hold the tiles a sequence may see, -1 for a tile that is not stored.
 
 ``lengths`` and ``next_position`` live on the device and are updated in place, so a decode step needs
-nothing from the host and can be captured in a CUDA graph. The pools stay where they are as long as
-there is room; what a prefill makes anew, ``settle`` moves to the place it had before.
+nothing from the host. The store stays where it is as long as there is room.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -23,11 +20,11 @@ from torch import Tensor
 
 from mllama.config import MllamaTextConfig
 from mllama.config_fields import integer, value_problem
+from mllama.engine.pages import PAGE_SIZE
 from mllama.memory import require_room
-from mllama.tiles import LOOSE, PADDING, ImageTiles, TileView, VisibleTiles
-from mllama.wording import quoted
+from mllama.stores import KeyValueStore, LentRows
+from mllama.tiles import LOOSE, PADDING, ImageTiles, VisibleTiles
 
-PAGE_SIZE = 64
 _SIZES = {"batch_size": integer(1, 2**20), "max_tokens": integer(1, 2**31 - 1)}
 
 
@@ -43,6 +40,7 @@ class MllamaCache:
             room for all their tiles, so that after reset() others fit where they were.
 
     Attributes:
+        store: the keys and values.
         lengths: (B,) int32, tokens stored per sequence (padding is not stored).
         next_position: (B, 1) int64, default position of the next token of each sequence.
         columns: text columns seen so far, padding included: what `transformers` calls the sequence
@@ -54,8 +52,6 @@ class MllamaCache:
         texts: the tokens of each sequence, if ``generate`` has put them there; then it tells from
             them how much of the next prompt is here already.
         prompt_lengths: then also how many of these tokens each sequence has read; it has made the rest.
-        captured: the step that ``generate`` has captured on these tensors. It lives as long as the
-            cache and is left out when that is copied or pickled.
     """
 
     def __init__(
@@ -66,32 +62,25 @@ class MllamaCache:
         dtype: torch.dtype,
         device: torch.device | str,
         max_tokens: int | None = None,
+        lent: LentRows | None = None,
     ) -> None:
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens}
         given = [name for name, value in sizes.items() if value is not None]
         if problems := [p for name in given for p in value_problem(name, _SIZES[name], sizes)]:
             raise ValueError("; ".join(problems))
         self.batch_size, self.max_tokens = sizes["batch_size"], sizes["max_tokens"]
-        self._self_index = {layer: i for i, layer in enumerate(config.self_attention_layers)}
-        self._cross_index = {
-            layer: i for i, layer in enumerate(sorted(config.cross_attention_layers))
-        }
-        self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
-        self._options = {"dtype": dtype, "device": device}
-        # (layers, 2, num_pages, Hkv, page_size, D) and (layers, 2, num_slots, P, Hkv, D)
-        self._pages = torch.empty(
-            len(self._self_index), 2, 0, self._heads, PAGE_SIZE, self._head_dim, **self._options
-        )
-        self._tiles = torch.empty(
-            len(self._cross_index), 2, 0, 0, self._heads, self._head_dim, **self._options
-        )
-        self.page_table = torch.empty(batch_size, 0, dtype=torch.int32, device=device)
+        self._slots: Tensor | None = None
+        if lent is None:
+            self.store = KeyValueStore(config, dtype=dtype, device=device)
+            self.page_table = torch.empty(batch_size, 0, dtype=torch.int32, device=device)
+        else:
+            self.store = lent.store
+            self.page_table = torch.tensor(lent.pages, dtype=torch.int32).to(device)
+            self._slots = torch.tensor(lent.slots, dtype=torch.int64).to(device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.next_position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.captured: Any = None
-        self._places: tuple[Tensor | None, ...] = (None, None, None)
         self.reset()
-        if max_tokens is not None:
+        if max_tokens is not None and lent is None:
             self._require_room(-(-max_tokens // PAGE_SIZE))
             self._add_pages(-(-max_tokens // PAGE_SIZE))
 
@@ -167,37 +156,15 @@ class MllamaCache:
 
     def mark_images(self) -> tuple[int, Tensor, Tensor, VisibleTiles]:
         """What restore_images() needs to forget the images that are added from here on."""
-        visible = copy(self.visible_tiles)
-        visible.view = visible.view.clone()  # settle() may write the next view over this one
-        return self.num_tiles_stored, self.tile_table, self.tile_kinds, visible
+        return self.num_tiles_stored, self.tile_table, self.tile_kinds, copy(self.visible_tiles)
 
     def restore_images(self, mark: tuple[int, Tensor, Tensor, VisibleTiles]) -> None:
         self.num_tiles_stored, self.tile_table, self.tile_kinds, self.visible_tiles = mark
 
-    def settle(self) -> None:
-        """Move what a prefill has made anew to its place of the last settle(), if that fits.
-
-        A captured step reads the table and the view there, and everything else where it is.
-        """
-        view = self.visible_tiles.view
-        made = (self.tile_table, view.tile_mask, view.row_mask)
-        self._places = tuple(map(_moved, made, self._places))
-        self.tile_table, tile_mask, row_mask = self._places
-        self.visible_tiles.view = TileView(tile_mask, row_mask)
-
-    def step_tensors(self) -> tuple[Tensor | None, ...]:
-        """All that a decode step reads and writes here; None for a mask that there is not."""
-        view = self.visible_tiles.view
-        state = (self.page_table, self.lengths, self.next_position, self.tile_table)
-        return (*state, view.tile_mask, view.row_mask, self._pages, self._tiles)
-
     @property
     def nbytes(self) -> int:
-        """Of the pools; the rest is small."""
-        return self._pages.nbytes + self._tiles.nbytes
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"captured": None}
+        """Of the store; the rest is small."""
+        return self.store.nbytes
 
     def get_seq_length(self) -> int:
         """Text columns seen so far, padding included."""
@@ -212,16 +179,6 @@ class MllamaCache:
     def num_tiles(self) -> int:
         """Tiles per sequence, T, stored or not; 0 before any image."""
         return self.tile_table.shape[1]
-
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v pools of a self-attention layer, (num_pages, Hkv, page_size, D)."""
-        k, v = self._pages[self._self_index[layer]]
-        return k, v
-
-    def tiles(self, layer: int) -> tuple[Tensor, Tensor]:
-        """k and v pools of a cross-attention layer, (num_slots, P, Hkv, D)."""
-        k, v = self._tiles[self._cross_index[layer]]
-        return k, v
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` more text columns.
@@ -251,76 +208,48 @@ class MllamaCache:
             return held
         return max(-(-needed // PAGE_SIZE), 2 * held)
 
-    def check_made_for(
-        self, config: MllamaTextConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Raises: ValueError if it has other layers, heads, a dtype or a device than a model's."""
-        layers = (config.self_attention_layers, sorted(config.cross_attention_layers))
-        heads = (config.num_key_value_heads, config.head_dim)
-        expected = (*layers, *heads, dtype, device)
-        own_layers = (list(self._self_index), list(self._cross_index))
-        made_for = (*own_layers, self._heads, self._head_dim, self._pages.dtype, self._pages.device)
-        names = ("self-attention layers", "cross-attention layers", "key/value heads", "head_dim")
-        for name, own, needed in zip((*names, "dtype", "device"), made_for, expected, strict=True):
-            if own != needed:
-                raise ValueError(
-                    f"past_key_values was made for {name} {quoted(own)}, the model has {quoted(needed)}"
-                )
-
     def _require_room(self, max_pages: int, freed: int = 0) -> None:
-        layers, _, _, *page = self._pages.shape
         pages = self.batch_size * max_pages
         what = f"a cache of {self.batch_size} sequences with room for {max_pages * PAGE_SIZE} tokens each"
         if pages >= 2**31:
             raise ValueError(f"{what} has {pages} pages; they are counted in 32 bits")
-        nbytes = 2 * layers * pages * math.prod(page) * self._pages.itemsize
-        require_room(self._pages.device, nbytes, what, freed=freed)
+        nbytes = pages * self.store.page_nbytes()
+        require_room(self.lengths.device, nbytes, what, freed=freed)
 
     def _add_pages(self, max_pages: int) -> None:
         batch, old = self.page_table.shape
-        first = self._pages.shape[2]
-        added = torch.arange(
-            first, first + batch * (max_pages - old), dtype=torch.int32, device=self.lengths.device
-        )
+        count = batch * (max_pages - old)
+        first = self.store.add_pages(count)
+        added = torch.arange(first, first + count, dtype=torch.int32, device=self.lengths.device)
         self.page_table = torch.cat([self.page_table, added.view(batch, -1)], dim=1)
-        layers, _, _, *page = self._pages.shape
-        pages = torch.zeros(layers, 2, batch * max_pages, *page, **self._options)
-        pages[:, :, :first] = self._pages
-        self._pages = pages
 
     def add_tiles(self, tiles: ImageTiles) -> None:
         """Make room for new tiles, one place each."""
         table, (count, tokens_per_tile) = tiles.table, tiles.states.shape[:2]
-        first, stored = self.num_tiles_stored, self._tiles
-        if first + count > stored.shape[2] or tokens_per_tile != stored.shape[3]:
-            layers, _, _, _, heads, head_dim = stored.shape
-            slots = first + (count if self.max_tokens is None else table.numel())
-            self._tiles = torch.empty(
-                layers, 2, slots, tokens_per_tile, heads, head_dim, **self._options
-            )
-            if first:
-                self._tiles[:, :, :first] = stored[:, :, :first]
-        self.tile_table = torch.cat(
-            [self.tile_table, torch.where(table >= 0, table + first, -1)], dim=1
-        )
+        first, places = self.num_tiles_stored, table + self.num_tiles_stored
+        if self._slots is None:
+            self._make_room_for_tiles(first, table, count, tokens_per_tile)
+        else:
+            places = self._slots[places.clamp_min(0)].int()
+        self.tile_table = torch.cat([self.tile_table, torch.where(table >= 0, places, -1)], dim=1)
         kinds = torch.full_like(table, LOOSE, dtype=torch.int8)
         if tiles.kinds is not None:
             kinds = tiles.kinds.repeat_interleave(table.shape[1] // tiles.kinds.shape[1], dim=1)
         self.tile_kinds = torch.cat([self.tile_kinds, kinds], dim=1)
         self.num_tiles_stored = first + count
 
+    def _make_room_for_tiles(
+        self, first: int, table: Tensor, count: int, tokens_per_tile: int
+    ) -> None:
+        slots, stored_tokens = self.store.tile_values.shape[2:4]
+        if first + count > slots or tokens_per_tile != stored_tokens:
+            slots = first + (count if self.max_tokens is None else table.numel())
+            self.store.resize_tiles(slots, tokens_per_tile, kept=first)
+
     def store_tiles(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the newest tiles' k and v, (n, P, Hkv, D), of one layer."""
-        newest = slice(self.num_tiles_stored - k.shape[0], self.num_tiles_stored)
-        pool_k, pool_v = self.tiles(layer)
+        newest: Any = slice(self.num_tiles_stored - k.shape[0], self.num_tiles_stored)
+        if self._slots is not None:
+            newest = self._slots[newest]
+        pool_k, pool_v = self.store.tiles(layer)
         pool_k[newest], pool_v[newest] = k, v
-
-
-def _moved(made: Tensor | None, place: Tensor | None) -> Tensor | None:
-    """``made`` at ``place`` if that fits, else in a tensor of its own, the place from now on."""
-    if made is None or made is place:
-        return made
-    if place is None or place.shape != made.shape:
-        with torch.inference_mode(False):  # to be written in any mode
-            return made.clone()
-    return place.copy_(made)

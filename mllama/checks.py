@@ -229,9 +229,11 @@ def check_cross_attention_mask(
     mask: Tensor | None, text: TextInputs, new_tiles: int, cache: MllamaCache | None
 ) -> None:
     """Check a (B, L', M, tiles) mask against the text and all tiles there are. Raises: ValueError."""
+    if mask is None:
+        return
     past, tiles = (cache.columns, cache.num_tiles) if cache is not None else (0, 0)
     tiles += new_tiles
-    if mask is None or not tiles:
+    if not tiles:
         return
     _require(
         mask.dim() == 4 and mask.shape[0] == text.batch and mask.shape[2] * mask.shape[3] == tiles,

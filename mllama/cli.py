@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "answer questions about an image with the model that ships with the package",
     "generate": "image and prompt to text, streamed",
     "chat": "talk with a model about images",
+    "serve": "answer requests of OpenAI's clients, and show a page to try it",
     "finetune": "train adapters, or all weights, on conversations about images",
     "quantize": "write a checkpoint with weights of 8, 6 or 4 bits",
     "verify": "check the kernels on this machine, with your checkpoint",

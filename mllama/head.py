@@ -20,9 +20,11 @@ from mllama.loss import (
     reduction_for,
     targets_of,
 )
+from mllama.packed import PackedTokens
 from mllama.quantization.workspace import PART
 from mllama.vocabulary import head_rows
 from mllama_kernels._arguments import IGNORED
+from mllama_kernels.plain import is_plain
 
 
 class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
@@ -34,6 +36,37 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
     # losses, whose targets it counts.
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
+
+    @property
+    def text_tower(self) -> nn.Module:
+        return getattr(self.model, "language_model", self.model)
+
+    def packed_logits(
+        self, ids: Tensor, packed: PackedTokens, last: Tensor | None = None
+    ) -> Tensor:
+        """The logits (S, V) after those of the tokens ids (N,) that are at ``last`` (S,), or after each.
+
+        The model, :attr:`model` and the text tower themselves are not called, only what is inside; see
+        :meth:`called_part`.
+        """
+        tower, varlen = self.text_tower, packed.varlen
+        if varlen.rows is None:
+            embeds = varlen.unpad(tower.embed_tokens(varlen.pad(ids)))
+        else:
+            embeds = tower.embed_tokens(ids)
+        states = tower.forward_packed(embeds, packed)
+        states = states if last is None else states[last]
+        return self.head(self.ops, states.unsqueeze(1)).squeeze(1)
+
+    def called_part(self) -> tuple[str, nn.Module] | None:
+        """A part that :meth:`packed_logits` would bypass though calling it does more, by name: it has hooks,
+        or a forward that is not of this package. None if there is none."""
+        parts = {"model": self, "model.model": self.model, "text tower": self.text_tower}
+        for name, part in parts.items():
+            own = type(part).forward.__module__.partition(".")[0] == "mllama"
+            if not own or not is_plain(part, type(part)):
+                return name, part
+        return None
 
     def _targets(
         self,

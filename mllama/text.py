@@ -19,14 +19,17 @@ from mllama.config import MllamaTextConfig
 from mllama.kinds import Kinds, KnownKinds
 from mllama.layers import Recomputing, ResidualStream, RMSNorm, recomputing
 from mllama.outputs import BaseModelOutput
+from mllama.packed import PackedTokens
 from mllama.quantization.workspace import PART
 from mllama.rope import RotaryEmbedding
 from mllama.semantics import SemanticsLike
+from mllama.stores import CacheRows
 from mllama.text_layers import (
     DecoderLayer,
     LayerInputs,
     MllamaCrossAttentionDecoderLayer,
     MllamaSelfAttentionDecoderLayer,
+    MllamaTextCrossAttention,
 )
 from mllama.tiles import ImageTiles, TileView, view_of_tokens
 from mllama.varlen import VarlenBatch
@@ -259,16 +262,42 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
         output_hidden_states: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """The normed stream (B, L, E) after all layers, and if asked for what it was before each."""
-        positions = text.positions(cache)
-        x = varlen.unpad(embeds)
-        cos, sin = self._rotary(varlen.unpad(positions.expand(text.batch, -1)), x.dtype)
-        inputs = LayerInputs(cos, sin, positions, varlen, cache, states, table, view)
-        stream, hidden = ResidualStream(self.ops, x, varlen, self._kinds.of(self)), []
+        columns = text.positions(cache)
+        positions = varlen.unpad(columns.expand(text.batch, -1))
+        packed = PackedTokens(positions, varlen, cache, table, view, states)
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        last = varlen.pad(self.forward_packed(varlen.unpad(embeds), packed, hidden))
+        if cache is not None:
+            text.advance(cache, varlen, columns)
+        return last, hidden or []
+
+    def forward_packed(
+        self, x: Tensor, packed: PackedTokens, hidden: list[Tensor] | None = None
+    ) -> Tensor:
+        """The normed stream (N, E) after all layers, from embeddings x (N, E); keys and values are appended
+        to the cache, whose lengths are the caller's to advance.
+
+        Args:
+            hidden: gets the stream before each layer, (B, L, E).
+        """
+        varlen = packed.varlen
+        cos, sin = self._rotary(packed.positions, x.dtype)
+        inputs = LayerInputs(
+            cos,
+            sin,
+            packed.positions,
+            varlen,
+            packed.cache,
+            packed.tile_states,
+            packed.tile_table,
+            packed.view,
+        )
+        stream = ResidualStream(self.ops, x, varlen, self._kinds.of(self))
         recomputed = self.recomputed(len(self.layers))
         for index, layer in enumerate(self.layers):
-            if table is None and self._sees_images(layer, index):
+            if packed.tile_table is None and self._sees_images(layer, index):
                 continue  # no image: the layer adds nothing
-            if output_hidden_states:
+            if hidden is not None:
                 hidden.append(varlen.pad(stream.value()))
             if index in recomputed:
                 stream.x = recomputing(self._through, layer, stream.value(), inputs, stream.kinds)
@@ -276,10 +305,22 @@ class MllamaTextModel(Recomputing, MllamaPreTrainedModel):
                 layer.add_to(stream, inputs)
             else:
                 stream.x = _called(layer, stream.value(), inputs)
-        last = varlen.pad(stream.norm(self.norm))
-        if cache is not None:
-            text.advance(cache, varlen, positions)
-        return last, hidden
+        return stream.norm(self.norm)
+
+    def store_tiles(self, states: Tensor, rows: CacheRows) -> None:
+        """Put the keys and values of new tiles, by their states (n, P, E), where text will read them.
+
+        Raises: TypeError where a cross-attention layer has been replaced by something else.
+        """
+        kinds = self._kinds.of(self)
+        for index in self.config.cross_attention_layers:
+            attention = getattr(self.layers[index], "cross_attn", None)
+            if not isinstance(attention, MllamaTextCrossAttention):
+                kind = type(self.layers[index] if attention is None else attention).__name__
+                raise TypeError(
+                    f"layer {index} has no cross-attention of this package, but a {kind}"
+                )
+            attention.store(states, rows, kinds)
 
     def _sees_images(self, layer: nn.Module, index: int) -> bool:
         """Whether a layer is one with cross-attention; of one that is wrapped its place says it."""

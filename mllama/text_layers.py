@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mllama.backend import Ops
-from mllama.cache import MllamaCache
 from mllama.config import MllamaTextConfig
 from mllama.kinds import Asked, Kinds, call_on_rows
 from mllama.layers import ResidualStream, RMSNorm
 from mllama.linear import Block, Product, Projection, side_by_side
+from mllama.stores import CacheRows
 from mllama.tiles import TileView
 from mllama.varlen import VarlenBatch
 
@@ -28,7 +28,7 @@ class LayerInputs:
 
     Attributes:
         cos, sin: (N, D / 2) in the stream's dtype.
-        positions: (B or 1, L) int64.
+        positions: (N,) int64.
         varlen: how the N tokens form B sequences.
         cache: where k and v of earlier tokens are; None to attend within this call only.
         tile_states: (n, P, E) of the images that are new in this call; None if none is.
@@ -41,7 +41,7 @@ class LayerInputs:
     sin: Tensor
     positions: Tensor
     varlen: VarlenBatch
-    cache: MllamaCache | None
+    cache: CacheRows | None
     tile_states: Tensor | None
     tile_table: Tensor | None
     view: TileView
@@ -59,7 +59,7 @@ class LayerInputs:
     def attention_arguments(self) -> dict[str, Any]:
         """Those that a self-attention takes as well, without the mask."""
         return {
-            "position_ids": self.positions,
+            "position_ids": self.varlen.pad(self.positions),
             "past_key_values": self.cache,
             "use_cache": self.cache is not None,
             "position_embeddings": (self.cos, self.sin),
@@ -133,7 +133,7 @@ class MllamaTextSelfAttention(Block):
         hidden_states: Tensor,
         attention_mask: LayerInputs,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: MllamaCache | None = None,
+        past_key_values: CacheRows | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
     ) -> tuple[Tensor, None]:
@@ -165,7 +165,7 @@ class MllamaTextSelfAttention(Block):
                 max_seqlen=varlen.max_seqlen,
             )
         else:
-            k_pages, v_pages = inputs.cache.pages(self.layer)
+            k_pages, v_pages = inputs.cache.store.pages(self.layer)
             out = self.ops.rotary_attention_cached(
                 q,
                 k,
@@ -199,7 +199,7 @@ class MllamaTextCrossAttention(Block):
         self,
         hidden_states: Tensor,
         cross_attention_states: Tensor | None = None,
-        past_key_values: MllamaCache | None = None,
+        past_key_values: CacheRows | None = None,
         attention_mask: LayerInputs | None = None,
         use_cache: bool | None = None,
     ) -> tuple[Tensor, None]:
@@ -224,13 +224,13 @@ class MllamaTextCrossAttention(Block):
         is_plain = kinds.get(self.q_norm) is RMSNorm
         if not is_plain:
             q = self._called_q_norm(q, inputs.varlen)
-        k = v = None
-        if inputs.tile_states is not None:
-            k, v = self._keys_and_values(inputs.tile_states, kinds)
-        if inputs.cache is not None:
-            if k is not None:
-                inputs.cache.store_tiles(self.layer, k, v)
-            k, v = inputs.cache.tiles(self.layer)
+        states, cache = inputs.tile_states, inputs.cache
+        if cache is None:
+            k, v = self._keys_and_values(states, kinds)
+        else:
+            if states is not None:
+                self.store(states, cache, kinds)
+            k, v = cache.store.tiles(self.layer)
         out = self.ops.cross_attention(
             q,
             k,
@@ -243,6 +243,10 @@ class MllamaTextCrossAttention(Block):
             max_seqlen=inputs.varlen.max_seqlen,
         )
         return out.flatten(1)
+
+    def store(self, states: Tensor, rows: CacheRows, kinds: Kinds) -> None:
+        """Put the keys and values of new tiles, by their states (n, P, E), where they are read."""
+        rows.store_tiles(self.layer, *self._keys_and_values(states, kinds))
 
     def _keys_and_values(self, states: Tensor, kinds: Kinds) -> tuple[Tensor, Tensor]:
         """states (n, P, E) to normalised k, and v, (n, P, Hkv, D)."""
@@ -273,7 +277,7 @@ class DecoderLayer(nn.Module):
         attention_mask: LayerInputs | None = None,
         full_text_row_masked_out_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: MllamaCache | None = None,
+        past_key_values: CacheRows | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -284,11 +288,13 @@ class DecoderLayer(nn.Module):
             self,
             cos=cos,
             sin=sin,
-            positions=position_ids,
             cache=past_key_values,
             tile_states=cross_attention_states,
             view=TileView(cross_attention_mask, full_text_row_masked_out_mask),
         )
+        if position_ids is not None:
+            columns = position_ids.expand(inputs.varlen.batch, -1)
+            inputs = replace(inputs, positions=inputs.varlen.unpad(columns))
         stream = ResidualStream(self.ops, inputs.varlen.unpad(hidden_states), inputs.varlen)
         self.add_to(stream, inputs)
         return inputs.varlen.pad(stream.value())

@@ -68,10 +68,6 @@ class TileView:
             seen = seen | ~any_seen.unsqueeze(-1)
         return cls(seen, any_seen)
 
-    def clone(self) -> TileView:
-        masks = (self.tile_mask, self.row_mask)
-        return TileView(*(None if mask is None else mask.clone() for mask in masks))
-
     def of_columns(self, varlen: VarlenBatch, begin: int, end: int) -> TileView:
         """The rows of the tokens in some of the columns, of a view with one row per packed token."""
         masks = (self.tile_mask, self.row_mask)

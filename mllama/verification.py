@@ -26,15 +26,16 @@ from mllama.loss import IGNORED
 from mllama.wording import reason
 from mllama_kernels import _dispatch, _library, reference
 from mllama_kernels.quantized_tensor import QuantizedTensor
+from mllama_kernels.reference_sampling import MAX_LIKELIEST
 from mllama_kernels.testing import Errors, allowed
 
 ALLOWED_RATIO = 2.0
 # Arguments that an op writes to: each computation gets its own copy.
 _WRITTEN = {"rotary_attention_cached": ("k_cache", "v_cache")}
-# Calls of `sample`: greedy, and through every filter.
-_SAMPLING: tuple[dict[str, Any], ...] = (
-    {"do_sample": False},
-    {"do_sample": True},
+# Calls of `sample`, the same options for every row: greedy, and through every filter.
+_SAMPLING: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {"num_likeliest": MAX_LIKELIEST},
     {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
 )
 
@@ -299,9 +300,15 @@ def _sample(ops: Ops, logits: Tensor, input_ids: Tensor) -> None:
     seen = torch.zeros(batch, vocab + 1, dtype=torch.bool, device=logits.device)
     seen = seen.scatter_(1, input_ids.clamp_max(vocab), True)[:, :-1].contiguous()
     for step, options in enumerate(_SAMPLING):
-        penalised = seen if "repetition_penalty" in options else None
-        at = torch.tensor(step, device=logits.device)
-        ops.sample(logits.contiguous(), seeds, at, **options, seen=penalised)
+        columns = {
+            name: seeds.new_full(
+                (batch,), value, dtype=torch.int64 if isinstance(value, int) else torch.float64
+            )
+            for name, value in options.items()
+        }
+        if "repetition_penalty" in options:
+            columns["seen"] = seen
+        ops.sample(logits.contiguous(), seeds, torch.full_like(seeds, step), **columns)
 
 
 def _loss(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:

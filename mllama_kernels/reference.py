@@ -323,23 +323,44 @@ def linear_cross_entropy(
 def sample(
     logits: Tensor,
     seeds: Tensor,
-    step: Tensor,
+    steps: Tensor,
     *,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
     seen: Tensor | None = None,
-) -> Tensor:
-    """Logits to tokens; see :func:`mllama_kernels.sample`. Equal to the kernels bit for bit."""
-    reference_sampling.check_options(temperature, top_k, top_p, min_p, repetition_penalty)
-    heat = temperature if do_sample else 1.0
-    scaled = reference_sampling.scale_logits(logits, heat, repetition_penalty, seen)
-    if do_sample:
-        weights = reference_sampling.kept_weights(scaled, top_k, top_p, min_p)
-        token = reference_sampling.draw(weights, reference_sampling.uniform(seeds, step))
-    else:
-        token = scaled.argmax(dim=-1)
-    return token.where(scaled.amax(dim=-1).isfinite(), reference_sampling.INVALID_TOKEN)
+    presence_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    counts: Tensor | None = None,
+    bias_tokens: Tensor | None = None,
+    bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    num_likeliest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits to tokens; see :func:`mllama_kernels.sample`. Its tokens are the kernels'."""
+    reference_sampling.refuse_gradient(logits, num_likeliest)
+    options = reference_sampling.Options(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        counts=counts,
+        bias_tokens=bias_tokens,
+        bias=bias,
+        allowed=allowed,
+        num_likeliest=num_likeliest,
+    )
+    scaled = options.scaled(logits.float())
+    weights = reference_sampling.kept_weights(scaled, options.top_k, options.top_p, options.min_p)
+    drawn = reference_sampling.draw(weights, reference_sampling.uniform(seeds, steps))
+    tokens = drawn.where(options.temperature[:, 0] != 0, scaled.argmax(dim=-1))
+    is_valid = scaled.amax(dim=-1).isfinite() & options.are_valid
+    tokens = tokens.where(is_valid, reference_sampling.INVALID_TOKEN)
+    return tokens, *reference_sampling.logprobs_of(logits.float(), tokens, num_likeliest)

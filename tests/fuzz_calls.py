@@ -401,17 +401,35 @@ def _linear_cross_entropy(d: Draw) -> Call:
 
 def _sample(d: Draw) -> Call:
     rows, vocab = d.size(SMALL), d.size((*LARGE, 1000, 4097), least=1)
+
+    def each(*values: float) -> Tensor:
+        dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+        return torch.tensor([d.one_of(values) for _ in range(rows)], dtype=dtype)
+
+    def some(**arguments: Tensor) -> dict[str, Tensor | None]:
+        return arguments if d.chance(0.5) else dict.fromkeys(arguments)
+
+    biases = d.size(SMALL)
+    tokens = d.integers(-1, 2 * vocab, rows, biases).sort(1).values
+    is_bias = (tokens.diff(dim=1, prepend=torch.full((rows, 1), -1)) > 0) & (tokens < vocab)
+    tokens = tokens.where(is_bias.cummin(1).values if biases else is_bias, -1)
     return {
         "logits": d.floats(rows, vocab),
         "seeds": d.integers(-(2**63), 2**63 - 1, rows),
-        "step": torch.tensor(d.one_of([0, 1, 2**31, 2**63 - 1, -(2**63)])),
-        "do_sample": d.chance(0.8),
-        "temperature": d.one_of([1.0, 0.7, 1.5, 1e-3, 100.0]),
-        "top_k": d.one_of([0, 0, 1, 2, 50, 2**31, 2**63 - 1]),
-        "top_p": d.one_of([1.0, 0.9, 0.5, 0.0]),
-        "min_p": d.one_of([0.0, 0.0, 0.05, 1.0]),
-        "repetition_penalty": d.one_of([1.0, 1.3, 0.5]),
-        "seen": d.maybe(d.bools(rows, vocab)),
+        "steps": each(0, 1, 2**31, 2**63 - 1, -(2**63)),
+        "temperature": d.maybe(each(1.0, 0.0, 0.7, 1.5, 1e-3, 100.0)),
+        "top_k": d.maybe(each(0, 0, 1, 2, 50, 2**31, 2**63 - 1)),
+        "top_p": d.maybe(each(1.0, 0.9, 0.5, 0.0)),
+        "min_p": d.maybe(each(0.0, 0.0, 0.05, 1.0)),
+        **some(repetition_penalty=each(1.0, 1.3, 0.5), seen=d.bools(rows, vocab)),
+        **some(
+            presence_penalty=each(0.0, 1.0, -0.5),
+            frequency_penalty=each(0.0, 0.3, -2.0),
+            counts=d.integers(-1, 4, rows, vocab, dtype=torch.int32),
+        ),
+        **some(bias_tokens=tokens, bias=100 * torch.randn(rows, biases, generator=d.generator)),
+        "allowed": d.maybe(d.integers(-(2**31), 2**31, rows, -(-vocab // 32), dtype=torch.int32)),
+        "num_likeliest": d.maybe(each(-1, 0, 1, 5, 20)),
     }
 
 

@@ -73,10 +73,10 @@ def hostile(name: str, t: Tensor, draw: Draw) -> Tensor:
             following = min(following * size, _STRIDES[-1])
         if gaps and draw.chance(0.5):
             following += draw.one_of((1, 2, 3, 4, 8, 16))
-    placed = place(t, strides, draw.one_of((0, 0, 0, 0, 1, 2, 3, 4, 7, 8, 16)))
+    offset = draw.one_of((0, 0, 0, 0, 1, 2, 3, 4, 7, 8, 16))
     if t.is_floating_point() and not exact and draw.chance(0.03):
-        return torch._neg_view(placed)
-    return placed
+        return torch._neg_view(place(-t, strides, offset))
+    return place(t, strides, offset)
 
 
 def scatter(call: Call, draw: Draw) -> Call:

@@ -164,17 +164,26 @@ def _linear_cross_entropy() -> dict[str, Any]:
 
 
 def _sample() -> dict[str, Any]:
+    def doubles(*numbers: float) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64)
+
     return {
         "logits": torch.randn(3, 100),
         "seeds": torch.tensor([3, 5, 8]),
-        "step": torch.tensor(2),
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 40,
-        "top_p": 0.9,
-        "min_p": 0.01,
-        "repetition_penalty": 1.2,
+        "steps": torch.tensor([2, 0, 7]),
+        "temperature": doubles(0.7, 0, 1.5),
+        "top_k": torch.tensor([40, 0, 90]),
+        "top_p": doubles(0.9, 0.8, 1),
+        "min_p": doubles(0.01, 0, 0.02),
+        "repetition_penalty": doubles(1.2, 0.8, 1),
         "seen": torch.rand(3, 100) < 0.5,
+        "presence_penalty": doubles(0.5, -0.5, 0),
+        "frequency_penalty": doubles(0, 0.3, -0.1),
+        "counts": torch.randint(0, 3, (3, 100), dtype=torch.int32),
+        "bias_tokens": torch.tensor([[3, 50, 99], [-1, -1, -1], [40, 41, -1]]),
+        "bias": torch.randn(3, 3),
+        "allowed": torch.randint(-(2**31), 2**31, (3, 4), dtype=torch.int32),
+        "num_likeliest": torch.tensor([20, 20, 20]),
     }
 
 

@@ -120,12 +120,12 @@ def test_one_disabled_op_is_told_from_all(monkeypatch):
 
 def test_graphs_are_captured_where_every_op_is_a_kernel(monkeypatch):
     model, tokens = load(), type("Tokens", (), {"is_cuda": True})()
-    assert generate._captures(model, tokens)
+    assert generate.captures(model, tokens)
     monkeypatch.setattr(_dispatch, "DISABLED", frozenset(["sample"]))
-    assert not generate._captures(model, tokens), "it reads on the host"
+    assert not generate.captures(model, tokens), "it reads on the host"
     monkeypatch.setattr(_dispatch, "DISABLED", frozenset())
     set_build(monkeypatch, "no such device")
-    assert not generate._captures(model, tokens)
+    assert not generate.captures(model, tokens)
 
 
 def test_copies_keep_the_choice(monkeypatch):

@@ -28,7 +28,11 @@ ROWS = {
     "cross_attention": ("q", "k", "v", "tile_mask"),
     "vision_attention": ("q", "k", "v", "padding"),
     "patch_embed": ("pixel_values", "aspect_ratio_ids"),
-    "sample": ("logits", "seeds", "seen"),
+    "sample": (
+        *("logits", "seeds", "steps", "temperature", "top_k", "top_p", "min_p"),
+        *("repetition_penalty", "seen", "presence_penalty", "frequency_penalty", "counts"),
+        *("bias_tokens", "bias", "allowed", "num_likeliest"),
+    ),
 }
 NO_GRADIENT = (
     *("skinny_linear", "quantized_linear", "quantized_rows"),
@@ -56,11 +60,13 @@ def call_of(name, dtype, device):
     else:
         for key in ROWS[name]:
             value = call[key]
-            again = [value.roll(shift, -1) if value.dim() > 1 else value for shift in range(BATCH)]
+            moves = value.dim() > 1 and key != "bias_tokens"  # which rise in a row
+            again = [value.roll(shift, -1) if moves else value for shift in range(BATCH)]
             call[key] = torch.cat(again)[:BATCH].contiguous()
     for key, value in call.items():
         if torch.is_tensor(value):
-            call[key] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+            is_data = value.is_floating_point() and (name != "sample" or key == "logits")
+            call[key] = value.to(device, dtype if is_data else value.dtype)
         elif key == "weight":
             call[key] = value.to(device)
     return call

@@ -113,7 +113,9 @@ for heads, group, head_dim in ((2, 4, 64), (1, 8, 128)):
     found[f"cross decode {group}"] = ops.cross_attention(q[None], *tiles)
     found[f"cross {group}"] = ops.cross_attention(randn(1, 3, heads * group, head_dim), *tiles)
 logits = torch.randn(1, 40000)
-found["sample"] = ops.sample(logits, torch.tensor([5]), torch.tensor([1]), temperature=2.0, top_p=0.9)
+one, doubles = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+found["sample"], found["likeliest"], found["logprobs"] = ops.sample(
+    logits, 5 * one, one, temperature=2 * doubles, top_p=0.9 * doubles, num_likeliest=20 * one)
 found["patch_embed"] = ops.patch_embed(
     randn(1, 1, 3, 4, 4), torch.tensor([1]), randn(1280, 3, 2, 2), randn(1280), randn(5, 1280),
     randn(1), randn(2, 5 * 1280), randn(2, 1280), randn(1), randn(1280), randn(1280))

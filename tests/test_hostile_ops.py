@@ -39,6 +39,9 @@ calls = recorded_calls()
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
+def doubles(value, rows=2):
+    return torch.full((rows,), value, dtype=torch.float64)
+
 def refused(pattern, function, *args, **kwargs):
     try:
         function(*args, **kwargs)
@@ -391,10 +394,11 @@ def test_seeds_steps_and_logits() -> None:
             "seeds and steps": """
                 ends = torch.tensor([-(2**63), -1, 0, 2**63 - 1])
                 logits = randn(4, 40)
-                for step in ends:
-                    found = op.sample(logits, ends, step, True, 0.7, 5, 0.9, 0.01, 1.2, None)
-                    assert torch.equal(found, reference.sample(
-                        logits, ends, step, temperature=0.7, top_k=5, top_p=0.9, min_p=0.01))
+                options = {"temperature": doubles(0.7, 4), "top_k": torch.full((4,), 5),
+                           "top_p": doubles(0.9, 4), "min_p": doubles(0.01, 4)}
+                for steps in (ends, ends.flip(0)):
+                    found = m.sample(logits, ends, steps, **options)[0]
+                    assert torch.equal(found, reference.sample(logits, ends, steps, **options)[0])
                     assert ((found >= 0) & (found < 40)).all()
             """,
             "logits": """
@@ -403,17 +407,23 @@ def test_seeds_steps_and_logits() -> None:
                     one[:, 7] = value
                     for spread in (torch.full((2, 40), value), one):
                         for temperature in (1.0, 1e-30, 1e-45, 3e38):
-                            args = spread, torch.tensor([1, 2]), torch.tensor(3)
-                            found = op.sample(*args, True, temperature, 5, 0.5, 0.1, 1.3, spread > 0)
+                            args = spread, torch.tensor([1, 2]), torch.tensor([3, 3])
+                            found, likeliest, logprobs = m.sample(
+                                *args, temperature=doubles(temperature), top_k=torch.tensor([5, 5]),
+                                top_p=doubles(0.5), min_p=doubles(0.1), repetition_penalty=doubles(1.3),
+                                seen=spread > 0, frequency_penalty=doubles(3e38),
+                                counts=torch.full((2, 40), 2**31 - 1, dtype=torch.int32),
+                                num_likeliest=torch.tensor([20, 0]))
                             assert ((found >= -1) & (found < 40)).all(), found
+                            assert ((likeliest >= -1) & (likeliest < 40)).all(), likeliest
+                            assert logprobs[found < 0].isnan().all()
             """,
             "options of the reference": """
-                args = randn(2, 9), torch.tensor([1, 2]), torch.tensor(3)
-                for options in ({"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": 1e-60},
-                                {"repetition_penalty": -1.0}, {"top_k": -1}, {"top_p": 1.5},
-                                {"min_p": float("nan")}):
+                args = randn(2, 9), torch.tensor([1, 2]), torch.tensor([3, 3])
+                for name, value in (("temperature", -1.0), ("temperature", float("nan")),
+                                    ("temperature", 1e-60), ("top_p", 1.5), ("min_p", float("nan"))):
                     for sample in (m.sample, reference.sample):
-                        refused(next(iter(options)), sample, *args, **options)
+                        refused(name, sample, *args, **{name: doubles(value)})
             """,
         }
     )

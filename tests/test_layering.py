@@ -14,6 +14,11 @@ from mllama_kernels import _library, reference
 
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "jinja2", "tqdm"}
+EXTRAS = {  # by folder: what is installed by an extra, for those who import that folder
+    "transformers": {"transformers"},
+    "grammar": {"llguidance"},
+    "server": {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "httpx2"},
+}
 
 
 def sources(folder: str) -> list[Path]:
@@ -43,8 +48,8 @@ def test_only_core_dependencies_are_imported_at_the_top():
 
     for path in [*(ROOT / "mllama").rglob("*.py"), *(ROOT / "mllama_kernels").rglob("*.py")]:
         others = imports_of(path, top_level_only=True) - set(sys.stdlib_module_names)
-        drop_in = {"transformers"} if path.parent.name == "transformers" else set()
-        assert others <= CORE | {"mllama", "mllama_kernels"} | drop_in, path
+        extra = EXTRAS.get(path.parent.name, set())
+        assert others <= CORE | {"mllama", "mllama_kernels"} | extra, path
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,7 @@ def test_only_core_dependencies_are_imported_at_the_top():
         ("confined_worker.py", set()),
         ("processing/template_job.py", {"jinja2"}),
         ("processing/tokenizer_job.py", {"tokenizers"}),
+        ("grammar/compile_job.py", {"llguidance"}),
     ],
 )
 def test_what_runs_in_a_process_of_its_own_imports_little(path, needs):
@@ -68,6 +74,15 @@ def test_only_the_drop_in_package_needs_transformers():
     import sys
 
     script = "import mllama, mllama_kernels, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+def test_the_scheduler_needs_no_torch():
+    """A plan is plain data, for processes that hold no model as well."""
+    import subprocess
+    import sys
+
+    script = "import mllama.engine.scheduler, sys; assert not {'torch', 'numpy'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

@@ -225,12 +225,12 @@ def test_room_grows_unless_it_is_fixed() -> None:
     assert cache.capacity == 0
     cache.reserve(1)
     assert cache.capacity == PAGE_SIZE
-    pages = cache.pages(0)[0]
+    pages = cache.store.pages(0)[0]
     pages[cache.page_table[1, 0]] = 7.0
     cache.reserve(3 * PAGE_SIZE)
     assert cache.capacity == 3 * PAGE_SIZE
     assert cache.page_table.flatten().sort().values.tolist() == list(range(6))
-    assert (cache.pages(0)[0][cache.page_table[1, 0]] == 7.0).all()
+    assert (cache.store.pages(0)[0][cache.page_table[1, 0]] == 7.0).all()
     fixed = mllama.MllamaCache(config, 2, dtype=torch.float32, device="cpu", max_tokens=100)
     assert fixed.capacity == 2 * PAGE_SIZE
     with pytest.raises(ValueError, match="max_tokens=100; it holds 0 and 101 more do not fit"):
@@ -245,11 +245,11 @@ def test_reset_makes_a_cache_new(backend: tuple[str, str]) -> None:
     with torch.no_grad():
         expected = model(**second, use_cache=False).logits
         cache = model(**first, use_cache=True).past_key_values
-        address = cache.pages(0)[0].data_ptr()
+        address = cache.store.pages(0)[0].data_ptr()
         cache.reset()
         actual = model(**second, past_key_values=cache).logits
     assert_close(actual, expected)
-    assert cache.pages(0)[0].data_ptr() == address
+    assert cache.store.pages(0)[0].data_ptr() == address
 
 
 class _NoHostReads(TorchDispatchMode):
@@ -291,7 +291,7 @@ def test_decode_step_keeps_every_address_and_shape() -> None:
     def state() -> list[tuple[int, tuple[int, ...]]]:
         view = cache.visible_tiles.view
         tensors = [cache.lengths, cache.next_position, cache.page_table, cache.tile_table]
-        tensors += [view.tile_mask, view.row_mask, *cache.pages(0), *cache.tiles(1)]
+        tensors += [view.tile_mask, view.row_mask, *cache.store.pages(0), *cache.store.tiles(1)]
         return [(t.data_ptr(), tuple(t.shape)) for t in tensors]
 
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_the_cache_takes_what_the_plan_says() -> None:
     cache = mllama.MllamaCache(
         config.text_config, 3, dtype=torch.float32, device="cpu", max_tokens=500
     )
-    assert made.self_kv == cache._pages.nbytes
+    assert made.self_kv == cache.store.page_values.nbytes
 
 
 @pytest.mark.parametrize(

@@ -158,9 +158,18 @@ def linear_cross_entropy(randn: Callable[..., Tensor]) -> Call:
 
 def sample(randn: Callable[..., Tensor]) -> Call:
     rows, vocab = few(), random.choice((1, 7, 40))
-    seeds, step = torch.randint(0, 99, (rows,)), torch.tensor([3])
-    kwargs = {"repetition_penalty": 1.5, "seen": torch.rand(rows, vocab) < 0.5}
-    return (randn(rows, vocab), seeds, step), kwargs
+    seeds, steps = torch.randint(0, 99, (2, rows))
+    kwargs = {
+        "temperature": torch.rand(rows, dtype=torch.float64) + 0.5,
+        "repetition_penalty": torch.full((rows,), 1.5, dtype=torch.float64),
+        "seen": torch.rand(rows, vocab) < 0.5,
+        "frequency_penalty": torch.rand(rows, dtype=torch.float64),
+        "counts": torch.randint(0, 3, (rows, vocab), dtype=torch.int32),
+        "bias_tokens": torch.arange(vocab)[:3].expand(rows, -1),
+        "bias": torch.randn(rows, min(vocab, 3)),
+        "allowed": torch.full((rows, -(-vocab // 32)), -1, dtype=torch.int32),
+    }
+    return (randn(rows, vocab), seeds, steps), kwargs
 
 
 CALLS = {

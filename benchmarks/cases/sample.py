@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,16 +14,11 @@ from benchmarks.case import OURS, PLAIN, Arguments, Case, Impl, Setting, absent
 from benchmarks.shapes import VOCAB
 from mllama_kernels import reference
 
-CHOICES: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "all filters": {
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_k": 50,
-        "top_p": 0.9,
-        "min_p": 0.05,
-    },
-    "top-p": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+# The same for every row.
+CHOICES: dict[str, dict[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "all filters": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    "top-p": {"temperature": 0.7, "top_p": 0.9},
 }
 
 
@@ -31,17 +26,34 @@ def make(setting: Setting, batch: int) -> Arguments:
     """Logits with the spread of a language model's, one seed per row, the number of the step."""
     logits = setting.randn(batch, VOCAB, scale=3.0)
     seeds = torch.arange(batch, device=setting.device)
-    return logits, seeds, torch.zeros((), dtype=torch.int64, device=setting.device)
+    return logits, seeds, torch.zeros_like(seeds)
 
 
-def highest(logits: Tensor, seeds: Tensor, step: Tensor) -> Tensor:
+def options_of(choice: str, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+    return {
+        name: torch.full(
+            (batch,),
+            value,
+            dtype=torch.int64 if isinstance(value, int) else torch.float64,
+            device=device,
+        )
+        for name, value in CHOICES[choice].items()
+    }
+
+
+def token_of(sample: Callable[..., Any], options: dict[str, Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: sample(*arguments, **options)[0]
+
+
+def highest(logits: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for choice, options in CHOICES.items():
+    for choice in CHOICES:
         for batch in setting.sizes([1, 8, 32], [1], [1]):
-            plain = partial(reference.sample, **options)
+            options = options_of(choice, batch, setting.device)
+            plain = token_of(reference.sample, options)
             greedy = [Impl("argmax", highest)] if choice == "greedy" else []
             yield Case(
                 op="sample",
@@ -50,7 +62,7 @@ def cases(setting: Setting) -> Iterator[Case]:
                 make=partial(make, setting, batch),
                 truth=plain,
                 impls=(
-                    Impl(OURS, partial(ours.sample, **options)),
+                    Impl(OURS, token_of(ours.sample, options)),
                     Impl(PLAIN, plain),
                     *greedy,
                     absent(

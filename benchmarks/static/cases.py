@@ -297,11 +297,12 @@ def products_starting_the_next_kernel_at_once(arch: int) -> Iterator[Case]:
 
 def choice_of_the_token(arch: int) -> Iterator[Case]:
     logits = 3 * rand(1, VOCABULARY)
-    seeds, step = torch.tensor([1]), torch.tensor(0)
+    seeds, steps, top_k = torch.tensor([[1], [0], [50]])
+    top_p, min_p = torch.tensor([[0.9], [0.05]], dtype=torch.float64)
     yield Case(
         "sample",
         f"top-k, top-p, min-p, 1 x {VOCABULARY}",
-        lambda: ours.sample(logits, seeds, step, top_k=50, top_p=0.9, min_p=0.05),
+        lambda: ours.sample(logits, seeds, steps, top_k=top_k, top_p=top_p, min_p=min_p),
         floor=size(logits),
         again={"the row once more for each of nine passes, from L2": 9 * size(logits)}
         if arch == 80

@@ -5,94 +5,18 @@
 // Passes     The scaled logits in float32 and the largest; the levels; with top-k, the counts of
 //            the levels' bins (2 passes as a rule, 4 at most). The tokens that are left are then
 //            packed together with their weights, and top-p and the draw look at those alone.
-// Traffic    logits and seen once, 24 bytes of scratch per token, from L2 after the first pass.
-#include "../sample.h"
-
-#include "../sample_math.h"
-#include "common/dtypes.h"
+//            Log-probabilities: two more over the logits, for the likeliest and for the sum.
+// Traffic    What the row asks for once, of logits (2 or 4 bytes a token), seen (1), counts (4)
+//            and allowed (1/8); 24 bytes of scratch per token, from L2 after the first pass.
 #include "common/scratch.h"
 #include "ops.h"
+#include "sample_chunks.h"
+#include "sample_logprobs.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
-constexpr int64_t kChunk = 8192;  // tokens of one task
 constexpr int64_t kManyRows = 8;  // from here on a row is one thread's
-
-MLLAMA_INLINE FVec load_float(const double* p, Whole part) {
-  return __builtin_convertvector(load(p, part), FVec);
-}
-MLLAMA_INLINE FVec load_float(const double* p, First part) {
-  return __builtin_convertvector(load(p, part), FVec);
-}
-template <typename T, typename Part>
-MLLAMA_INLINE FVec load_float(const T* p, Part part) {
-  return load(p, part);
-}
-
-// What one task knows of its chunk.
-struct Chunk {
-  float largest;
-  bool has_nan;
-  int64_t packed;  // tokens kept together at the chunk's place in the arrays
-  int64_t mass;    // of those that may be drawn
-  int64_t bins[kBins];
-};
-
-struct Row {
-  float* scaled;     // (vocab,)
-  uint32_t* levels;  // (vocab,), packed chunk by chunk
-  int32_t* tokens;   // which token a packed level belongs to
-  int64_t* weights;  // of the packed levels
-  Chunk* chunks;
-  int64_t vocab;
-
-  int64_t count() const { return ceil_div(vocab, kChunk); }
-
-  template <typename F>
-  void for_chunks(const F& f) const {
-    parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        f(chunks[i], i * kChunk, min(kChunk, vocab - i * kChunk));
-    });
-  }
-};
-
-// Penalty and temperature; the chunk's largest.
-template <typename T>
-void scale(const SampleParams& p, int64_t row, float temperature, float* out, int64_t begin,
-           int64_t size, Chunk& chunk) {
-  const T* logits = static_cast<const T*>(p.logits) + row * p.logits_row_stride + begin;
-  const bool* seen = p.seen ? p.seen + row * p.vocab + begin : nullptr;
-  FVec largest = splat(-__builtin_inff());
-  IVec nans = {};
-  for_vectors(size, [&](int64_t i, auto part) {
-    FVec z = load_float(logits + i, part);
-    const int64_t n = min<int64_t>(kLanes, size - i);
-    if (seen) {
-      IVec mask = {};
-      for (int64_t lane = 0; lane < n; ++lane) mask[lane] = -(int)seen[i + lane];
-      const FVec penalized = z < 0.0f ? z * p.repetition_penalty : z / p.repetition_penalty;
-      z = mask ? penalized : z;
-    }
-    if (temperature != 1) z /= temperature;
-    for (int64_t lane = n; lane < kLanes; ++lane) z[lane] = -__builtin_inff();
-    nans |= z != z;
-    largest = max_vec(z, largest);
-    store(out + i, z, part);
-  });
-  chunk.largest = max_lanes(largest);
-  chunk.has_nan = false;
-  for (int lane = 0; lane < kLanes; ++lane) chunk.has_nan |= nans[lane] != 0;
-}
-
-void find_levels(const float* scaled, float largest, uint32_t* levels, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float distance = largest - scaled[i];
-    const float cut = distance < kMaxDistance ? distance : kMaxDistance;
-    levels[i] = static_cast<uint32_t>(static_cast<int32_t>(cut * kLevelsPerUnit));
-  }
-}
 
 void find_weights(const uint32_t* levels, int64_t* weights, int64_t size) {
   for (int64_t i = 0; i < size; ++i) weights[i] = weight_of(levels[i]);
@@ -180,7 +104,7 @@ int64_t find_mass(const Row& row, const Filter& filter) {
 int64_t draw(const SampleParams& p, const Row& row, int64_t index, const Filter& filter) {
   const auto weight = [&](int64_t i) { return filter(row.levels[i], row.weights[i]); };
   const int64_t total = find_mass(row, filter);
-  int64_t left = draw_target(p.seeds[index], *p.step, total);
+  int64_t left = draw_target(p.seeds[index], p.steps[index], total);
   int64_t c = 0;
   for (; left >= row.chunks[c].mass; ++c) left -= row.chunks[c].mass;
   int64_t i = c * kChunk;
@@ -189,9 +113,17 @@ int64_t draw(const SampleParams& p, const Row& row, int64_t index, const Filter&
 }
 
 template <typename T>
-int64_t sample_row(const SampleParams& p, const Row& row, int64_t index) {
+int64_t choose_token(const SampleParams& p, const Row& row, int64_t index) {
+  const ScaleOptions options = scale_options(p, index);
+  const auto own = [&](const auto* numbers) { return numbers ? numbers + index : nullptr; };
+  const FilterOptions filters =
+      filter_options(own(p.top_k), own(p.top_p), own(p.min_p), own(p.num_likeliest));
+  if (!options.are_valid || !filters.are_valid) return kInvalidToken;
+  const auto scale_chunk = [&](Chunk& chunk, int64_t begin, int64_t size, bool keep) {
+    scale<T>(p, options, index, keep, row.scaled + begin, begin, size, chunk);
+  };
   row.for_chunks([&](Chunk& chunk, int64_t begin, int64_t size) {
-    scale<T>(p, index, p.do_sample ? p.temperature : 1.0f, row.scaled + begin, begin, size, chunk);
+    scale_chunk(chunk, begin, size, !options.is_greedy);
   });
   float largest = -__builtin_inff();
   bool has_nan = false;
@@ -200,22 +132,23 @@ int64_t sample_row(const SampleParams& p, const Row& row, int64_t index) {
     has_nan |= row.chunks[i].has_nan;
   }
   if (has_nan || __builtin_isinf(largest)) return kInvalidToken;
-  if (!p.do_sample) {
+  if (options.is_greedy) {
     int64_t token = 0;
     while (row.chunks[token / kChunk].largest != largest) token += kChunk;
+    scale_chunk(row.chunks[token / kChunk], token, min(kChunk, p.vocab - token), true);
     while (row.scaled[token] != largest) ++token;
     return token;
   }
   row.for_chunks([&](Chunk&, int64_t begin, int64_t size) {
     find_levels(row.scaled + begin, largest, row.levels + begin, size);
   });
-  pack(row, p.top_k > 0 ? find_cut<false>(row, p.top_k, false) : kMaxLevel);
+  pack(row, filters.top_k > 0 ? find_cut<false>(row, filters.top_k, false) : kMaxLevel);
   uint32_t cut = kMaxLevel;
-  if (p.drop_share > 0) {
+  if (filters.drop_share > 0) {
     const int64_t total = find_mass(row, {kMaxLevel, 1});
-    cut = find_cut<true>(row, mass_to_keep(total, p.drop_share), true);
+    cut = find_cut<true>(row, mass_to_keep(total, filters.drop_share), true);
   }
-  return draw(p, row, index, {cut, p.min_weight});
+  return draw(p, row, index, {cut, filters.min_weight});
 }
 
 template <typename T>
@@ -228,7 +161,10 @@ void sample_rows(const SampleParams& p, int64_t begin, int64_t end) {
   row.tokens = scratch.take<int32_t>(p.vocab);
   row.weights = scratch.take<int64_t>(p.vocab);
   row.chunks = scratch.take<Chunk>(row.count());
-  for (int64_t i = begin; i < end; ++i) p.tokens[i] = sample_row<T>(p, row, i);
+  for (int64_t i = begin; i < end; ++i) {
+    p.tokens[i] = choose_token<T>(p, row, i);
+    if (p.num_likeliest != nullptr) write_logprobs<T>(p, row, i, p.tokens[i]);
+  }
 }
 
 template <typename T>

@@ -22,7 +22,7 @@ from mllama.commands.common import (
     sampling_options,
     user_turn,
 )
-from mllama.commands.loading import add_loading_arguments
+from mllama.commands.loading import add_loading_arguments, add_weight_path_argument
 from mllama.processing.images import ImageOpenError
 from mllama.processing.plain_text import from_command_line
 from mllama.wording import message, shown
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_escape_argument(group)
     add_length_arguments(parser.add_argument_group("answers"))
     add_sampling_arguments(parser)
-    add_loading_arguments(parser.add_argument_group("weights"))
+    add_loading_arguments(group := parser.add_argument_group("weights"))
+    add_weight_path_argument(group)
     add_execution_arguments(parser)
 
 

@@ -15,6 +15,8 @@ import torch
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
+from mllama.checkpoints.hub import resolve_folder
+from mllama.commands.devices import add_device_argument
 from mllama.commands.loading import load_model, source_of
 from mllama.demo import checkpoint_path
 from mllama.processing.images import check_image
@@ -33,13 +35,22 @@ def positive(text: str) -> int:
     return value
 
 
-def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
-    """Which weights: a checkpoint, the demo model without one, and an adapter on top."""
+def add_model_argument(group: argparse._ArgumentGroup) -> None:
+    """A checkpoint, for :func:`checkpoint_of`."""
     group.add_argument(
         "--model",
+        "--model-path",
         metavar="DIR",
         help="checkpoint folder, or hub id with the extra hub (default: the demo model)",
     )
+    group.add_argument(
+        "--force-download", action="store_true", help="download a hub id anew, not from the cache"
+    )
+
+
+def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which weights: a checkpoint, the demo model without one, and an adapter on top."""
+    add_model_argument(group)
     group.add_argument(
         "--adapter",
         type=Path,
@@ -54,7 +65,7 @@ def add_execution_arguments(
     dtype_help: str = "auto: the checkpoint's",
 ) -> None:
     group = parser.add_argument_group("execution")
-    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add_device_argument(group, "cpu, cuda, cuda:1, gpu, gpu-1 (default: cuda if there is one)")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
     group.add_argument(
@@ -132,6 +143,8 @@ def check_images(paths: Iterable[str | Path]) -> None:
 def checkpoint_of(options: argparse.Namespace) -> str:
     """The checkpoint of --model; without it that of the demo model, and a line on stderr that says so."""
     if options.model is not None:
+        if options.force_download and not Path(options.model).expanduser().exists():
+            return str(resolve_folder(options.model, force_download=True))
         return options.model
     if options.serialized_model_path is not None:
         return str(options.serialized_model_path)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
+from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.gguf.container import is_gguf
 from mllama.checkpoints.hub import resolve_folder
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
@@ -68,6 +69,15 @@ def add_loading_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--force", action="store_true", help="load also where the memory plan says it does not fit"
+    )
+
+
+def add_weight_path_argument(group: argparse._ArgumentGroup) -> None:
+    """Weights that do not lie with their configuration."""
+    group.add_argument(
+        "--weight-path",
+        metavar="DIR",
+        help="weights from this folder or hub id, configuration and processor from --model",
     )
 
 
@@ -133,6 +143,8 @@ def source_of(options: argparse.Namespace, checkpoint: str) -> str:
         raise UsageError(
             "--save-to-serialized-model-path writes the model without an adapter: leave out --adapter"
         )
+    if stored is not None and getattr(options, "weight_path", None) is not None:
+        raise UsageError("--serialized-model-path and --weight-path contradict each other")
     if stored is not None and options.projector is not None:
         raise UsageError("--projector goes with the text file of a GGUF model in --model")
     return checkpoint if stored is None else str(stored)
@@ -157,8 +169,10 @@ def load_model(
     overrides = overrides_of(options)
     if options.serialized_model_path is not None and encoding is not None:
         check_stored(folder, encoding)
+    weights = getattr(options, "weight_path", None)
     model = MllamaForConditionalGeneration.from_pretrained(
-        folder,
+        folder if weights is None else weights,
+        **({} if weights is None else _described_by(folder)),
         dtype=dtype_of(options),
         device=device,
         backend=options.backend,
@@ -173,6 +187,13 @@ def load_model(
     if options.save_to_serialized_model_path is not None:
         _write(model, folder, options.projector, options.save_to_serialized_model_path)
     return model
+
+
+def _described_by(folder: str) -> dict[str, Any]:
+    """What `from_pretrained` takes from elsewhere than the folder of the weights."""
+    path = resolve_folder(folder) / "generation_config.json"
+    stored = {"generation_config": read_json(path)} if path.is_file() else {}
+    return {"config": folder, **stored}
 
 
 def check_stored(folder: str, asked: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from mllama import MllamaForConditionalGeneration
 from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import positive
+from mllama.commands.devices import add_device_argument
 from mllama.commands.loading import (
     add_projector_argument,
     add_quantization_arguments,
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a card, with its unit: 24GB is 24 x 2^30 bytes (default: what is free on this machine's)",
     )
-    group.add_argument("--device", help="whose free memory counts (default: cuda if there is one)")
+    add_device_argument(group, "whose free memory counts (default: cuda if there is one)")
     group.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
 

@@ -27,6 +27,7 @@ from mllama.checkpoints.stored_form import Item, chosen_form
 from mllama.checkpoints.weights import stored_dtype, stored_generation_config
 from mllama.commands.calibration import Inputs, mean_squares, read_inputs
 from mllama.commands.common import as_json
+from mllama.commands.devices import add_device_argument
 from mllama.commands.usage import UsageError
 from mllama.memory import return_freed
 from mllama.progress import bar
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="run the model on conversations (JSONL, as for finetune) or a folder of images and .txt files",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add_device_argument(parser, "cpu, cuda, cuda:1, gpu, gpu-1 (default: cuda if there is one)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 

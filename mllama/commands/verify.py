@@ -23,6 +23,7 @@ from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import (
     add_execution_arguments,
+    add_model_argument,
     chat_inputs,
     checkpoint_of,
     load,
@@ -49,11 +50,7 @@ _LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is compared")
-    group.add_argument(
-        "--model",
-        metavar="DIR",
-        help="checkpoint folder, or hub id with the extra hub (default: the demo model)",
-    )
+    add_model_argument(group)
     group.add_argument("--image", metavar="FILE", help="an image (default: a rendered one)")
     group.add_argument(
         "--prompt",

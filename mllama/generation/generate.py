@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from mllama.cache import MllamaCache
+from mllama.engine.graphs import KeptSteps, captures
+from mllama.engine.lending import KeptStore, Need
+from mllama.generation.borrowing import borrowed_cache, need_of, require_borrowed_room
 from mllama.generation.config import (
     GenerationConfig,
     GenerationPlan,
@@ -18,8 +21,12 @@ from mllama.generation.config import (
     sequences_per_prompt,
     stop_token_ids,
 )
-from mllama.generation.cuda_graph import CapturedStep, DecodeStep, captured_step
-from mllama.generation.idle import Bucket, IdleCaches, rounded_capacity
+from mllama.generation.decoding import (
+    Decoder,
+    called_decoder,
+    captured_decoder,
+    packed_decoder,
+)
 from mllama.generation.options import settle
 from mllama.generation.processors import GuidedSampler, Record
 from mllama.generation.prompt import MODEL_INPUTS, Prompt, repeated
@@ -38,24 +45,24 @@ class GenerationMixin:
     ``logits_to_keep``. Comes first among the bases.
 
     Where the model runs its kernels on CUDA, the decode step is captured as a CUDA graph in the third
-    step, and replayed from then on. The graph lives with the cache. One that is passed as
-    ``past_key_values`` or returned is the caller's, and the next turn in it replays at once unless it
-    has grown or gained images. The caches of other calls are kept by the model, and a later call
-    replays at once that agrees in the number of rows, the room for tokens (rounded up to a power of
-    two pages), the tiles per row and the sampling options but the seed. These caches take at most a
-    sixteenth of the device's memory, or there is only one; see
-    :class:`mllama.generation.idle.IdleCaches`. A graph is captured anew when the model has changed in
-    more than the values of its weights; see :func:`mllama.generation.fingerprint.fingerprint`.
+    step, and replayed from then on. A later call replays at once that reads the same pages and agrees in the
+    number of rows, the room for tokens and the tiles per row, the latter two rounded up to powers of two; all
+    else is data. The model keeps the pages of calls without a cache of their own, and what was captured on
+    any; see :class:`mllama.engine.lending.KeptStore`. A graph is captured anew when the model has changed in
+    more than the values of its weights; see :func:`mllama.engine.fingerprint.fingerprint`.
+    A model that is to be called, for hooks on it or a forward of its own, is called in every step, and none
+    is captured; what is inside it may be changed in any way.
 
     Attributes:
         generation_config: the checkpoint's defaults; a mapping may be assigned.
-        cuda_graph: whether steps are captured and caches kept; assigning False frees those kept.
+        cuda_graph: whether steps are captured and pages kept; assigning False frees those kept.
+        kept_steps, kept_store: what is kept.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._cuda_graph = True
-        self._idle_caches = IdleCaches()
+        self.kept_steps, self.kept_store = KeptSteps(), KeptStore()
 
     @property
     def cuda_graph(self) -> bool:
@@ -68,8 +75,9 @@ class GenerationMixin:
             self.free_idle_caches()
 
     def free_idle_caches(self) -> None:
-        """Free the caches, and graphs, that are kept for later calls; moving the model does as well."""
-        self._idle_caches.clear()
+        """Free the pages, and graphs, that are kept for later calls; moving the model does as well."""
+        self.kept_store.clear()
+        self.kept_steps.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.free_idle_caches()  # no step captured on other parameters would be replayed
@@ -265,10 +273,13 @@ class _Run:
         )
         self._record = Record(self.plan.returns)
         self._guide: GuidedSampler | None = None
-        self._captures = not self.plan.runs_python and _captures(model, self.prompt.input_ids)
+        self._is_packed = model.called_part() is None and "hidden_states" not in self.plan.returns
+        self._captures = (
+            self._is_packed and not self.plan.runs_python and captures(model, self.prompt.input_ids)
+        )
         self._borrows_cache = self._captures and cache is None and not self.plan.returns_dict
         if cache is not None:
-            cache.check_made_for(config, model.dtype, model.device)
+            cache.store.check_made_for(config, model.dtype, model.device)
         self.cache = model.new_cache(self.prompt.batch_size) if cache is None else cache
         prompt_only = model.semantics.decode_rows == "prompt_only"
         self._reused = self.prompt.reuse(self.cache, answers_are_blind=prompt_only)
@@ -297,8 +308,8 @@ class _Run:
         if not self._borrows_cache:
             # What is kept of the cache's text counts; the rest is forgotten first.
             self.cache.require_room(tokens, columns=max(self._reused))
-        elif not (idle := self._model._idle_caches).has(bucket := self._bucket()):
-            self.cache.require_room(bucket.capacity, freed=idle.nbytes)
+        else:
+            require_borrowed_room(self._model, self._need(), self.cache)
 
     def steps(self) -> Iterator[tuple[list[int], list[str]]]:
         """Per step the tokens of all rows, padding in those that ended, and their new text.
@@ -308,13 +319,7 @@ class _Run:
         if not self._borrows_cache:
             yield from self._steps()
             return
-        idle: IdleCaches = self._model._idle_caches
-        bucket = self._bucket()
-
-        def make() -> MllamaCache:
-            return self._model.new_cache(bucket.batch_size, bucket.capacity)
-
-        with idle.lend(bucket, make) as self.cache:
+        with borrowed_cache(self._model, self._need()) as self.cache:
             yield from self._steps()
 
     def _steps(self) -> Iterator[tuple[list[int], list[str]]]:
@@ -325,25 +330,24 @@ class _Run:
         images = cache.mark_images()
         try:
             cache.reserve(self._inputs["attention_mask"].shape[1] + plan.max_new_tokens)
-            advance = self._decoder()
-            step = advance.step if isinstance(advance, CapturedStep) else advance
             forward = self._record.forward_of(self._model)
             prefill = forward(**self._inputs, past_key_values=cache, logits_to_keep=1)
-            step.accept(prefill.logits[:, -1])
-            delay = 0 if self._guide is not None else _read_delay(step.tokens.device)
-            reader = TokenReader(step.tokens, delay)
-            for made in range(1, plan.max_new_tokens + 1):
-                reader.request()
-                is_last = made == plan.max_new_tokens
-                while reader.waiting > (0 if is_last else reader.delay):
-                    tokens, pieces = self._take(reader.read())
-                    if self._guide is not None:
-                        self._end_rows(step, tokens)
-                    yield tokens, pieces
-                    if all(self.condition.finished):
-                        return
-                if not is_last:
-                    advance(forward, cache)
+            with self._decoder(forward) as decoder:
+                decoder.accept(prefill.logits[:, -1])
+                delay = 0 if self._guide is not None else _read_delay(decoder.tokens.device)
+                reader = TokenReader(decoder.tokens, delay)
+                for made in range(1, plan.max_new_tokens + 1):
+                    reader.request()
+                    is_last = made == plan.max_new_tokens
+                    while reader.waiting > (0 if is_last else reader.delay):
+                        tokens, pieces = self._take(reader.read())
+                        if self._guide is not None:
+                            self._end_rows(decoder, tokens)
+                        yield tokens, pieces
+                        if all(self.condition.finished):
+                            return
+                    if not is_last:
+                        decoder.advance()
         finally:
             self._settle(images)
 
@@ -369,45 +373,37 @@ class _Run:
             past_key_values=self.cache,
         )
 
-    def _decoder(self) -> DecodeStep | CapturedStep:
-        prompt, plan = self.prompt, self.plan
-        rest = (prompt.input_ids, self._vocab_size, plan.seeds, self._model.ops)
+    @contextmanager
+    def _decoder(self, forward: Callable[..., Any]) -> Iterator[Decoder]:
+        """What makes the tokens, once the cache holds the prompt; ``forward`` is the model's."""
+        model, cache, plan, ids = self._model, self.cache, self.plan, self.prompt.input_ids
         if self._captures:
-            return captured_step(self.cache, plan.sampling, *rest)
-        sampler: Any
-        if plan.runs_python:
-            unpenalised = Sampler(replace(plan.sampling, repetition_penalty=1.0), *rest)
-            self._guide = GuidedSampler(unpenalised, plan, prompt.input_ids, self._record)
-            sampler = self._guide
+            sampled = (plan.sampling, ids, self._vocab_size, plan.seeds)
+            with captured_decoder(model, cache, *sampled) as decoder:
+                yield decoder
+        elif self._is_packed:
+            yield packed_decoder(model, cache, self._chooser())
         else:
-            sampler = Sampler(plan.sampling, *rest)
-        return DecodeStep(sampler, prompt.batch_size, prompt.input_ids.device)
+            yield called_decoder(forward, cache, self._chooser())
 
-    def _end_rows(self, step: DecodeStep, tokens: list[int]) -> None:
+    def _chooser(self) -> Callable[[Tensor], Tensor]:
+        plan, ids = self.plan, self.prompt.input_ids
+        rest = (ids, self._vocab_size, plan.seeds, self._model.ops)
+        if not plan.runs_python:
+            return Sampler(plan.sampling, *rest)
+        unpenalised = Sampler(replace(plan.sampling, repetition_penalty=1.0), *rest)
+        self._guide = GuidedSampler(unpenalised, plan, ids, self._record)
+        return self._guide
+
+    def _end_rows(self, decoder: Decoder, tokens: list[int]) -> None:
         """End the rows that a stopping criterion says, and continue those that ended with padding."""
-        chosen = torch.tensor(tokens, device=step.tokens.device)
-        step.take(chosen)
+        chosen = torch.tensor(tokens, device=decoder.tokens.device)
+        decoder.tokens.copy_(chosen)
         for row, ends in enumerate(self._guide.extend(chosen)):
             self.condition.finished[row] |= ends
 
-    def _bucket(self) -> Bucket:
-        batch, device, inputs = self.prompt.batch_size, self._model.device, self._inputs
-        tiles = 0
-        if (pixels := inputs.get("pixel_values")) is not None:
-            tiles = pixels.shape[1:3].numel()
-        elif (states := inputs.get("cross_attention_states")) is not None:
-            tiles = states.shape[0] // batch
-        return Bucket(
-            batch_size=batch,
-            capacity=rounded_capacity(inputs["attention_mask"].shape[1] + self.plan.max_new_tokens),
-            tiles=tiles,
-            is_masked=inputs.get("cross_attention_mask") is not None,
-            sampling=self.plan.sampling,
-            device=device,
-            dtype=self._model.dtype,
-            stream=torch.cuda.current_stream(device).cuda_stream,
-            inference_mode=torch.is_inference_mode_enabled(),
-        )
+    def _need(self) -> Need:
+        return need_of(self._model, self._inputs, self.plan.max_new_tokens)
 
     def _take(self, tokens: list[int]) -> tuple[list[int], list[str]]:
         """Add one token to every row that has not ended."""
@@ -439,8 +435,3 @@ class _Run:
 
 def _read_delay(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
-
-
-def _captures(model: Any, tokens: Tensor) -> bool:
-    """Whether decode steps are replayed as a graph; ops in plain PyTorch read lengths on the host."""
-    return model.cuda_graph and tokens.is_cuda and not model.ops.plain_ops(model.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllama.generation.config import GenerationPlan
 from mllama.generation.sampling import SamplingConfig
-from mllama_kernels.reference_sampling import scale_logits
+from mllama_kernels.reference_sampling import penalized
 
 # From the text so far (B, n) and scores (B, V) in float32 to scores.
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -49,7 +49,7 @@ def _merged(made: Iterable[tuple[str, Processor]], given: Sequence[Any]) -> list
 
 def _repetition_penalty(penalty: float) -> Processor:
     def process(ids: Tensor, scores: Tensor) -> Tensor:
-        return scale_logits(scores, 1.0, penalty, _marked(ids, scores))
+        return penalized(scores, _as_scalar(penalty, scores), _marked(ids, scores))
 
     return process
 
@@ -133,6 +133,11 @@ def _marked(ids: Tensor, scores: Tensor) -> Tensor:
     return marked.scatter_(1, inside.expand(rows, -1), True)[:, :-1]
 
 
+def _as_scalar(value: float, scores: Tensor) -> Tensor:
+    """What scores are divided by: torch would multiply by the inverse of a Python number."""
+    return torch.full((), value, dtype=torch.float32, device=scores.device)
+
+
 def filtered(scores: Tensor, sampling: SamplingConfig) -> Tensor:
     """scores (B, V) after temperature, top-k, top-p and min-p, -inf for what they drop.
 
@@ -140,7 +145,7 @@ def filtered(scores: Tensor, sampling: SamplingConfig) -> Tensor:
     """
     if not sampling.do_sample:
         return scores
-    scores = scale_logits(scores, sampling.temperature, 1.0, None)
+    scores = scores / _as_scalar(sampling.temperature, scores)
     if sampling.top_k:
         least = scores.topk(min(sampling.top_k, scores.shape[1])).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)

@@ -5,7 +5,7 @@ The choice itself is the op :func:`mllama_kernels.sample`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -108,9 +108,7 @@ class Sampler:
         vocab_size: V of the logits.
         seeds: one integer per row.
         ops: where ``sample`` comes from, a model's ops or a module that has it.
-
-    Attributes:
-        made_for: what stays the same in a restart().
+        restartable: with other filters as well; then all of them are told to the op, also those that are off.
     """
 
     def __init__(
@@ -120,22 +118,29 @@ class Sampler:
         vocab_size: int,
         seeds: list[int],
         ops: Any = mllama_kernels,
+        restartable: bool = False,
     ) -> None:
-        self.made_for = (config, vocab_size, ops)
-        self._options = asdict(config)
-        self._ops = ops
         batch, device = len(input_ids), input_ids.device
+        self._options = _columns(config, batch, device, every=restartable)
         self._seeds = torch.empty(batch, dtype=torch.int64, device=device)
-        self._step = torch.empty((), dtype=torch.int64, device=device)
+        self._steps = torch.empty(batch, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None
-        if config.repetition_penalty != 1:
+        if "repetition_penalty" in self._options:
             self._seen = torch.empty(batch, vocab_size, dtype=torch.bool, device=device)
-        self.restart(input_ids, seeds)
+        self._begin(input_ids, seeds, ops)
 
-    def restart(self, input_ids: Tensor, seeds: list[int]) -> None:
-        """Begin with another prompt and other seeds, in the same buffers."""
+    def restart(
+        self, config: SamplingConfig, input_ids: Tensor, seeds: list[int], ops: Any
+    ) -> None:
+        """Begin with other arguments of as many rows, in the same buffers."""
+        for name, column in self._options.items():
+            column.fill_(_value(config, name))
+        self._begin(input_ids, seeds, ops)
+
+    def _begin(self, input_ids: Tensor, seeds: list[int], ops: Any) -> None:
+        self._ops = ops
         self._seeds.copy_(torch.tensor([_as_int64(seed) for seed in seeds]))
-        self._step.zero_()
+        self._steps.zero_()
         if self._seen is not None:
             batch, vocab_size = self._seen.shape
             seen = self._seen.new_zeros(batch, vocab_size + 1)
@@ -146,11 +151,34 @@ class Sampler:
 
         Advances the state in place: the same buffers serve every step.
         """
-        token = self._ops.sample(logits, self._seeds, self._step, **self._options, seen=self._seen)
-        self._step += 1
+        token = self._ops.sample(
+            logits, self._seeds, self._steps, **self._options, seen=self._seen
+        )[0]
+        self._steps += 1
         if self._seen is not None:
             self._seen.scatter_(1, token.clamp_min(0)[:, None], True)  # a marker ends the run
         return token
+
+
+def _columns(
+    config: SamplingConfig, rows: int, device: torch.device, every: bool
+) -> dict[str, Tensor]:
+    """The options, one element per row: those that do something, or every one."""
+    return {
+        field.name: torch.full(
+            (rows,),
+            _value(config, field.name),
+            dtype=torch.int64 if field.name == "top_k" else torch.float64,
+            device=device,
+        )
+        for field in fields(config)
+        if field.name != "do_sample" and (every or _value(config, field.name) != field.default)
+    }
+
+
+def _value(config: SamplingConfig, name: str) -> float:
+    """Of an option of the op, which is greedy at temperature 0."""
+    return 0.0 if name == "temperature" and not config.do_sample else getattr(config, name)
 
 
 def _as_int64(seed: int) -> int:

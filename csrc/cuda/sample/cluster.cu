@@ -6,8 +6,10 @@
 // Exchange   Between two passes the cluster meets once; each block then reads the bins of all
 //            others (2 KB from each; a load takes 64 bytes from each of four blocks) and comes to
 //            the same cut by itself.
-// Traffic    rows * vocab elements, once. 128256 bf16: 257 KB, 0.06 us at 4.3 TB/s; what takes time
-//            are 3 meetings of the cluster (one row, no filter) to 11, and the passes between.
+// Traffic    rows * vocab elements, once; of a row that has them, seen (1 byte a token), counts (4)
+//            and allowed (1/8), once. 128256 bf16: 257 KB, 0.06 us at 4.3 TB/s; what takes time are
+//            3 meetings of the cluster (one row, no filter) to 11, and the passes between. What
+//            log-probabilities add is in likeliest.cuh.
 // Aliasing   Tokens are written when all logits have been read.
 
 #include "../common/dispatch.cuh"
@@ -64,6 +66,7 @@ __device__ __forceinline__ void stage4(uint32_t* address, const uint32_t (&x)[kT
 struct StagedLevels {
   const uint32_t* stage;  // of this lane, in the first step
 
+  __device__ StagedLevels pass() const { return *this; }
   __device__ void get(int step, uint32_t (&level)[kTokensPerLane]) const {
     const uint4 levels = *reinterpret_cast<const uint4*>(stage + step * kTokensPerStep);
     level[0] = levels.x, level[1] = levels.y, level[2] = levels.z, level[3] = levels.w;

@@ -5,6 +5,8 @@
 //            them again: a row does not fit into one block's shared memory.
 // Traffic    rows * vocab elements from memory, and that again from L2 for each of 3 to 11 passes:
 //            the largest, up to 4 per cut, 2 for the draw (the second only up to the token's warp).
+//            The same of seen, counts and allowed where a row has them; log-probabilities add two
+//            passes over the logits (likeliest.cuh).
 
 #include "../common/dispatch.cuh"
 #include "../common/launch.h"
@@ -16,16 +18,23 @@ namespace {
 
 template <typename T>
 struct ReadLevels {
-  ScaledRow<T> scaled;
+  const ScaledRow<T>& scaled;
   int64_t first_token;
   float largest;
 
-  __device__ void get(int step, uint32_t (&level)[kTokensPerLane]) const {
-    float z[kTokensPerLane];
-    scaled.load(first_token + step * kTokensPerStep + threadIdx.x % kWarpSize * kTokensPerLane, z);
+  struct Pass {
+    const ReadLevels& of;
+    BiasCursor biases;
+
+    __device__ void get(int step, uint32_t (&level)[kTokensPerLane]) {
+      const int lane = threadIdx.x % kWarpSize;
+      float z[kTokensPerLane];
+      of.scaled.load(of.first_token + step * kTokensPerStep + lane * kTokensPerLane, biases, z);
 #pragma unroll
-    for (int i = 0; i < kTokensPerLane; ++i) level[i] = level_of(z[i], largest);
-  }
+      for (int i = 0; i < kTokensPerLane; ++i) level[i] = level_of(z[i], of.largest);
+    }
+  };
+  __device__ Pass pass() const { return {*this, scaled.biases()}; }
 };
 
 template <typename T>

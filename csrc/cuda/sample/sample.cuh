@@ -11,39 +11,59 @@
 //            which spreads the tokens over some hundred of them; they end early where the whole
 //            bin stays. Each pass has bins of its own, so that a block may go on while others still
 //            read.
-// Precision  Penalty, temperature and distance in float32, rounded step by step; all else integers,
-//            added in shared memory in any order with the same sum.
+// Options    Of the row, the same for all its threads: no branch on them diverges, and every block
+//            comes to the same decision. Those of the first pass are in registers, the others wait
+//            in shared memory.
+// Precision  What changes logits, and distance, in float32, rounded step by step; all else
+//            integers, added in shared memory in any order with the same sum.
 #pragma once
 
-#include "../../sample.h"
-#include "../../sample_math.h"
-#include "../common/reduce.cuh"
 #include "../common/sm90.cuh"
-#include "../common/vec.cuh"
+#include "likeliest.cuh"
 
 namespace mllama {
 namespace {
 
-constexpr int kSampleThreads = 1024;
-constexpr int kSampleWarps = kSampleThreads / kWarpSize;
-constexpr int kTokensPerLane = 4;
-constexpr int kTokensPerStep = kTokensPerLane * kWarpSize;
-constexpr int kPasses = 4;  // that find a cut: of 31 bits, kBinBits at a time
-static_assert(kSampleWarps == kWarpSize, "a warp holds one value of every warp");
+constexpr int kPasses = 4;   // that find a cut: of 31 bits, kBinBits at a time
+constexpr int kNumbers = 6;  // of a row, that are needed after its first pass
 static_assert(kSampleThreads == 4 * kBins, "four lanes per bin");
 
-struct SampleShared {
+struct SampleShared : LikeliestShared {
   uint64_t bins[2 * kPasses][kBins];
-  uint64_t warp_values[kSampleWarps];
   uint64_t block_largest, block_mass;  // what the block tells the others
   uint64_t group_largest;
-  int64_t seed, step;
-  int64_t target;  // of the draw, counted from the block's first token
+  uint64_t numbers[kNumbers];  // of the row, in the order of numbers_of
+  int64_t target;              // of the draw, counted from the block's first token
   struct {
     uint64_t before, amount;
     int bin;
   } found;
 };
+
+// The array whose number of the row a lane reads; null: none.
+__device__ __forceinline__ const uint64_t* numbers_of(const SampleParams& p, int lane) {
+  const void* numbers = nullptr;
+  if (lane == 0) numbers = p.seeds;
+  if (lane == 1) numbers = p.steps;
+  if (lane == 2) numbers = p.top_k;
+  if (lane == 3) numbers = p.top_p;
+  if (lane == 4) numbers = p.min_p;
+  if (lane == 5) numbers = p.num_likeliest;
+  return static_cast<const uint64_t*>(numbers);
+}
+
+// Made anew where they are used: registers are scarce.
+__device__ __forceinline__ FilterOptions filters_in(const SampleParams& p,
+                                                    const SampleShared& shared) {
+  const auto integer = [&](const int64_t* numbers, int i) {
+    return numbers ? reinterpret_cast<const int64_t*>(shared.numbers + i) : nullptr;
+  };
+  const auto real = [&](const double* numbers, int i) {
+    return numbers ? reinterpret_cast<const double*>(shared.numbers + i) : nullptr;
+  };
+  return filter_options(integer(p.top_k, 2), real(p.top_p, 3), real(p.min_p, 4),
+                        integer(p.num_likeliest, 5));
+}
 
 // The group of a kernel with one block per row.
 struct OneBlock {
@@ -52,71 +72,6 @@ struct OneBlock {
   __device__ void sync() const { __syncthreads(); }
   __device__ uint64_t load(const uint64_t* shared, int) const { return *shared; }
 };
-
-template <typename T>
-struct alignas(kTokensPerLane * sizeof(T)) Quad {
-  T data[kTokensPerLane];
-};
-
-// A row's logits behind penalty and temperature.
-template <typename T>
-struct ScaledRow {
-  const T* logits;
-  const bool* seen;  // null: no penalty
-  float penalty, temperature;
-  int64_t vocab;
-  bool vectorized;
-
-  __device__ ScaledRow(const SampleParams& p, int64_t row, bool vectorized)
-      : logits(static_cast<const T*>(p.logits) + row * p.logits_row_stride),
-        seen(p.seen == nullptr ? nullptr : p.seen + row * p.vocab),
-        penalty(p.repetition_penalty),
-        temperature(p.do_sample ? p.temperature : 1.0f),
-        vocab(p.vocab),
-        vectorized(vectorized) {}
-
-  // Tokens behind the row are -inf.
-  __device__ void load(int64_t token, float (&z)[kTokensPerLane]) const {
-    Quad<T> values;
-    Quad<bool> marks{};
-    if (vectorized && token < vocab) {
-      values = *reinterpret_cast<const Quad<T>*>(logits + token);
-      if (seen != nullptr) marks = *reinterpret_cast<const Quad<bool>*>(seen + token);
-    }
-#pragma unroll
-    for (int i = 0; i < kTokensPerLane; ++i) {
-      if (token + i >= vocab) {
-        z[i] = -INFINITY;
-        continue;
-      }
-      if (!vectorized) {
-        values.data[i] = logits[token + i];
-        if (seen != nullptr) marks.data[i] = seen[token + i];
-      }
-      z[i] = to_f32(values.data[i]);
-      if (marks.data[i]) z[i] = z[i] < 0 ? __fmul_rn(z[i], penalty) : __fdiv_rn(z[i], penalty);
-      if (temperature != 1) z[i] = __fdiv_rn(z[i], temperature);
-    }
-  }
-};
-
-__device__ __forceinline__ uint32_t level_of(float z, float largest) {
-  const float distance = fminf(__fsub_rn(largest, z), kMaxDistance);
-  return __float2uint_rz(__fmul_rn(distance, kLevelsPerUnit));
-}
-
-// In the order of the logits, NaN above all; -0 equals 0.
-constexpr uint32_t kInfinityKey = 0xff800000u, kMinusInfinityKey = 0x007fffffu;
-
-__device__ __forceinline__ uint32_t ordered_key(float z) {
-  if (z != z) return 0xffffffffu;
-  const uint32_t bits = __float_as_uint(__fadd_rn(z, 0.0f));
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float logit_of_key(uint32_t key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
 
 __device__ __forceinline__ uint64_t warp_max_u64(uint64_t x) {
   const uint32_t high = static_cast<uint32_t>(x >> 32);
@@ -190,7 +145,8 @@ __device__ bool find_bin(const uint64_t* bins, uint64_t above, const Need& need,
   return above + total >= wanted;
 }
 
-// One row on the threads of a group. Levels::get(step, levels) gives the levels of four tokens.
+// One row on the threads of a group. Levels::pass() begins a pass over the warp's tokens, of which
+// get(step, levels) gives the levels of the lane's four, step by step.
 template <typename Group, typename Levels>
 struct RowCuts {
   const Levels& levels;
@@ -205,9 +161,10 @@ struct RowCuts {
     uint64_t above = 0, wanted = 0;
     for (int pass = 0;; ++pass) {
       uint64_t* bins = shared.bins[kMass ? kPasses + pass : pass];
+      auto reader = levels.pass();
       for (int step = 0; step < steps; ++step) {
         uint32_t level[kTokensPerLane];
-        levels.get(step, level);
+        reader.get(step, level);
 #pragma unroll
         for (int i = 0; i < kTokensPerLane; ++i) {
           if (level[i] > cut || !interval.contains(level[i])) continue;
@@ -231,14 +188,16 @@ struct RowCuts {
   }
 
   // The token at which the running sum of the weights that stay passes the row's random number;
-  // one lane of the group writes it.
-  __device__ void draw(const SampleParams& p, int64_t row, int64_t first_token,
-                       uint32_t cut) const {
+  // write(token) is called by one lane of the group.
+  template <typename Write>
+  __device__ void draw(int64_t first_token, uint32_t cut, int64_t min_weight,
+                       const Write& write) const {
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     uint64_t sum = 0;
+    auto summed = levels.pass();
     for (int step = 0; step < steps; ++step) {
       uint64_t weight[kTokensPerLane];
-      sum += weights(step, cut, p.min_weight, weight);
+      sum += weights(summed, step, cut, min_weight, weight);
     }
     sum = warp_sum(sum);
     if (lane == 0) shared.warp_values[warp] = sum;
@@ -251,8 +210,9 @@ struct RowCuts {
       const uint64_t blocks = warp_running_sum<1>(mass, lane);
       const int64_t total = __shfl_sync(0xffffffffu, blocks, kWarpSize - 1);
       if (lane == group.rank()) {
-        shared.target =
-            draw_target(shared.seed, shared.step, total) - static_cast<int64_t>(blocks - mass);
+        shared.target = draw_target(static_cast<int64_t>(shared.numbers[0]),
+                                    static_cast<int64_t>(shared.numbers[1]), total) -
+                        static_cast<int64_t>(blocks - mass);
       }
     }
     __syncthreads();
@@ -260,9 +220,10 @@ struct RowCuts {
     const int64_t end = __shfl_sync(0xffffffffu, warps, warp);
     int64_t before = end - static_cast<int64_t>(sum);
     if (target < before || target >= end) return;
+    auto reader = levels.pass();
     for (int step = 0;; ++step) {
       uint64_t weight[kTokensPerLane];
-      const int64_t own = weights(step, cut, p.min_weight, weight);
+      const int64_t own = weights(reader, step, cut, min_weight, weight);
       const int64_t until = before + static_cast<int64_t>(warp_running_sum<1>(own, lane));
       if (target >= until - own && target < until) {
         int passed = 0;
@@ -272,7 +233,7 @@ struct RowCuts {
           sum_until += static_cast<int64_t>(weight[i]);
           passed += sum_until <= target;
         }
-        p.tokens[row] = first_token + step * kTokensPerStep + lane * kTokensPerLane + passed;
+        write(first_token + step * kTokensPerStep + lane * kTokensPerLane + passed);
       }
       before = __shfl_sync(0xffffffffu, until, kWarpSize - 1);
       if (target < before) return;
@@ -280,10 +241,11 @@ struct RowCuts {
   }
 
  private:
-  __device__ uint64_t weights(int step, uint32_t cut, int64_t min_weight,
-                              uint64_t (&weight)[kTokensPerLane]) const {
+  template <typename Reader>
+  __device__ static uint64_t weights(Reader& reader, int step, uint32_t cut, int64_t min_weight,
+                                     uint64_t (&weight)[kTokensPerLane]) {
     uint32_t level[kTokensPerLane];
-    levels.get(step, level);
+    reader.get(step, level);
     uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < kTokensPerLane; ++i) {
@@ -298,8 +260,8 @@ struct RowCuts {
   }
 };
 
-// The row's token. `span`: tokens per warp. prepare(step, z) sees the scaled logits once;
-// levels_with(largest) gives the levels afterwards.
+// The row's token, and its log-probabilities where it asks for them. `span`: tokens per warp.
+// prepare(step, z) sees the scaled logits once; levels_with(largest) gives the levels afterwards.
 template <typename T, typename Group, typename Prepare, typename MakeLevels>
 __device__ void sample_row(const SampleParams& p, int64_t row, bool vectorized, int span,
                            SampleShared& shared, const Group& group, const Prepare& prepare,
@@ -309,57 +271,63 @@ __device__ void sample_row(const SampleParams& p, int64_t row, bool vectorized, 
     (&shared.bins[0][0])[i] = 0;
   wait_for_previous_kernel();
   start_next_kernel();
-  const ScaledRow<T> scaled(p, row, vectorized);
   const int64_t first_token = (int64_t{group.rank()} * kSampleWarps + warp) * span;
   const int steps = span / kTokensPerStep;
-  int64_t seed = 0, counter = 0;  // read early: their latency passes with that of the logits
-  if (threadIdx.x == 0 && p.do_sample) {
-    seed = p.seeds[row];
-    counter = *p.step;
-  }
+  const ScaledRow<T> scaled(p, row, vectorized, first_token);
+  // Read early, one a lane: their latency passes with that of the logits.
+  const uint64_t* numbers = warp == 0 ? numbers_of(p, lane) : nullptr;
+  const uint64_t number = numbers == nullptr ? 0 : numbers[row];
   uint64_t best = 0;
+  BiasCursor biases = scaled.biases();
 #pragma unroll 2
   for (int step = 0; step < steps; ++step) {
     const int64_t token = first_token + step * kTokensPerStep + lane * kTokensPerLane;
     float z[kTokensPerLane];
-    scaled.load(token, z);
+    scaled.load(token, biases, z);
     prepare(step, z);
 #pragma unroll
-    for (int i = 0; i < kTokensPerLane; ++i) {
-      const uint64_t key = static_cast<uint64_t>(ordered_key(z[i])) << 32;
-      best = max(best, key | ~static_cast<uint32_t>(token + i));  // the smaller token of equals
-    }
+    for (int i = 0; i < kTokensPerLane; ++i) best = max(best, token_key(z[i], token + i));
   }
-  if (threadIdx.x == 0) {
-    shared.seed = seed;
-    shared.step = counter;
-  }
+  if (threadIdx.x < kNumbers) shared.numbers[threadIdx.x] = number;
   best = group_max(best, shared, group);
   const uint32_t key = static_cast<uint32_t>(best >> 32);
-  const bool valid = key > kMinusInfinityKey && key < kInfinityKey;
-  if (!valid || !p.do_sample) {
-    if (group.rank() == 0 && threadIdx.x == 0) {
-      p.tokens[row] = valid ? static_cast<int64_t>(~static_cast<uint32_t>(best)) : kInvalidToken;
+  const FilterOptions filters = filters_in(p, shared);
+  const bool is_valid =
+      key > kMinusInfinityKey && key < kInfinityKey && scaled.are_valid && filters.are_valid;
+  if (p.num_likeliest != nullptr) {
+    if (is_valid && filters.num_likeliest >= 0) {
+      report_likeliest(p, scaled, first_token, steps, filters.num_likeliest, shared, group);
+    } else if (group.rank() == 0) {
+      report_nothing(p, row);
+    }
+  }
+  const auto write = [&](int64_t token) {
+    p.tokens[row] = token;
+    if (filters_in(p, shared).num_likeliest >= 0) {
+      p.logprobs[row * (1 + kMaxLikeliest)] =
+          log_probability(to_f32(scaled.logits[token]), shared.largest, shared.log_mass);
+    }
+  };
+  if (!is_valid || scaled.options.is_greedy) {
+    if (group.rank() != 0 || threadIdx.x != 0) return;
+    if (is_valid) {
+      write(token_of_key(best));
+    } else {
+      p.tokens[row] = kInvalidToken;
     }
     return;
   }
   const auto levels = levels_with(scaled, first_token, steps, logit_of_key(key));
   const RowCuts<Group, decltype(levels)> cuts{levels, steps, shared, group};
   uint32_t cut = kMaxLevel - 1;
-  if (p.top_k > 0) cut = cuts.template find<false>(cut, [&](uint64_t) { return p.top_k; });
-  if (p.drop_share > 0) {
-    cut = cuts.template find<true>(
-        cut, [&](uint64_t total) { return mass_to_keep(total, p.drop_share); });
+  if (filters_in(p, shared).top_k > 0) {
+    cut = cuts.template find<false>(cut, [&](uint64_t) { return filters_in(p, shared).top_k; });
   }
-  cuts.draw(p, row, first_token, cut);
-}
-
-// Whether every row of logits, and of `seen`, can be read four tokens at a time.
-inline bool reads_quads(const SampleParams& p) {
-  const int64_t unit = kTokensPerLane * element_size(p.dtype);
-  return p.vocab % kTokensPerLane == 0 && reinterpret_cast<uintptr_t>(p.logits) % unit == 0 &&
-         (p.rows == 1 || p.logits_row_stride % kTokensPerLane == 0) &&
-         reinterpret_cast<uintptr_t>(p.seen) % kTokensPerLane == 0;
+  if (filters_in(p, shared).drop_share > 0) {
+    cut = cuts.template find<true>(
+        cut, [&](uint64_t total) { return mass_to_keep(total, filters_in(p, shared).drop_share); });
+  }
+  cuts.draw(first_token, cut, filters_in(p, shared).min_weight, write);
 }
 
 }  // namespace

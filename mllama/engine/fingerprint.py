@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from mllama.cache import MllamaCache
+from mllama.stores import KeyValueStore
 
 # Compared as they are, and kept alive by the fingerprint: the identity of a number or function that
 # has gone may come back with another one.
@@ -20,14 +20,14 @@ _HELD = frozenset(
 )
 
 
-def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
-    """Equal, for one model and the cache of a captured step, as long as its replay does what it would.
+def fingerprint(model: Any, store: KeyValueStore) -> list[Any]:
+    """Equal, for one model and the store of a captured step, as long as its replay does what it would.
 
     A graph repeats the launches of one step: the same kernels with the same scalars at the same
     addresses. So this covers
 
-    - the tensors of ``cache``, after settle(), and all parameters and buffers of the model: address,
-      shape, strides and type, so what is moved or replaced counts, and new values in place do not;
+    - the tensors of ``store``, and all parameters and buffers of the model: address, shape, strides and
+      type, so what is moved or replaced counts, and new values in place do not;
     - every module a step may run, by its class, its identity and each of its attributes: hooks, a
       forward of its own, train or eval, adapters and their settings, epsilons. Numbers, strings and
       functions count by value, also in lists and dicts; other objects by identity, whatever happens
@@ -39,9 +39,9 @@ def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
     Takes a few milliseconds for the 11B model: one pass over the modules without the vision tower,
     which no step runs.
     """
-    marks = [_mark(tensor) for tensor in cache.step_tensors()]
+    marks: list[Any] = [addresses(store)]
     marks += vars(model.ops).values()
-    marks += _global_settings(cache.lengths.device.type)
+    marks += _global_settings(store.page_values.device.type)
     modules = [model]
     while modules:
         module = modules.pop()
@@ -54,6 +54,11 @@ def fingerprint(model: Any, cache: MllamaCache) -> list[Any]:
                 marks += map(_mark, value.values())
         modules += (child for name, child in module.named_children() if name != "vision_model")
     return marks
+
+
+def addresses(store: KeyValueStore) -> Any:
+    """Where the tensors of a store are."""
+    return _mark(store.page_values), _mark(store.tile_values)
 
 
 def _mark(value: Any) -> Any:

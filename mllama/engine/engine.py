@@ -1,0 +1,246 @@
+"""The engine: many requests at once through one model, without a server."""
+
+from __future__ import annotations
+
+import queue
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mllama.engine.answers import Vocabulary
+from mllama.engine.jobs import Job, ModelFacts, Outbox
+from mllama.engine.loop import Loop
+from mllama.engine.pages import PagePool, TilePool
+from mllama.engine.prefix import Scope
+from mllama.engine.prompts import Prompt, prepare_chat
+from mllama.engine.runner import Runner
+from mllama.engine.scheduler import Scheduler
+from mllama.engine.sizes import engine_sizes
+from mllama.server.protocol import (
+    Constraint,
+    Options,
+    Overloaded,
+    Piece,
+    Refused,
+    Stats,
+    WorkFailed,
+)
+from mllama.stores import KeyValueStore
+
+
+class Engine:
+    """Answers requests together: they share batches, the pages of what they begin alike with, and the keys
+    and values of each picture. An answer does not depend on who else is answered.
+
+    A thread of its own runs the model, which nobody else is to use or change meanwhile. It is closed by
+    close(), or as a context manager.
+
+    Args:
+        model: with a language head.
+        processor: of the model.
+        max_batch_size: answers that are computed at once.
+        max_batch_tokens: tokens of a step; by default 512 on a CPU, 2048 on a GPU.
+        max_ce_batch_size: prompts that are read at once.
+        max_new_pictures: pictures that pass the vision tower in a step.
+        max_length: tokens of prompt and answer; by default the model's context, or what there is memory for.
+        max_queue: answers that may wait; by default 4 times those computed at once.
+        num_pages: of ``PAGE_SIZE`` tokens; by default for all answers at their longest, or half of memory.
+        num_slots: for image tiles; by default for 4 pictures of each answer, or a quarter of memory.
+        image_cache_bytes: what pictures may take that nobody uses any more; None: all that is free.
+        prefix_reuse: whether prompts begin with what others have computed.
+        adapter: the identity of the adapter that the model has, empty for none.
+
+    Raises: ValueError with the numbers where memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        max_batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+        max_ce_batch_size: int = 32,
+        max_new_pictures: int = 1,
+        max_length: int | None = None,
+        max_queue: int | None = None,
+        num_pages: int | None = None,
+        num_slots: int | None = None,
+        image_cache_bytes: int | None = None,
+        prefix_reuse: bool = True,
+        adapter: str = "",
+    ) -> None:
+        config = model.config.get_text_config()
+        store = KeyValueStore(config, dtype=model.dtype, device=model.device)
+        sizes = engine_sizes(
+            model,
+            store,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            max_prefills=max_ce_batch_size,
+            max_new_pictures=max_new_pictures,
+            max_length=max_length,
+            num_pages=num_pages,
+            num_slots=num_slots,
+        )
+        store.add_pages(sizes.num_pages + 1)
+        store.resize_tiles(sizes.num_slots, sizes.tokens_per_tile, kept=0)
+        self._pages = PagePool(sizes.num_pages + 1)
+        self._tiles = TilePool(sizes.num_slots, sizes.slot_bytes, image_cache_bytes)
+        self._scheduler = Scheduler(
+            sizes.limits,
+            self._pages,
+            self._tiles,
+            Scope(str(model.dtype), adapter, model.semantics),
+            prefix_reuse=prefix_reuse,
+        )
+        self.processor = processor
+        self._max_queue = 4 * max_batch_size if max_queue is None else max_queue
+        self._vocabulary = Vocabulary.of(processor)
+        self._facts = ModelFacts.of(model, sizes.limits.max_length)
+        delay = 1 if model.device.type == "cuda" else 0
+        runner = Runner(model, store)
+        runner.prepare(max_batch_size)
+        self.loop = Loop(self._scheduler, runner, delay)
+        self.loop.start()
+        weakref.finalize(self, self.loop.end)
+
+    def submit(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[Any] = (),
+        options: Options | None = None,
+    ) -> Texts:
+        """Answer a conversation.
+
+        Args:
+            messages: as :meth:`mllama.MllamaProcessor.apply_chat_template` takes them; their words are plain
+                text.
+            images: for image parts without one, in their order.
+            options: how the answer is made; of several (``n``) this gives the first.
+        Returns: the text in pieces, as it becomes certain. Closing it ends the request.
+        Raises: Refused or what the processor raises, before anything is queued; Overloaded; Unavailable; the
+            pieces raise WorkFailed.
+        """
+        return self.submit_prompt(prepare_chat(self.processor, messages, images), options)
+
+    def submit_prompt(self, prompt: Prompt, options: Options | None = None) -> Texts:
+        """As submit(), for a prompt that is prepared."""
+        box = Box()
+        job = self.job(uuid.uuid4().hex, prompt, options or Options(), box)
+        self.loop.put(job)
+        return Texts(job.key, box, self.loop)
+
+    def job(
+        self,
+        key: str,
+        prompt: Prompt,
+        options: Options,
+        outbox: Outbox,
+        constraint: Constraint | None = None,
+    ) -> Job:
+        """A request, checked, to be put into the loop. Raises: Refused; Overloaded; Unavailable."""
+        self.require_room()
+        job = self._facts.job(key, prompt, options, self._vocabulary, outbox, constraint)
+        try:
+            self._scheduler.check(job.request)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        return job
+
+    def require_room(self, others: int = 0) -> None:
+        """Raises: Unavailable; Overloaded where the queue is full, with so many others that will come."""
+        self.loop.require_ready()
+        if (waiting := self.loop.num_waiting + others) >= self._max_queue:
+            raise Overloaded(f"{waiting} requests wait already; at most {self._max_queue} do")
+
+    def stats(self) -> Stats:
+        """What is in use, and what has been done."""
+        counts, tiles, prefix = self.loop.counts, self._tiles, self._scheduler.prefix
+        used = self._pages.num_pages - prefix.num_available
+        return Stats(
+            gauges={
+                "answers_running": self.loop.num_running,
+                "answers_waiting": self.loop.num_waiting,
+                "pages_used": used,
+                "pages_kept": prefix.num_available - self._pages.num_free,
+                "pages": self._pages.num_pages,
+                "tiles_used": tiles.num_slots - tiles.num_free - tiles.num_unused,
+                "tiles_kept": tiles.num_unused,
+                "tiles": tiles.num_slots,
+            },
+            counters={
+                "steps": counts.steps,
+                "step_tokens": counts.step_tokens,
+                "encoded_pictures": counts.encoded_pictures,
+                "preemptions": self._scheduler.num_preemptions,
+            },
+            distributions={
+                "step_seconds": counts.step_seconds.distribution(),
+                "batch_size": counts.batch_size.distribution(),
+            },
+        )
+
+    def close(self) -> None:
+        """End what is being answered, and the thread."""
+        self.loop.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Box:
+    """The outbox of one request, emptied by another thread."""
+
+    def __init__(self) -> None:
+        self._news: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+
+    def post(self, news: Sequence[tuple[str, Piece | Exception]]) -> None:
+        for _, new in news:
+            self._news.put(new)
+
+    def take(self) -> Piece | Exception:
+        """The next, once it is there."""
+        return self._news.get()
+
+
+class Texts:
+    """The text of one answer in pieces, for one thread to read. Closed or forgotten before its end, it ends
+    the request.
+
+    Attributes:
+        pieces: all that came so far.
+    """
+
+    def __init__(self, key: str, box: Box, loop: Loop) -> None:
+        self.pieces: list[Piece] = []
+        self._key, self._box, self._loop = key, box, loop
+        self._has_ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while not self._has_ended:
+            new = self._box.take()
+            if isinstance(new, Exception):
+                self._has_ended = True
+                raise WorkFailed(str(new)) from new
+            self.pieces.append(new)
+            self._has_ended = new.usage is not None
+            if new.index == 0 and new.text:
+                return new.text
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the request, if it has not ended."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._loop.cancel(self._key)
+
+    def __del__(self) -> None:
+        self.close()

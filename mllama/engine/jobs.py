@@ -1,0 +1,235 @@
+"""A request on its way through the engine: what it asks for, checked, and its answers as they grow."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from mllama.engine.answers import Answer, Vocabulary
+from mllama.engine.prompts import Prompt
+from mllama.engine.sampling import Sampling
+from mllama.engine.sequence import Request
+from mllama.generation.config import GenerationConfig
+from mllama.generation.sampling import SamplingConfig, row_seeds
+from mllama.generation.stopping import StopStrings
+from mllama.semantics import Semantics
+from mllama.server.protocol import Constraint, Options, Piece, Refused
+from mllama.vocabulary import embedding_rows, head_rows
+from mllama.wording import quoted
+from mllama_kernels.reference_sampling import MAX_LIKELIEST
+
+# Beyond every logit, and far from what a float32 cannot hold.
+_FAR = 1e6
+# Of options that nothing else checks: what they are at least and at most.
+_RANGES = (
+    ("n", 1, math.inf),
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("presence_penalty", -_FAR, _FAR),
+    ("frequency_penalty", -_FAR, _FAR),
+    ("top_logprobs", 0, MAX_LIKELIEST),
+)
+
+
+class Outbox(Protocol):
+    """Where a client waits for what is new; equal ones are given it together."""
+
+    def post(self, news: Sequence[tuple[str, Piece | Exception]]) -> None:
+        """Take over pieces, each with the key of its request, or what has ended that; from the engine's
+        thread."""
+        ...
+
+
+@dataclass(eq=False)
+class Job:
+    """One request.
+
+    Attributes:
+        key: names it.
+        prompt: as it was prepared.
+        request: of the scheduler.
+        samplings: one for each answer.
+        answers: likewise.
+        outbox: of its client.
+        arrived, started: times of the monotonic clock; started is None before the first step with it.
+        num_open: answers that have not ended.
+        cached_tokens: those of the prompt that were computed before.
+    """
+
+    key: str
+    prompt: Prompt
+    request: Request
+    samplings: tuple[Sampling, ...]
+    answers: tuple[Answer, ...]
+    outbox: Outbox
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    sequences: tuple[int, ...] = ()
+    num_open: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What requests are checked against.
+
+    Attributes:
+        max_length: tokens of a sequence.
+        vocab_size: of the logits.
+        num_embeddings: ids that a prompt may have.
+        image_token: None for a model without images.
+        picture_shape: of a picture's pixels, (T, C, t, t); likewise.
+        defaults: of the checkpoint.
+    """
+
+    max_length: int
+    vocab_size: int
+    num_embeddings: int
+    image_token: int | None
+    picture_shape: tuple[int, ...] | None
+    semantics: Semantics
+    defaults: GenerationConfig
+
+    @classmethod
+    def of(cls, model: Any, max_length: int) -> ModelFacts:
+        config, vision = (
+            model.config.get_text_config(),
+            getattr(model.config, "vision_config", None),
+        )
+        shape = None
+        if vision is not None:
+            side = vision.image_size
+            shape = (vision.max_num_tiles, vision.num_channels, side, side)
+        return cls(
+            max_length=max_length,
+            vocab_size=head_rows(model.get_output_embeddings(), config),
+            num_embeddings=embedding_rows(model.get_input_embeddings(), config),
+            image_token=getattr(model.config, "image_token_index", None),
+            picture_shape=shape,
+            semantics=model.semantics,
+            defaults=model.generation_config,
+        )
+
+    def job(
+        self,
+        key: str,
+        prompt: Prompt,
+        options: Options,
+        vocabulary: Vocabulary,
+        outbox: Outbox,
+        constraint: Constraint | None = None,
+    ) -> Job:
+        """Raises: Refused, naming what was given and what is expected."""
+        self._check(prompt, options)
+        room = self.max_length - len(prompt.tokens)
+        if room < 1:
+            raise Refused(
+                f"the prompt has {len(prompt.tokens)} tokens and a context at most {self.max_length}: no "
+                "room for an answer"
+            )
+        strings, stop_ids = self._stops(options, vocabulary)
+        try:
+            request = prompt.request(
+                self.semantics,
+                self.image_token,
+                max_new_tokens=room
+                if options.max_tokens is None
+                else min(options.max_tokens, room),
+                stop_token_ids=stop_ids,
+                copies=options.n,
+            )
+            config = self._config(options)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        first = int.from_bytes(os.urandom(8)) >> 2 if options.seed is None else options.seed
+        sampling = Sampling(
+            config,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            bias=options.logit_bias,
+            min_tokens=options.min_tokens,
+            stop_token_ids=stop_ids,
+            top_logprobs=options.top_logprobs,
+            constraint=constraint,
+        )
+        compiled = StopStrings(strings)
+        return Job(
+            key,
+            prompt,
+            request,
+            samplings=tuple(
+                replace(sampling, seed=(seed + 2**63) % 2**64 - 2**63)
+                for seed in row_seeds(first, options.n)
+            ),
+            answers=tuple(
+                Answer(index, vocabulary, compiled, stop_ids) for index in range(options.n)
+            ),
+            outbox=outbox,
+            num_open=options.n,
+        )
+
+    def _check(self, prompt: Prompt, options: Options) -> None:
+        if not prompt.tokens:
+            raise Refused("the prompt has no token")
+        if not all(0 <= token < self.num_embeddings for token in prompt.tokens):
+            wrong = next(t for t in prompt.tokens if not 0 <= t < self.num_embeddings)
+            raise Refused(
+                f"the prompt has the token {wrong}; expected 0 to {self.num_embeddings - 1}",
+                "prompt",
+            )
+        for picture in prompt.pictures:
+            if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
+                raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
+        for name, least, most in _RANGES:
+            value = getattr(options, name)
+            if value is not None and not least <= value <= most:
+                expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise Refused(f"{name} must be {expected}, got {value}", name)
+        if not all(options.stop):
+            raise Refused("stop has an empty string, which occurs everywhere", "stop")
+        if wrong := [b for b in options.logit_bias.values() if not -_FAR <= b <= _FAR]:
+            raise Refused(
+                f"logit_bias must be from {-_FAR} to {_FAR}, got {wrong[0]}", "logit_bias"
+            )
+        if wrong_ids := [t for t in options.logit_bias if not 0 <= t < self.vocab_size]:
+            raise Refused(
+                f"logit_bias must name tokens from 0 to {self.vocab_size - 1}, got {quoted(wrong_ids)}",
+                "logit_bias",
+            )
+
+    def _stops(self, options: Options, vocabulary: Vocabulary) -> tuple[list[str], frozenset[int]]:
+        """The stop strings that are text, and the stop tokens: also those whose text is one."""
+        special = vocabulary.special
+        ids = {special[string] for string in options.stop if string in special}
+        ids |= set(options.stop_token_ids)
+        if not options.ignore_eos and (eos := self.defaults.eos_token_id) is not None:
+            ids |= {eos} if isinstance(eos, int) else set(eos)
+        return [string for string in options.stop if string not in special], frozenset(ids)
+
+    def _config(self, options: Options) -> SamplingConfig:
+        """What the request leaves out is the checkpoint's; a temperature of 0 is greedy."""
+
+        def chosen(name: str, neutral: Any) -> Any:
+            given = getattr(options, name)
+            given = self.defaults.get(name) if given is None else given
+            return neutral if given is None else given
+
+        if options.temperature is None and not self.defaults.do_sample:
+            temperature = 0.0
+        else:
+            temperature = chosen("temperature", 1.0)
+        penalty = chosen("repetition_penalty", 1.0)
+        if temperature == 0:
+            return SamplingConfig(repetition_penalty=penalty)
+        return SamplingConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=min(chosen("top_k", 0), self.vocab_size),
+            top_p=chosen("top_p", 1.0),
+            min_p=chosen("min_p", 0.0),
+            repetition_penalty=penalty,
+        )

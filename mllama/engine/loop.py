@@ -1,0 +1,297 @@
+"""The thread that owns model, pools and scheduler: it takes what is new, plans, runs, and hands over."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from mllama.engine.answers import Answer
+from mllama.engine.counts import Counts
+from mllama.engine.jobs import Job, Outbox
+from mllama.engine.plan import Plan
+from mllama.engine.runner import Launched, Runner
+from mllama.engine.sampling import Likelihood
+from mllama.engine.scheduler import Event, Scheduler
+from mllama.server.protocol import Piece, State, Unavailable, Usage, WorkFailed
+
+_LOG = logging.getLogger(__name__)
+# Steps that fail one after another before nothing more is tried.
+_MOST_FAILURES = 3
+
+
+class Loop:
+    """Steps, one after another, as long as there is work.
+
+    Args:
+        scheduler, runner: used by nobody else from start() on.
+        delay: how many steps later than launched the tokens of a step are read; on a GPU one, so that it
+            always has work.
+
+    Attributes:
+        counts: what has been done.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, delay: int = 0) -> None:
+        self._scheduler, self._runner, self._delay = scheduler, runner, delay
+        self.counts = Counts()
+        self._state: State = "ready"
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._answers: dict[int, tuple[Job, Answer]] = {}  # by the ids of sequences
+        self._in_flight: deque[tuple[Plan, Launched]] = deque()
+        self._news: dict[Outbox, list[tuple[str, Piece | Exception]]] = {}
+        self._num_failures = 0
+        self._is_closing = False
+        self._lock = (
+            threading.Lock()
+        )  # so that nothing is queued once the rest has been told of the end
+        self._thread = threading.Thread(target=self._work, name="mllama-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests and answers that hold no page yet, about."""
+        return self._inbox.qsize() + self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Answers that are read or written."""
+        return self._scheduler.num_admitted
+
+    def put(self, job: Job) -> None:
+        """Queue a request, whose news go to its outbox. Raises: Unavailable."""
+        with self._lock:
+            self.require_ready()
+            self._inbox.put(partial(self._add, job))
+
+    def require_ready(self) -> None:
+        """Raises: Unavailable where nothing is taken."""
+        if self._state != "ready":
+            raise Unavailable(f"the engine takes no request: it is {self._state}")
+
+    def cancel(self, key: str) -> None:
+        """End a request before the next step; its outbox hears no more of it."""
+        self._inbox.put(partial(self._cancel, key))
+
+    def drain(self) -> None:
+        """Take no more requests; those that there are go on."""
+        if self._state == "ready":
+            self._state = "draining"
+
+    def end(self) -> None:
+        """End everything, and the thread, which is not waited for."""
+        self.drain()
+        self._inbox.put(self._close)
+
+    def close(self) -> None:
+        """End everything, and wait for the thread."""
+        self.end()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _close(self) -> None:
+        self._is_closing = True
+
+    def _work(self) -> None:
+        try:
+            while True:
+                self._take_inbox()
+                if self._is_closing:
+                    break
+                if self._scheduler.has_work or self._in_flight:
+                    self._step()
+                self._hand_over()
+        except Exception:  # of the scheduler's own; nothing is known to hold any more
+            _LOG.exception("the engine has ended")
+        finally:
+            with self._lock:
+                self._state = "dead"
+            self._end_all(WorkFailed("the engine has ended"))
+
+    def _take_inbox(self) -> None:
+        """All that is there; the first is waited for where there is nothing else to do."""
+        is_idle = not self._scheduler.has_work and not self._in_flight
+        while True:
+            try:
+                order = self._inbox.get(block=is_idle)
+            except queue.Empty:
+                return
+            order()
+            is_idle = False
+
+    def _step(self) -> None:
+        """Launch the next step, and take over the results of the one whose turn it is."""
+        begin = time.monotonic()
+        plan = self._scheduler.plan()
+        if not plan.is_empty:
+            self._note_started(begin)
+            try:
+                self._in_flight.append((plan, self._runner.launch(plan)))
+            except Exception as error:
+                # Where one before it has failed as well, it is void already.
+                if all(self._accept(*self._in_flight.popleft()) for _ in [*self._in_flight]):
+                    self._fail(plan, error)
+                return
+        elif not self._in_flight:
+            raise RuntimeError("there is work, and no step does any of it")
+        if plan.is_empty or len(self._in_flight) > self._delay:
+            self._accept(*self._in_flight.popleft())
+        if not plan.is_empty:
+            self.counts.step(plan, time.monotonic() - begin)
+
+    def _note_started(self, now: float) -> None:
+        """Of the requests that the plan just made is the first to compute something of."""
+        for sequence in self._scheduler.sequences():
+            job = self._answers[sequence.id][0]
+            if job.started is None and sequence.cached_tokens is not None:
+                job.started, job.cached_tokens = now, sequence.cached_tokens
+
+    def _accept(self, plan: Plan, launched: Launched) -> bool:
+        """Take over the results of a step. Returns: whether there are any."""
+        try:
+            results = launched.read()
+        except Exception as error:
+            self._fail(plan, error)
+            return False
+        self._num_failures = 0
+        events = self._scheduler.accept(plan, results.tokens)
+        self._take(events, results.likelihoods, "the numbers of the answer are not finite")
+        return True
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """The requests of a step end, and the others are computed anew."""
+        _LOG.error("a step has failed", exc_info=error)
+        self._num_failures += 1
+        self._in_flight.clear()
+        self._take(self._scheduler.fail(plan), {}, "the step that computed the answer has failed")
+        for sequence in self._scheduler.sequences():
+            job, answer = self._answers[sequence.id]
+            text, at = sequence.text, sequence.prompt_length
+            sampling = job.samplings[answer.index]
+            self._runner.add(sequence.id, job.prompt.pictures, sampling, text[:at], text[at:])
+        if self._num_failures == _MOST_FAILURES:
+            raise RuntimeError(f"{_MOST_FAILURES} steps have failed one after another")
+
+    def _add(self, job: Job) -> None:
+        added = self._scheduler.add(job.request)  # which was checked before
+        job.sequences = tuple(sequence.id for sequence in added)
+        self._jobs[job.key] = job
+        for sequence, answer in zip(added, job.answers, strict=True):
+            self._answers[sequence.id] = (job, answer)
+        try:
+            for sequence, sampling in zip(added, job.samplings, strict=True):
+                tokens = job.prompt.tokens
+                self._runner.add(sequence.id, job.prompt.pictures, sampling, tokens)
+        except Exception:  # as for want of memory
+            _LOG.exception("a request could not be begun")
+            self._fail_job(job, "the request could not be begun")
+
+    def _cancel(self, key: str) -> None:
+        if (job := self._jobs.get(key)) is not None:
+            self._forget(job)
+            self.counts.finished["cancelled"] += 1
+
+    def _take(
+        self, events: Iterable[Event], likelihoods: Mapping[int, Likelihood], error: str
+    ) -> None:
+        """Tell what a step did for its sequences; ``error`` is said of those that it has ended."""
+        for event in events:
+            if event.sequence not in self._answers:
+                continue  # of a request that ended with another of these
+            job, answer = self._answers[event.sequence]
+            if event.finish_reason == "error":
+                self._fail_job(job, error)
+                continue
+            try:
+                self._advance(job, answer, event, likelihoods.get(event.sequence))
+            except Exception:  # of a tokenizer
+                _LOG.exception("the tokens of an answer could not be written")
+                self._fail_job(job, "the tokens of the answer could not be written")
+
+    def _advance(
+        self, job: Job, answer: Answer, event: Event, likelihood: Likelihood | None
+    ) -> None:
+        """Tell what is new in an answer."""
+        text, tokens, reason, usage = "", (), event.finish_reason, None
+        if event.token is not None:
+            text, tokens = answer.push(event.token, likelihood)
+            self.counts.generated_tokens += 1
+        if answer.is_stopped:
+            if reason is None:
+                self._scheduler.finish(event.sequence, "stop")
+            reason = "stop"
+        if reason is not None:
+            text += answer.end()
+            usage = self._end_answer(job, event.sequence, reason)
+        if text or tokens or reason is not None:
+            self._tell(job, Piece(answer.index, text, tokens, (), reason, usage))
+
+    def _fail_job(self, job: Job, words: str) -> None:
+        self._forget(job)
+        self.counts.finished["error"] += 1
+        self._tell(job, WorkFailed(words))
+
+    def _end_answer(self, job: Job, sequence: int, reason: str) -> Usage | None:
+        """What the request has used, if no other answer to it is open."""
+        self.counts.finished[reason] += 1
+        del self._answers[sequence]
+        self._runner.remove(sequence)
+        job.num_open -= 1
+        if job.num_open:
+            return None
+        del self._jobs[job.key]
+        self.counts.prompt_tokens += len(job.prompt.tokens)
+        self.counts.cached_tokens += job.cached_tokens
+        return Usage(
+            len(job.prompt.tokens),
+            sum(answer.num_tokens for answer in job.answers),
+            job.cached_tokens,
+            (job.started or job.arrived) - job.arrived,
+        )
+
+    def _forget(self, job: Job) -> None:
+        """End what is left of a request; nobody is told of it."""
+        del self._jobs[job.key]
+        open_ = [id_ for id_ in job.sequences if id_ in self._answers]
+        self._scheduler.cancel(open_)
+        for id_ in open_:
+            del self._answers[id_]
+            self._runner.remove(id_)
+
+    def _tell(self, job: Job, new: Piece | Exception) -> None:
+        self._news.setdefault(job.outbox, []).append((job.key, new))
+
+    def _hand_over(self) -> None:
+        """Give each outbox all that is new for it, at once."""
+        news, self._news = self._news, {}
+        for outbox, entries in news.items():
+            try:
+                outbox.post(entries)
+            except Exception:  # of a client that has gone, as an event loop that is closed
+                _LOG.exception("an answer could not be handed over")
+                for key in {key for key, _ in entries}:
+                    self._cancel(key)
+
+    def _end_all(self, error: Exception) -> None:
+        for job in list(self._jobs.values()):
+            self._tell(job, error)
+        self._jobs.clear()
+        while True:  # what has come meanwhile
+            try:
+                order = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(order, partial) and order.func == self._add:
+                self._tell(order.args[0], error)
+        self._hand_over()

@@ -1,0 +1,163 @@
+"""The engine as an event loop asks for it, with requests as a server has read them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jinja2
+
+from mllama.engine.engine import Engine
+from mllama.engine.loop import Loop
+from mllama.engine.prompts import Prompt, prepare_chat, prepare_text
+from mllama.limits import REQUESTS, Limits
+from mllama.processing.images import open_image
+from mllama.processing.sources import ImageOpenError
+from mllama.server.protocol import Piece, Refused, State, Stats, Unavailable, Work, WorkFailed
+
+
+class AsyncEngine:
+    """An engine whose requests are prepared in a few threads, and answered on an event loop.
+
+    Args:
+        engine: closed by its owner.
+        num_threads: that prepare requests: open pictures, render templates, make tokens.
+        limits: of what they may take.
+    """
+
+    def __init__(self, engine: Engine, num_threads: int = 2, limits: Limits = REQUESTS) -> None:
+        self._engine, self._limits = engine, limits
+        self._threads = ThreadPoolExecutor(num_threads, "mllama-prepare")
+        self._preparing: dict[str, bool] = {}  # by key: whether it has been cancelled
+        self._mail: Mail | None = None
+
+    async def submit(self, work: Work) -> AsyncIterator[Piece]:
+        """See :class:`mllama.server.protocol.Engine`."""
+        loop = asyncio.get_running_loop()
+        arrived = time.monotonic()
+        self._engine.require_room(len(self._preparing))
+        self._preparing[work.key] = False
+        try:
+            prompt = await loop.run_in_executor(self._threads, self._prepare, work)
+        finally:
+            is_cancelled = self._preparing.pop(work.key)
+        if is_cancelled:
+            raise Unavailable("the request was cancelled")
+        if self._mail is None or self._mail.event_loop is not loop:
+            self._mail = Mail(loop)
+        job = self._engine.job(work.key, prompt, work.options, self._mail, work.constraint)
+        job.arrived = arrived
+        pieces = Pieces(work.key, self._mail, self._engine.loop)
+        self._engine.loop.put(job)
+        return pieces
+
+    def cancel(self, key: str) -> None:
+        """End a request before the next step."""
+        if key in self._preparing:
+            self._preparing[key] = True
+        else:
+            self._engine.loop.cancel(key)
+
+    def health(self) -> State:
+        return self._engine.loop.state
+
+    def stats(self) -> Stats:
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _prepare(self, work: Work) -> Prompt:
+        """Raises: Refused."""
+        processor = self._engine.processor
+        try:
+            if work.messages is None:
+                assert work.prompt is not None
+                return prepare_text(processor, work.prompt, limits=self._limits)
+            images = [self._opened(picture) for picture in work.pictures]
+            return prepare_chat(
+                processor,
+                work.messages,
+                images,
+                limits=self._limits,
+                allow_paths=False,
+                tools=list(work.tools) or None,
+            )
+        except jinja2.TemplateError as error:
+            raise Refused(f"the chat template refuses the messages: {error}", "messages") from None
+        except (ValueError, TypeError) as error:
+            if isinstance(error, Refused):
+                raise
+            raise Refused(str(error), "prompt" if work.messages is None else "messages") from None
+
+    def _opened(self, picture):
+        try:
+            return open_image(picture.data, limits=self._limits, allow_paths=False)
+        except ImageOpenError as error:
+            raise Refused(f"{picture.place}: {error}", picture.place) from None
+
+
+class Mail:
+    """The outbox of an event loop: what a step has for all of its requests comes in one call."""
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self.event_loop = event_loop
+        self._boxes: dict[str, asyncio.Queue[Piece | Exception]] = {}
+
+    def open(self, key: str) -> asyncio.Queue[Piece | Exception]:
+        return self._boxes.setdefault(key, asyncio.Queue())
+
+    def shut(self, key: str) -> None:
+        self._boxes.pop(key, None)
+
+    def post(self, news: Sequence[tuple[str, Piece | Exception]]) -> None:
+        self.event_loop.call_soon_threadsafe(self._deliver, news)
+
+    def _deliver(self, news: Sequence[tuple[str, Piece | Exception]]) -> None:
+        for key, new in news:
+            if (box := self._boxes.get(key)) is not None:
+                box.put_nowait(new)
+
+
+class Pieces:
+    """The pieces of one request. Closed or forgotten before its end, it ends the request."""
+
+    def __init__(self, key: str, mail: Mail, loop: Loop) -> None:
+        self._key, self._mail, self._loop = key, mail, loop
+        self._box = mail.open(key)
+        self._has_ended = False
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._has_ended:
+            raise StopAsyncIteration
+        try:
+            new = await self._box.get()
+        except asyncio.CancelledError:
+            self._end()
+            raise
+        if isinstance(new, Exception):
+            self._end(is_over=True)
+            raise WorkFailed(str(new)) from new
+        if new.usage is not None:
+            self._end(is_over=True)
+        return new
+
+    async def aclose(self) -> None:
+        self._end()
+
+    def _end(self, is_over: bool = False) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._mail.shut(self._key)
+        if not is_over:
+            self._loop.cancel(self._key)
+
+    def __del__(self) -> None:
+        self._end()

@@ -1,0 +1,209 @@
+"""From an engine's pieces to the bodies and events of an answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllama.server.protocol import Piece, Token, ToolCall, Usage, WorkFailed
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What is the same in all events of an answer."""
+
+    id: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+@dataclass
+class _Answer:
+    """One of the answers, put together."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        for call in piece.tool_calls:
+            found = self.calls.setdefault(call.index, _call_body(call))
+            if found["function"] is not None:
+                found["function"]["arguments"] += call.arguments
+        self.finish_reason = piece.finish_reason or self.finish_reason
+
+
+def _call_body(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": ""}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+async def collected(pieces: AsyncIterator[Piece], count: int) -> tuple[list[_Answer], Usage]:
+    """All of it. Raises: WorkFailed for an end without usage or without a reason."""
+    answers = [_Answer() for _ in range(count)]
+    usage = None
+    async for piece in pieces:
+        answers[piece.index].add(piece)
+        usage = piece.usage or usage
+    if usage is None or not all(answer.finish_reason for answer in answers):
+        raise WorkFailed("the answer ended before its end")
+    return answers, usage
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+async def chat_body(
+    heading: Heading, pieces: AsyncIterator[Piece], count: int, with_tokens: bool
+) -> dict[str, Any]:
+    """The answer of /v1/chat/completions."""
+    answers, usage = await collected(pieces, count)
+    choices = []
+    for i, answer in enumerate(answers):
+        calls = [answer.calls[j] for j in sorted(answer.calls)]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": answer.text if answer.text or not calls else None,
+            "refusal": None,
+        }
+        if calls:
+            message["tool_calls"] = calls
+        choices.append(
+            {
+                "index": i,
+                "message": message,
+                "logprobs": _chat_logprobs(answer.tokens) if with_tokens else None,
+                "finish_reason": answer.finish_reason,
+            }
+        )
+    return {**heading.body("chat.completion"), "choices": choices, "usage": usage_body(usage)}
+
+
+async def completion_body(
+    heading: Heading, pieces: AsyncIterator[Piece], count: int, with_tokens: bool
+) -> dict[str, Any]:
+    """The answer of /v1/completions."""
+    answers, usage = await collected(pieces, count)
+    choices = [
+        {
+            "index": i,
+            "text": answer.text,
+            "logprobs": _completion_logprobs(answer.tokens, 0) if with_tokens else None,
+            "finish_reason": answer.finish_reason,
+        }
+        for i, answer in enumerate(answers)
+    ]
+    return {**heading.body("text_completion"), "choices": choices, "usage": usage_body(usage)}
+
+
+async def chat_events(
+    heading: Heading,
+    pieces: AsyncIterator[Piece],
+    count: int,
+    with_tokens: bool,
+    with_usage: bool,
+) -> AsyncIterator[Mapping[str, Any]]:
+    """Roles, deltas, an event with each answer's reason, and usage where it is asked for."""
+    head = heading.body("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+
+    def event(
+        index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> Any:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice]}
+
+    for i in range(count):
+        yield event(i, {"role": "assistant", "content": ""})
+    usage, open_answers = None, set(range(count))
+    async for piece in pieces:
+        delta: dict[str, Any] = {"content": piece.text} if piece.text or piece.tokens else {}
+        if piece.tool_calls:
+            delta["tool_calls"] = [_call_delta(call) for call in piece.tool_calls]
+        if delta:
+            logprobs = _chat_logprobs(piece.tokens) if with_tokens else None
+            yield event(piece.index, delta, None, logprobs)
+        if piece.finish_reason:
+            open_answers.discard(piece.index)
+            yield event(piece.index, {}, piece.finish_reason)
+        usage = piece.usage or usage
+    _check_end(usage, open_answers)
+    if with_usage and usage is not None:
+        yield {**head, "choices": [], "usage": usage_body(usage)}
+
+
+async def completion_events(
+    heading: Heading,
+    pieces: AsyncIterator[Piece],
+    count: int,
+    with_tokens: bool,
+    with_usage: bool,
+) -> AsyncIterator[Mapping[str, Any]]:
+    """Texts, with each answer's reason in its last, and usage where it is asked for."""
+    head = heading.body("text_completion") | ({"usage": None} if with_usage else {})
+    usage, open_answers = None, set(range(count))
+    lengths = [0] * count
+    async for piece in pieces:
+        if piece.text or piece.tokens or piece.finish_reason:
+            at = lengths[piece.index]
+            logprobs = _completion_logprobs(piece.tokens, at) if with_tokens else None
+            lengths[piece.index] += len(piece.text)
+            choice = {
+                "index": piece.index,
+                "text": piece.text,
+                "logprobs": logprobs,
+                "finish_reason": piece.finish_reason,
+            }
+            yield {**head, "choices": [choice]}
+        if piece.finish_reason:
+            open_answers.discard(piece.index)
+        usage = piece.usage or usage
+    _check_end(usage, open_answers)
+    if with_usage and usage is not None:
+        yield {**head, "choices": [], "usage": usage_body(usage)}
+
+
+def _check_end(usage: Usage | None, open_answers: set[int]) -> None:
+    if usage is None or open_answers:
+        raise WorkFailed("the answer ended before its end")
+
+
+def _call_delta(call: ToolCall) -> dict[str, Any]:
+    if call.id is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _chat_logprobs(tokens: Any) -> dict[str, Any]:
+    def entry(token: Token) -> dict[str, Any]:
+        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+
+    content = [{**entry(t), "top_logprobs": [entry(u) for u in t.likeliest]} for t in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(tokens: Any, start: int) -> dict[str, Any]:
+    offsets = []
+    for token in tokens:
+        offsets.append(start)
+        start += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [{u.text: u.logprob for u in token.likeliest} for token in tokens],
+        "text_offset": offsets,
+    }

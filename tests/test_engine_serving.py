@@ -1,0 +1,190 @@
+"""The engine on an event loop, with requests as a server reads them, on the demo model."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import uuid
+
+import pytest
+from engine_helpers import wait
+
+import mllama
+from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
+from mllama.engine.engine import Engine
+from mllama.engine.serving import AsyncEngine
+from mllama.server.protocol import (
+    Options,
+    Picture,
+    Piece,
+    Refused,
+    Unavailable,
+    Work,
+    WorkFailed,
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = mllama.MllamaForConditionalGeneration.from_pretrained(checkpoint_path())
+    processor = mllama.MllamaProcessor.from_pretrained(checkpoint_path())
+    with Engine(model, processor, num_pages=200, num_slots=64) as engine:
+        yield engine
+
+
+@pytest.fixture
+def served(engine):
+    served = AsyncEngine(engine)
+    yield served
+    served.close()
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    sample_picture(seed)[0].save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def asked(question: str, images: int = 1) -> tuple:
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return ({"role": "user", "content": parts},)
+
+
+def work(question: str = "What is in the image?", seed: int = 3, **options) -> Work:
+    pictures = (Picture(png(seed), "messages[0].content[0]"),)
+    return Work(uuid.uuid4().hex, Options(**options), asked(question), pictures=pictures)
+
+
+async def answer(served: AsyncEngine, request: Work) -> tuple[str, list[Piece]]:
+    pieces = [piece async for piece in await served.submit(request)]
+    return "".join(piece.text for piece in pieces), pieces
+
+
+def test_questions_about_pictures_are_answered_together(engine):
+    asked_of = [(s, q) for s in range(4) for q in list(questions_for(sample_picture(s)[1], s))[:3]]
+    texts = [
+        engine.submit(asked(question), [sample_picture(seed)[0]], Options(max_tokens=60))
+        for seed, (question, _) in asked_of
+    ]
+    answers = ["".join(text) for text in texts]
+    right = [is_right(said, expected) for said, (_, (_, expected)) in zip(answers, asked_of)]
+    assert sum(right) >= len(right) - 1, answers
+    assert engine.stats().counters["encoded_pictures"] == 4
+
+
+def test_requests_of_an_event_loop(served):
+    async def run():
+        requests = [work(seed=seed, max_tokens=60) for seed in (3, 4, 5, 3)]
+        return await asyncio.gather(*(answer(served, request) for request in requests))
+
+    answers = asyncio.run(run())
+    texts = [text for text, _ in answers]
+    assert texts[0] == texts[3] and len(set(texts)) == 3
+    for _, pieces in answers:
+        assert pieces[-1].finish_reason == "stop" and pieces[-1].usage.completion_tokens > 2
+        assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+def test_a_prompt_is_a_text_or_tokens(served):
+    async def run(prompt):
+        return await answer(
+            served, Work("a", Options(max_tokens=4, ignore_eos=True), prompt=prompt)
+        )
+
+    _, pieces = asyncio.run(run("<|image|> is plain text<|eot_id|>"))
+    assert pieces[-1].usage.completion_tokens == 4 and pieces[-1].usage.prompt_tokens > 12
+    _, pieces = asyncio.run(run((438, 5, 6)))
+    assert pieces[-1].usage.prompt_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "param"),
+    [
+        ({"pictures": ()}, "an image part has no image", "messages"),
+        (
+            {"pictures": (Picture(b"\x89PNG\r\n\x1a\n", "messages[0].content[0]"),)},
+            r"messages\[0\]\.content\[0\]: ",
+            "messages[0].content[0]",
+        ),
+        ({"messages": ({"role": "nobody", "content": "a"},)}, "role", "messages"),
+        ({"messages": None, "prompt": (5, 10**6)}, "the prompt has the token 1000000", "prompt"),
+        ({"options": Options(max_tokens=0)}, "max_tokens must be at least 1", "max_tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words(served, change, words, param):
+    request = Work(**{**vars(work()), **change})
+    if "messages" in change:
+        request = Work(**{**vars(request), "pictures": ()})
+    with pytest.raises(Refused, match=words) as refused:
+        asyncio.run(answer(served, request))
+    assert refused.value.param == param
+
+
+def test_readers_that_go_away_end_their_requests(engine, served):
+    async def run():
+        for leave in ("close", "forget", "cancel", "key"):
+            request = work(max_tokens=1500, ignore_eos=True)
+            pieces = await served.submit(request)
+            await pieces.__anext__()
+            if leave == "close":
+                await pieces.aclose()
+            elif leave == "key":
+                served.cancel(request.key)
+            elif leave == "cancel":
+                task = asyncio.ensure_future(collected(pieces))
+                await asyncio.sleep(0.01)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            del pieces
+            while engine.loop.num_running:
+                await asyncio.sleep(0.01)
+
+    async def collected(pieces):
+        return [piece async for piece in pieces]
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_a_request_may_be_cancelled_before_it_is_queued(engine, served):
+    async def run():
+        request = work()
+        task = asyncio.ensure_future(served.submit(request))
+        await asyncio.sleep(0)
+        served.cancel(request.key)
+        with pytest.raises(Unavailable, match="cancelled"):
+            await task
+
+    steps = engine.stats().counters["steps"]
+    asyncio.run(run())
+    assert engine.stats().counters["steps"] == steps
+
+
+def test_an_event_loop_that_is_closed_ends_its_requests(engine, served):
+    async def leave():
+        pieces.append(await served.submit(work(max_tokens=1500, ignore_eos=True)))
+
+    pieces: list = []
+    asyncio.run(leave())
+    wait(lambda: not engine.loop.num_running and not engine.loop.num_waiting)
+    assert engine.loop.state == "ready"
+
+
+def test_the_end_of_an_engine_is_told():
+    model = mllama.MllamaForConditionalGeneration.from_pretrained(checkpoint_path())
+    processor = mllama.MllamaProcessor.from_pretrained(checkpoint_path())
+    engine = Engine(model, processor, num_pages=100, num_slots=16)
+    served = AsyncEngine(engine)
+
+    async def run():
+        pieces = await served.submit(work(max_tokens=1500, ignore_eos=True))
+        await pieces.__anext__()
+        await asyncio.to_thread(engine.close)
+        assert served.health() == "dead"
+        with pytest.raises(WorkFailed, match="the engine has ended"):
+            async for _ in pieces:
+                pass
+        with pytest.raises(Unavailable, match="dead"):
+            await served.submit(work())
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+    served.close()

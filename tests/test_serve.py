@@ -1,0 +1,358 @@
+"""The command `mllama serve`: its options, its start and end, and the examples of docs/serving.md."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("httpx2")
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+
+import httpx2
+from server_helpers import EchoEngine, eventually
+
+from mllama import cli
+from mllama.commands import common, serve
+from mllama.commands.usage import UsageError
+from mllama.demo import checkpoint_path, sample_picture
+from mllama.server.deferred import Deferred
+from mllama.server.protocol import Unavailable, Work
+
+PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    return cli.build_parser().parse_args(["serve", *arguments])
+
+
+def settings(*arguments: str) -> Any:
+    return serve.settings_of(parsed(*arguments), "/models/My-Model")
+
+
+# Options
+
+
+def test_options_reach_the_server(monkeypatch):
+    monkeypatch.delenv("MLLAMA_API_KEY", raising=False)
+    found = settings()
+    assert found.models == ("mllama-demo",) and found.api_keys == ()
+    assert (found.host, found.port, found.max_images) == ("127.0.0.1", 8000, 4)
+    assert found.max_new_tokens is None and found.top_k is None
+    assert found.body.max_bytes == 32 * 2**20 and found.drain_seconds == 30
+    words = "--model a/b --host 0.0.0.0 --port 0 --max-new-tokens 50 --top-k 1 --max-images 2"
+    more = "--max-body 1MB --drain-timeout 2.5 --system-with-images error --allow-host box"
+    hosts = "--allow-image-host a.example --allow-image-host b.example --allow-origin https://c"
+    found = settings(*words.split(), *more.split(), *hosts.split())
+    assert found.models == ("a/b",) and found.port == 0 and found.max_new_tokens == 50
+    assert found.top_k == 1 and found.max_images == 2 and found.body.max_bytes == 2**20
+    assert found.drain_seconds == 2.5 and found.system_with_images == "error"
+    assert found.image_hosts == ("a.example", "b.example")
+    assert found.allowed_hosts == ("box",) and found.allowed_origins == ("https://c",)
+    assert parsed("--image-cache-bytes", "1000").image_cache_bytes == 1000
+    assert parsed("--image-cache-bytes", "1MB").image_cache_bytes == 2**20
+    assert settings("--served-model-name", "x", "--served-model-name", "y").models == ("x", "y")
+
+
+def test_the_models_name_is_that_of_its_folder(tmp_path):
+    options = parsed("--model-path", str(tmp_path))
+    assert serve.settings_of(options, str(tmp_path)).models == (tmp_path.name,)
+
+
+def test_keys_come_from_the_command_line_or_else_the_environment(monkeypatch):
+    monkeypatch.setenv("MLLAMA_API_KEY", "theirs")
+    assert settings().api_keys == ("theirs",)
+    assert settings("--api-key", "a", "--api-key", "b").api_keys == ("a", "b")
+    for key in ("", " ", "a b", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel"):
+        with pytest.raises(UsageError, match="key"):
+            settings("--api-key", key)
+
+
+def test_what_a_person_should_know_is_told():
+    def told(*arguments: str) -> str:
+        options = parsed(*arguments)
+        return "\n".join(serve.warnings_of(options, serve.settings_of(options, "/m")))
+
+    assert told() == "" and told("--host", "localhost") == ""
+    assert "--api-key" in told("--host", "0.0.0.0") and "--api-key" in told("--host", "box")
+    assert told("--host", "0.0.0.0", "--api-key", "k") == ""
+    assert "never needed" in told("--trust-remote-code")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--port 70000",
+        "--port x",
+        "--max-new-tokens 0",
+        "--max-new-tokens -2",
+        "--top-k 0",
+        "--max-batch-size 0",
+        "--drain-timeout -1",
+        "--drain-timeout inf",
+        "--max-body 5",
+        "--device cpu --devices gpu",
+        "--devices gpu-0,gpu-1",
+        "--system-with-images ignore",
+    ],
+)
+def test_misuse_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(*arguments.split())
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--dtype float32 --quantization-encoding bfloat16",
+        "--serialized-model-path a --weight-path b",
+        "--allow-origin *",
+        "--allow-origin https://a.example/path",
+    ],
+)
+def test_contradictions_exit_with_2_before_anything_is_loaded(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "load_weights", None)
+    assert cli.main(["serve", *arguments.split()]) == 2
+    assert capsys.readouterr().err.count("\n") <= 2
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        ("--devices cpu", "cpu"),
+        ("--devices gpu", "cuda"),
+        ("--devices gpu-1", "cuda:1"),
+        ("--device cuda:0 --devices gpu-0", "cuda:0"),
+        ("", None),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "chat", "verify", "demo"])
+def test_a_device_has_two_spellings(command, given, device):
+    options = cli.build_parser().parse_args([command, *given.split()])
+    assert options.device == device
+
+
+def test_weights_may_lie_elsewhere(tmp_path, capsys):
+    weights, rest = tmp_path / "weights", tmp_path / "rest"
+    shutil.copytree(checkpoint_path(), rest)
+    weights.mkdir()
+    shutil.move(rest / "model.safetensors", weights)
+    arguments = [
+        "generate",
+        "--prompt",
+        "Hi.",
+        "--greedy",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "3",
+    ]
+    assert cli.main([*arguments, "--model-path", str(rest), "--weight-path", str(weights)]) == 0
+    first = capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_hub_id_is_downloaded_anew(monkeypatch, tmp_path):
+    asked = []
+
+    def resolved(name: str, force_download: bool) -> Path:
+        asked.append((name, force_download))
+        return tmp_path
+
+    monkeypatch.setattr(common, "resolve_folder", resolved)
+    assert common.checkpoint_of(parsed("--model", "a/b")) == "a/b"
+    assert common.checkpoint_of(parsed("--model", str(tmp_path), "--force-download")) == str(
+        tmp_path
+    )
+    assert not asked
+    assert common.checkpoint_of(parsed("--model", "a/b", "--force-download")) == str(tmp_path)
+    assert asked == [("a/b", True)]
+
+
+# Loading
+
+
+def test_an_engine_that_is_being_made_says_so():
+    go, told = threading.Event(), []
+    engine = EchoEngine()
+
+    def make() -> EchoEngine:
+        go.wait(10)
+        return engine
+
+    found = Deferred(make, lambda: told.append("ready"))
+    assert found.health() == "loading" and not told and found.stats().gauges == {}
+    work = Work("key", None, prompt="a")
+    with pytest.raises(Unavailable, match="loaded"):
+        asyncio.run(found.submit(work))
+    found.cancel("key")
+    go.set()
+    eventually(lambda: told)
+    assert found.health() == "ready" and "requests_running" in found.stats().gauges
+    found.cancel("key")
+    assert engine.cancelled == {"key"}
+
+
+def test_an_engine_that_cannot_be_made_is_dead():
+    def make() -> EchoEngine:
+        raise ValueError("no room")
+
+    found = Deferred(make, lambda: None)
+    eventually(lambda: found.health() == "dead")
+    assert str(found.error) == "no room"
+
+
+# The process
+
+SCRIPT = """
+import sys
+from serial_engine import SerialEngine
+from mllama import cli
+from mllama.commands import common, serve
+serve.start_engine = lambda model, processor, options: SerialEngine(model, processor)
+sys.exit(cli.main(["serve", *sys.argv[1:]]))
+"""
+
+
+class Process:
+    """The command in a process of its own, with the engine of the tests."""
+
+    def __init__(self, *arguments: str) -> None:
+        folder = str(Path(__file__).parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
+        command = [sys.executable, "-c", SCRIPT, "--device", "cpu", "--port", "0", *arguments]
+        self.child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.child.stderr is not None
+        self.lines.extend(iter(self.child.stderr.readline, ""))
+
+    @property
+    def text(self) -> str:
+        return "".join(list(self.lines))
+
+    @property
+    def url(self) -> str | None:
+        found = re.search(r"listening on (http://\S+)/;", self.text)
+        return found and found[1]
+
+    def wait(self) -> int:
+        code = self.child.wait(300)
+        self._thread.join(10)
+        return code
+
+    def close(self) -> None:
+        self.child.kill()
+        self.child.wait()
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    made = Process()
+    try:
+        eventually(lambda: made.url and "ready" in made.text, 300)
+        yield made
+    finally:
+        made.close()
+
+
+def test_it_says_where_it_listens_and_what_runs(process):
+    assert "no --model: using the demo model" in process.text
+    assert re.search(r"ready: (kernels|reference) on cpu", process.text)
+    assert httpx2.get(process.url + "/health").json() == {"status": "ready"}
+    assert httpx2.get(process.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
+    assert "Talk about a picture" in httpx2.get(process.url + "/").text
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def described(text: str) -> None:
+    """Whether an answer describes the page's first sample."""
+    _, scene = sample_picture(186)
+    for shape in scene.shapes:
+        assert f"{shape.size} {shape.color} {shape.kind}" in text, text
+
+
+def test_the_example_in_python_runs(process, tmp_path):
+    pytest.importorskip("openai")
+    (code,) = blocks("python")
+    code = code.replace("http://127.0.0.1:8000", process.url)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    described(done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_example_with_curl_runs(process, tmp_path):
+    (code,) = [block for block in blocks("bash") if "curl" in block]
+    code = code.replace("http://127.0.0.1:8000", process.url)
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    described(done.stdout)
+
+
+def test_options_on_the_page_exist(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z][a-z-]+)", PAGE)) - {"--devices"} <= known
+
+
+def test_a_form_is_compiled_for_the_models_vocabulary(process):
+    body = {
+        "messages": [{"role": "user", "content": "Hi."}],
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"not": {}}},
+        },
+    }
+    found = httpx2.post(process.url + "/v1/chat/completions", json=body, timeout=60)
+    assert found.status_code == 400 and "not" in found.json()["error"]["message"]
+    del body["response_format"]["json_schema"]["schema"]["not"]
+    assert httpx2.post(process.url + "/v1/chat/completions", json=body, timeout=60).is_success
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0(number):
+    made = Process("--served-model-name", "x", "--trust-remote-code")
+    try:
+        eventually(lambda: made.url, 300)
+        made.child.send_signal(number)
+        assert made.wait() == 0
+        assert "Traceback" not in made.text and "never needed" in made.text
+    finally:
+        made.close()
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_with_1(tmp_path):
+    shutil.copytree(checkpoint_path(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    made = Process("--model", str(tmp_path / "model"))
+    try:
+        assert made.wait() == 1
+        assert "model.safetensors is truncated" in made.text and "Traceback" not in made.text
+    finally:
+        made.close()
