@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -145,7 +145,7 @@ class ModelFacts:
             config = self._config(options)
         except ValueError as error:
             raise Refused(str(error)) from None
-        first = int.from_bytes(os.urandom(8)) >> 2 if options.seed is None else options.seed
+        first = secrets.randbits(62) if options.seed is None else options.seed
         sampling = Sampling(
             config,
             presence_penalty=options.presence_penalty,
