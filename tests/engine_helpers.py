@@ -15,11 +15,11 @@ import mllama
 import mllama_kernels
 from mllama.engine.answers import Answer
 from mllama.engine.engine import Engine
+from mllama.engine.interface import Options, Piece
 from mllama.engine.jobs import Job
 from mllama.engine.prompts import PreparedPicture, Prompt
 from mllama.engine.sampling import Counted, choose
 from mllama.processing.image_spans import cross_attention_mask
-from mllama.server.protocol import Options, Piece
 
 SHAPE = Shape(
     tile_side=28,

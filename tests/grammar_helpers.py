@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from mllama.demo import checkpoint_path
+from mllama.engine.interface import Constraint
 from mllama.grammar.compiling import GrammarCompiler
 from mllama.grammar.vocabulary import Vocabulary
 from mllama.processing.tokenizer import MllamaTokenizer
-from mllama.server.protocol import Constraint
 
 SIZE = 450  # rows of the demo model's head; the token of images has the id behind them
 ENDS = (439, 446, 447)

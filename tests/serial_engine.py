@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mllama.server.protocol import Piece, State, Stats, Usage, Work
+from mllama.engine.interface import Piece, State, Stats, Usage
+from mllama.server.protocol import Work
 
 
 class SerialEngine:

@@ -14,8 +14,7 @@ from typing import Any
 from grammar_helpers import demo_compiler, walk
 
 from mllama.demo import checkpoint_path
-from mllama.processing.tokenizer import MllamaTokenizer
-from mllama.server.protocol import (
+from mllama.engine.interface import (
     FinishReason,
     Overloaded,
     Piece,
@@ -24,9 +23,10 @@ from mllama.server.protocol import (
     Stats,
     Token,
     Usage,
-    Work,
     WorkFailed,
 )
+from mllama.processing.tokenizer import MllamaTokenizer
+from mllama.server.protocol import Work
 from mllama.server.settings import Settings
 
 PNG = bytes.fromhex(  # one grey pixel

@@ -28,9 +28,9 @@ from engine_helpers import (
 import mllama
 from mllama.engine import jobs
 from mllama.engine.engine import Engine
+from mllama.engine.interface import Options, Overloaded, Refused, Unavailable, WorkFailed
 from mllama.engine.prompts import PreparedPicture, Prompt
 from mllama.generation.sampling import row_seeds
-from mllama.server.protocol import Options, Overloaded, Refused, Unavailable, WorkFailed
 
 # The smallest that answers every request of these tests, and others.
 ROOMY = {"num_pages": 400, "num_slots": 64}

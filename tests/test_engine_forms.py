@@ -18,9 +18,10 @@ from grammar_helpers import demo_compiler
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.demo import checkpoint_path
 from mllama.engine.engine import Engine
-from mllama.engine.serving import AsyncEngine
+from mllama.engine.interface import Options, Piece
 from mllama.grammar.forms import Calls, Function, grammar_of
-from mllama.server.protocol import Options, Piece, Work
+from mllama.server.protocol import Work
+from mllama.server.serving import AsyncEngine
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

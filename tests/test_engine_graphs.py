@@ -23,10 +23,10 @@ from engine_helpers import (
 from recorded_graphs import stand_in
 
 from mllama.engine import jobs, runner
+from mllama.engine.interface import Options
 from mllama.engine.pages import SCRATCH_PAGE
 from mllama.engine.prompts import Prompt
 from mllama.engine.step import StepShape
-from mllama.server.protocol import Options
 
 
 @pytest.fixture

@@ -12,16 +12,9 @@ from engine_helpers import wait
 import mllama
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.engine.engine import Engine
-from mllama.engine.serving import AsyncEngine
-from mllama.server.protocol import (
-    Options,
-    Picture,
-    Piece,
-    Refused,
-    Unavailable,
-    Work,
-    WorkFailed,
-)
+from mllama.engine.interface import Options, Piece, Refused, Unavailable, WorkFailed
+from mllama.server.protocol import Picture, Work
+from mllama.server.serving import AsyncEngine
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,22 @@ def test_only_the_drop_in_package_needs_transformers():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    ("folder", "above"),
+    [
+        ("engine", {"server", "commands", "grammar"}),
+        ("generation", {"server", "commands", "grammar"}),
+        ("grammar", {"server", "commands", "engine"}),
+        ("server", {"commands"}),
+    ],
+)
+def test_the_engine_knows_nothing_of_who_asks_it(folder, above):
+    for path in (ROOT / "mllama" / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = str(getattr(node, "module", ""))
+            assert module.removeprefix("mllama.").split(".")[0] not in above, (path, module)
+
+
 def test_the_scheduler_needs_no_torch():
     """A plan is plain data, for processes that hold no model as well."""
     import subprocess

@@ -28,8 +28,9 @@ from mllama import cli
 from mllama.commands import common, serve
 from mllama.commands.usage import UsageError
 from mllama.demo import checkpoint_path, sample_picture
+from mllama.engine.interface import Unavailable
 from mllama.server.deferred import Deferred
-from mllama.server.protocol import Unavailable, Work
+from mllama.server.protocol import Work
 
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 

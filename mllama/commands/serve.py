@@ -219,7 +219,7 @@ def start_engine(
 ) -> Engine:
     """The engine of a loaded model, as the options say."""
     from mllama.engine.engine import Engine as Batching
-    from mllama.engine.serving import AsyncEngine
+    from mllama.server.serving import AsyncEngine
 
     engine = Batching(
         model,

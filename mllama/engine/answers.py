@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mllama.engine.interface import Token
 from mllama.engine.sampling import Likelihood
 from mllama.generation.stopping import RowText, StopStrings, special_tokens
 from mllama.generation.streaming import text_tokenizer
-from mllama.server.protocol import Token
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mllama.engine.answers import Vocabulary
-from mllama.engine.jobs import Job, ModelFacts, Outbox
-from mllama.engine.loop import Loop
-from mllama.engine.pages import PagePool, TilePool
-from mllama.engine.prefix import Scope
-from mllama.engine.prompts import Prompt, prepare_chat
-from mllama.engine.runner import Runner
-from mllama.engine.scheduler import Scheduler
-from mllama.engine.sizes import engine_sizes
-from mllama.server.protocol import (
+from mllama.engine.interface import (
     Constraint,
     Options,
     Overloaded,
@@ -26,6 +18,14 @@ from mllama.server.protocol import (
     Stats,
     WorkFailed,
 )
+from mllama.engine.jobs import Job, ModelFacts, Outbox
+from mllama.engine.loop import Loop
+from mllama.engine.pages import PagePool, TilePool
+from mllama.engine.prefix import Scope
+from mllama.engine.prompts import Prompt, prepare_chat
+from mllama.engine.runner import Runner
+from mllama.engine.scheduler import Scheduler
+from mllama.engine.sizes import engine_sizes
 from mllama.stores import KeyValueStore
 
 

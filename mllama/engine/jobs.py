@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mllama.engine.answers import Answer, Vocabulary
+from mllama.engine.interface import Constraint, Options, Piece, Refused
 from mllama.engine.prompts import Prompt
 from mllama.engine.sampling import Sampling
 from mllama.engine.sequence import Request
@@ -17,7 +18,6 @@ from mllama.generation.config import GenerationConfig
 from mllama.generation.sampling import SamplingConfig, row_seeds
 from mllama.generation.stopping import StopStrings
 from mllama.semantics import Semantics
-from mllama.server.protocol import Constraint, Options, Piece, Refused
 from mllama.vocabulary import embedding_rows, head_rows
 from mllama.wording import quoted
 from mllama_kernels.reference_sampling import MAX_LIKELIEST

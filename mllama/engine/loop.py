@@ -12,12 +12,12 @@ from functools import partial
 
 from mllama.engine.answers import Answer
 from mllama.engine.counts import Counts
+from mllama.engine.interface import Piece, State, Unavailable, Usage, WorkFailed
 from mllama.engine.jobs import Job, Outbox
 from mllama.engine.plan import Plan
 from mllama.engine.runner import Launched, Runner
 from mllama.engine.sampling import Likelihood
 from mllama.engine.scheduler import Event, Scheduler
-from mllama.server.protocol import Piece, State, Unavailable, Usage, WorkFailed
 
 _LOG = logging.getLogger(__name__)
 # Steps that fail one after another before nothing more is tried.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mllama.engine.interface import Constraint
 from mllama.generation.sampling import SamplingConfig
-from mllama.server.protocol import Constraint
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllama.server.protocol import Piece, Token, ToolCall, Usage, WorkFailed
+from mllama.engine.interface import Piece, Token, ToolCall, Usage, WorkFailed
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from mllama.engine.interface import Overloaded
 from mllama.limits import MIB
 from mllama.server.errors import RequestError, json_shown
-from mllama.server.protocol import Overloaded
 from mllama.strict_json import parse_json
 
 _AT_ONCE = 65536  # bytes that are parsed on the event loop

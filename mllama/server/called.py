@@ -8,8 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mllama.engine.interface import Piece, Token, ToolCall
 from mllama.server.call_reader import CallReader, Read
-from mllama.server.protocol import Piece, Token, ToolCall
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable
 
-from mllama.server.protocol import Engine, Piece, State, Stats, Unavailable, Work
+from mllama.engine.interface import Piece, State, Stats, Unavailable
+from mllama.server.protocol import Engine, Work
 
 
 class Deferred:

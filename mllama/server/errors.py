@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from mllama.server.protocol import Overloaded, Refused, Unavailable, WorkFailed
+from mllama.engine.interface import Overloaded, Refused, Unavailable, WorkFailed
 from mllama.wording import shown
 
 _LOG = logging.getLogger(__name__)

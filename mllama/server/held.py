@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from mllama.engine.interface import Refused
 from mllama.grammar.compiling import Constraint, GrammarCompiler
 from mllama.grammar.forms import Calls, Function, GrammarError, grammar_of
 from mllama.server.called import ToolUse
-from mllama.server.protocol import Refused
 from mllama.server.schema import Sampling
 
 _THREADS = 2

@@ -15,7 +15,8 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
-from mllama.server.protocol import Engine, Piece, Usage
+from mllama.engine.interface import Piece, Usage
+from mllama.server.protocol import Engine
 from mllama.wording import shown
 
 _LOG = logging.getLogger(__name__)

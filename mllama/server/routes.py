@@ -13,13 +13,14 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from mllama.engine.interface import Piece, Unavailable, Usage
 from mllama.server import answers
 from mllama.server.body import BodyBudget, read_json
 from mllama.server.called import with_calls
 from mllama.server.errors import as_request_error
 from mllama.server.fields import Body, read
 from mllama.server.metrics import Metrics
-from mllama.server.protocol import Engine, Piece, Unavailable, Usage
+from mllama.server.protocol import Engine
 from mllama.server.schema import ChatRequest, CompletionRequest, Sampling, unknown_fields
 from mllama.server.settings import Settings
 from mllama.server.sse import EventStream

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from mllama.server.protocol import Unavailable
+from mllama.engine.interface import Unavailable
 
 T = TypeVar("T")
 

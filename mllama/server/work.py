@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mllama.engine.interface import Options
 from mllama.server.call_prompts import with_functions
 from mllama.server.called import ToolUse
 from mllama.server.errors import RequestError, json_shown
 from mllama.server.held import Forms
 from mllama.server.messages import template_messages
 from mllama.server.pictures import Pictures
-from mllama.server.protocol import Options, Work
+from mllama.server.protocol import Work
 from mllama.server.schema import ChatRequest, CompletionRequest, NamedTool, Sampling
 from mllama.server.settings import Settings
 

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import jinja2
 
 from mllama.engine.engine import Engine
+from mllama.engine.interface import Piece, Refused, State, Stats, Unavailable, WorkFailed
 from mllama.engine.loop import Loop
 from mllama.engine.prompts import Prompt, prepare_chat, prepare_text
 from mllama.limits import REQUESTS, Limits
 from mllama.processing.images import open_image
 from mllama.processing.sources import ImageOpenError
-from mllama.server.protocol import Piece, Refused, State, Stats, Unavailable, Work, WorkFailed
+from mllama.server.protocol import Work
 
 
 class AsyncEngine:
