@@ -15,8 +15,6 @@
 
 namespace mllama::MLLAMA_ISA {
 
-constexpr int kTileVectors = kTileRows / kLanes;
-
 // Not known to the compiler: a sum that it would otherwise add up in an order of its own, with all
 // products in memory.
 MLLAMA_INLINE __m256i in_register(__m256i x) {

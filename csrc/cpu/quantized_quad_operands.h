@@ -8,6 +8,7 @@
 namespace mllama::MLLAMA_ISA {
 
 constexpr int kQuads = kStepColumns / 4;
+constexpr int kTileVectors = kTileRows / kLanes;
 
 template <Encoding kEncoding>
 class QuadOperands {
