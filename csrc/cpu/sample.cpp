@@ -12,15 +12,12 @@
 #include "ops.h"
 #include "sample_logprobs.h"
 #include "sample_scale.h"
+#include "sample_weights.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
 constexpr int64_t kManyRows = 8;  // from here on a row is one thread's
-
-void find_weights(const uint32_t* levels, int64_t* weights, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) weights[i] = weight_of(levels[i]);
-}
 
 // The bin in which the amount from the most likely token on reaches `need`; kBins: none does.
 // Adds the amounts before it to `above`.

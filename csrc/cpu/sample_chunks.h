@@ -74,13 +74,5 @@ const T* logits_of(const SampleParams& p, int64_t row) {
   return static_cast<const T*>(p.logits) + row * p.logits_row_stride;
 }
 
-void find_levels(const float* scaled, float largest, uint32_t* levels, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float distance = largest - scaled[i];
-    const float cut = distance < kMaxDistance ? distance : kMaxDistance;
-    levels[i] = static_cast<uint32_t>(static_cast<int32_t>(cut * kLevelsPerUnit));
-  }
-}
-
 }  // namespace
 }  // namespace mllama::MLLAMA_ISA
