@@ -27,28 +27,41 @@ constexpr int64_t kMaxWeight = int64_t{1} << 40;
 // The weights of a row must sum to less than 2^63.
 constexpr int64_t kMaxVocab = int64_t{1} << 22;
 
-// Internal linkage: the CPU kernels are compiled once per instruction set (simd.h).
-MLLAMA_HOST_DEVICE static inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+namespace {  // internal linkage: the CPU kernels are compiled once per instruction set (simd.h)
+
+// One number of 64 bits, or as many as a vector has: Numbers::multiply(a, b) is the product of
+// their lower words.
+struct OneNumber {
+  using Value = uint64_t;
+  MLLAMA_HOST_DEVICE static Value multiply(Value a, Value b) {
+    return uint64_t{static_cast<uint32_t>(a)} * static_cast<uint32_t>(b);
+  }
+};
+
+template <typename Numbers>
+MLLAMA_HOST_DEVICE inline typename Numbers::Value weights_of(typename Numbers::Value level) {
+  using Value = typename Numbers::Value;
+  // 42 - level * 2^-26 * log2(e), with 57 bits behind the point; 2^40 is what level 0 gets.
+  const Value exponent = (uint64_t{42} << 57) - Numbers::multiply(level, Value{} + 3098164009u);
+  const Value fraction = (exponent >> 25) & 0xffffffffu;
+  // (2^f - 1) / f, scaled by 2^31. The coefficients sum to 2^31, so that 2^f stays below 2.
+  Value p = Value{} + 46022;
+  p = (Numbers::multiply(p, fraction) >> 32) + 308748;
+  p = (Numbers::multiply(p, fraction) >> 32) + 2881712;
+  p = (Numbers::multiply(p, fraction) >> 32) + 20646516;
+  p = (Numbers::multiply(p, fraction) >> 32) + 119196129;
+  p = (Numbers::multiply(p, fraction) >> 32) + 515882277;
+  p = (Numbers::multiply(p, fraction) >> 32) + 1488522244;
+  const Value power = ((Numbers::multiply(p, fraction) >> 32) + (1u << 31)) << 9;
+  const Value shift = 42 - (exponent >> 57);
+  return (power + (((Value{} + 1) << shift) >> 1)) >> shift;
 }
 
-MLLAMA_HOST_DEVICE static inline int64_t weight_of(uint32_t level) {
-  // 42 - level * 2^-26 * log2(e), with 57 bits behind the point; 2^40 is what level 0 gets.
-  const uint64_t exponent = (uint64_t{42} << 57) - static_cast<uint64_t>(level) * 3098164009u;
-  const uint32_t whole = static_cast<uint32_t>(exponent >> 57);
-  const uint32_t fraction = static_cast<uint32_t>(exponent >> 25);
-  // (2^f - 1) / f, scaled by 2^31. The coefficients sum to 2^31, so that 2^f stays below 2.
-  uint32_t p = 46022;
-  p = multiply_high(p, fraction) + 308748;
-  p = multiply_high(p, fraction) + 2881712;
-  p = multiply_high(p, fraction) + 20646516;
-  p = multiply_high(p, fraction) + 119196129;
-  p = multiply_high(p, fraction) + 515882277;
-  p = multiply_high(p, fraction) + 1488522244;
-  const uint64_t power = static_cast<uint64_t>((1u << 31) + multiply_high(p, fraction)) << 9;
-  const uint32_t shift = 42 - whole;
-  return static_cast<int64_t>((power + ((uint64_t{1} << shift) >> 1)) >> shift);
+MLLAMA_HOST_DEVICE inline int64_t weight_of(uint32_t level) {
+  return static_cast<int64_t>(weights_of<OneNumber>(level));
 }
+
+}  // namespace
 
 // The log-probability of a token, of the row's largest logit and of the sum of all weights: the
 // logits in float32, the rest in float64.

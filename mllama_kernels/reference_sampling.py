@@ -79,14 +79,14 @@ class Options:
         """float32 logits (B, V) as the filters see them, every operation rounded."""
         given = self._given
         seen, counts, allowed = given["seen"], given["counts"], given["allowed"]
+        if given["bias"] is not None:
+            logits = logits + self._biases(logits.shape[1])
         if seen is not None:
             logits = penalized(logits, self._column("repetition_penalty").float(), seen)
         if counts is not None:
             counts = counts.clamp_min(0)
             logits = logits - self._column("frequency_penalty").float() * counts.float()
             logits = logits - self._column("presence_penalty").float() * (counts > 0)
-        if given["bias"] is not None:
-            logits = logits + self._biases(logits.shape[1])
         if allowed is not None:  # what is not finite cannot be hidden
             is_hidden = ~_bits(allowed, logits.shape[1]) & (logits < torch.inf)
             logits = logits.masked_fill(is_hidden, -torch.inf)

@@ -31,10 +31,10 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses one token per row: the most likely one, or one drawn from the filtered distribution.
 
-    Every option is data of its row, None is off for all. In this order: repetition penalty, frequency and
-    presence penalty, bias, allowed tokens, then the filters of `transformers` 5 in its order: temperature,
-    top-k, top-p, min-p. Token and log-probabilities are a function of the row's logits, options, seed and
-    step alone: the same token on every device, in every batch, and in the reference.
+    Every option is data of its row, None is off for all. In this order, that of `transformers` 5 for all it
+    has of them: bias, repetition penalty, frequency and presence penalty, allowed tokens, temperature, top-k,
+    top-p, min-p. Token and log-probabilities are a function of the row's logits, options, seed and step
+    alone: the same token on every device, in every batch, and in the reference.
 
     What changes logits is done in float32, each operation rounded. A token's weight is then
     exp(z - max z) * 2**40 rounded to an integer, where the float32 difference is cut to a multiple of

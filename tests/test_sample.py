@@ -251,6 +251,44 @@ def test_the_penalty_equals_that_of_transformers(penalty):
     assert penalized(logits, torch.tensor(penalty), seen).equal(expected)
 
 
+def test_what_changes_logits_comes_in_the_order_of_transformers(device):
+    """A bias is of the model's own logits: a penalty divides it with them."""
+    logits = torch.rand(5, 301, device=device)
+    ids = torch.randint(0, 300, (5, 40), device=device)
+    tokens, bias = [ids[0, 0].item(), 300], [8.0, 6.0]
+    processors = [
+        hf.SequenceBiasLogitsProcessor([[[token], value] for token, value in zip(tokens, bias)]),
+        hf.RepetitionPenaltyLogitsProcessor(1.7),
+    ]
+    theirs = hf.LogitsProcessorList(processors)(ids, logits.clone())
+    options = {
+        "repetition_penalty": 1.7,
+        "seen": torch.zeros(5, 301, dtype=torch.bool, device=device).scatter_(1, ids, True),
+        "bias_tokens": torch.tensor(tokens, device=device).expand(5, -1),
+        "bias": torch.tensor(bias, device=device).expand(5, -1),
+    }
+    seeds = torch.arange(5, device=device)
+    token = assert_same(logits, seeds, 4, temperature=0.0, **options)
+    assert torch.equal(token, theirs.argmax(-1)) and token[0] == 300
+    counts = torch.randint(0, 3, (5, 301), dtype=torch.int32, device=device)
+    options |= {"presence_penalty": 0.25, "frequency_penalty": 1.5, "counts": counts}
+    theirs = theirs - 1.5 * counts - 0.25 * (counts > 0)  # as OpenAI defines them
+    assert torch.equal(assert_same(logits, seeds, 4, **options), tokens_of(theirs, seeds, 4))
+
+
+def test_top_p_is_a_float64():
+    """The likelier of two tokens has a share between 0.9 in float32 and in float64."""
+    below = torch.tensor(0.9).item()
+    distance = torch.tensor(math.log(9)).view(torch.int32) + torch.arange(-9, 9, dtype=torch.int32)
+    logits = torch.stack([torch.zeros(18), -distance.view(torch.float32)], 1)
+    share = logits.double().softmax(-1)[:, 0]
+    between = logits[(share > below) & (share < 0.9)]
+    assert len(between) and below < 0.9
+    row, device = between[0], torch.device("cpu")
+    assert set(draws(row, 200, device, top_p=0.9).tolist()) == {0, 1}
+    assert set(draws(row, 200, device, top_p=below).tolist()) == {0}
+
+
 def test_the_chain_equals_transformers():
     logits = 4 * torch.randn(5, 301)
     processors = [
@@ -459,6 +497,26 @@ def test_what_is_not_finite_cannot_be_hidden(device, bad):
             assert token[1] == INVALID_TOKEN and token[0] >= 0 and token[2] >= 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_overflows_marks_its_row(device, temperature):
+    logits = torch.full((5, 70), -1.0, device=device)
+    logits[:, 40] = 2e38
+    logits[3, 41] = -math.inf
+    # In the last two rows every token gets an infinity, or loses one.
+    penalty = torch.tensor([0, 0, 0, -3e38, 3e38], dtype=torch.float64, device=device)
+    options = {
+        "temperature": temperature,
+        "bias_tokens": torch.full((5, 1), 40, device=device),
+        "bias": torch.tensor([[1e38], [2e38], [-3.4e38], [0.0], [0.0]], device=device),
+        "frequency_penalty": penalty,
+        "counts": torch.full((5, 70), 2, dtype=torch.int32, device=device),
+        "num_likeliest": 2,
+    }
+    token = assert_same(logits, torch.arange(5, device=device), 0, **options)
+    assert token[0] == 40 and token[2] not in (40, INVALID_TOKEN)
+    assert token[[1, 3, 4]].tolist() == [INVALID_TOKEN] * 3
+
+
 def test_penalties_by_counts_follow_the_definition(device):
     logits = torch.tensor([[3.0, 2.9, 2.0, -1.0]] * 4, device=device)
     counts = torch.tensor([[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0], [1, 3, 0, -5]], device=device)
@@ -518,6 +576,29 @@ def test_how_many_likeliest_is_each_rows_own(device):
     nothing = mllama_kernels.sample(logits, seeds, seeds)
     assert torch.equal(nothing[0], chosen)
     assert nothing[1].shape == nothing[2].shape == (5, 0)
+
+
+def test_the_likeliest_take_the_lower_of_equal_tokens_first(device):
+    """Also of zeros that differ in their sign."""
+    for vocab in (40, 9000):
+        logits = torch.full((2, vocab), -1.0, device=device)
+        zeros = [3, 4, 31, 32, vocab - 2]
+        logits[:, zeros] = 0.0
+        logits[0, zeros[::2]] = -0.0
+        logits[1, zeros[1::2]] = -0.0
+        logits[:, 17] = 1.0
+        seeds = torch.arange(2, device=device)
+        assert_same(logits, seeds, 0, temperature=0.0, num_likeliest=8)
+        wanted = each(2, device, num_likeliest=8)["num_likeliest"]
+        likeliest = mllama_kernels.sample(logits, seeds, seeds, num_likeliest=wanted)[1]
+        assert likeliest[:, :8].tolist() == [[17, *zeros, 0, 1]] * 2
+
+
+def test_no_rows(device):
+    arguments = {name: value[:0] for name, value in arguments_of("sample", device).items()}
+    for module in (mllama_kernels, reference):
+        tokens, likeliest, logprobs = module.sample(**arguments)
+        assert (tokens.shape, likeliest.shape, logprobs.shape) == ((0,), (0, 20), (0, 21))
 
 
 def test_torch_machinery(device):

@@ -10,17 +10,14 @@
 //            and allowed (1/8); 24 bytes of scratch per token, from L2 after the first pass.
 #include "common/scratch.h"
 #include "ops.h"
-#include "sample_chunks.h"
 #include "sample_logprobs.h"
+#include "sample_scale.h"
+#include "sample_weights.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
 
 constexpr int64_t kManyRows = 8;  // from here on a row is one thread's
-
-void find_weights(const uint32_t* levels, int64_t* weights, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) weights[i] = weight_of(levels[i]);
-}
 
 // The bin in which the amount from the most likely token on reaches `need`; kBins: none does.
 // Adds the amounts before it to `above`.
@@ -119,11 +116,9 @@ int64_t choose_token(const SampleParams& p, const Row& row, int64_t index) {
   const FilterOptions filters =
       filter_options(own(p.top_k), own(p.top_p), own(p.min_p), own(p.num_likeliest));
   if (!options.are_valid || !filters.are_valid) return kInvalidToken;
-  const auto scale_chunk = [&](Chunk& chunk, int64_t begin, int64_t size, bool keep) {
-    scale<T>(p, options, index, keep, row.scaled + begin, begin, size, chunk);
-  };
   row.for_chunks([&](Chunk& chunk, int64_t begin, int64_t size) {
-    scale_chunk(chunk, begin, size, !options.is_greedy);
+    float* out = options.is_greedy ? nullptr : row.scaled + begin;
+    scale<T>(p, options, index, begin, out, size, chunk);
   });
   float largest = -__builtin_inff();
   bool has_nan = false;
@@ -135,7 +130,8 @@ int64_t choose_token(const SampleParams& p, const Row& row, int64_t index) {
   if (options.is_greedy) {
     int64_t token = 0;
     while (row.chunks[token / kChunk].largest != largest) token += kChunk;
-    scale_chunk(row.chunks[token / kChunk], token, min(kChunk, p.vocab - token), true);
+    scale<T>(p, options, index, token, row.scaled + token, min(kChunk, p.vocab - token),
+             row.chunks[token / kChunk]);
     while (row.scaled[token] != largest) ++token;
     return token;
   }

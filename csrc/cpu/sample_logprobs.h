@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sample_chunks.h"
+#include "sample_weights.h"
 
 namespace mllama::MLLAMA_ISA {
 namespace {
@@ -23,6 +24,7 @@ int64_t find_total(const T* logits, float largest, int64_t size) {
   constexpr int64_t kBlock = 256;
   float z[kBlock];
   uint32_t levels[kBlock];
+  int64_t weights[kBlock];
   int64_t total = 0;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t count = min(kBlock, size - begin);
@@ -30,7 +32,8 @@ int64_t find_total(const T* logits, float largest, int64_t size) {
       store(z + i, load_float(logits + begin + i, part), part);
     });
     find_levels(z, largest, levels, count);
-    for (int64_t i = 0; i < count; ++i) total += weight_of(levels[i]);
+    find_weights(levels, weights, count);
+    for (int64_t i = 0; i < count; ++i) total += weights[i];
   }
   return total;
 }

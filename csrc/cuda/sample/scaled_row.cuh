@@ -1,4 +1,4 @@
-// One row of logits behind penalties, biases, allowed tokens and temperature, four tokens a lane.
+// One row of logits behind biases, penalties, allowed tokens and temperature, four tokens a lane.
 #pragma once
 
 #include "../../sample_row.h"
@@ -89,6 +89,8 @@ struct ScaledRow {
   // Scaled. What is not finite cannot be hidden.
   __device__ void load(int64_t token, BiasCursor& biases, float (&z)[kTokensPerLane]) const {
     load_given(token, z);
+    const int lane = threadIdx.x % kWarpSize, own = static_cast<int>(token);
+    biases.add(own + (kWarpSize - lane) * kTokensPerLane, own, z);
     if (options.repetition != 1) {
       read(p.seen + row * p.vocab, token, [&](int i, bool is_seen, bool exists) {
         if (!exists || !is_seen) return;
@@ -102,8 +104,6 @@ struct ScaledRow {
         z[i] = __fsub_rn(__fsub_rn(z[i], repeated), options.presence);
       });
     }
-    const int lane = threadIdx.x % kWarpSize, own = static_cast<int>(token);
-    biases.add(own + (kWarpSize - lane) * kTokensPerLane, own, z);
     uint32_t bits = ~0u;
     if (p.allowed != nullptr && token < p.vocab) {
       bits = static_cast<uint32_t>(p.allowed[row * ((p.vocab + 31) / 32) + token / 32]) >> own % 32;
