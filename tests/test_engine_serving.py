@@ -113,6 +113,18 @@ def test_what_is_wrong_is_said_in_words(served, change, words, param):
     assert refused.value.param == param
 
 
+def test_what_python_says_of_a_template_is_not_told(engine, served, monkeypatch):
+    request = Work("a", Options(), ({"role": "user", "content": "a"},))
+    for template, words in (
+        ("{{ messages[0].a.b }}", "the chat template cannot write these messages$"),
+        ("{{ messages[0] + 1 }}", "the chat template cannot write these messages$"),
+        ("{{ raise_exception('no') }}", "the chat template refuses the messages: no$"),
+    ):
+        monkeypatch.setattr(engine.processor, "chat_template", template)
+        with pytest.raises(Refused, match=words):
+            asyncio.run(answer(served, request))
+
+
 def test_readers_that_go_away_end_their_requests(engine, served):
     async def run():
         for leave in ("close", "forget", "cancel", "key"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,17 @@ import jinja2
 
 from mllama.engine.engine import Engine
 from mllama.engine.interface import Piece, Refused, State, Stats, Unavailable, WorkFailed
+from mllama.engine.jobs import Job
 from mllama.engine.loop import Loop
-from mllama.engine.prompts import Prompt, prepare_chat, prepare_text
+from mllama.engine.prompts import prepare_chat, prepare_text
 from mllama.limits import REQUESTS, Limits
 from mllama.processing.images import open_image
 from mllama.processing.sources import ImageOpenError
+from mllama.processing.template_errors import TemplateLimitError
 from mllama.server.protocol import Work
+from mllama.wording import shown
+
+_LOG = logging.getLogger(__name__)
 
 
 class AsyncEngine:
@@ -39,16 +45,15 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         arrived = time.monotonic()
         self._engine.require_room(len(self._preparing))
+        if self._mail is None or self._mail.event_loop is not loop:
+            self._mail = Mail(loop)
         self._preparing[work.key] = False
         try:
-            prompt = await loop.run_in_executor(self._threads, self._prepare, work)
+            job = await loop.run_in_executor(self._threads, self._prepare, work, self._mail)
         finally:
             is_cancelled = self._preparing.pop(work.key)
         if is_cancelled:
             raise Unavailable("the request was cancelled")
-        if self._mail is None or self._mail.event_loop is not loop:
-            self._mail = Mail(loop)
-        job = self._engine.job(work.key, prompt, work.options, self._mail, work.constraint)
         job.arrived = arrived
         pieces = Pieces(work.key, self._mail, self._engine.loop)
         self._engine.loop.put(job)
@@ -71,24 +76,30 @@ class AsyncEngine:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _prepare(self, work: Work) -> Prompt:
-        """Raises: Refused."""
+    def _prepare(self, work: Work, mail: Mail) -> Job:
+        """Raises: Refused; Overloaded; Unavailable."""
         processor = self._engine.processor
         try:
             if work.messages is None:
                 assert work.prompt is not None
-                return prepare_text(processor, work.prompt, limits=self._limits)
-            images = [self._opened(picture) for picture in work.pictures]
-            return prepare_chat(
-                processor,
-                work.messages,
-                images,
-                limits=self._limits,
-                allow_paths=False,
-                tools=list(work.tools) or None,
-            )
+                prompt = prepare_text(processor, work.prompt, limits=self._limits)
+            else:
+                prompt = prepare_chat(
+                    processor,
+                    work.messages,
+                    [self._opened(picture) for picture in work.pictures],
+                    limits=self._limits,
+                    allow_paths=False,
+                    tools=list(work.tools) or None,
+                )
+            return self._engine.job(work.key, prompt, work.options, mail, work.constraint)
         except jinja2.TemplateError as error:
-            raise Refused(f"the chat template refuses the messages: {error}", "messages") from None
+            if type(error) in (jinja2.TemplateError, TemplateLimitError):
+                words = f"the chat template refuses the messages: {error}"
+            else:  # what jinja and Python say of a template is not for those who cannot see it
+                _LOG.warning("the chat template failed at a request: %s", shown(str(error)))
+                words = "the chat template cannot write these messages"
+            raise Refused(words, "messages") from None
         except (ValueError, TypeError) as error:
             if isinstance(error, Refused):
                 raise
