@@ -117,6 +117,10 @@ class Child:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=300)
 
+    def health(self) -> int:
+        """The status of /health."""
+        return httpx2.get(self.url + "/health", timeout=300).status_code
+
     def metrics(self) -> dict[str, float]:
         """Their values by name, with labels as they are written."""
         lines = httpx2.get(self.url + "/metrics", timeout=300).text.splitlines()
