@@ -180,6 +180,18 @@ def test_a_bad_picture_is_named_by_its_place(server, name):
     assert server.memory() - start < 200 * 2**20
 
 
+def test_a_picture_that_was_seen_is_not_opened_again(server):
+    def known() -> float:
+        return server.metrics()["picture_files_known_total"]
+
+    before = known()
+    first = server.ask(picture_and("What is in the image?", seed=31), temperature=0)
+    assert known() == before
+    again = server.ask(picture_and("What is in the image?", seed=31), temperature=0)
+    assert known() == before + 1
+    assert first.json()["choices"] == again.json()["choices"]
+
+
 # Clients that go, at every point
 
 

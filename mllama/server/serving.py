@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jinja2
 
@@ -14,15 +15,22 @@ from mllama.engine.engine import Engine
 from mllama.engine.interface import Piece, Refused, State, Stats, Unavailable, WorkFailed
 from mllama.engine.jobs import Job
 from mllama.engine.loop import Loop
-from mllama.engine.prompts import prepare_chat, prepare_text
-from mllama.limits import REQUESTS, Limits
+from mllama.engine.prompts import (
+    PreparedPicture,
+    prepare_chat_with,
+    prepare_picture,
+    prepare_text,
+)
+from mllama.limits import MIB, REQUESTS, Limits
 from mllama.processing.images import open_image
 from mllama.processing.sources import ImageOpenError
 from mllama.processing.template_errors import TemplateLimitError
-from mllama.server.protocol import Work
+from mllama.server.known_pictures import KnownPictures
+from mllama.server.protocol import Picture, Work
 from mllama.wording import shown
 
 _LOG = logging.getLogger(__name__)
+_PIXEL_BYTES = 256 * MIB  # of known pictures
 
 
 class AsyncEngine:
@@ -32,10 +40,18 @@ class AsyncEngine:
         engine: closed by its owner.
         num_threads: that prepare requests: open pictures, render templates, make tokens.
         limits: of what they may take.
+        pixel_bytes: of pictures that are kept as they were prepared, for those who show them again.
     """
 
-    def __init__(self, engine: Engine, num_threads: int = 2, limits: Limits = REQUESTS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        num_threads: int = 2,
+        limits: Limits = REQUESTS,
+        pixel_bytes: int = _PIXEL_BYTES,
+    ) -> None:
         self._engine, self._limits = engine, limits
+        self._known = KnownPictures(pixel_bytes)
         self._threads = ThreadPoolExecutor(num_threads, "mllama-prepare")
         self._preparing: dict[str, bool] = {}  # by key: whether it has been cancelled
         self._mail: Mail | None = None
@@ -70,7 +86,9 @@ class AsyncEngine:
         return self._engine.loop.state
 
     def stats(self) -> Stats:
-        return self._engine.stats()
+        stats, known = self._engine.stats(), self._known
+        counters = {"pictures": known.num_asked, "picture_files_known": known.num_known}
+        return replace(stats, counters={**stats.counters, **counters})
 
     def close(self) -> None:
         """End the threads."""
@@ -78,19 +96,16 @@ class AsyncEngine:
 
     def _prepare(self, work: Work, mail: Mail) -> Job:
         """Raises: Refused; Overloaded; Unavailable."""
-        processor = self._engine.processor
+        processor, limits = self._engine.processor, self._limits
         try:
             if work.messages is None:
                 assert work.prompt is not None
-                prompt = prepare_text(processor, work.prompt, limits=self._limits)
+                prompt = prepare_text(processor, work.prompt, limits=limits)
             else:
-                prompt = prepare_chat(
-                    processor,
-                    work.messages,
-                    [self._opened(picture) for picture in work.pictures],
-                    limits=self._limits,
-                    allow_paths=False,
-                    tools=list(work.tools) or None,
+                pictures = [self._picture(picture) for picture in work.pictures]
+                tools = list(work.tools) or None
+                prompt = prepare_chat_with(
+                    processor, work.messages, pictures, limits=limits, tools=tools
                 )
             return self._engine.job(work.key, prompt, work.options, mail, work.constraint)
         except jinja2.TemplateError as error:
@@ -105,11 +120,16 @@ class AsyncEngine:
                 raise
             raise Refused(str(error), "prompt" if work.messages is None else "messages") from None
 
-    def _opened(self, picture):
+    def _picture(self, picture: Picture) -> PreparedPicture:
+        """Raises: Refused naming its place."""
         try:
-            return open_image(picture.data, limits=self._limits, allow_paths=False)
+            return self._known.get(picture.data, self._prepared)
         except ImageOpenError as error:
             raise Refused(f"{picture.place}: {error}", picture.place) from None
+
+    def _prepared(self, data: bytes) -> PreparedPicture:
+        image = open_image(data, limits=self._limits, allow_paths=False)
+        return prepare_picture(self._engine.processor, image, limits=self._limits)
 
 
 class Mail:
