@@ -251,6 +251,51 @@ def test_a_stream_ends_with_its_last_event_whoever_reads_it():
     assert b"".join(asyncio.run(run())).endswith(b'data: {"i":2}\n\ndata: [DONE]\n\n')
 
 
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """Waits for no timer: its time goes to the next one at once."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:
+            self.now = max(self.now, self._scheduled[0].when())
+        super()._run_once()
+
+
+def test_a_comment_comes_after_15_seconds_of_silence():
+    async def run() -> list[tuple[float, bytes]]:
+        sent: list[tuple[float, bytes]] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append((asyncio.get_running_loop().time(), message.get("body", b"")[:1]))
+
+        async def events() -> Any:
+            await asyncio.sleep(10)
+            yield {}
+            await asyncio.sleep(40)
+
+        async with AsyncExitStack() as stack:
+            watch = await stack.enter_async_context(Watch(receive, Gate()))
+            stream = EventStream(events(), watch, stack.pop_all())
+        await stream({}, receive, send)
+        return sent
+
+    loop = JumpingLoop()
+    try:
+        sent = loop.run_until_complete(run())
+    finally:
+        loop.close()
+    assert [at for at, data in sent if data == b":"] == [25, 40]
+    assert [at for at, data in sent if data == b"d"] == [10, 50]
+
+
 # Ends
 
 

@@ -96,7 +96,7 @@ class _Reader:
                     yield _COMMENT
                     last = loop.time()
                 if timer.when() <= loop.time():
-                    timer = loop.call_later(SILENCE, self._news.set)
+                    timer = loop.call_at(last + SILENCE, self._news.set)
                 await self._news.wait()
                 self._news.clear()
         finally:
