@@ -13,6 +13,8 @@ import mllama
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.engine.engine import Engine
 from mllama.engine.interface import Options, Piece, Refused, Unavailable, WorkFailed
+from mllama.engine.prompts import prepare_chat, prepare_chat_with, prepare_picture
+from mllama.server import serving
 from mllama.server.protocol import Picture, Work
 from mllama.server.serving import AsyncEngine
 
@@ -78,6 +80,68 @@ def test_requests_of_an_event_loop(served):
         assert all(piece.finish_reason is None for piece in pieces[:-1])
 
 
+@pytest.fixture
+def opened(monkeypatch) -> list[int]:
+    """The lengths of the files that are opened."""
+    lengths: list[int] = []
+    open_image = serving.open_image
+
+    def counting(data, **options):
+        lengths.append(len(data))
+        return open_image(data, **options)
+
+    monkeypatch.setattr(serving, "open_image", counting)
+    return lengths
+
+
+def test_a_picture_that_was_seen_is_not_opened_again(engine, served, opened):
+    async def run():
+        return [(await answer(served, work(seed=seed, max_tokens=8)))[0] for seed in (11, 12, 11)]
+
+    encoded = engine.stats().counters["encoded_pictures"]
+    texts = asyncio.run(run())
+    assert opened == [len(png(11)), len(png(12))] and texts[0] == texts[2]
+    counters = served.stats().counters
+    assert counters["pictures"] == 3 and counters["picture_files_known"] == 1
+    assert counters["encoded_pictures"] == encoded + 2
+
+
+def test_known_pictures_have_a_bound(engine, opened):
+    prepared = prepare_picture(engine.processor, sample_picture(11)[0])
+    served = AsyncEngine(engine, pixel_bytes=2 * prepared.pixels.nbytes)
+
+    async def run(*seeds):
+        for seed in seeds:
+            await answer(served, work(seed=seed, max_tokens=1))
+
+    asyncio.run(run(11, 12, 11, 13, 11, 12))  # 13 takes the place of 12, used before 11
+    assert opened == [len(png(seed)) for seed in (11, 12, 13, 12)]
+    served.close()
+
+
+def test_a_picture_that_is_none_is_not_kept(served, opened):
+    for _ in range(2):
+        request = Work(**{**vars(work()), "pictures": (Picture(b"\x89PNG\r\n", "a"),)})
+        with pytest.raises(Refused, match="a: "):
+            asyncio.run(answer(served, request))
+    assert opened == [6, 6]
+
+
+def test_pictures_that_are_prepared_make_the_same_prompt(engine):
+    pictures = [sample_picture(seed)[0] for seed in (1, 2)]
+    words = "<|image|> and <|eot_id|> are words"
+    messages = [
+        *asked(words, images=1),
+        {"role": "assistant", "content": "Yes."},
+        *asked("And now?", images=1),
+    ]
+    whole = prepare_chat(engine.processor, messages, pictures)
+    prepared = [prepare_picture(engine.processor, picture) for picture in pictures]
+    parts = prepare_chat_with(engine.processor, messages, prepared)
+    assert parts.tokens == whole.tokens
+    assert [p.key for p in parts.pictures] == [p.key for p in whole.pictures]
+
+
 def test_a_prompt_is_a_text_or_tokens(served):
     async def run(prompt):
         return await answer(
@@ -93,7 +157,7 @@ def test_a_prompt_is_a_text_or_tokens(served):
 @pytest.mark.parametrize(
     ("change", "words", "param"),
     [
-        ({"pictures": ()}, "an image part has no image", "messages"),
+        ({"pictures": ()}, "1 image tokens and 0 pictures", None),
         (
             {"pictures": (Picture(b"\x89PNG\r\n\x1a\n", "messages[0].content[0]"),)},
             r"messages\[0\]\.content\[0\]: ",
@@ -111,6 +175,18 @@ def test_what_is_wrong_is_said_in_words(served, change, words, param):
     with pytest.raises(Refused, match=words) as refused:
         asyncio.run(answer(served, request))
     assert refused.value.param == param
+
+
+def test_what_python_says_of_a_template_is_not_told(engine, served, monkeypatch):
+    request = Work("a", Options(), ({"role": "user", "content": "a"},))
+    for template, words in (
+        ("{{ messages[0].a.b }}", "the chat template cannot write these messages$"),
+        ("{{ messages[0] + 1 }}", "the chat template cannot write these messages$"),
+        ("{{ raise_exception('no') }}", "the chat template refuses the messages: no$"),
+    ):
+        monkeypatch.setattr(engine.processor, "chat_template", template)
+        with pytest.raises(Refused, match=words):
+            asyncio.run(answer(served, request))
 
 
 def test_readers_that_go_away_end_their_requests(engine, served):

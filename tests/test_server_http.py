@@ -8,13 +8,11 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +23,20 @@ pytest.importorskip("openai")
 
 import httpx2
 import openai
-from server_helpers import PNG, Running, eventually, served
+from grammar_helpers import demo_compiler
+from server_helpers import PNG, EchoEngine, Running, eventually, served
+from server_process import NURSERY
 
 from mllama.server import sse
+from mllama.server.app import create_app
 from mllama.server.body import BodyBounds
+from mllama.server.listening import serve
+from mllama.server.settings import Settings
 from mllama.server.sse import EventStream
 from mllama.server.watching import Gate, Watch
 
 CHAT = "/v1/chat/completions"
+OPEN = ("/", "/health", "/v1/health")  # beside the page's files
 DATA = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
@@ -247,6 +251,51 @@ def test_a_stream_ends_with_its_last_event_whoever_reads_it():
     assert b"".join(asyncio.run(run())).endswith(b'data: {"i":2}\n\ndata: [DONE]\n\n')
 
 
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """Waits for no timer: its time goes to the next one at once."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:
+            self.now = max(self.now, self._scheduled[0].when())
+        super()._run_once()
+
+
+def test_a_comment_comes_after_15_seconds_of_silence():
+    async def run() -> list[tuple[float, bytes]]:
+        sent: list[tuple[float, bytes]] = []
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append((asyncio.get_running_loop().time(), message.get("body", b"")[:1]))
+
+        async def events() -> Any:
+            await asyncio.sleep(10)
+            yield {}
+            await asyncio.sleep(40)
+
+        async with AsyncExitStack() as stack:
+            watch = await stack.enter_async_context(Watch(receive, Gate()))
+            stream = EventStream(events(), watch, stack.pop_all())
+        await stream({}, receive, send)
+        return sent
+
+    loop = JumpingLoop()
+    try:
+        sent = loop.run_until_complete(run())
+    finally:
+        loop.close()
+    assert [at for at, data in sent if data == b":"] == [25, 40]
+    assert [at for at, data in sent if data == b"d"] == [10, 50]
+
+
 # Ends
 
 
@@ -280,12 +329,12 @@ def test_a_client_that_goes_while_it_sends(server):
     assert len(server.engine.works) == count
 
 
-def test_a_reader_that_takes_nothing_is_left(monkeypatch):
-    monkeypatch.setattr(sse, "PATIENCE", 0.2)
-    with served() as server:
+def test_a_reader_that_takes_nothing_is_left():
+    with served(reader_seconds=0.2) as server:
         connection = raw_request(server, chat("word " * 200_000, stream=True))
         eventually(lambda: server.engine.running)
         eventually(lambda: not server.engine.running)
+        eventually(lambda: not server.app.state.gate.running)
         connection.close()
 
 
@@ -299,8 +348,8 @@ def test_slow_senders_are_left():
                 assert connection.recv(1000) == b""
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.settimeout(5)
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
-            connection.sendall(head.encode())
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 9\r\n\r\n".encode())
             assert b"request_timeout" in b"".join(iter(lambda: connection.recv(10_000), b""))
         # What takes longer than a head may is no head.
         found = httpx2.post(server.url + CHAT, json=chat("!slow a b c d e f"))
@@ -338,15 +387,21 @@ def test_keys():
         for key in ("first", "second"):
             headers = {"Authorization": f"Bearer {key}", "Host": "any.example"}
             assert httpx2.get(server.url + "/v1/models", headers=headers).status_code == 200
+        routes = [(m, r.path) for r in server.app.routes for m in r.methods]
+        asked = [(m, p) for m, p in routes if p not in OPEN and not p.startswith("/static/")]
+        assert len(asked) >= 8 and len(routes) - len(asked) <= 10
+        asked += [
+            ("GET", path) for path in ("/nothing", "//", "/v1/models/x", "/static", "/Health")
+        ]
+        for method, path in asked:
+            assert httpx2.request(method, server.url + path).status_code == 401, path
         for value in ("Bearer third", "Bearer", "first", "Basic first", "Bearer first second", ""):
-            headers = {"Authorization": value}
-            for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "//"):
-                found = httpx2.get(server.url + path, headers=headers)
-                assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
-                assert found.json()["error"]["code"] == "invalid_api_key"
+            found = httpx2.get(server.url + "/v1/models", headers={"Authorization": value})
+            assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer"
+            assert found.json()["error"]["code"] == "invalid_api_key"
+        for path in OPEN:
+            assert httpx2.get(server.url + path).status_code == 200, path
         assert "no key" in httpx2.post(server.url + CHAT, json=chat("a")).json()["error"]["message"]
-        assert httpx2.get(server.url + "/health").status_code == 200
-        assert httpx2.get(server.url + "/").status_code == 200
         assert not server.engine.works
 
 
@@ -448,35 +503,26 @@ def test_draining_lets_answers_finish(server):
         assert found[0][-1] == "data: [DONE]"
 
 
-SCRIPT = """
-import sys
-from grammar_helpers import demo_compiler
-from server_helpers import EchoEngine
-from mllama.server.app import create_app
-from mllama.server.listening import serve
-from mllama.server.settings import Settings
-engine = EchoEngine()
-settings = Settings(("echo",), "1", port=int(sys.argv[1]), drain_seconds=float(sys.argv[2]))
-if len(sys.argv) > 3:
-    import threading
-    threading.Timer(1.0, lambda: setattr(engine, "state", "dead")).start()
-app = create_app(engine, settings, demo_compiler(), False)
-sys.exit(serve(app, engine, settings, print))
-"""
+def serve_echo(port: int, drain_seconds: float) -> None:
+    """Its engine is dead behind SIGUSR1."""
+    engine = EchoEngine()
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "state", "dead"))
+    settings = Settings(("echo",), "1", port=port, drain_seconds=drain_seconds)
+    app = create_app(engine, settings, demo_compiler(), False)
+    sys.exit(serve(app, engine, settings, print))
 
 
 @pytest.fixture
-def process(request) -> Iterator[tuple[subprocess.Popen, Running]]:
+def process(request) -> Iterator[tuple[Any, Running]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    command = [sys.executable, "-c", SCRIPT, str(port), *request.param]
-    child = subprocess.Popen(command, env=environment)
+    child = NURSERY.Process(target=serve_echo, args=(port, request.param))
+    child.start()
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
+        assert child.is_alive()
         try:
             return httpx2.get(url + "/health").status_code == 200
         except httpx2.HTTPError:
@@ -487,7 +533,12 @@ def process(request) -> Iterator[tuple[subprocess.Popen, Running]]:
         yield child, Running(None, None, url)
     finally:
         child.kill()
-        child.wait()
+        child.join()
+
+
+def exit_code(child: Any) -> int | None:
+    child.join(60)
+    return child.exitcode
 
 
 def in_background(server: Running, words: str) -> tuple[threading.Thread, list[list[str]]]:
@@ -498,37 +549,38 @@ def in_background(server: Running, words: str) -> tuple[threading.Thread, list[l
     return thread, found
 
 
-@pytest.mark.parametrize("process", [["20"]], indirect=True)
+@pytest.mark.parametrize("process", [20.0], indirect=True)
 def test_a_signal_ends_the_process_after_its_answers(process):
     child, server = process
     thread, found = in_background(server, "!slow " + "a " * 10)
-    child.send_signal(signal.SIGTERM)
+    os.kill(child.pid, signal.SIGTERM)
     thread.join(20)
-    assert found[0][-1] == "data: [DONE]" and child.wait(20) == 0
+    assert found[0][-1] == "data: [DONE]" and exit_code(child) == 0
 
 
-@pytest.mark.parametrize("process", [["0.3"]], indirect=True)
+@pytest.mark.parametrize("process", [0.3], indirect=True)
 def test_what_does_not_finish_in_time_gets_an_error(process):
     child, server = process
     thread, found = in_background(server, "!hang a b")
-    child.send_signal(signal.SIGTERM)
+    os.kill(child.pid, signal.SIGTERM)
     thread.join(20)
-    assert "ended before" in found[0][-1] and child.wait(20) == 0
+    assert "ended before" in found[0][-1] and exit_code(child) == 0
 
 
-@pytest.mark.parametrize("process", [["20"]], indirect=True)
+@pytest.mark.parametrize("process", [20.0], indirect=True)
 def test_a_second_signal_ends_the_process_at_once(process):
     child, server = process
     with raw_request(server, chat("!hang a b")):
         eventually(lambda: "open 1.0" in httpx2.get(server.url + "/metrics").text)
         start = time.monotonic()
-        child.send_signal(signal.SIGTERM)
+        os.kill(child.pid, signal.SIGTERM)
         time.sleep(0.2)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(20) == 1 and time.monotonic() - start < 10
+        os.kill(child.pid, signal.SIGTERM)
+        assert exit_code(child) == 1 and time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("process", [["1", "dead"]], indirect=True)
+@pytest.mark.parametrize("process", [1.0], indirect=True)
 def test_a_dead_engine_ends_the_process_with_an_error(process):
     child, _ = process
-    assert child.wait(20) == 1
+    os.kill(child.pid, signal.SIGUSR1)
+    assert exit_code(child) == 1

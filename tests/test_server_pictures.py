@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +16,10 @@ pytest.importorskip("fastapi")
 import httpx2
 from server_helpers import PNG, Listener, http_answer, listening
 
+from mllama.engine.interface import Overloaded
 from mllama.server import fetching
 from mllama.server.addresses import is_public
+from mllama.server.body import BodyBudget
 from mllama.server.errors import RequestError
 from mllama.server.fetching import Fetcher
 from mllama.server.pictures import Pictures
@@ -33,10 +35,15 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def read(executor: ThreadPoolExecutor, *urls: str, fetcher: Fetcher | None = None) -> list[bytes]:
+def read(
+    executor: ThreadPoolExecutor,
+    *urls: str,
+    fetcher: Fetcher | None = None,
+    take: Callable[[int], None] = lambda count: None,
+) -> list[bytes]:
     pictures = Pictures(fetcher or Fetcher((), 2**20), executor)
     links = [(f"messages[0].content[{i + 1}]", url) for i, url in enumerate(urls)]
-    return [picture.data for picture in asyncio.run(pictures.read(links))]
+    return [picture.data for picture in asyncio.run(pictures.read(links, take))]
 
 
 def refusal(
@@ -300,6 +307,17 @@ def test_answers_that_are_no_picture(executor, answer, words):
             fetched(executor, listener, [PUBLIC], most=65536)
         assert listener.connections == 1
     assert caught.value.status == 400 and caught.value.param == PLACE
+
+
+def test_what_is_fetched_counts_as_what_is_sent(executor, monkeypatch):
+    monkeypatch.setattr(fetching, "is_public", lambda address: True)
+    budget = BodyBudget(len(PNG) + 1)
+    with listening(http_answer()) as listener, budget.share() as take:
+        url = f"http://127.0.0.1:{listener.port}/"
+        fetcher = Fetcher([f"127.0.0.1:{listener.port}"], 2**20)
+        assert read(executor, url, fetcher=fetcher, take=take) == [PNG]
+        with budget.share() as other, pytest.raises(Overloaded, match="bytes"):
+            read(executor, url, fetcher=fetcher, take=other)
 
 
 def test_a_slow_answer_ends(executor, monkeypatch):

@@ -99,6 +99,27 @@ def prepare_chat(
     return _prompt(batch)
 
 
+def prepare_chat_with(
+    processor: Any,
+    messages: Sequence[Mapping[str, Any]],
+    pictures: Sequence[PreparedPicture],
+    *,
+    limits: Limits | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Prompt:
+    """As prepare_chat(), with pictures that are prepared, one for each image part.
+
+    Raises: as the processor's ``chat_ids``.
+    """
+    return Prompt(tuple(processor.chat_ids(messages, tools=tools, limits=limits)), tuple(pictures))
+
+
+def prepare_picture(processor: Any, image: Any, *, limits: Limits | None = None) -> PreparedPicture:
+    """An opened image. Raises: as the processor."""
+    (picture,) = _pictures(processor(images=[image], return_tensors="pt", limits=limits))
+    return picture
+
+
 def prepare_text(
     processor: Any, prompt: str | Sequence[int], *, limits: Limits | None = None
 ) -> Prompt:
@@ -110,12 +131,17 @@ def prepare_text(
 
 
 def _prompt(batch: Mapping[str, Any]) -> Prompt:
-    pictures: list[PreparedPicture] = []
-    if "pixel_values" in batch:
-        inputs = (batch["pixel_values"], batch["aspect_ratio_ids"], batch["aspect_ratio_mask"])
-        for pixels, ratio, mask in zip(*(tensor[0] for tensor in inputs)):
-            pictures.append(PreparedPicture.of(pixels, int(ratio), mask))
-    return Prompt(tuple(batch["input_ids"][0].tolist()), tuple(pictures))
+    return Prompt(tuple(batch["input_ids"][0].tolist()), _pictures(batch))
+
+
+def _pictures(batch: Mapping[str, Any]) -> tuple[PreparedPicture, ...]:
+    if "pixel_values" not in batch:
+        return ()
+    inputs = (batch["pixel_values"], batch["aspect_ratio_ids"], batch["aspect_ratio_mask"])
+    return tuple(
+        PreparedPicture.of(pixels, int(ratio), mask)
+        for pixels, ratio, mask in zip(*(tensor[0] for tensor in inputs))
+    )
 
 
 def _with_images(

@@ -276,6 +276,31 @@ class MllamaProcessor:
             {**batch, **convert_to_tensors({"assistant_masks": masks}, call.return_tensors)}
         )
 
+    def chat_ids(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        limits: Limits | None = None,
+    ) -> list[int]:
+        """The ids of a conversation that is to be answered, whose words are plain text; its images are not
+        looked at. Raises: as `apply_chat_template`."""
+        sources = self._sources(limits, False)
+        prompts = write_prompts(
+            chosen_template(self.chat_template, None),
+            conversation,
+            special=self._special_tokens(),
+            with_spans=False,
+            is_option=is_option,
+            tokens=self.tokenizer.special_tokens_map,
+            variables={},
+            limits=sources.limits,
+            tools=tools,
+            add_generation_prompt=True,
+        )
+        texts, call = [self.with_bos(text) for text in prompts.texts], call_options(None, {})
+        return self._tokenized(texts, call, sources.limits, prompts.mark)["input_ids"][0]
+
     def with_bos(self, text: str) -> str:
         """The text as it is tokenized: begin-of-text after leading image tokens, if it holds none."""
         bos, image = self.bos_token, self.image_token

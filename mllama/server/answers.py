@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,13 @@ class Heading:
 class _Answer:
     """One of the answers, put together."""
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     calls: dict[int, dict[str, Any]] = field(default_factory=dict)
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        self.text += piece.text
+        self.texts.append(piece.text)
         self.tokens += piece.tokens
         for call in piece.tool_calls:
             found = self.calls.setdefault(call.index, _call_body(call))
@@ -67,17 +67,17 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-async def chat_body(
-    heading: Heading, pieces: AsyncIterator[Piece], count: int, with_tokens: bool
+def chat_body(
+    heading: Heading, answers: Sequence[_Answer], usage: Usage, with_tokens: bool
 ) -> dict[str, Any]:
     """The answer of /v1/chat/completions."""
-    answers, usage = await collected(pieces, count)
     choices = []
     for i, answer in enumerate(answers):
+        text = "".join(answer.texts)
         calls = [answer.calls[j] for j in sorted(answer.calls)]
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": answer.text if answer.text or not calls else None,
+            "content": text if text or not calls else None,
             "refusal": None,
         }
         if calls:
@@ -93,15 +93,14 @@ async def chat_body(
     return {**heading.body("chat.completion"), "choices": choices, "usage": usage_body(usage)}
 
 
-async def completion_body(
-    heading: Heading, pieces: AsyncIterator[Piece], count: int, with_tokens: bool
+def completion_body(
+    heading: Heading, answers: Sequence[_Answer], usage: Usage, with_tokens: bool
 ) -> dict[str, Any]:
     """The answer of /v1/completions."""
-    answers, usage = await collected(pieces, count)
     choices = [
         {
             "index": i,
-            "text": answer.text,
+            "text": "".join(answer.texts),
             "logprobs": _completion_logprobs(answer.tokens, 0) if with_tokens else None,
             "finish_reason": answer.finish_reason,
         }

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -15,6 +15,8 @@ from mllama.engine.interface import Overloaded
 from mllama.limits import MIB
 from mllama.server.errors import RequestError, json_shown
 from mllama.strict_json import parse_json
+
+T = TypeVar("T")
 
 _AT_ONCE = 65536  # bytes that are parsed on the event loop
 _JSON = re.compile(r"application/([a-z0-9.+-]+\+)?json", re.IGNORECASE)
@@ -69,14 +71,17 @@ class BodyBudget:
             self._held -= taken
 
 
-async def read_json(
-    request: Request, bounds: BodyBounds, take: Callable[[int], None]
-) -> dict[str, Any]:
-    """The object that a body is.
+async def read_body(
+    request: Request,
+    bounds: BodyBounds,
+    take: Callable[[int], None],
+    parse: Callable[[dict[str, Any]], T],
+) -> T:
+    """What `parse` makes of the JSON object that a body is, off the event loop where that takes time.
 
     Args:
         take: called with the number of bytes of each piece, see `BodyBudget.share`.
-    Raises: RequestError; Overloaded; ClientDisconnect where the client is gone.
+    Raises: what `parse` does; otherwise: RequestError; Overloaded; ClientDisconnect where the client is gone.
     """
     _check_head(request, bounds)
     try:
@@ -88,13 +93,16 @@ async def read_json(
             code="request_timeout",
             headers={"Connection": "close"},
         ) from None
-    if len(data) <= _AT_ONCE:
+
+    def parsed() -> T:
         value = parse_bounded(data, bounds)
-    else:
-        value = await asyncio.get_running_loop().run_in_executor(None, parse_bounded, data, bounds)
-    if not isinstance(value, dict):
-        raise RequestError(400, f"the body must be a JSON object, got {json_shown(value)}")
-    return value
+        if not isinstance(value, dict):
+            raise RequestError(400, f"the body must be a JSON object, got {json_shown(value)}")
+        return parse(value)
+
+    if len(data) <= _AT_ONCE:
+        return parsed()
+    return await asyncio.get_running_loop().run_in_executor(None, parsed)
 
 
 def parse_bounded(data: bytes, bounds: BodyBounds) -> Any:
@@ -114,16 +122,30 @@ def parse_bounded(data: bytes, bounds: BodyBounds) -> Any:
 
 
 def _check_head(request: Request, bounds: BodyBounds) -> None:
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip()
-    if not _JSON.fullmatch(kind):
-        raise RequestError(
-            400, f"the Content-Type must be application/json, got {json_shown(kind)}"
-        )
+    # Also where none is given: that is how a page of another origin would ask without being let.
+    kind = request.headers.get("content-type")
+    if kind is None or not _JSON.fullmatch(kind.split(";")[0].strip()):
+        given = "none" if kind is None else json_shown(kind)
+        raise RequestError(400, f"the Content-Type must be application/json, got {given}")
+    _check_framing(request)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError(400, "the body is compressed; expected it without Content-Encoding")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > bounds.max_bytes):
         raise _too_large(bounds.max_bytes)
+
+
+def _check_framing(request: Request) -> None:
+    """Raises: RequestError where a proxy in front may have seen another end of the body than is seen here."""
+    if "transfer-encoding" not in request.headers:
+        return
+    if "content-length" in request.headers:
+        words = "the request has a Content-Length and a Transfer-Encoding; expected one of them"
+    elif request.scope["http_version"] == "1.0":
+        words = "a request of HTTP/1.0 has a Transfer-Encoding; expected a Content-Length"
+    else:
+        return
+    raise RequestError(400, words, headers={"Connection": "close"})
 
 
 async def _read(request: Request, most: int, take: Callable[[int], None]) -> bytes:
@@ -165,8 +187,10 @@ def _beyond(what: str, most: int) -> RequestError:
 
 
 def _too_large(most: int) -> RequestError:
-    message = f"the body has more than {most} bytes, which is the most that is taken"
-    return RequestError(413, message, headers={"Connection": "close"})
+    # The connection stays open: a client that sends all before it reads would not see the answer otherwise.
+    return RequestError(
+        413, f"the body has more than {most} bytes, which is the most that is taken"
+    )
 
 
 def _no_json(reason: str) -> RequestError:

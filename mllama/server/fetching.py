@@ -55,11 +55,16 @@ class Fetcher:
         self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
         self._tls: ssl.SSLContext | None = None
 
-    async def fetch(self, url: str, place: str) -> bytes:
-        """The file at an address. Raises: RequestError naming the place in the request and the reason."""
+    async def fetch(self, url: str, place: str, take: Callable[[int], None]) -> bytes:
+        """The file at an address.
+
+        Args:
+            take: called with the number of bytes of each piece, see `body.BodyBudget.share`.
+        Raises: RequestError naming the place in the request and the reason; what `take` does.
+        """
         parsed = self._parsed(url, place)
         try:
-            return await asyncio.wait_for(self._fetch(parsed, place), MOST_SECONDS)
+            return await asyncio.wait_for(self._fetch(parsed, place, take), MOST_SECONDS)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
             reason = f"{_host(parsed)} took more than {MOST_SECONDS:g} s; send a data: URL"
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError):
@@ -87,7 +92,7 @@ class Fetcher:
             )
         return parsed
 
-    async def _fetch(self, url: httpx2.URL, place: str) -> bytes:
+    async def _fetch(self, url: httpx2.URL, place: str, take: Callable[[int], None]) -> bytes:
         async with self._turns:
             address = await self._address(url, place)
             request = httpx2.Request(
@@ -112,7 +117,7 @@ class Fetcher:
             ) as client:
                 response = await client.send(request, stream=True)
                 try:
-                    return await self._read(response, _host(url), place)
+                    return await self._read(response, _host(url), place, take)
                 finally:
                     await response.aclose()
 
@@ -124,7 +129,9 @@ class Fetcher:
             raise _refused(place, f"{_host(url)} is no host of the public internet")
         return addresses[0]
 
-    async def _read(self, response: httpx2.Response, host: str, place: str) -> bytes:
+    async def _read(
+        self, response: httpx2.Response, host: str, place: str, take: Callable[[int], None]
+    ) -> bytes:
         if 300 <= response.status_code < 400:
             raise _refused(place, f"{host} redirects, which is not followed; send the last address")
         if response.status_code != 200:
@@ -136,6 +143,7 @@ class Fetcher:
             raise _refused(place, f"{host} sent a compressed answer, which was not asked for")
         data = bytearray()
         async for piece in response.aiter_raw():
+            take(len(piece))
             data += piece
             if len(data) > self._max_bytes:
                 raise _refused(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,7 +22,16 @@ from mllama.server.protocol import Engine
 from mllama.server.settings import Settings
 
 _LOOK = 0.5  # seconds between two looks at the engine
-_FULL = RequestError(503, "the server has too many connections; try again in a second")
+_LONGEST_HEAD = 65536  # bytes
+_OTHER_FILES = 512  # beside the connections: weights, libraries, pipes, pictures from a network
+_FULL = RequestError(
+    503,
+    "the server has too many connections; try again in a second",
+    headers={"Retry-After": "1"},
+)
+_UNREADABLE = RequestError(
+    400, f"the request is no HTTP, or its head has more than {_LONGEST_HEAD} bytes"
+)
 
 
 def serve(app: FastAPI, engine: Engine, settings: Settings, listens: Callable[[str], None]) -> int:
@@ -29,9 +41,19 @@ def serve(app: FastAPI, engine: Engine, settings: Settings, listens: Callable[[s
         listens: called with the address as soon as there is one that is listened on.
     Returns: the exit code of the process.
     """
+    _allow_files(settings.max_connections + _OTHER_FILES)
     server = _Server(configuration(app, settings), engine, settings, listens)
     asyncio.run(server.serve())
     return 1 if server.failed else 0
+
+
+def _allow_files(count: int) -> None:
+    """Let the process open as many: the usual 1024 are fewer than a full server's connections, and one that
+    cannot be accepted would wait without an answer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -47,7 +69,7 @@ def configuration(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=65536,
+        h11_max_incomplete_event_size=_LONGEST_HEAD,
         timeout_graceful_shutdown=2,
     )
 
@@ -106,26 +128,32 @@ class _Server(uvicorn.Server):
         await self._drain()
 
 
+def _as_bytes(error: RequestError) -> bytes:
+    """The response on a connection that is closed behind it."""
+    response = error.response()
+    response.headers["Connection"] = "close"
+    reason = http.HTTPStatus(error.status).phrase
+    lines = [f"HTTP/1.1 {error.status} {reason}".encode("ascii")]
+    lines += [name + b": " + value for name, value in response.raw_headers]
+    return b"\r\n".join([*lines, b"", bytes(response.body)])
+
+
 def _limited_protocol(settings: Settings) -> type[asyncio.Protocol]:
-    body = _FULL.response().body
-    head = (
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    full = head.encode("ascii") + body
+    full, unreadable = _as_bytes(_FULL), _as_bytes(_UNREADABLE)
 
     class Limited(H11Protocol):
-        """Closes a connection that is one too many, or on which no request begins in time."""
+        """Closes a connection that is one too many, on which no request begins in time, or whose client takes
+        nothing of what it is sent."""
 
-        _timer: asyncio.TimerHandle | None = None
+        _head_timer: asyncio.TimerHandle | None = None
+        _reader_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:
                 transport.write(full)
                 transport.close()
-            else:
-                self._wait_for_head()
+            self._wait_for_head()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -133,16 +161,34 @@ def _limited_protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._head_timer, self._reader_timer):
+                if timer is not None:
+                    timer.cancel()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._reader_timer = self.loop.call_later(settings.reader_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader_timer is not None:
+                self._reader_timer.cancel()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(unreadable)
+            self.transport.close()
 
         def _wait_for_head(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.loop.call_later(settings.head_seconds, self._look_for_head)
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+            self._head_timer = self.loop.call_later(settings.head_seconds, self._look_for_head)
 
         def _look_for_head(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
+            if self.transport.is_closing():  # and its client does not take the rest
+                self.transport.abort()
+            elif self.cycle is None or self.cycle.response_complete:
                 self.transport.close()
+                self._wait_for_head()
 
     return Limited

@@ -17,6 +17,7 @@ _REFUSED_PARTS = ("input_audio", "audio", "audio_url", "video", "video_url", "fi
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _DETAILS = "auto, low or high, without an effect: a picture has as many tiles as it needs"
 _MOST_PARTS = 1024
+_LONGEST_ARGUMENTS = 2**18  # characters; what is JSON in a string is in no bound of the body's JSON
 
 
 class ImageUrl(Body):
@@ -71,6 +72,10 @@ class CalledFunction(Body):
     @field_validator("arguments")
     @classmethod
     def _is_object(cls, value: str) -> str:
+        if len(value) > _LONGEST_ARGUMENTS:
+            raise ValueError(
+                f"the arguments have {len(value)} characters; at most {_LONGEST_ARGUMENTS} are taken"
+            )
         try:
             is_object = isinstance(parse_json(value or "{}"), dict)
         except ValueError:
@@ -123,6 +128,23 @@ class Message(Body):
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is missing; expected a string or an array of parts")
         return self
+
+
+def check_length(messages: Sequence[Message], most: int) -> None:
+    """Raises: RequestError for messages of more characters together, pictures not counted."""
+    count = 0
+    for message in messages:
+        if isinstance(message.content, list):
+            count += sum(len(part.text or "") for part in message.content)
+        else:
+            count += len(message.content or "")
+        count += sum(len(call.function.arguments) for call in message.tool_calls or ())
+    if count > most:
+        raise RequestError(
+            400,
+            f"the messages have {count} characters; at most {most} are taken",
+            param="messages",
+        )
 
 
 def template_messages(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -69,19 +70,20 @@ class Metrics:
         """The pieces, timed and counted. `arrived` is a `time.monotonic()`."""
         last: dict[int, float] = {}
         try:
-            async for piece in pieces:
-                if piece.text or piece.tool_calls:
-                    now = time.monotonic()
-                    if piece.index in last:
-                        self._between.observe(now - last[piece.index])
-                    elif not last:
-                        self._first.observe(now - arrived)
-                    last[piece.index] = now
-                if piece.finish_reason:
-                    self._finished.labels(piece.finish_reason).inc()
-                if piece.usage:
-                    self._ended(piece.usage, arrived)
-                yield piece
+            async with aclosing(pieces):  # type: ignore[type-var]
+                async for piece in pieces:
+                    if piece.text or piece.tool_calls:
+                        now = time.monotonic()
+                        if piece.index in last:
+                            self._between.observe(now - last[piece.index])
+                        elif not last:
+                            self._first.observe(now - arrived)
+                        last[piece.index] = now
+                    if piece.finish_reason:
+                        self._finished.labels(piece.finish_reason).inc()
+                    if piece.usage:
+                        self._ended(piece.usage, arrived)
+                    yield piece
         except (GeneratorExit, asyncio.CancelledError):
             self._finished.labels("cancelled").inc()
             raise

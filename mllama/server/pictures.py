@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from mllama.limits import REQUESTS, Limits
@@ -17,6 +17,7 @@ from mllama.server.fetching import Fetcher
 from mllama.server.messages import Link
 from mllama.server.protocol import Picture
 
+_SCHEME_LENGTH = 64  # characters in which it is looked for
 _SCHEME = re.compile(r"\s{0,8}([A-Za-z][A-Za-z0-9+.\-]{0,30}):")
 _DATA = re.compile(r"\s{0,8}data:image/[a-z0-9.+\-]{1,60}(;[a-z0-9=.+\-]{0,60}){0,3};base64,", re.I)
 
@@ -43,8 +44,13 @@ class Pictures:
         self._max_images = max_images
         self._limits = limits
 
-    async def read(self, links: Sequence[Link]) -> tuple[Picture, ...]:
-        """Their files, in order. Raises: RequestError naming the place of the first that cannot be had."""
+    async def read(self, links: Sequence[Link], take: Callable[[int], None]) -> tuple[Picture, ...]:
+        """Their files, in order.
+
+        Args:
+            take: called with the bytes that come over a network, see `body.BodyBudget.share`.
+        Raises: RequestError naming the place of the first that cannot be had; what `take` does.
+        """
         if len(links) > self._max_images:
             raise RequestError(
                 400,
@@ -54,16 +60,16 @@ class Pictures:
             )
         for place, url in links:  # before any of them takes time
             _check_scheme(url, place)
-        tasks = [asyncio.ensure_future(self._read(url, place)) for place, url in links]
+        tasks = [asyncio.ensure_future(self._read(url, place, take)) for place, url in links]
         try:
             return tuple(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    async def _read(self, url: str, place: str) -> Picture:
-        if not url.lstrip()[:5].lower() == "data:":
-            return Picture(await self._fetcher.fetch(url.strip(), place), place)
+    async def _read(self, url: str, place: str, take: Callable[[int], None]) -> Picture:
+        if not url[:_SCHEME_LENGTH].lstrip().lower().startswith("data:"):
+            return Picture(await self._fetcher.fetch(url.strip(), place, take), place)
         loop = asyncio.get_running_loop()
         try:
             check_bytes(len(url) * 3 // 4 - 256, "the picture", self._limits)
@@ -81,7 +87,7 @@ class Pictures:
 
 def _check_scheme(url: str, place: str) -> None:
     """Raises: RequestError for what is neither a data: URL of a picture nor the address of a web page."""
-    found = _SCHEME.match(url[:64])
+    found = _SCHEME.match(url[:_SCHEME_LENGTH])
     scheme = found[1].lower() if found else ""
     if scheme == "data":
         if not _DATA.match(url[:512]):

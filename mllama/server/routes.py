@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -15,17 +16,17 @@ from starlette.responses import JSONResponse, Response
 
 from mllama.engine.interface import Piece, Unavailable, Usage
 from mllama.server import answers
-from mllama.server.body import BodyBudget, read_json
+from mllama.server.body import BodyBudget, read_body
 from mllama.server.called import with_calls
 from mllama.server.errors import as_request_error
-from mllama.server.fields import Body, read
+from mllama.server.fields import read
 from mllama.server.metrics import Metrics
 from mllama.server.protocol import Engine
 from mllama.server.schema import ChatRequest, CompletionRequest, Sampling, unknown_fields
 from mllama.server.settings import Settings
 from mllama.server.sse import EventStream
 from mllama.server.watching import Gate, Watch, ended
-from mllama.server.work import Asked, Preparation, check_model
+from mllama.server.work import Asked, Preparation, Written, check_model
 
 _STATES = {
     "loading": "the model is being loaded",
@@ -81,11 +82,10 @@ class Routes:
         if (state := self._engine.health()) != "ready":
             raise Unavailable(_STATES[state])
         take = stack.enter_context(self._budget.share())
-        body = await read_json(request, self._settings.body, take)
-        parsed = self._parsed(body, model)
-        name = check_model(parsed.model, self._settings)
+        parse = partial(self._parsed, model=model)
+        parsed, name, written = await read_body(request, self._settings.body, take, parse)
         watch = await stack.enter_async_context(Watch(request.receive, self._gate))
-        asked = await watch.until(self._asked(parsed))
+        asked = await watch.until(self._asked(parsed, written, take))
         for one in asked:  # whatever happens from here on
             stack.callback(self._engine.cancel, one.work.key)
         pieces = self._metrics.watched(await watch.until(self._submitted(asked)), arrived)
@@ -97,19 +97,34 @@ class Routes:
             make_events = answers.chat_events if is_chat else answers.completion_events
             events = make_events(heading, pieces, count, with_tokens, parsed.wants_usage)
             return EventStream(_closing(events, pieces), watch, stack.pop_all())
-        make_body = answers.chat_body if is_chat else answers.completion_body
         async with aclosing(pieces):
-            return JSONResponse(await watch.until(make_body(heading, pieces, count, with_tokens)))
+            found = await watch.until(answers.collected(pieces, count))
+        make_body = answers.chat_body if is_chat else answers.completion_body
 
-    def _parsed(self, body: dict[str, Any], model: type[Body]) -> Any:
+        def made() -> Response:
+            return JSONResponse(make_body(heading, *found, with_tokens))
+
+        if not with_tokens:
+            return made()
+        return await asyncio.get_running_loop().run_in_executor(None, made)
+
+    def _parsed(
+        self, body: dict[str, Any], model: type[Sampling]
+    ) -> tuple[Sampling, str, Written | None]:
+        """The request, the model's name, and its conversation, if it is a chat."""
         parsed = read(model, body)
         if names := unknown_fields(model, body):
             self._metrics.unknown(names)
-        return parsed
+        name = check_model(parsed.model, self._settings)
+        is_chat = isinstance(parsed, ChatRequest)
+        return parsed, name, self._preparation.written(parsed) if is_chat else None
 
-    async def _asked(self, parsed: Sampling) -> list[Asked]:
+    async def _asked(
+        self, parsed: Sampling, written: Written | None, take: Callable[[int], None]
+    ) -> list[Asked]:
         if isinstance(parsed, ChatRequest):
-            return await self._preparation.chat(parsed)
+            assert written is not None
+            return await self._preparation.chat(parsed, written, take)
         assert isinstance(parsed, CompletionRequest)
         return await self._preparation.completions(parsed)
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jinja2
 
 from mllama.engine.engine import Engine
 from mllama.engine.interface import Piece, Refused, State, Stats, Unavailable, WorkFailed
+from mllama.engine.jobs import Job
 from mllama.engine.loop import Loop
-from mllama.engine.prompts import Prompt, prepare_chat, prepare_text
-from mllama.limits import REQUESTS, Limits
+from mllama.engine.prompts import (
+    PreparedPicture,
+    prepare_chat_with,
+    prepare_picture,
+    prepare_text,
+)
+from mllama.limits import MIB, REQUESTS, Limits
 from mllama.processing.images import open_image
 from mllama.processing.sources import ImageOpenError
-from mllama.server.protocol import Work
+from mllama.processing.template_errors import TemplateLimitError
+from mllama.server.known_pictures import KnownPictures
+from mllama.server.protocol import Picture, Work
+from mllama.wording import shown
+
+_LOG = logging.getLogger(__name__)
+_PIXEL_BYTES = 256 * MIB  # of known pictures
 
 
 class AsyncEngine:
@@ -26,10 +40,18 @@ class AsyncEngine:
         engine: closed by its owner.
         num_threads: that prepare requests: open pictures, render templates, make tokens.
         limits: of what they may take.
+        pixel_bytes: of pictures that are kept as they were prepared, for those who show them again.
     """
 
-    def __init__(self, engine: Engine, num_threads: int = 2, limits: Limits = REQUESTS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        num_threads: int = 2,
+        limits: Limits = REQUESTS,
+        pixel_bytes: int = _PIXEL_BYTES,
+    ) -> None:
         self._engine, self._limits = engine, limits
+        self._known = KnownPictures(pixel_bytes)
         self._threads = ThreadPoolExecutor(num_threads, "mllama-prepare")
         self._preparing: dict[str, bool] = {}  # by key: whether it has been cancelled
         self._mail: Mail | None = None
@@ -39,16 +61,15 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         arrived = time.monotonic()
         self._engine.require_room(len(self._preparing))
+        if self._mail is None or self._mail.event_loop is not loop:
+            self._mail = Mail(loop)
         self._preparing[work.key] = False
         try:
-            prompt = await loop.run_in_executor(self._threads, self._prepare, work)
+            job = await loop.run_in_executor(self._threads, self._prepare, work, self._mail)
         finally:
             is_cancelled = self._preparing.pop(work.key)
         if is_cancelled:
             raise Unavailable("the request was cancelled")
-        if self._mail is None or self._mail.event_loop is not loop:
-            self._mail = Mail(loop)
-        job = self._engine.job(work.key, prompt, work.options, self._mail, work.constraint)
         job.arrived = arrived
         pieces = Pieces(work.key, self._mail, self._engine.loop)
         self._engine.loop.put(job)
@@ -65,40 +86,50 @@ class AsyncEngine:
         return self._engine.loop.state
 
     def stats(self) -> Stats:
-        return self._engine.stats()
+        stats, known = self._engine.stats(), self._known
+        counters = {"pictures": known.num_asked, "picture_files_known": known.num_known}
+        return replace(stats, counters={**stats.counters, **counters})
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _prepare(self, work: Work) -> Prompt:
-        """Raises: Refused."""
-        processor = self._engine.processor
+    def _prepare(self, work: Work, mail: Mail) -> Job:
+        """Raises: Refused; Overloaded; Unavailable."""
+        processor, limits = self._engine.processor, self._limits
         try:
             if work.messages is None:
                 assert work.prompt is not None
-                return prepare_text(processor, work.prompt, limits=self._limits)
-            images = [self._opened(picture) for picture in work.pictures]
-            return prepare_chat(
-                processor,
-                work.messages,
-                images,
-                limits=self._limits,
-                allow_paths=False,
-                tools=list(work.tools) or None,
-            )
+                prompt = prepare_text(processor, work.prompt, limits=limits)
+            else:
+                pictures = [self._picture(picture) for picture in work.pictures]
+                tools = list(work.tools) or None
+                prompt = prepare_chat_with(
+                    processor, work.messages, pictures, limits=limits, tools=tools
+                )
+            return self._engine.job(work.key, prompt, work.options, mail, work.constraint)
         except jinja2.TemplateError as error:
-            raise Refused(f"the chat template refuses the messages: {error}", "messages") from None
+            if type(error) in (jinja2.TemplateError, TemplateLimitError):
+                words = f"the chat template refuses the messages: {error}"
+            else:  # what jinja and Python say of a template is not for those who cannot see it
+                _LOG.warning("the chat template failed at a request: %s", shown(str(error)))
+                words = "the chat template cannot write these messages"
+            raise Refused(words, "messages") from None
         except (ValueError, TypeError) as error:
             if isinstance(error, Refused):
                 raise
             raise Refused(str(error), "prompt" if work.messages is None else "messages") from None
 
-    def _opened(self, picture):
+    def _picture(self, picture: Picture) -> PreparedPicture:
+        """Raises: Refused naming its place."""
         try:
-            return open_image(picture.data, limits=self._limits, allow_paths=False)
+            return self._known.get(picture.data, self._prepared)
         except ImageOpenError as error:
             raise Refused(f"{picture.place}: {error}", picture.place) from None
+
+    def _prepared(self, data: bytes) -> PreparedPicture:
+        image = open_image(data, limits=self._limits, allow_paths=False)
+        return prepare_picture(self._engine.processor, image, limits=self._limits)
 
 
 class Mail:

@@ -26,6 +26,7 @@ class Settings:
         top_k: for requests that name none; None: the checkpoint decides.
         max_bytes_in_flight: of the bodies of all requests that are being read and answered.
         head_seconds: in which the head of a request has to arrive.
+        reader_seconds: in which a client has to take something of an answer that waits for it.
         drain_seconds: in which running answers may finish when the server ends.
     """
 
@@ -45,5 +46,6 @@ class Settings:
     max_bytes_in_flight: int = 512 * MIB
     body: BodyBounds = field(default_factory=BodyBounds)
     head_seconds: float = 30.0
+    reader_seconds: float = 60.0
     drain_seconds: float = 30.0
     max_connections: int = 1024

@@ -16,7 +16,6 @@ from mllama.server.errors import as_request_error
 from mllama.server.watching import Watch, ended
 
 SILENCE = 15.0  # seconds after which a comment says that the connection is alive
-PATIENCE = 60.0  # seconds in which a client has to take what it is sent
 _MOST_AHEAD = 64  # events that wait for the client
 _DONE = b"data: [DONE]\n\n"
 _COMMENT = b": still at it\n\n"
@@ -53,8 +52,8 @@ class EventStream(Response):
                 await send(start)
                 async with aclosing(reader.pieces(self._watch)) as pieces:
                     async for data in pieces:
-                        await _send(send, data, more=True)
-                await _send(send, b"", more=False)
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             except ClientDisconnect:
                 pass  # it is gone, or takes nothing
             finally:
@@ -97,7 +96,7 @@ class _Reader:
                     yield _COMMENT
                     last = loop.time()
                 if timer.when() <= loop.time():
-                    timer = loop.call_later(SILENCE, self._news.set)
+                    timer = loop.call_at(last + SILENCE, self._news.set)
                 await self._news.wait()
                 self._news.clear()
         finally:
@@ -131,27 +130,3 @@ def event_bytes(event: Mapping[str, Any]) -> bytes:
 
 def _last(error: Exception) -> bytes:
     return event_bytes(as_request_error(error).body())
-
-
-async def _send(send: Send, data: bytes, more: bool) -> None:
-    """Raises: ClientDisconnect where the client takes nothing for long."""
-    task = asyncio.current_task()
-    assert task is not None
-    is_late = False
-
-    def give_up() -> None:
-        nonlocal is_late
-        is_late = True
-        task.cancel()
-
-    timer = asyncio.get_running_loop().call_later(PATIENCE, give_up)
-    try:
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-    except asyncio.CancelledError:
-        if not is_late:
-            raise
-        if hasattr(task, "uncancel"):  # from Python 3.11 on a task counts them
-            task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        timer.cancel()

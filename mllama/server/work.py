@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from mllama.server.call_prompts import with_functions
 from mllama.server.called import ToolUse
 from mllama.server.errors import RequestError, json_shown
 from mllama.server.held import Forms
-from mllama.server.messages import template_messages
+from mllama.server.messages import Link, check_length, template_messages
 from mllama.server.pictures import Pictures
 from mllama.server.protocol import Work
 from mllama.server.schema import ChatRequest, CompletionRequest, NamedTool, Sampling
@@ -28,6 +28,22 @@ def check_model(name: str | None, settings: Settings) -> str:
         message = f"there is no model {json_shown(name)} here; expected {known}"
         raise RequestError(404, message, param="model", code="model_not_found")
     return name
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as the template takes it.
+
+    Attributes:
+        tools: the functions that are left for the template to write.
+        links: to the pictures, in the order of their parts.
+        use: the functions that may be called.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...]
+    links: Sequence[Link]
+    use: ToolUse | None
 
 
 @dataclass(frozen=True)
@@ -53,22 +69,34 @@ class Preparation:
         self._forms = forms
         self._template_writes_calls = template_writes_calls
 
-    async def chat(self, request: ChatRequest) -> list[Asked]:
-        """Raises: RequestError for a picture that cannot be had; Refused for a form that none can have."""
+    def written(self, request: ChatRequest) -> Written:
+        """Takes time where there is much of it. Raises: RequestError for what no template takes."""
+        check_length(request.messages, self._settings.limits.max_text)
         messages, links = template_messages(request.messages, self._settings.system_with_images)
         use = _tool_use(request)
         tools: tuple[Mapping[str, Any], ...] = use.tools if use else ()
         messages, tools = with_functions(messages, tools, self._template_writes_calls)
+        return Written(messages, tools, links, use)
+
+    async def chat(
+        self, request: ChatRequest, written: Written, take: Callable[[int], None]
+    ) -> list[Asked]:
+        """What the one answer is made of.
+
+        Args:
+            take: see `Pictures.read`.
+        Raises: RequestError for a picture that cannot be had; Refused for a form that none can have.
+        """
         top = (request.top_logprobs or 0) if request.logprobs else None
         work = Work(
             key=_key(),
             options=_options(request, self._settings, top),
-            messages=messages,
-            tools=tools,
-            constraint=await self._forms.constraint(request, use),
-            pictures=await self._pictures.read(links),
+            messages=written.messages,
+            tools=written.tools,
+            constraint=await self._forms.constraint(request, written.use),
+            pictures=await self._pictures.read(written.links, take),
         )
-        return [Asked(work, use)]
+        return [Asked(work, written.use)]
 
     async def completions(self, request: CompletionRequest) -> list[Asked]:
         """One for each prompt. Raises: Refused for a form that none can have."""
