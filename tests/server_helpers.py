@@ -96,9 +96,9 @@ def http_answer(
 class EchoEngine:
     """Answers with the words of the last message or of the prompt, one for each piece.
 
-    A word at the beginning, after pictures, makes it do other things. "!refuse" and "!full" are not answered;
-    "!hang-before" hangs before the first word and "!hang" after it, where "!held" waits to be released; "!fail",
-    "!crash" and "!short" end after the second; "!slow" pauses between words.
+    A word at the beginning, after pictures, makes it do other things. "!refuse" and "!full" are
+    not answered; "!hang-before" hangs before the first word and "!hang" after it, where "!held"
+    waits to be released; "!fail", "!crash" and "!short" end after the second; "!slow" pauses.
     An answer that has a constraint is random tokens of the demo model that it allows.
     """
 
