@@ -26,6 +26,11 @@ export function image(picture, text) {
   return made;
 }
 
+// The composer and the header stand still: to show what has the keyboard, nothing need scroll there.
+export function focus(node) {
+  node.focus({ preventScroll: true });
+}
+
 // Words in a box of their own, and what to do about them; without words there is no box.
 export function tell(box, text, ...buttons) {
   box.replaceChildren(...(text ? [element("span", "", text), ...buttons] : []));

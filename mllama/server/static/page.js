@@ -1,6 +1,6 @@
 import { Failure, answer, key, models } from "./chat.js";
 import * as code from "./code.js";
-import { $, button, element, image, tell, touch } from "./dom.js";
+import { $, button, element, focus, image, tell, touch } from "./dom.js";
 import { fromFile, fromSample } from "./pictures.js";
 import { offer, settings, showSettings } from "./settings.js";
 
@@ -146,7 +146,7 @@ function isFocusLost() {
 }
 
 function toText() {
-  if (!touch) $("text").focus();
+  if (!touch) focus($("text"));
 }
 
 // Asking
@@ -159,7 +159,7 @@ async function ask() {
   turn.node.setAttribute("aria-busy", "true");
   running = new AbortController();
   refresh();
-  if (isFocusLost()) $("stop").focus();
+  if (isFocusLost()) focus($("stop"));
   toEnd();
   const start = performance.now();
   let first = 0, last = 0, count = 0, found = null, needsKey = false;
@@ -240,7 +240,7 @@ function edit(turn) {
   compose({ text: turn.text, tray: [...turn.pictures] });
   [editing, draft] = [turn, kept];
   refresh();
-  $("text").focus();
+  focus($("text"));
 }
 
 // The composer with other content, or none. What was being edited stays as it was.
