@@ -21,6 +21,7 @@ export function offer(names) {
   if (!names.includes(settings.model)) settings.model = names[0];
   $("model-name").replaceChildren(...names.map((name) => new Option(name)));
   $("model-choice").hidden = names.length < 2;
+  $("model").textContent = settings.model;
   showSettings();
 }
 
@@ -29,7 +30,6 @@ function keep() {
   $("temperature-shown").textContent = shown;
   $("temperature").setAttribute("aria-valuetext", shown);
   $("temperature").classList.toggle("unset", settings.temperature === null);
-  if (settings.model) $("model").textContent = settings.model;
   sessionStorage.setItem(KEPT, JSON.stringify(settings));
 }
 
@@ -37,7 +37,7 @@ $("settings").addEventListener("input", (event) => {
   if (event.target === $("temperature")) settings.temperature = $("temperature").valueAsNumber;
   if ($("length").validity.valid) settings.length = $("length").valueAsNumber || null;
   settings.system = $("system").value.trim();
-  settings.model = $("model-name").value || settings.model;
+  if (event.target === $("model-name")) $("model").textContent = settings.model = $("model-name").value;
   keep();
 });
 $("settings").addEventListener("close", showSettings); // what was not valid is not left standing
