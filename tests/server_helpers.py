@@ -96,8 +96,9 @@ def http_answer(
 class EchoEngine:
     """Answers with the words of the last message or of the prompt, one for each piece.
 
-    Words at the beginning make it do other things: "!fail", "!crash" and "!stop short" after the second word,
-    "!refuse" and "!full" before the first, "!hang" for good, "!slow" with a pause.
+    A word at the beginning, after pictures, makes it do other things. "!refuse" and "!full" are
+    not answered; "!hang-before" hangs before the first word and "!hang" after it, where "!held"
+    waits to be released; "!fail", "!crash" and "!short" end after the second; "!slow" pauses.
     An answer that has a constraint is random tokens of the demo model that it allows.
     """
 
@@ -106,12 +107,14 @@ class EchoEngine:
         self.works: list[Work] = []
         self.cancelled: set[str] = set()
         self.running: set[str] = set()
+        self.released = threading.Event()
         self._tokenizer = MllamaTokenizer.from_pretrained(checkpoint_path())
 
     async def submit(self, work: Work) -> AsyncIterator[Piece]:
         self.works.append(work)
         words = _last_text(work).split()
-        command = words[0] if words and words[0].startswith("!") else ""
+        first = next((word for word in words if word != "<picture>"), "")
+        command = first if first.startswith("!") else ""
         if command == "!refuse":
             raise Refused("the prompt has 9 tokens; at most 8 are taken", "messages")
         if command == "!full":
@@ -142,6 +145,8 @@ class EchoEngine:
                             return
                     if j and command == "!hang":
                         await asyncio.sleep(60)
+                    while j and command == "!held" and not self.released.is_set():
+                        await asyncio.sleep(0.01)
                     if j and command in ("!slow", "!fail", "!crash"):
                         await asyncio.sleep(0.1)
                     text = word if j == 0 else f" {word}"

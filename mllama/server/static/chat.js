@@ -28,12 +28,8 @@ export async function answer(body, signal, onText) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
   });
   const found = { reason: null, usage: null };
-  let ended = false;
   for await (const data of events(response.body)) {
-    if (data === "[DONE]") {
-      ended = true;
-      break;
-    }
+    if (data === "[DONE]") return found;
     const event = JSON.parse(data);
     if (event.error) throw new Failure(event.error.message);
     found.usage = event.usage || found.usage;
@@ -42,8 +38,7 @@ export async function answer(body, signal, onText) {
       found.reason = choice.finish_reason || found.reason;
     }
   }
-  if (!ended) throw new Failure("The connection ended before the answer did.");
-  return found;
+  throw new Failure("The connection ended before the answer did.");
 }
 
 async function asked(path, options) {
@@ -57,6 +52,9 @@ async function asked(path, options) {
     throw new Failure("The server does not answer. Is it still running?");
   }
   if (response.ok) return response;
+  if (response.status === 401) {
+    throw new Failure(key.get() ? "The server does not know this key." : "This server asks for a key.", 401);
+  }
   let message = `The server answered with status ${response.status}.`;
   try {
     message = (await response.json()).error.message;
@@ -64,7 +62,7 @@ async function asked(path, options) {
   throw new Failure(message, response.status);
 }
 
-// The data of server-sent events; comments are left out.
+// The data of server-sent events; comments are left out. Who reads no further ends the request.
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -79,5 +77,7 @@ async function* events(stream) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Failure("The connection broke before the answer ended.");
+  } finally {
+    reader.cancel().catch(() => {});
   }
 }

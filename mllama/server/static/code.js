@@ -1,8 +1,9 @@
 // A request as something to run elsewhere. Pictures are read from files of their names, samples from the server.
 
 const address = () => new URL("v1", location).href;
-const safe = (name) => name.replace(/[^A-Za-z0-9._-]/g, "_").replace(/^-/, "_");
-const kind = (picture) => picture.url.slice(5, picture.url.indexOf(";"));
+// A file that is called otherwise is not found; no name may end the text it stands in.
+const named = (picture) => picture.name.replace(/\p{Cc}/gu, "_");
+const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 // JSON with a mark in the place of each picture's address, what finds the marks, and the pictures.
 function marked(body) {
@@ -20,28 +21,31 @@ export function curl(body, hasKey) {
   const { text, pictures, mark } = marked(body);
   const escaped = text.replace(/[\\$`]/g, "\\$&").replace(new RegExp(mark, "g"), (_, i) => {
     const picture = pictures[i];
-    const source = picture.sample ? `curl -s '${picture.sample}' | base64` : `base64 < '${safe(picture.name)}'`;
-    return `data:${kind(picture)};base64,$(${source} | tr -d '\\n')`;
+    const source = picture.sample ? `curl -s ${quoted(picture.sample)} | base64` : `base64 < ${quoted(named(picture))}`;
+    return `data:${picture.kind};base64,$(${source} | tr -d '\\n')`;
   });
   const auth = hasKey ? '  -H "Authorization: Bearer $MLLAMA_API_KEY" \\\n' : "";
-  return `curl ${address()}/chat/completions \\\n  -H "Content-Type: application/json" \\\n${auth}` +
+  return `curl ${quoted(`${address()}/chat/completions`)} \\\n  -H "Content-Type: application/json" \\\n${auth}` +
     `  --data-binary @- <<JSON\n${escaped}\nJSON\n`;
 }
 
 export function python(body, hasKey) {
   const { pictures } = marked(body);
-  const lines = ["import os"].filter(() => hasKey);
+  const lines = hasKey ? ["import os"] : [];
   if (pictures.length) {
     lines.push("from base64 import b64encode");
     if (pictures.some((picture) => !picture.sample)) lines.push("from pathlib import Path");
     if (pictures.some((picture) => picture.sample)) lines.push("from urllib.request import urlopen");
   }
-  lines.push("", "from openai import OpenAI", "");
+  if (lines.length) lines.push("");
+  lines.push("from openai import OpenAI", "");
   const key = hasKey ? 'os.environ["MLLAMA_API_KEY"]' : '"none"';
   lines.push(`client = OpenAI(base_url="${address()}", api_key=${key})`);
   pictures.forEach((picture, i) => {
-    const bytes = picture.sample ? `urlopen("${picture.sample}").read()` : `Path("${safe(picture.name)}").read_bytes()`;
-    lines.push(`picture_${i} = "data:${kind(picture)};base64," + b64encode(${bytes}).decode()`);
+    const bytes = picture.sample
+      ? `urlopen(${JSON.stringify(picture.sample)}).read()`
+      : `Path(${JSON.stringify(named(picture))}).read_bytes()`;
+    lines.push(`picture_${i} = "data:${picture.kind};base64," + b64encode(${bytes}).decode()`);
   });
   lines.push("", "answer = client.chat.completions.create(");
   for (const [name, value] of Object.entries(body)) {

@@ -1,62 +1,19 @@
 import { Failure, answer, key, models } from "./chat.js";
 import * as code from "./code.js";
+import { $, button, element, focus, image, tell, touch } from "./dom.js";
 import { fromFile, fromSample } from "./pictures.js";
+import { offer, settings, showSettings } from "./settings.js";
 
-const $ = (id) => document.getElementById(id);
-const touch = matchMedia("(pointer: coarse)").matches;
 const QUESTION = "Describe the picture.";
-const CHOSEN = "mllama-settings";
+const SAMPLES = 4;
 
-// A turn: {role, text, pictures, node}, and of an answer {figures, wrong, request}.
+// A turn: {role, text, pictures}, the nodes that show it, and of an answer {request, figures, wrong}.
 const turns = [];
 let tray = []; // pictures of the next message
-let editing = null; // the turn that it replaces
+let reading = 0; // groups of pictures that will be there soon
+let editing = null; // the turn that the next message replaces
+let draft = null; // what was being written when editing began: {text, tray}
 let running = null; // the AbortController of the answer that comes
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function button(text, onClick, className = "quiet") {
-  const made = element("button", className, text);
-  made.type = "button";
-  made.addEventListener("click", onClick);
-  return made;
-}
-
-function image(picture, text) {
-  const made = element("img");
-  made.src = picture.url;
-  made.alt = text;
-  return made;
-}
-
-// Settings, kept for the tab
-
-const settings = { temperature: null, length: null, system: "", model: null };
-
-function readSettings() {
-  const temperature = Number($("temperature").value);
-  settings.temperature = temperature < 0 ? null : temperature;
-  settings.length = $("length").valueAsNumber > 0 ? Math.floor($("length").valueAsNumber) : null;
-  settings.system = $("system").value.trim();
-  settings.model = $("model-name").value || settings.model;
-  const shown = String(settings.temperature ?? "the model’s own");
-  $("temperature-shown").textContent = shown;
-  $("temperature").setAttribute("aria-valuetext", shown);
-  sessionStorage.setItem(CHOSEN, JSON.stringify(settings));
-}
-
-function showSettings() {
-  Object.assign(settings, JSON.parse(sessionStorage.getItem(CHOSEN) || "{}"));
-  $("temperature").value = settings.temperature ?? -0.05;
-  $("length").value = settings.length ?? "";
-  $("system").value = settings.system;
-  readSettings();
-}
 
 // The request of the turns up to one, with pictures that `code` can name
 
@@ -81,41 +38,41 @@ function withAddresses(body) {
 // Turns on the page
 
 function show(turn) {
-  const item = element("li", `turn ${turn.role}`);
-  const words = turn.role === "user" ? "You said" : "Answer";
-  item.append(element("h3", "unseen", words));
+  turn.node = element("li", `turn ${turn.role}`);
+  turn.node.append(element("h2", "unseen", turn.role === "user" ? "You said" : "Answer"));
   if (turn.pictures.length) {
     const pictures = element("div", "pictures");
     pictures.append(...turn.pictures.map((picture) => image(picture, `Picture: ${picture.name}`)));
     for (const one of pictures.children) one.addEventListener("load", () => running && toEnd());
-    item.append(pictures);
+    turn.node.append(pictures);
   }
-  turn.textNode = element("div", "text", turn.text);
-  turn.textNode.hidden = turn.role === "user" && !turn.text;
+  turn.words = document.createTextNode(turn.text);
+  turn.box = element("div", "text");
+  turn.box.append(turn.words);
+  turn.box.hidden = turn.role === "user" && !turn.text;
   turn.foot = element("div", "foot");
-  item.append(turn.textNode, turn.foot);
-  turn.node = item;
-  $("turns").append(item);
+  turn.node.append(turn.box, turn.foot);
   if (turn.role === "user") {
-    const actions = element("span", "actions");
+    const actions = element("div", "actions");
     actions.append(button("Edit", () => edit(turn)));
     turn.foot.append(actions);
   }
+  $("turns").append(turn.node);
 }
 
 function finish(turn) {
   turn.node.classList.remove("busy");
-  turn.foot.replaceChildren();
-  if (turn.figures) turn.foot.append(element("span", "figures", turn.figures));
-  const actions = element("span", "actions");
+  turn.node.removeAttribute("aria-busy");
+  showFigures(turn, turn.figures);
   if (turn.wrong) {
     const wrong = element("div", "wrong");
-    wrong.append(element("span", "", turn.wrong), button("Try again", () => again(turn), ""));
+    tell(wrong, turn.wrong, button("Try again", () => again(turn), "again"));
     turn.node.insertBefore(wrong, turn.foot);
-    turn.textNode.hidden = !turn.text;
-  } else {
-    actions.append(button("Again", () => again(turn)), button("Copy", (event) => copy(event, turn.text)));
+    turn.box.hidden = !turn.text;
   }
+  const actions = element("div", "actions");
+  if (!turn.wrong) actions.append(button("Again", () => again(turn), "quiet again"));
+  if (turn.text) actions.append(button("Copy", (event) => copy(event, turn.text)));
   for (const [name, written] of [["curl", code.curl], ["Python", code.python]]) {
     const made = button(name, (event) => copy(event, written(turn.request, Boolean(key.get()))));
     made.setAttribute("aria-label", `Copy as ${name}`);
@@ -125,16 +82,30 @@ function finish(turn) {
   turn.foot.append(actions);
 }
 
+function showFigures(turn, figures) {
+  const line = element("div", "figures");
+  line.append(...figures.map((words) => element("span", "", words)));
+  turn.foot.replaceChildren(line);
+}
+
 async function copy(event, text) {
-  const target = event.currentTarget, old = target.textContent;
+  const target = event.currentTarget;
   try {
     await navigator.clipboard.writeText(text);
-    target.textContent = "Copied";
-  } catch {
-    target.textContent = "The browser does not allow it";
+  } catch { // at an address that is neither https nor this machine's
+    $("to-copy").value = text;
+    $("by-hand").showModal();
+    $("to-copy").select();
+    return;
   }
-  say(target.textContent);
-  setTimeout(() => { target.textContent = old; }, 1500);
+  if (target.dataset.told) return;
+  const old = target.textContent;
+  target.dataset.told = target.textContent = "Copied";
+  say("Copied");
+  setTimeout(() => {
+    target.textContent = old;
+    delete target.dataset.told;
+  }, 1500);
 }
 
 function say(text) {
@@ -143,7 +114,7 @@ function say(text) {
 
 function cut(from) {
   for (const turn of turns.splice(from)) turn.node.remove();
-  if (!turns.includes(editing)) editing = null;
+  if (!turns.includes(editing)) editing = draft = null;
 }
 
 function atEnd() {
@@ -160,10 +131,22 @@ function refresh() {
   $("editing").hidden = !editing;
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
-  $("send").disabled = !$("text").value.trim() && !tray.length;
+  $("send").disabled = reading > 0 || (!$("text").value.trim() && !tray.length);
   $("tray").hidden = !tray.length;
-  $("text").placeholder = turns.length ? "Ask on" : "Ask about a picture";
-  for (const turn of turns) if (turn.role === "user") turn.foot.classList.toggle("away", Boolean(running));
+  $("text").placeholder = turns.length ? "Reply" : "Ask about a picture";
+  document.body.classList.toggle("running", Boolean(running));
+  for (const turn of turns) turn.node.classList.toggle("edited", turn === editing);
+}
+
+// What had the keyboard may be gone or hidden by now; then it goes to what is of use next.
+
+function isFocusLost() {
+  const at = document.activeElement;
+  return !at || at === document.body || Boolean(at.closest("[hidden]"));
+}
+
+function toText() {
+  if (!touch) focus($("text"));
 }
 
 // Asking
@@ -173,24 +156,25 @@ async function ask() {
   turns.push(turn);
   show(turn);
   turn.node.classList.add("busy");
+  turn.node.setAttribute("aria-busy", "true");
   running = new AbortController();
   refresh();
+  if (isFocusLost()) focus($("stop"));
   toEnd();
   const start = performance.now();
-  let first = 0, last = 0, count = 0;
+  let first = 0, last = 0, count = 0, found = null, needsKey = false;
   const onText = (text) => {
     const follow = atEnd();
     last = performance.now();
-    first ||= last;
+    if (!count) showFigures(turn, [untilFirst((first = last) - start)]);
     count += 1;
     turn.text += text;
-    turn.textNode.append(text);
+    turn.words.appendData(text);
     if (follow) toEnd();
   };
-  let found = null, needsKey = false;
   try {
     found = await answer(withAddresses(turn.request), running.signal, onText);
-    say("Answer: " + turn.text);
+    say(`Answer: ${turn.text}`);
   } catch (error) {
     if (error.name === "AbortError") {
       turn.stopped = true;
@@ -198,7 +182,6 @@ async function ask() {
     } else {
       turn.wrong = sentence(error instanceof Failure ? error.message : "the answer cannot be read");
       needsKey = error.status === 401;
-      say(turn.wrong);
     }
   }
   turn.figures = figures(turn, found, first && first - start, last - first, count);
@@ -206,37 +189,42 @@ async function ask() {
   running = null;
   finish(turn);
   refresh();
+  if (turn.wrong) say(turn.wrong);
   if (follow) toEnd();
-  if (needsKey) askForKey(turn);
-  else if (!touch) $("text").focus();
+  if (isFocusLost()) toText();
+  if (needsKey) askForKey(turn, turn.wrong);
+  else if (!settings.model) connect();
 }
+
+const untilFirst = (time) => `${(time / 1000).toFixed(2)} s to first token`;
+const sentence = (words) => words[0].toUpperCase() + words.slice(1).replace(/([^.?!])$/, "$1.");
+const number = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
 
 function figures(turn, found, first, between, pieces) {
   const told = [];
-  if (first) told.push(`${(first / 1000).toFixed(2)} s to the first token`);
+  if (first) told.push(untilFirst(first));
   const tokens = found?.usage?.completion_tokens ?? pieces;
   const about = found?.usage ? "" : "about ";
   if (tokens > 1 && between > 0) told.push(`${about}${number((tokens - 1) / (between / 1000))} tokens/s`);
   if (found?.usage) {
     const { prompt_tokens: prompt, prompt_tokens_details: details } = found.usage;
-    told.push(`${details?.cached_tokens ?? 0} of ${prompt} tokens cached`);
+    told.push(`${number(details?.cached_tokens ?? 0)} of ${number(prompt)} tokens cached`);
   }
   if (turn.stopped) told.push("stopped");
+  else if (found && !turn.text) told.push("no words");
   if (found?.reason === "length") told.push("cut at its length");
-  return told.join(" · ");
+  return told;
 }
-
-const sentence = (words) => words[0].toUpperCase() + words.slice(1).replace(/([^.?!])$/, "$1.");
-const number = (value) => (value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
 
 function send() {
   const text = $("text").value.trim();
-  if (running || (!text && !tray.length)) return;
+  if (running || reading || (!text && !tray.length)) return;
+  const kept = draft;
   if (editing) cut(turns.indexOf(editing));
   const turn = { role: "user", text, pictures: tray };
   turns.push(turn);
   show(turn);
-  clearComposer();
+  compose(kept);
   ask();
 }
 
@@ -248,26 +236,32 @@ function again(turn) {
 
 function edit(turn) {
   if (running) return;
-  editing = turn;
-  $("text").value = turn.text;
-  tray = [...turn.pictures];
-  showTray();
-  grow();
-  $("text").focus();
+  const kept = draft ?? { text: $("text").value, tray };
+  compose({ text: turn.text, tray: [...turn.pictures] });
+  [editing, draft] = [turn, kept];
+  refresh();
+  focus($("text"));
 }
 
-function clearComposer() {
-  editing = null;
-  tray = [];
-  $("text").value = "";
-  trouble("");
+// The composer with other content, or none. What was being edited stays as it was.
+function compose(content) {
+  editing = draft = null;
+  tray = content?.tray ?? [];
+  $("text").value = content?.text ?? "";
+  tell($("trouble"), "");
   showTray();
   grow();
 }
 
-function trouble(text) {
-  $("trouble").textContent = text;
-  $("trouble").hidden = !text;
+function cancelEdit() {
+  compose(draft);
+  toText();
+}
+
+function grow() {
+  $("text").style.height = "auto";
+  $("text").style.height = `${$("text").scrollHeight}px`;
+  refresh();
 }
 
 // Pictures of the next message
@@ -278,7 +272,7 @@ function showTray() {
     const remove = button("×", () => {
       tray.splice(i, 1);
       showTray();
-      $("text").focus();
+      toText();
     }, "");
     remove.setAttribute("aria-label", `Remove ${picture.name}`);
     item.append(image(picture, picture.name), remove);
@@ -287,84 +281,82 @@ function showTray() {
   refresh();
 }
 
-async function add(reading) {
-  trouble("");
-  for (const one of reading) {
+async function add(made) {
+  const wrong = [];
+  reading += 1;
+  refresh();
+  for (const one of made) {
     try {
-      const picture = await one();
-      tray.push(picture);
+      tray.push(await one());
     } catch (error) {
-      trouble(error.message);
+      wrong.push(error.message);
     }
   }
+  reading -= 1;
+  tell($("trouble"), wrong.join(" "));
   showTray();
   if (tray.length && !$("text").value && !turns.length) {
     $("text").value = QUESTION;
     $("text").select();
-    refresh();
+    grow();
   }
-  if (!touch) $("text").focus();
+  toText();
 }
 
 const addFiles = (files) => add([...files].map((file) => () => fromFile(file)));
 
 function showSamples() {
-  $("samples").replaceChildren(...[1, 2, 3, 4].map((i) => {
-    const address = `static/samples/${i}.png`;
+  for (let i = 1; i <= SAMPLES; i++) {
+    const address = `static/samples/${i}.png`, name = `Sample ${i}`;
     const item = element("li");
-    const made = button("", () => add([() => fromSample(address)]), "");
-    made.append(image({ url: address }, ""), `Sample ${i}`);
+    const made = button("", () => add([() => fromSample(address, name)]), "");
+    made.append(image({ url: address }, ""), name);
     item.append(made);
-    return item;
-  }));
-}
-
-function grow() {
-  $("text").style.height = "auto";
-  $("text").style.height = `${$("text").scrollHeight}px`;
-  refresh();
+    $("samples").append(item);
+  }
 }
 
 // The key
 
-const UNKNOWN_KEY = "The server does not know this key.";
-
-function showKeyTrouble(text) {
-  $("key-trouble").textContent = text;
-  $("key-trouble").hidden = !text;
+function tellOfKey(text) {
+  tell($("key-trouble"), text);
   $("key").select();
 }
 
-function askForKey(turn) {
-  showKeyTrouble(key.get() ? UNKNOWN_KEY : "");
+// For the whole page, or for an answer that is then asked for again. The words are those of the refusal.
+function askForKey(turn, words) {
+  tellOfKey(key.get() ? words : "");
+  key.forget();
   $("key").value = "";
   $("key-form").onsubmit = async (event) => {
     event.preventDefault();
     key.set($("key").value.trim());
-    if (!(await connect(true))) return;
+    const error = await connect();
+    if (error) {
+      tellOfKey(error.message);
+      return key.forget();
+    }
     $("key-dialog").close();
-    if (turn) again(turn);
+    if (turn && turns.includes(turn)) again(turn);
   };
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
 }
 
-// Asks for the models, and for a key where there has to be one. Gives whether they are known.
-async function connect(hasDialog = false) {
+// Asks for the models, and for a key where there has to be one. Gives what went wrong.
+async function connect() {
   try {
-    const names = await models();
-    if (!names.includes(settings.model)) settings.model = names[0];
-    $("model-name").replaceChildren(...names.map((name) => new Option(name, name, false, name === settings.model)));
-    $("model-choice").hidden = names.length < 2;
-    $("model").textContent = settings.model;
+    offer(await models());
+    tell($("trouble"), "");
     $("forget-key").hidden = !key.get();
-    return true;
+    return null;
   } catch (error) {
-    $("model").textContent = error.status === 401 ? "a key is needed" : error.message;
-    if (hasDialog) showKeyTrouble(error.status === 401 ? UNKNOWN_KEY : error.message);
-    else if (error.status === 401) askForKey(null);
-    if (error.status === 401) key.forget();
-    return false;
+    const isKey = error.status === 401;
+    $("model").textContent = isKey ? "a key is needed" : "not connected";
+    if ($("key-dialog").open) return error;
+    if (isKey) askForKey(null, error.message);
+    else tell($("trouble"), sentence(error.message), button("Try again", connect, ""));
+    return error;
   }
 }
 
@@ -376,15 +368,16 @@ $("composer").addEventListener("submit", (event) => {
 });
 $("text").addEventListener("input", grow);
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && !touch) {
+  const sends = touch ? event.ctrlKey || event.metaKey : !event.shiftKey;
+  if (event.key === "Enter" && sends && !event.isComposing) {
     event.preventDefault();
     send();
   }
 });
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
   if (running) running.abort();
-  else if (editing) clearComposer();
+  else if (editing) cancelEdit();
 });
 addEventListener("paste", (event) => {
   const files = [...event.clipboardData.files];
@@ -403,26 +396,17 @@ for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
 }
 for (const [opener, input] of [["choose", "files"], ["photo", "camera"]]) {
   $(opener).addEventListener("click", () => $(input).click());
-  $(input).addEventListener("change", async () => {
-    await addFiles($(input).files);
-    $(input).value = "";
+  $(input).addEventListener("change", () => {
+    addFiles($(input).files);
+    $(input).value = ""; // so that the same file can be chosen again
   });
 }
 $("stop").addEventListener("click", () => running?.abort());
-$("cancel-edit").addEventListener("click", clearComposer);
+$("cancel-edit").addEventListener("click", cancelEdit);
 $("new").addEventListener("click", () => {
   cut(0);
-  clearComposer();
-  $("text").focus();
-});
-$("open-settings").addEventListener("click", () => $("settings").showModal());
-$("settings").addEventListener("input", readSettings);
-$("settings").addEventListener("close", () => {
-  readSettings();
-  if (settings.model) $("model").textContent = settings.model;
-});
-$("settings").addEventListener("click", (event) => {
-  if (event.target === $("settings")) $("settings").close();
+  compose(null);
+  toText();
 });
 $("forget-key").addEventListener("click", () => {
   key.forget();
