@@ -72,6 +72,11 @@ class Counted:
         if sampling.constraint is not None:
             self.held = Held(sampling.constraint.fork(), answer, vocab_size)
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether the choice depends on the tokens before it."""
+        return self.seen is not None or self.counts is not None
+
     def add(self, token: Tensor) -> None:
         """Count a token (1,) that was chosen; a marker ends the sequence."""
         token = token.clamp_min(0)
@@ -144,7 +149,8 @@ def choose(ops: Any, logits: Tensor, rows: Sequence[Counted], steps: Sequence[in
         **_allowed(logits, rows),
     )
     for place, row in enumerate(rows):
-        row.add(tokens[place : place + 1])
+        if row.is_counting:
+            row.add(tokens[place : place + 1])
     return Chosen(tokens, likeliest, logprobs)
 
 
