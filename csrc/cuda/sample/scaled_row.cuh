@@ -104,14 +104,17 @@ struct ScaledRow {
         z[i] = __fsub_rn(__fsub_rn(z[i], repeated), options.presence);
       });
     }
-    uint32_t bits = ~0u;
     if (p.allowed != nullptr && token < p.vocab) {
-      bits = static_cast<uint32_t>(p.allowed[row * ((p.vocab + 31) / 32) + token / 32]) >> own % 32;
-    }
+      const int32_t word = p.allowed[row * ((p.vocab + 31) / 32) + token / 32];
+      const uint32_t bits = static_cast<uint32_t>(word) >> own % 32;
 #pragma unroll
-    for (int i = 0; i < kTokensPerLane; ++i) {
-      if ((bits >> i & 1) == 0 && z[i] < INFINITY) z[i] = -INFINITY;
-      if (options.temperature != 1) z[i] = __fdiv_rn(z[i], options.temperature);
+      for (int i = 0; i < kTokensPerLane; ++i) {
+        if ((bits >> i & 1) == 0 && z[i] < INFINITY) z[i] = -INFINITY;
+      }
+    }
+    if (options.temperature != 1) {
+#pragma unroll
+      for (int i = 0; i < kTokensPerLane; ++i) z[i] = __fdiv_rn(z[i], options.temperature);
     }
   }
 
