@@ -87,6 +87,8 @@ def opened(
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", on_console)
         page.on("request", on_request)
+        # Choosers are taken from the browser while somebody listens: not only from some moment of a test on.
+        page.on("filechooser", lambda chooser: None)
         page.goto(url + "/")
         yield page
         assert not problems, problems
