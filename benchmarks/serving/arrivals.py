@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ STREAMS, PROMPT_TOKENS = 8, 1500
 # Seconds between two pictures; with every so many of them a prompt arrives as well. Where so many are still
 # open nothing arrives: a machine that is too slow for them would only queue them.
 _PAUSE, _PICTURES_PER_PROMPT, _MOST_OPEN = 0.25, 4, 4
+_PICTURES = 100  # at most
 
 
 def disturbed(
@@ -28,10 +29,9 @@ def disturbed(
     Args:
         count: tokens of a text.
     """
-    alone = asyncio.run(_among(served, source.distinct(STREAMS, tokens), iter(())))
-    texts = [source.words(PROMPT_TOKENS, count) for _ in range(2)]
-    arriving = _arriving(source, texts, tokens)
-    among = asyncio.run(_among(served, source.distinct(STREAMS, tokens), arriving))
+    running = [source.distinct(STREAMS, tokens) for _ in range(2)]
+    alone = asyncio.run(_among(served, running[0], ()))
+    among = asyncio.run(_among(served, running[1], _arriving(source, count)))
     return {
         "streams": STREAMS,
         "tokens": tokens,
@@ -43,28 +43,31 @@ def disturbed(
     }
 
 
-def _arriving(source: Source, texts: Sequence[str], tokens: int) -> Iterator[Request]:
-    number = 0
-    while True:
+def _arriving(source: Source, count: Callable[[str], int]) -> list[Request]:
+    """Made beforehand, so that nothing but their sending takes the client's time."""
+    text, found = source.words(PROMPT_TOKENS, count), []
+    for number in range(_PICTURES):
         if number % _PICTURES_PER_PROMPT == 0:
-            text = texts[number // _PICTURES_PER_PROMPT % len(texts)]
-            yield Request(f"{number} {text}", tokens=1)
-        yield source.large(1)
-        number += 1
+            found.append(Request(f"{number} {text}", tokens=1))  # which begins as no other
+        found.append(source.large(1))
+    return found
 
 
 async def _among(
-    served: Served, running: Sequence[Request], arriving: Iterator[Request]
+    served: Served, running: Sequence[Request], arriving: Sequence[Request]
 ) -> list[Answer]:
     """The running answers, all of whose tokens have text."""
 
-    def asked(request: Request) -> asyncio.Task[Answer]:
-        return asyncio.ensure_future(ask(served.server.port, served.body(request)))
+    def asked(body: dict[str, Any]) -> asyncio.Task[Answer]:
+        return asyncio.ensure_future(ask(served.server.port, body))
 
-    answers = asyncio.gather(*(asked(request) for request in running))
+    bodies = [served.body(request) for request in arriving]
+    answers = asyncio.gather(*(asked(served.body(request)) for request in running))
     others: set[asyncio.Task[Answer]] = set()
-    while not answers.done() and (request := next(arriving, None)) is not None:
-        others.add(asked(request))
+    for request, body in zip(arriving, bodies, strict=True):
+        if answers.done():
+            break
+        others.add(asked(body))
         if request.picture is not None:
             await asyncio.wait([answers], timeout=_PAUSE)
         while len(open_ := {one for one in others if not one.done()}) >= _MOST_OPEN:
