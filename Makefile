@@ -1,4 +1,4 @@
-# make demo | test | lint | build | bench. Everything goes into .venv; nothing else is touched.
+# make demo | test | node | lint | build | bench. Everything goes into .venv; nothing else is touched.
 #   PYTHON   the interpreter to start from; if it can import torch >= 2.11, that torch is used
 #   TORCH    what to install otherwise
 #   MLLAMA_KERNELS_CUDA=auto|1|0  build the CUDA kernels (default here: where there is a GPU)
@@ -16,7 +16,7 @@ HAS_TORCH = $(shell $(PYTHON) -c "import torch; print(int(tuple(map(int, torch._
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.* csrc/*/*/*.*)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test lint build bench
+.PHONY: demo test node lint build bench
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -39,6 +39,12 @@ $(VENV)/bench: $(VENV)/built
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench]"
 	touch $@
 
+$(VENV)/node/node_modules: tests/node/package.json tests/node/package-lock.json
+	mkdir -p $(VENV)/node
+	cp $^ $(VENV)/node
+	npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund
+	touch $@
+
 $(VENV)/dev: $(BIN)/python
 	$(BIN)/python -m pip install -q ruff clang-format
 	touch $@
@@ -50,6 +56,9 @@ demo: $(VENV)/built
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# clients of the server, for tests that are skipped without them
+node: $(VENV)/node/node_modules
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

@@ -17,7 +17,10 @@ CORE = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "jinja2", "tqdm"}
 EXTRAS = {  # by folder: what is installed by an extra, for those who import that folder
     "transformers": {"transformers"},
     "grammar": {"llguidance"},
-    "server": {"fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client", "httpx2"},
+    "server": {
+        *{"fastapi", "starlette", "pydantic", "typing_extensions"},
+        *{"uvicorn", "h11", "prometheus_client", "httpx2"},
+    },
 }
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
 import httpx2
+from asked_pictures import SEEDS, describes
 from server_helpers import EchoEngine, eventually
 
 from mllama import cli
 from mllama.commands import common, serve
 from mllama.commands.usage import UsageError
-from mllama.demo import checkpoint_path, sample_picture
+from mllama.demo import checkpoint_path
 from mllama.engine.interface import Unavailable
 from mllama.server.deferred import Deferred
 from mllama.server.protocol import Work
@@ -219,100 +219,39 @@ def test_an_engine_that_cannot_be_made_is_dead():
 
 # The process
 
-SCRIPT = """
-import sys
-from serial_engine import SerialEngine
-from mllama import cli
-from mllama.commands import common, serve
-serve.start_engine = lambda model, processor, options: SerialEngine(model, processor)
-sys.exit(cli.main(["serve", *sys.argv[1:]]))
-"""
 
-
-class Process:
-    """The command in a process of its own, with the engine of the tests."""
-
-    def __init__(self, *arguments: str) -> None:
-        folder = str(Path(__file__).parent)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
-        command = [sys.executable, "-c", SCRIPT, "--device", "cpu", "--port", "0", *arguments]
-        self.child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.child.stderr is not None
-        self.lines.extend(iter(self.child.stderr.readline, ""))
-
-    @property
-    def text(self) -> str:
-        return "".join(list(self.lines))
-
-    @property
-    def url(self) -> str | None:
-        found = re.search(r"listening on (http://\S+)/;", self.text)
-        return found and found[1]
-
-    def wait(self) -> int:
-        code = self.child.wait(300)
-        self._thread.join(10)
-        return code
-
-    def close(self) -> None:
-        self.child.kill()
-        self.child.wait()
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Process]:
-    made = Process()
-    try:
-        eventually(lambda: made.url and "ready" in made.text, 300)
-        yield made
-    finally:
-        made.close()
-
-
-def test_it_says_where_it_listens_and_what_runs(process):
-    assert "no --model: using the demo model" in process.text
-    assert re.search(r"ready: (kernels|reference) on cpu", process.text)
-    assert httpx2.get(process.url + "/health").json() == {"status": "ready"}
-    assert httpx2.get(process.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
-    assert "Talk about a picture" in httpx2.get(process.url + "/").text
+def test_it_says_where_it_listens_and_what_runs(demo_server):
+    assert "no --model: using the demo model" in demo_server.log
+    assert re.search(r"ready: (kernels|reference) on cpu", demo_server.log)
+    assert httpx2.get(demo_server.url + "/health").json() == {"status": "ready"}
+    assert httpx2.get(demo_server.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
+    assert "Talk about a picture" in httpx2.get(demo_server.url + "/").text
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
-def described(text: str) -> None:
-    """Whether an answer describes the page's first sample."""
-    _, scene = sample_picture(186)
-    for shape in scene.shapes:
-        assert f"{shape.size} {shape.color} {shape.kind}" in text, text
-
-
-def test_the_example_in_python_runs(process, tmp_path):
+def test_the_example_in_python_runs(demo_server, tmp_path):
     pytest.importorskip("openai")
     (code,) = blocks("python")
-    code = code.replace("http://127.0.0.1:8000", process.url)
+    code = code.replace("http://127.0.0.1:8000", demo_server.url)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    described(done.stdout)
+    assert describes(done.stdout, SEEDS[0]), done.stdout
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_example_with_curl_runs(process, tmp_path):
+def test_the_example_with_curl_runs(demo_server, tmp_path):
     (code,) = [block for block in blocks("bash") if "curl" in block]
-    code = code.replace("http://127.0.0.1:8000", process.url)
+    code = code.replace("http://127.0.0.1:8000", demo_server.url)
     done = subprocess.run(
         ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    described(done.stdout)
+    assert describes(done.stdout, SEEDS[0]), done.stdout
 
 
 def test_options_on_the_page_exist(capsys):
@@ -322,7 +261,7 @@ def test_options_on_the_page_exist(capsys):
     assert set(re.findall(r"`(--[a-z][a-z-]+)", PAGE)) - {"--devices"} <= known
 
 
-def test_a_form_is_compiled_for_the_models_vocabulary(process):
+def test_a_form_is_compiled_for_the_models_vocabulary(demo_server):
     body = {
         "messages": [{"role": "user", "content": "Hi."}],
         "response_format": {
@@ -330,30 +269,38 @@ def test_a_form_is_compiled_for_the_models_vocabulary(process):
             "json_schema": {"name": "a", "schema": {"not": {}}},
         },
     }
-    found = httpx2.post(process.url + "/v1/chat/completions", json=body, timeout=60)
+    found = httpx2.post(demo_server.url + "/v1/chat/completions", json=body, timeout=60)
     assert found.status_code == 400 and "not" in found.json()["error"]["message"]
     del body["response_format"]["json_schema"]["schema"]["not"]
-    assert httpx2.post(process.url + "/v1/chat/completions", json=body, timeout=60).is_success
+    assert httpx2.post(demo_server.url + "/v1/chat/completions", json=body, timeout=60).is_success
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """The command, as a person starts it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "mllama", "serve", "--device", "cpu", "--port", "0"]
+    return subprocess.Popen(
+        [*command, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_0(number):
-    made = Process("--served-model-name", "x", "--trust-remote-code")
-    try:
-        eventually(lambda: made.url, 300)
-        made.child.send_signal(number)
-        assert made.wait() == 0
-        assert "Traceback" not in made.text and "never needed" in made.text
-    finally:
-        made.close()
+def test_a_signal_ends_it_with_0_while_it_loads(number):
+    with started("--served-model-name", "x", "--trust-remote-code") as command:
+        assert command.stderr is not None
+        said = ""
+        while "listening on" not in said:
+            said += (line := command.stderr.readline())
+            assert line, said
+        command.send_signal(number)
+        said += command.communicate(timeout=300)[1]
+    assert command.returncode == 0 and "Traceback" not in said and "never needed" in said
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_with_1(tmp_path):
     shutil.copytree(checkpoint_path(), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
-    made = Process("--model", str(tmp_path / "model"))
-    try:
-        assert made.wait() == 1
-        assert "model.safetensors is truncated" in made.text and "Traceback" not in made.text
-    finally:
-        made.close()
+    with started("--model", str(tmp_path / "model")) as command:
+        _, said = command.communicate(timeout=300)
+    assert command.returncode == 1
+    assert "model.safetensors is truncated" in said and "Traceback" not in said

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllama.engine.interface import Piece, Token, ToolCall, Usage, WorkFailed
+from mllama.engine.interface import FinishReason, Piece, Token, ToolCall, Usage, WorkFailed
+from mllama.server.described import (
+    AnswerMessage,
+    CallBody,
+    CallDelta,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    FunctionBody,
+    LikelyToken,
+    TextChoice,
+    TextCompletion,
+    TextCompletionChunk,
+    TextLogprobs,
+    UsageBody,
+)
 
 
 @dataclass(frozen=True)
@@ -28,21 +45,22 @@ class _Answer:
 
     texts: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
-    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    finish_reason: str | None = None
+    calls: dict[int, CallBody] = field(default_factory=dict)
+    finish_reason: FinishReason | None = None
 
     def add(self, piece: Piece) -> None:
         self.texts.append(piece.text)
         self.tokens += piece.tokens
         for call in piece.tool_calls:
-            found = self.calls.setdefault(call.index, _call_body(call))
-            if found["function"] is not None:
-                found["function"]["arguments"] += call.arguments
+            if (found := self.calls.get(call.index)) is None:
+                found = self.calls[call.index] = _call_body(call)
+            found["function"]["arguments"] += call.arguments
         self.finish_reason = piece.finish_reason or self.finish_reason
 
 
-def _call_body(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": ""}
+def _call_body(call: ToolCall) -> CallBody:
+    assert call.id is not None and call.name is not None  # the first part of a call has them
+    function: FunctionBody = {"name": call.name, "arguments": ""}
     return {"id": call.id, "type": "function", "function": function}
 
 
@@ -58,7 +76,7 @@ async def collected(pieces: AsyncIterator[Piece], count: int) -> tuple[list[_Ans
     return answers, usage
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage) -> UsageBody:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -69,13 +87,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def chat_body(
     heading: Heading, answers: Sequence[_Answer], usage: Usage, with_tokens: bool
-) -> dict[str, Any]:
+) -> ChatCompletion:
     """The answer of /v1/chat/completions."""
-    choices = []
+    choices: list[ChatChoice] = []
     for i, answer in enumerate(answers):
         text = "".join(answer.texts)
         calls = [answer.calls[j] for j in sorted(answer.calls)]
-        message: dict[str, Any] = {
+        message: AnswerMessage = {
             "role": "assistant",
             "content": text if text or not calls else None,
             "refusal": None,
@@ -95,9 +113,9 @@ def chat_body(
 
 def completion_body(
     heading: Heading, answers: Sequence[_Answer], usage: Usage, with_tokens: bool
-) -> dict[str, Any]:
+) -> TextCompletion:
     """The answer of /v1/completions."""
-    choices = [
+    choices: list[TextChoice] = [
         {
             "index": i,
             "text": "".join(answer.texts),
@@ -115,12 +133,15 @@ async def chat_events(
     count: int,
     with_tokens: bool,
     with_usage: bool,
-) -> AsyncIterator[Mapping[str, Any]]:
+) -> AsyncIterator[ChatCompletionChunk]:
     """Roles, deltas, an event with each answer's reason, and usage where it is asked for."""
     head = heading.body("chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
     def event(
-        index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None
+        index: int,
+        delta: ChatDelta,
+        reason: FinishReason | None = None,
+        logprobs: ChatLogprobs | None = None,
     ) -> Any:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice]}
@@ -129,7 +150,7 @@ async def chat_events(
         yield event(i, {"role": "assistant", "content": ""})
     usage, open_answers = None, set(range(count))
     async for piece in pieces:
-        delta: dict[str, Any] = {"content": piece.text} if piece.text or piece.tokens else {}
+        delta: ChatDelta = {"content": piece.text} if piece.text or piece.tokens else {}
         if piece.tool_calls:
             delta["tool_calls"] = [_call_delta(call) for call in piece.tool_calls]
         if delta:
@@ -150,7 +171,7 @@ async def completion_events(
     count: int,
     with_tokens: bool,
     with_usage: bool,
-) -> AsyncIterator[Mapping[str, Any]]:
+) -> AsyncIterator[TextCompletionChunk]:
     """Texts, with each answer's reason in its last, and usage where it is asked for."""
     head = heading.body("text_completion") | ({"usage": None} if with_usage else {})
     usage, open_answers = None, set(range(count))
@@ -180,22 +201,22 @@ def _check_end(usage: Usage | None, open_answers: set[int]) -> None:
         raise WorkFailed("the answer ended before its end")
 
 
-def _call_delta(call: ToolCall) -> dict[str, Any]:
+def _call_delta(call: ToolCall) -> CallDelta:
     if call.id is None:
         return {"index": call.index, "function": {"arguments": call.arguments}}
     function = {"name": call.name, "arguments": call.arguments}
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
-def _chat_logprobs(tokens: Any) -> dict[str, Any]:
-    def entry(token: Token) -> dict[str, Any]:
+def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
+    def entry(token: Token) -> LikelyToken:
         return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
 
     content = [{**entry(t), "top_logprobs": [entry(u) for u in t.likeliest]} for t in tokens]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(tokens: Any, start: int) -> dict[str, Any]:
+def _completion_logprobs(tokens: Sequence[Token], start: int) -> TextLogprobs:
     offsets = []
     for token in tokens:
         offsets.append(start)

@@ -15,6 +15,21 @@ from mllama.grammar.compiling import GrammarCompiler
 from mllama.server import errors
 from mllama.server.auth import HostCheck, KeyCheck, is_loopback
 from mllama.server.body import BodyBudget
+from mllama.server.described import (
+    REFS,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Health,
+    ModelEntry,
+    ModelList,
+    Responses,
+    TextCompletion,
+    TextCompletionChunk,
+    Version,
+    answers,
+    refusals,
+    schemas,
+)
 from mllama.server.errors import RequestError
 from mllama.server.fetching import Fetcher
 from mllama.server.held import Forms
@@ -30,7 +45,7 @@ from mllama.server.work import Preparation, check_model
 
 _NOT_HERE = ("responses", "embeddings")
 _BASE64_THREADS = 2
-_REFS = "#/components/schemas/{model}"
+_HEALTH = {200: "requests are answered", 503: "they are not, or not yet"}
 
 
 def create_app(
@@ -88,13 +103,20 @@ def _checks(settings: Settings) -> list[Middleware]:
 
 
 def _add_answers(app: FastAPI, routes: Routes) -> None:
-    for path, endpoint, model in (
-        ("/v1/chat/completions", routes.chat, ChatRequest),
-        ("/v1/completions", routes.completions, CompletionRequest),
+    chat = answers(ChatCompletion, ChatCompletionChunk)
+    text = answers(TextCompletion, TextCompletionChunk)
+    for path, endpoint, model, responses in (
+        ("/v1/chat/completions", routes.chat, ChatRequest, chat),
+        ("/v1/completions", routes.completions, CompletionRequest, text),
     ):
-        schema = {"$ref": _REFS.format(model=model.__name__)}
+        schema = {"$ref": REFS.format(model=model.__name__)}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        app.post(path, response_class=JSONResponse, openapi_extra={"requestBody": body})(endpoint)
+        app.post(
+            path,
+            response_class=JSONResponse,
+            responses=responses,
+            openapi_extra={"requestBody": body},
+        )(endpoint)
 
     async def not_here(request: Request) -> Response:
         """Told apart from a mistake in the path."""
@@ -110,33 +132,37 @@ def _add_facts(
 ) -> None:
     created = 0  # of no meaning here; clients expect a number
 
-    def entry(name: str) -> dict[str, Any]:
+    refused = refusals("4XX")
+    text: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    states = {s: {"model": Health, "description": d} for s, d in _HEALTH.items()} | refused
+
+    def entry(name: str) -> ModelEntry:
         return {"id": name, "object": "model", "created": created, "owned_by": "mllama"}
 
-    @app.get("/health")
-    @app.get("/v1/health", operation_id="v1_health")
+    @app.get("/health", responses=states)
+    @app.get("/v1/health", operation_id="v1_health", responses=states)
     async def health() -> JSONResponse:
         """200 when requests are answered, else 503."""
         state = "draining" if gate.draining else engine.health()
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses=text | refused)
     async def metrics_text() -> Response:
         """In the form of Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/version")
-    async def version() -> dict[str, str]:
+    @app.get("/version", responses=refused)
+    async def version() -> Version:
         """Of the package."""
         return {"version": settings.version}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", responses=refused)
+    async def models() -> ModelList:
         """Names under which the model is asked for."""
         return {"object": "list", "data": [entry(name) for name in settings.models]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}", responses=refused)
+    async def model(name: str) -> ModelEntry:
         """One of them."""
         return entry(check_model(name, settings))
 
@@ -147,11 +173,9 @@ def _describe(app: FastAPI) -> None:
     def description() -> dict[str, Any]:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schemas = found.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ChatRequest, CompletionRequest):
-                schema = model.model_json_schema(ref_template=_REFS)
-                schemas |= schema.pop("$defs", {})
-                schemas[model.__name__] = schema
+            found["components"]["schemas"] |= schemas(
+                ChatRequest, CompletionRequest, ChatCompletionChunk, TextCompletionChunk
+            )
             app.openapi_schema = found
         return app.openapi_schema
 
