@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig as MllamaTextConfig
     from mllama.config import MllamaVisionConfig as MllamaVisionConfig
     from mllama.engine.engine import Engine as Engine
+    from mllama.engine.interface import Options as Options
     from mllama.generation.config import GenerationConfig as GenerationConfig
     from mllama.generation.streaming import TextStreamer as TextStreamer
     from mllama.model import MllamaForCausalLM as MllamaForCausalLM
@@ -39,6 +40,7 @@ _MODULES = {
     "MllamaTextModel": "mllama.text",
     "MllamaVisionConfig": "mllama.config",
     "MllamaVisionModel": "mllama.vision",
+    "Options": "mllama.engine.interface",
     "Semantics": "mllama.semantics",
     "TextStreamer": "mllama.generation.streaming",
     "plan": "mllama.quantization.plan",

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from mllama import cli
-from mllama.commands import chat, info
+from mllama.commands import chat, info, loading
 from mllama.commands.common import as_json, echo
 from mllama.demo import checkpoint_path, is_right, sample_picture
 from mllama.limits import OWN_FILES
@@ -65,10 +65,10 @@ def test_help_has_the_groups_in_the_order_of_need(capsys):
 
 
 def test_a_default_that_says_something_is_shown(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["generate", "--help"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert "longest answer (default: 512)" in out
+    for command in ("generate", "chat"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert "longest answer (default: 512" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "verify"])
@@ -138,6 +138,47 @@ def test_generate_streams_what_json_reports(capsys, image_path):
     result = json.loads(out)
     assert code == 0 and result["text"].strip() == streamed.strip() != ""
     assert 0 < result["new_tokens"] <= 24
+
+
+def test_a_length_bounds_prompt_and_answer(capsys, monkeypatch, image_path):
+    base = ["--image", image_path, "--greedy", "--device", "cpu"]
+    ask = [*base, "--prompt", "Describe the picture.", "--json"]
+    result = json.loads(run(capsys, "generate", *ask)[1])
+    length, least = result["prompt_tokens"] + 5, result["prompt_tokens"] + 1
+    assert result["new_tokens"] > 5
+    result = json.loads(run(capsys, "generate", *ask, "--max-length", str(length))[1])
+    assert result["new_tokens"] == 5
+    code, out, err = run(capsys, "generate", *ask, "--max-length", str(least - 1))
+    assert (code, out) == (1, "") and "--max-length is" in err and "no room for an answer" in err
+    for command in (["generate", *ask], ["chat", *base], ["verify"]):
+        code, out, err = run(capsys, *command, "--max-length", "2049")
+        assert (code, out) == (1, "")
+        assert "--max-length 2049 is beyond the model's context, 2048" in err
+    code, out, err = run(capsys, "verify", "--device", "cpu", "--max-length", "5")
+    assert (code, out) == (1, "") and "--max-length is 5" in err
+    # The second turn of a chat has no room: it says so, and the conversation goes on.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Describe the picture.\nAnd?\n/reset\nHi.\n"))
+    code, out, err = run(capsys, "chat", *base, "--max-length", str(length))
+    assert code == 0 and len(out.splitlines()) == 2 and err.count("no room for an answer") == 1
+
+
+def test_a_length_is_planned(capsys, monkeypatch):
+    asked = []
+
+    def loaded(cls, *_, context, **__):
+        asked.append(context)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr(
+        loading.MllamaForConditionalGeneration, "from_pretrained", classmethod(loaded)
+    )
+    for command in (
+        ["chat"],
+        ["verify"],
+        ["generate", "--prompt", "Hi.", "--max-new-tokens", "999"],
+    ):
+        assert run(capsys, *command, "--max-length", "700")[0] == 1
+    assert asked == [700, 700, 700]
 
 
 def test_sampling_is_repeatable_by_seed(capsys, image_path):

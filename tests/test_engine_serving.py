@@ -67,6 +67,21 @@ def test_questions_about_pictures_are_answered_together(engine):
     assert engine.stats().counters["encoded_pictures"] == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("What is this?",), "messages must be a list of dictionaries with role and content"),
+        ((asked("What?"), sample_picture(3)[0]), "images must be a list of images, got"),
+        ((asked("What?"), "a.png"), "images must be a list of images, got 'a.png'"),
+        ((asked("What?", 0), (), {"max_tokens": 3}), "options must be mllama.Options, got"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_of_other_kinds_are_named(engine, arguments, said):
+    with pytest.raises(TypeError, match=said):
+        engine.submit(*arguments)
+
+
 def test_requests_of_an_event_loop(served):
     async def run():
         requests = [work(seed=seed, max_tokens=60) for seed in (3, 4, 5, 3)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,8 +33,11 @@ from mllama.commands.usage import UsageError
 from mllama.demo import checkpoint_path
 from mllama.engine.interface import Unavailable
 from mllama.server.deferred import Deferred
+from mllama.server.listening import bind
 from mllama.server.protocol import Work
 
+COMMAND = [sys.executable, "-m", "mllama"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 PAGE = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
 
 
@@ -140,9 +146,9 @@ def test_contradictions_exit_with_2_before_anything_is_loaded(arguments, capsys,
         ("", None),
     ],
 )
-@pytest.mark.parametrize("command", ["serve", "chat", "verify", "demo"])
+@pytest.mark.parametrize("command", ["serve", "chat", "verify", "demo", "generate --prompt x"])
 def test_a_device_has_two_spellings(command, given, device):
-    options = cli.build_parser().parse_args([command, *given.split()])
+    options = cli.build_parser().parse_args([*command.split(), *given.split()])
     assert options.device == device
 
 
@@ -222,6 +228,8 @@ def test_an_engine_that_cannot_be_made_is_dead():
 
 def test_it_says_where_it_listens_and_what_runs(demo_server):
     assert "no --model: using the demo model" in demo_server.log
+    memory = r"memory: weights \d\.\d MB, [\d,]+ pages of 64 tokens .* in all, .* free on cpu"
+    assert re.search(memory, demo_server.log.partition("listening")[0])
     assert re.search(r"ready: (kernels|reference) on cpu", demo_server.log)
     assert httpx2.get(demo_server.url + "/health").json() == {"status": "ready"}
     assert httpx2.get(demo_server.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
@@ -234,7 +242,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_example_in_python_runs(demo_server, tmp_path):
     pytest.importorskip("openai")
-    (code,) = blocks("python")
+    (code,) = [block for block in blocks("python") if "import OpenAI" in block]
     code = code.replace("http://127.0.0.1:8000", demo_server.url)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -254,11 +262,30 @@ def test_the_example_with_curl_runs(demo_server, tmp_path):
     assert describes(done.stdout, SEEDS[0]), done.stdout
 
 
+def test_the_example_of_a_file_of_requests_runs(tmp_path):
+    (code,) = [block for block in blocks("bash") if "--batch" in block]
+    code = f'mllama() {{ {shlex.join(COMMAND)} "$@"; }}\n{code}'
+    done = subprocess.run(
+        ["bash", "-c", code],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "answered.jsonl").read_text().splitlines()]
+    assert {line["custom_id"] for line in lines} == {"1", "2"}
+    assert all(line["response"]["body"]["usage"]["completion_tokens"] > 0 for line in lines)
+
+
 def test_options_on_the_page_exist(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["serve", "--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    assert set(re.findall(r"`(--[a-z][a-z-]+)", PAGE)) - {"--devices"} <= known
+    known = set()
+    for command in ("serve", "generate"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z][a-z-]+)", PAGE)) <= known
 
 
 def test_a_form_is_compiled_for_the_models_vocabulary(demo_server):
@@ -295,6 +322,29 @@ def test_a_signal_ends_it_with_0_while_it_loads(number):
         command.send_signal(number)
         said += command.communicate(timeout=300)[1]
     assert command.returncode == 0 and "Traceback" not in said and "never needed" in said
+
+
+def test_an_address_that_is_taken_is_named_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "load_processor", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--port", port]) == 1
+    assert (
+        f"127.0.0.1:{port} cannot be listened on: Address already in use" in capsys.readouterr().err
+    )
+    assert cli.main(["serve", "--host", "192.0.2.1"]) == 1
+    assert "192.0.2.1:8000 cannot be listened on: it is no address" in capsys.readouterr().err
+    assert cli.main(["serve", "--host", "no.such.host.invalid"]) == 1
+    assert "no.such.host.invalid:8000 cannot be listened on" in capsys.readouterr().err
+
+
+def test_a_name_of_several_addresses_is_listened_on_under_one_port():
+    sockets = bind("localhost", 0)
+    try:
+        assert len({found.getsockname()[1] for found in sockets}) == 1
+    finally:
+        for found in sockets:
+            found.close()
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_with_1(tmp_path):

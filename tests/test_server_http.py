@@ -30,7 +30,7 @@ from server_process import NURSERY
 from mllama.server import sse
 from mllama.server.app import create_app
 from mllama.server.body import BodyBounds
-from mllama.server.listening import serve
+from mllama.server.listening import bind, serve
 from mllama.server.settings import Settings
 from mllama.server.sse import EventStream
 from mllama.server.watching import Gate, Watch
@@ -509,7 +509,7 @@ def serve_echo(port: int, drain_seconds: float) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "state", "dead"))
     settings = Settings(("echo",), "1", port=port, drain_seconds=drain_seconds)
     app = create_app(engine, settings, demo_compiler(), False)
-    sys.exit(serve(app, engine, settings, print))
+    sys.exit(serve(app, engine, settings, bind(settings.host, port), print))
 
 
 @pytest.fixture

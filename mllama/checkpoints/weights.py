@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -235,34 +236,60 @@ def stored_dtype(
     return sizes.most_common(1)[0][0]
 
 
+@dataclass(frozen=True)
+class PlanSource:
+    """A model that is still to be loaded.
+
+    Attributes:
+        config: of the model.
+        dtype: of activations, caches, and what is not quantised.
+        nbytes: of all weights.
+        encoding: of the quantised ones; None if there is none.
+        stored: the same where they are stored so already; else None.
+    """
+
+    config: Any
+    dtype: str
+    nbytes: int
+    encoding: str | None
+    stored: str | None
+
+
 def plan_source(
     cls: type[nn.Module],
     name_or_path: str | os.PathLike[str],
     projector: str | os.PathLike[str] | None = None,
     *,
+    config: Any = None,
+    dtype: str | None = None,
     quantization: str | None = None,
     quantization_overrides: Mapping[str, str] | None = None,
-) -> tuple[Any, str | None, int | None, str]:
-    """What a memory plan of a checkpoint starts from, from the headers of the files only: its configuration,
-    the encoding and the bytes of what is stored quantised (else None), and the dtype; as it is loaded with
-    ``quantization``, an encoding or a dtype.
+) -> PlanSource:
+    """What a memory plan of a checkpoint starts from, from the headers of the files only, as it is loaded
+    with these arguments.
 
     Raises: as :func:`load_pretrained`.
     """
-    matched = match_checkpoint(cls, name_or_path, "auto", "auto", projector=projector)
+    matched = match_checkpoint(cls, name_or_path, "auto", "auto", given=config, projector=projector)
     if quantization in PLAIN:
-        dtype, wanted = _parse_dtype(quantization), Wanted()
-    else:
-        places = matched.sources.values()
-        dtype = stored_dtype(matched.folder, matched.raw, matched.checkpoint, places)
-        wanted = Wanted(quantization)
-    name = str(dtype).removeprefix("torch.")
-    choice = choose_encodings(
-        matched, wanted, quantization_overrides, dequantize=False, dtype=dtype
+        dtype, quantization = one_dtype(dtype, quantization, "quantization"), None
+    places = matched.sources.values()
+    chosen = (
+        stored_dtype(matched.folder, matched.raw, matched.checkpoint, places)
+        if dtype is None
+        else _parse_dtype(dtype)
     )
-    if choice.quantization is None or not matched.found:
-        return matched.config, None, None, name
-    return matched.config, choice.quantization.encoding, choice.nbytes, name
+    choice = choose_encodings(
+        matched, Wanted(quantization), quantization_overrides, dequantize=False, dtype=chosen
+    )
+    encoding = None if choice.quantization is None else choice.quantization.encoding
+    return PlanSource(
+        matched.config,
+        str(chosen).removeprefix("torch."),
+        choice.nbytes,
+        encoding,
+        encoding if matched.found else None,
+    )
 
 
 def stored_generation_config(

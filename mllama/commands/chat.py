@@ -14,6 +14,7 @@ from mllama.commands.common import (
     add_execution_arguments,
     add_length_arguments,
     add_sampling_arguments,
+    answer_length,
     chat_inputs,
     check_images,
     checkpoint_of,
@@ -22,7 +23,12 @@ from mllama.commands.common import (
     sampling_options,
     user_turn,
 )
-from mllama.commands.loading import add_loading_arguments, add_weight_path_argument
+from mllama.commands.loading import (
+    add_loading_arguments,
+    add_weight_path_argument,
+    bounded_length,
+    source_of,
+)
 from mllama.processing.images import ImageOpenError
 from mllama.processing.plain_text import from_command_line
 from mllama.wording import message, shown
@@ -58,12 +64,13 @@ def run(options: argparse.Namespace) -> int:
     sampling = sampling_options(options)
     check_images(options.image)
     folder = checkpoint_of(options)
-    # Of a conversation the first answer is sure; the cache grows with those that follow.
+    length = bounded_length(options, source_of(options, folder))
+    # Of a conversation without a bound the first answer is sure; the cache grows with those that follow.
     model, processor = load(
         folder,
         options,
         options.adapter,
-        context=options.max_new_tokens,
+        context=length or options.max_new_tokens,
         images=max(1, len(options.image)),
     )
     if processor.chat_template is None:
@@ -100,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
             try:
                 escape = options.escape_special_tokens
                 inputs = chat_inputs(processor, messages, model.device, escape)
+                sampling["max_new_tokens"] = answer_length(options, inputs)
                 pieces = model.stream(
                     **inputs, tokenizer=processor, past_key_values=cache, **sampling
                 )

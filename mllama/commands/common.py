@@ -41,7 +41,7 @@ def add_model_argument(group: argparse._ArgumentGroup) -> None:
         "--model",
         "--model-path",
         metavar="DIR",
-        help="checkpoint folder, or hub id with the extra hub (default: the demo model)",
+        help="checkpoint folder, GGUF file, or hub id with the extra hub (default: the demo model)",
     )
     group.add_argument(
         "--force-download", action="store_true", help="download a hub id anew, not from the cache"
@@ -77,10 +77,19 @@ def add_execution_arguments(
     )
 
 
-def add_length_arguments(group: argparse._ArgumentGroup) -> None:
+def add_max_length_argument(
+    group: argparse._ArgumentGroup, help: str = "tokens of a prompt and its answer"
+) -> None:
     group.add_argument(
-        "--max-new-tokens", type=positive, default=512, metavar="N", help="longest answer"
+        "--max-length", type=positive, metavar="N", help=f"{help} (default: what the model takes)"
     )
+
+
+def add_length_arguments(
+    group: argparse._ArgumentGroup, default: int | None = 512, help: str = "longest answer"
+) -> None:
+    group.add_argument("--max-new-tokens", type=positive, default=default, metavar="N", help=help)
+    add_max_length_argument(group)
     group.add_argument(
         "--stop",
         type=from_command_line,
@@ -141,15 +150,23 @@ def check_images(paths: Iterable[str | Path]) -> None:
 
 
 def checkpoint_of(options: argparse.Namespace) -> str:
-    """The checkpoint of --model; without it that of the demo model, and a line on stderr that says so."""
+    """The checkpoint of --model; without it that of the demo model, and a line on stderr that says so. Hub
+    ids, that of --weight-path too, are downloaded anew where --force-download says so."""
+    if (weights := getattr(options, "weight_path", None)) is not None:
+        options.weight_path = _downloaded(weights, options)
     if options.model is not None:
-        if options.force_download and not Path(options.model).expanduser().exists():
-            return str(resolve_folder(options.model, force_download=True))
-        return options.model
+        return _downloaded(options.model, options)
     if options.serialized_model_path is not None:
         return str(options.serialized_model_path)
     print("no --model: using the demo model, which knows only shapes", file=sys.stderr)
     return str(checkpoint_path())
+
+
+def _downloaded(name: str, options: argparse.Namespace) -> str:
+    """The folder of a hub id that is to be downloaded anew; any other name as it is."""
+    if options.force_download and not Path(name).expanduser().exists():
+        return str(resolve_folder(name, force_download=True))
+    return name
 
 
 def load(
@@ -204,6 +221,18 @@ def chat_inputs(
         escape_special_tokens=escape_special_tokens,
     )
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def answer_length(options: argparse.Namespace, inputs: dict[str, Any]) -> int:
+    """The tokens that an answer may have. Raises: ValueError where --max-length leaves none."""
+    if options.max_length is None:
+        return options.max_new_tokens
+    count = inputs["input_ids"].shape[1]
+    if count >= options.max_length:
+        raise ValueError(
+            f"the prompt has {count} tokens, --max-length is {options.max_length}: no room for an answer"
+        )
+    return min(options.max_new_tokens, options.max_length - count)
 
 
 def user_turn(text: str, images: list[str]) -> dict[str, Any]:

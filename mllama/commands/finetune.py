@@ -222,15 +222,15 @@ class _Source:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Source:
-        config, stored, nbytes, dtype = plan_source(
+        found = plan_source(
             MllamaForConditionalGeneration, options.model, projector=options.projector
         )
-        dtype = dtype_of(options) or dtype
+        dtype, nbytes = dtype_of(options) or found.dtype, found.nbytes
         asked = options.quantization_encoding
-        if nbytes is None or asked not in (None, stored, *PLAIN):
+        if found.stored is None or asked not in (None, found.stored, *PLAIN):
             encoding = dtype if asked is None or asked in PLAIN else asked
-            nbytes = weight_bytes(config, encoding, overrides_of(options) or None, dtype)
-        return cls(config, stored, nbytes, dtype)
+            nbytes = weight_bytes(found.config, encoding, overrides_of(options) or None, dtype)
+        return cls(found.config, found.stored, nbytes, dtype)
 
 
 def _require_fit(

@@ -17,7 +17,7 @@ from mllama.checkpoints.gguf.container import is_gguf
 from mllama.checkpoints.hub import resolve_folder
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 from mllama.checkpoints.saving import save_pretrained
-from mllama.checkpoints.weights import describe_checkpoint
+from mllama.checkpoints.weights import PlanSource, describe_checkpoint, plan_source
 from mllama.commands.usage import UsageError
 from mllama.quantization.policy import MODEL_ENCODINGS, PLAIN
 from mllama.wording import quoted, shown
@@ -167,12 +167,11 @@ def load_model(
     encoding = options.quantization_encoding
     quantization = None if encoding in PLAIN else encoding
     overrides = overrides_of(options)
-    if options.serialized_model_path is not None and encoding is not None:
-        check_stored(folder, encoding)
-    weights = getattr(options, "weight_path", None)
+    _check_serialized(options, folder)
+    weights, described = weights_of(options, folder)
     model = MllamaForConditionalGeneration.from_pretrained(
-        folder if weights is None else weights,
-        **({} if weights is None else _described_by(folder)),
+        weights,
+        **described,
         dtype=dtype_of(options),
         device=device,
         backend=options.backend,
@@ -189,11 +188,45 @@ def load_model(
     return model
 
 
-def _described_by(folder: str) -> dict[str, Any]:
-    """What `from_pretrained` takes from elsewhere than the folder of the weights."""
+def weights_of(options: argparse.Namespace, folder: str) -> tuple[str, dict[str, Any]]:
+    """Where the weights of :func:`source_of` are, and what `from_pretrained` takes from elsewhere."""
+    weights = getattr(options, "weight_path", None)
+    if weights is None:
+        return folder, {}
     path = resolve_folder(folder) / "generation_config.json"
     stored = {"generation_config": read_json(path)} if path.is_file() else {}
-    return {"config": folder, **stored}
+    return weights, {"config": folder, **stored}
+
+
+def planned_source(options: argparse.Namespace, folder: str) -> PlanSource:
+    """What a plan of :func:`load_model`'s model starts from, before that is loaded. Raises: as there."""
+    _check_serialized(options, folder)
+    weights, described = weights_of(options, folder)
+    return plan_source(
+        MllamaForConditionalGeneration,
+        weights,
+        options.projector,
+        config=described.get("config"),
+        dtype=dtype_of(options),
+        quantization=options.quantization_encoding,
+        quantization_overrides=overrides_of(options) or None,
+    )
+
+
+def bounded_length(options: argparse.Namespace, folder: str) -> int | None:
+    """The tokens of --max-length. Raises: ValueError for more than the model takes."""
+    if options.max_length is not None:
+        text = planned_source(options, folder).config.text_config
+        if options.max_length > (most := text.max_position_embeddings):
+            raise ValueError(
+                f"--max-length {options.max_length} is beyond the model's context, {most}"
+            )
+    return options.max_length
+
+
+def _check_serialized(options: argparse.Namespace, folder: str) -> None:
+    if options.serialized_model_path is not None and options.quantization_encoding is not None:
+        check_stored(folder, options.quantization_encoding)
 
 
 def check_stored(folder: str, asked: str) -> None:

@@ -123,13 +123,15 @@ def _source(
     """
     config = named_config(options.model)
     if config is None:
-        return plan_source(
+        found = plan_source(
             MllamaForConditionalGeneration,
             options.model,
             projector=options.projector,
             quantization=options.quantization_encoding,
             quantization_overrides=overrides or None,
         )
+        nbytes = None if found.stored is None else found.nbytes
+        return found.config, found.stored, nbytes, found.dtype
     if options.projector is not None:
         raise UsageError(
             f"--projector goes with the text file of a GGUF model in --model, not with {options.model}"

@@ -7,18 +7,29 @@ import os
 import re
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllama import MllamaForConditionalGeneration, MllamaProcessor
+from mllama import MllamaForConditionalGeneration
 from mllama.commands.common import (
     add_checkpoint_arguments,
     add_execution_arguments,
+    add_max_length_argument,
     checkpoint_of,
     load_processor,
     load_weights,
     positive,
     what_runs,
+)
+from mllama.commands.engines import (
+    add_batching_arguments,
+    add_name_argument,
+    add_request_arguments,
+    application,
+    compiler_of,
+    plan_of,
+    request_settings,
+    require_extra,
+    start_engine,
 )
 from mllama.commands.loading import (
     add_loading_arguments,
@@ -31,7 +42,6 @@ from mllama.commands.usage import UsageError
 from mllama.wording import quoted, shown
 
 if TYPE_CHECKING:
-    from mllama.server.protocol import Engine
     from mllama.server.settings import Settings
 
 _KEYS = "MLLAMA_API_KEY"
@@ -39,13 +49,7 @@ _KEYS = "MLLAMA_API_KEY"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(group := parser.add_argument_group("model"))
-    group.add_argument(
-        "--served-model-name",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the model's name in requests; may be repeated (default: the folder's, or the hub id)",
-    )
+    add_name_argument(group)
     group.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -84,12 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in which running answers may finish when the server ends",
     )
     group = parser.add_argument_group("requests")
-    group.add_argument(
-        "--max-length",
-        type=positive,
-        metavar="N",
-        help="tokens of a prompt and its answer (default: what the model takes)",
-    )
+    add_max_length_argument(group)
     group.add_argument(
         "--max-new-tokens",
         type=_length,
@@ -103,54 +102,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="for requests that name none; 1 is greedy (default: the checkpoint's)",
     )
-    group.add_argument(
-        "--max-images", type=positive, default=4, metavar="N", help="pictures of a request"
-    )
-    group.add_argument(
-        "--allow-image-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="fetch pictures from there, and from nowhere else; may be repeated",
-    )
-    group.add_argument(
-        "--system-with-images",
-        choices=("fold", "error"),
-        default="fold",
-        help="a system message beside pictures: put before the user's first text, or left for the template "
-        "to refuse",
-    )
+    add_request_arguments(group)
     group.add_argument(
         "--max-body", type=memory, default="32MB", metavar="SIZE", help="of a request"
     )
     group = parser.add_argument_group("batching")
-    group.add_argument(
-        "--max-batch-size", type=positive, default=32, metavar="N", help="answers decoded together"
-    )
-    group.add_argument(
-        "--max-ce-batch-size",
-        type=positive,
-        default=32,
-        metavar="N",
-        help="prompts read together",
-    )
-    group.add_argument(
-        "--max-batch-tokens",
-        type=positive,
-        metavar="N",
-        help="tokens of a step (default: 512 on a CPU, 2048 on a GPU)",
-    )
+    add_batching_arguments(group)
     group.add_argument(
         "--max-queue",
         type=positive,
         metavar="N",
         help="requests that wait; more are refused with 429 (default: four batches)",
-    )
-    group.add_argument(
-        "--image-cache-bytes",
-        type=_bytes,
-        metavar="SIZE",
-        help="keys and values of pictures that are kept (default: what is left of the memory)",
     )
     add_loading_arguments(group := parser.add_argument_group("weights"))
     add_weight_path_argument(group)
@@ -160,79 +122,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     dtype_of(options)  # contradictions are told before anything is loaded
     overrides_of(options)
-    try:
-        from mllama.server.app import create_app
-        from mllama.server.deferred import Deferred
-        from mllama.server.listening import serve
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"serving needs {error.name}: pip install 'mllama-kernels[server]'"
-        ) from None
-    from mllama.grammar.compiling import GrammarCompiler
+    require_extra()
     from mllama.grammar.forms import GrammarError
-    from mllama.grammar.vocabulary import Vocabulary
-    from mllama.processing.templates import chosen_template
-    from mllama.server.call_prompts import writes_calls
-    from mllama.vocabulary import head_rows
+    from mllama.server.deferred import Deferred
+    from mllama.server.listening import bind, serve
+    from mllama.server.serving import AsyncEngine
 
     checkpoint = checkpoint_of(options)
     settings = settings_of(options, checkpoint)
     for line in warnings_of(options, settings):
         _say(line)
+    sockets = bind(settings.host, settings.port)
     processor = load_processor(checkpoint, options)
+    plan = plan_of(options, checkpoint, _say)
     loaded: list[MllamaForConditionalGeneration] = []
+    compiler = compiler_of(processor, lambda: loaded[0])
 
-    def make() -> Engine:
-        model = load_weights(checkpoint, options, options.adapter, context=options.max_length)
-        loaded.append(model)
+    def make() -> AsyncEngine:
+        loaded.append(model := load_weights(checkpoint, options, options.adapter))
         try:
             compiler.prepare()
         except GrammarError as error:
             _say(f"{error}; response_format and enforced calls are refused")
-        return start_engine(model, processor, options)
+        return AsyncEngine(start_engine(model, processor, options, plan, options.max_queue))
 
-    def vocabulary() -> Vocabulary:
-        (model,) = loaded
-        head = head_rows(model.get_output_embeddings(), model.config.get_text_config())
-        ends = model.generation_config.eos_token_id
-        return Vocabulary(
-            processor.tokenizer, head, [ends] if isinstance(ends, int) else ends or ()
-        )
-
-    compiler = GrammarCompiler(vocabulary)
     engine = Deferred(make, lambda: _say(f"ready: {what_runs(loaded[0])}"))
-    template = processor.chat_template  # a base model has none, and answers no chats
-    writes = template is not None and writes_calls(chosen_template(template, None))
-    app = create_app(engine, settings, compiler, writes)
-    code = serve(app, engine, settings, lambda url: _say(f"listening on {url}; Ctrl-C ends it"))
+    app = application(engine, settings, processor, compiler)
+    code = serve(
+        app,
+        engine,
+        settings,
+        sockets,
+        lambda url: _say(f"listening on {url}; Ctrl-C ends it"),
+    )
     if engine.error is not None:
         raise engine.error
     if engine.health() == "loading":
-        os._exit(
-            code
-        )  # the thread that loads cannot be ended, and the interpreter would end under it
+        # The thread that loads cannot be ended, and the interpreter would end under it.
+        os._exit(code)
     return code
-
-
-def start_engine(
-    model: MllamaForConditionalGeneration, processor: MllamaProcessor, options: argparse.Namespace
-) -> Engine:
-    """The engine of a loaded model, as the options say."""
-    from mllama.engine.engine import Engine as Batching
-    from mllama.server.serving import AsyncEngine
-
-    engine = Batching(
-        model,
-        processor,
-        max_batch_size=options.max_batch_size,
-        max_ce_batch_size=options.max_ce_batch_size,
-        max_batch_tokens=options.max_batch_tokens,
-        max_length=options.max_length,
-        max_queue=options.max_queue,
-        image_cache_bytes=options.image_cache_bytes,
-        adapter="" if options.adapter is None else str(options.adapter),
-    )
-    return AsyncEngine(engine)
 
 
 def settings_of(options: argparse.Namespace, checkpoint: str) -> Settings:
@@ -252,18 +180,14 @@ def settings_of(options: argparse.Namespace, checkpoint: str) -> Settings:
                 f"--allow-origin must be like https://a.example, without a path; got {quoted(origin)}"
             )
     return Settings(
-        models=tuple(options.served_model_name) or (_name(options, checkpoint),),
+        **request_settings(options, checkpoint),
         version=version("mllama-kernels"),
         api_keys=keys,
         host=options.host,
         port=options.port,
         allowed_hosts=tuple(options.allow_host),
         allowed_origins=tuple(options.allow_origin),
-        image_hosts=tuple(options.allow_image_host),
-        max_images=options.max_images,
-        system_with_images=options.system_with_images,
         max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
-        top_k=options.top_k,
         body=BodyBounds(max_bytes=options.max_body),
         drain_seconds=options.drain_timeout,
     )
@@ -284,21 +208,8 @@ def warnings_of(options: argparse.Namespace, settings: Settings) -> list[str]:
     return lines
 
 
-def _name(options: argparse.Namespace, checkpoint: str) -> str:
-    """The hub id, or the folder's or file's name."""
-    if options.model is None and options.serialized_model_path is None:
-        return "mllama-demo"
-    if options.model is not None and not Path(options.model).expanduser().exists():
-        return options.model
-    return Path(checkpoint).expanduser().resolve().name
-
-
 def _say(line: str) -> None:
     print(f"mllama serve: {line}", file=sys.stderr, flush=True)
-
-
-def _bytes(text: str) -> int:
-    return int(text) if text.isdecimal() else memory(text)
 
 
 def _port(text: str) -> int:

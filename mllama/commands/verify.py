@@ -23,17 +23,25 @@ from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import (
     add_execution_arguments,
+    add_max_length_argument,
     add_model_argument,
     chat_inputs,
     checkpoint_of,
-    load,
+    load_processor,
+    load_weights,
     user_turn,
 )
-from mllama.commands.loading import add_loading_arguments, source_of
+from mllama.commands.loading import (
+    add_loading_arguments,
+    add_weight_path_argument,
+    bounded_length,
+    planned_source,
+    source_of,
+    weights_of,
+)
 from mllama.commands.usage import UsageError
 from mllama.demo import sample_picture
 from mllama.quantization.decoded import decoded_copy, quantization_loss
-from mllama.quantization.policy import PLAIN
 from mllama.verification import (
     ALLOWED_RATIO,
     Comparison,
@@ -72,8 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="checkpoint that a quantised model was made of: also report what quantising has cost",
     )
+    add_max_length_argument(group, "tokens that the prompt may have")
     group.add_argument("--json", action="store_true", help="print one JSON object")
-    add_loading_arguments(parser.add_argument_group("weights"))
+    add_loading_arguments(group := parser.add_argument_group("weights"))
+    add_weight_path_argument(group)
     add_execution_arguments(parser)
 
 
@@ -86,27 +96,33 @@ def run(options: argparse.Namespace) -> int:
         )
     folder = source_of(options, checkpoint_of(options))
     options.backend = "auto"  # an op that cannot run as a kernel is for the report to name
-    is_quantized = _is_quantized(folder, options)
+    is_quantized = planned_source(options, folder).encoding is not None
     if options.original and not is_quantized:
         raise UsageError(
             f"--original goes with a quantised model: {shown(folder)} is plain and no "
             "--quantization-encoding is given"
         )
     if options.original:  # looked at now: the rest takes minutes
-        _, encoding, _, _ = plan_source(MllamaForConditionalGeneration, options.original)
-        if encoding is not None:
+        stored = plan_source(MllamaForConditionalGeneration, options.original).stored
+        if stored is not None:
             raise UsageError(
-                f"--original {shown(options.original)} is quantised itself ({encoding}): it is to be the "
+                f"--original {shown(options.original)} is quantised itself ({stored}): it is to be the "
                 "checkpoint that the quantised one was made of"
             )
     if options.against and is_quantized:
         raise UsageError("--against transformers compares plain models, and this one is quantised")
-    model, processor = load(folder, options)
+    processor = load_processor(folder, options)
     image: Any = options.image or sample_picture(0)[0]
     turn = user_turn(options.prompt, [image])
     if options.image is None:
         turn["content"][0] = {"type": "image", "image": image}
-    inputs = chat_inputs(processor, [turn], model.device)
+    batch = chat_inputs(processor, [turn], torch.device("cpu"))
+    length = bounded_length(options, folder)
+    count = batch["input_ids"].shape[1]
+    if length is not None and count > length:
+        raise ValueError(f"the prompt has {count} tokens, --max-length is {length}")
+    model = load_weights(folder, options, context=length or count)
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
     report: dict[str, Any] = {
         "model": folder,
         "device": str(model.device),
@@ -131,7 +147,7 @@ def run(options: argparse.Namespace) -> int:
         report[title] = [row.to_json() for row in rows]
         passed = passed and bool(rows) and all(row.passed for row in rows)
     if options.against:
-        report["against"] = _against_transformers(folder, model, inputs)
+        report["against"] = _against_transformers(folder, options, model, inputs)
         passed = passed and report["against"]["passed"]
         _say(
             options, "transformers: " + ", ".join(f"{k} {v}" for k, v in report["against"].items())
@@ -151,15 +167,6 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     return 0 if passed else 1
-
-
-def _is_quantized(folder: str, options: argparse.Namespace) -> bool:
-    if options.quantization_encoding not in (None, *PLAIN):
-        return True
-    _, encoding, _, _ = plan_source(
-        MllamaForConditionalGeneration, folder, projector=options.projector
-    )
-    return encoding is not None
 
 
 def _cost(options: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> dict[str, float]:
@@ -209,12 +216,13 @@ def _oracle_dtype(model: torch.nn.Module, choice: str) -> torch.dtype | None:
 
 @torch.no_grad()
 def _against_transformers(
-    folder: str, model: Any, inputs: dict[str, torch.Tensor]
+    folder: str, options: argparse.Namespace, model: Any, inputs: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Logits beside those of the installed `transformers`, both under its semantics."""
     import transformers
 
-    with bare_copy(resolve_folder(folder), model.config) as copy:
+    weights, described = weights_of(options, folder)
+    with bare_copy(resolve_folder(weights), model.config) as copy:
         theirs = transformers.MllamaForConditionalGeneration.from_pretrained(
             copy, dtype=model.dtype, use_safetensors=True
         )
@@ -222,7 +230,7 @@ def _against_transformers(
     want = theirs(**inputs).logits.float()
     del theirs
     ours = MllamaForConditionalGeneration.from_pretrained(
-        folder, dtype=model.dtype, device=model.device, semantics="transformers"
+        weights, **described, dtype=model.dtype, device=model.device, semantics="transformers"
     )
     got = ours(**inputs, use_cache=False).logits.float()
     difference = ((got - want).abs().max() / want.abs().max()).item()  # NaN is never small enough

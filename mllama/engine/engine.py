@@ -25,8 +25,10 @@ from mllama.engine.prefix import Scope
 from mllama.engine.prompts import Prompt, prepare_chat
 from mllama.engine.runner import Runner
 from mllama.engine.scheduler import Scheduler
-from mllama.engine.sizes import engine_sizes
+from mllama.engine.sizes import plan_engine
+from mllama.memory import free_bytes
 from mllama.stores import KeyValueStore
+from mllama.wording import quoted
 
 
 class Engine:
@@ -34,7 +36,14 @@ class Engine:
     and values of each picture. An answer does not depend on who else is answered.
 
     A thread of its own runs the model, which nobody else is to use or change meanwhile. It is closed by
-    close(), or as a context manager.
+    close(), or as a context manager:
+
+        with Engine(model, processor) as engine:
+            parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+            for text in engine.submit([{"role": "user", "content": parts}], [picture]):
+                print(text, end="", flush=True)
+
+    submit() comes back at once: requests that are submitted before the first is read are answered together.
 
     Args:
         model: with a language head.
@@ -44,12 +53,15 @@ class Engine:
         max_ce_batch_size: prompts that are read at once.
         max_new_pictures: pictures that pass the vision tower in a step.
         max_length: tokens of prompt and answer; by default the model's context, or what there is memory for.
+        max_images: of a prompt, for whose tiles there is room at least.
         max_queue: answers that may wait; by default 4 times those computed at once.
-        num_pages: of ``PAGE_SIZE`` tokens; by default for all answers at their longest, or half of memory.
-        num_slots: for image tiles; by default for 4 pictures of each answer, or a quarter of memory.
+        num_pages: of ``PAGE_SIZE`` tokens; by default for all answers at their longest, or for what half of
+            the memory holds that the workspace leaves.
+        num_slots: for image tiles; by default for the pictures of all answers, or for what a quarter holds.
         image_cache_bytes: what pictures may take that nobody uses any more; None: all that is free.
         prefix_reuse: whether prompts begin with what others have computed.
         adapter: the identity of the adapter that the model has, empty for none.
+        force: go on also where there seems to be too little memory.
 
     Raises: ValueError with the numbers where memory does not suffice.
     """
@@ -64,26 +76,37 @@ class Engine:
         max_ce_batch_size: int = 32,
         max_new_pictures: int = 1,
         max_length: int | None = None,
+        max_images: int = 4,
         max_queue: int | None = None,
         num_pages: int | None = None,
         num_slots: int | None = None,
         image_cache_bytes: int | None = None,
         prefix_reuse: bool = True,
         adapter: str = "",
+        force: bool = False,
     ) -> None:
-        config = model.config.get_text_config()
-        store = KeyValueStore(config, dtype=model.dtype, device=model.device)
-        sizes = engine_sizes(
-            model,
+        store = KeyValueStore(
+            model.config.get_text_config(), dtype=model.dtype, device=model.device
+        )
+        free = free_bytes(model.device)
+        plan = plan_engine(
+            model.config,
             store,
+            free,
+            model.device.type,
+            quantized=model.quantization is not None,
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             max_prefills=max_ce_batch_size,
             max_new_pictures=max_new_pictures,
             max_length=max_length,
+            max_images=max_images,
             num_pages=num_pages,
             num_slots=num_slots,
         )
+        if not force:
+            plan.require_fit(free, str(model.device), "force=True goes on all the same")
+        sizes = plan.sizes
         store.add_pages(sizes.num_pages + 1)
         store.resize_tiles(sizes.num_slots, sizes.tokens_per_tile, kept=0)
         self._pages = PagePool(sizes.num_pages + 1)
@@ -127,6 +150,8 @@ class Engine:
 
     def submit_prompt(self, prompt: Prompt, options: Options | None = None) -> Texts:
         """As submit(), for a prompt that is prepared."""
+        if not isinstance(options, (Options, type(None))):
+            raise TypeError(f"options must be mllama.Options, got {quoted(options)}")
         box = Box()
         job = self.job(uuid.uuid4().hex, prompt, options or Options(), box)
         self.loop.put(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,12 @@ def _with_images(
     messages: Sequence[Mapping[str, Any]], images: Sequence[Any]
 ) -> list[dict[str, Any]]:
     """The messages, with an image in every image part."""
+    if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
+        raise TypeError(
+            f"messages must be a list of dictionaries with role and content, got {quoted(messages)}"
+        )
+    if isinstance(images, (str, bytes)) or not isinstance(images, Iterable):
+        raise TypeError(f"images must be a list of images, got {quoted(images)}")
     rest, written = list(images), []
     for message in messages:
         entry = dict(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http
 import os
 import resource
@@ -21,6 +22,7 @@ from mllama.server.errors import RequestError
 from mllama.server.protocol import Engine
 from mllama.server.settings import Settings
 
+_BACKLOG = 2048  # connections that wait to be taken
 _LOOK = 0.5  # seconds between two looks at the engine
 _LONGEST_HEAD = 65536  # bytes
 _OTHER_FILES = 512  # beside the connections: weights, libraries, pipes, pictures from a network
@@ -34,16 +36,57 @@ _UNREADABLE = RequestError(
 )
 
 
-def serve(app: FastAPI, engine: Engine, settings: Settings, listens: Callable[[str], None]) -> int:
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of a host, under one port.
+
+    Raises: OSError naming an address that cannot be listened on.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((entry[0], entry[4][:2]) for entry in found):
+            at = sockets[0].getsockname()[1] if sockets else port
+            with contextlib.suppress(_NotHere):
+                sockets.append(_listener(family, address[0], at))
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+    if not sockets:
+        raise OSError(f"{host}:{port} cannot be listened on: it is no address of this machine")
+    return sockets
+
+
+class _NotHere(Exception):
+    """An address of a name that this machine has not, as ::1 where there is no IPv6."""
+
+
+def _listener(family: int, host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise _NotHere from None
+        raise
+
+
+def serve(
+    app: FastAPI,
+    engine: Engine,
+    settings: Settings,
+    sockets: list[socket.socket],
+    listens: Callable[[str], None],
+) -> int:
     """Answer until a signal comes or the engine is dead.
 
     Args:
+        sockets: see :func:`bind`.
         listens: called with the address as soon as there is one that is listened on.
     Returns: the exit code of the process.
     """
     _allow_files(settings.max_connections + _OTHER_FILES)
     server = _Server(configuration(app, settings), engine, settings, listens)
-    asyncio.run(server.serve())
+    asyncio.run(server.serve(sockets))
     return 1 if server.failed else 0
 
 
