@@ -14,10 +14,12 @@ from engine_helpers import (
     SHAPE,
     Client,
     Engines,
+    Failing,
     Recorder,
     alone,
     assert_same,
     byte_tokenizer,
+    check_given_back,
     put,
     random_picture,
     randomise,
@@ -91,7 +93,7 @@ def random_prompt(rng: random.Random, pictures, known: list[tuple[Prompt, list[i
 @pytest.mark.parametrize(
     "options",
     [
-        {**ROOMY, "max_batch_size": 8, "max_batch_tokens": 64, "max_ce_batch_size": 4},
+        {**ROOMY, "max_batch_size": 64, "max_batch_tokens": 128, "max_ce_batch_size": 4},
         {**TINY, "max_batch_size": 4, "max_batch_tokens": 9, "max_new_pictures": 2},
         {**ROOMY, "max_batch_size": 16, "prefix_reuse": False, "image_cache_bytes": 0},
     ],
@@ -106,7 +108,7 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
     engine = engines(model).start(max_length=448, max_queue=100, **options)
     engine.loop._delay = rng.randint(0, 1)
     known = []
-    for wave, count in enumerate((48, 16)):
+    for wave, count in enumerate((64, 8)):
         asked = []
         for i in range(count):
             prompt, wanted = random_prompt(rng, pictures, known), random_options(rng)
@@ -124,16 +126,6 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
             if not is_gone:
                 known.append((prompt, job.answers[0].ids))
     check_given_back(engine)
-
-
-def check_given_back(engine: Engine) -> None:
-    """Every page and slot is free, or kept for others."""
-    wait(lambda: not engine.loop._scheduler.has_work and not engine.loop._jobs)
-    gauges = engine.stats().gauges
-    assert gauges["pages_used"] == gauges["tiles_used"] == 0
-    assert not engine.loop._answers and not engine.loop._runner._counted
-    engine.loop._scheduler.prefix.clear()
-    assert engine.loop._scheduler._pages.num_free == gauges["pages"]
 
 
 def ask(tokens: int = 20, *pictures, start: int = 3) -> Prompt:
@@ -255,20 +247,6 @@ def test_random_cancels_give_everything_back(engines, seed):
     check_given_back(engine)
 
 
-class Failing:
-    """Makes a runner fail at its next steps."""
-
-    def __init__(self, engine: Engine, times: int) -> None:
-        self._launch, self.left = engine.loop._runner.launch, times
-        engine.loop._runner.launch = self
-
-    def __call__(self, plan):
-        if self.left:
-            self.left -= 1
-            raise RuntimeError("no memory")
-        return self._launch(plan)
-
-
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_step_that_fails_ends_its_requests_alone(delay, engines):
     model = small_model()
@@ -318,19 +296,37 @@ def test_three_failures_one_after_another_are_the_end(engines):
 
 def test_numbers_that_are_not_finite_end_their_request_alone(engines):
     model = small_model()
+    broken = SHAPE.vocab + 1  # which no answer has, since the head does not know it
     with torch.no_grad():
-        model.get_input_embeddings().weight[200] = float("nan")
+        model.get_input_embeddings().weight[broken] = float("nan")
     engine = engines(model).start(**ROOMY)
     options = Options(max_tokens=8, seed=1, repetition_penalty=1.0)
-    prompts = [Prompt((5, 6, 200)), ask(30), Prompt((5, 6, 200)), ask(9)]
+    prompts = [Prompt((5, 6, broken)), ask(30), Prompt((5, 6, broken)), ask(9)]
     clients = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
     wait(lambda: all(client.has_ended for _, client in clients))
     for (job, client), prompt in zip(clients, prompts):
-        if 200 in prompt.tokens:
+        if broken in prompt.tokens:
             assert "not finite" in str(client.pieces[-1])
         else:
             assert_same(job, *alone(model, prompt, options))
     check_given_back(engine)
+
+
+@pytest.mark.parametrize("semantics", ["meta", "transformers"])
+def test_what_pages_and_slots_held_before_does_not_matter(semantics, engines, seed):
+    """Those of a request whose numbers were not finite are another's next."""
+    rng, model = random.Random(seed), small_model(semantics)
+    engine = engines(model).start(num_pages=12, num_slots=12, max_batch_size=4)
+    store = engine.loop._runner._store
+    for values in (store.page_values, store.tile_values):
+        values.fill_(float("nan"))
+    options = Options(max_tokens=6, repetition_penalty=1.0)
+    pictures = [random_picture(rng) for _ in range(2)]
+    prompts = [ask(1), ask(64), ask(30, pictures[0]), ask(70, pictures[1]), ask(9)]
+    asked = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
+    wait(lambda: all(client.has_ended for _, client in asked))
+    for (job, _), prompt in zip(asked, prompts):
+        assert_same(job, *alone(model, prompt, options))
 
 
 @pytest.mark.parametrize(
@@ -341,14 +337,21 @@ def test_numbers_that_are_not_finite_end_their_request_alone(engines):
         (Prompt((5, 400)), {}, "the prompt has the token 400; expected 0 to 264"),
         (Prompt((5, -1)), {}, "the prompt has the token -1"),
         (Prompt((5, IMAGE)), {}, "1 image tokens and 0 pictures"),
-        (ask(), {"n": 0}, "n must be at least 1, got 0"),
-        (ask(), {"max_tokens": 0}, "max_tokens must be at least 1"),
+        (ask(), {"n": 0}, "n must be an integer of at least 1, got 0"),
+        (ask(), {"max_tokens": 0}, "max_tokens must be an integer of at least 1"),
+        (ask(), {"max_tokens": 2.5}, "max_tokens must be an integer of at least 1, got 2.5"),
+        (ask(), {"min_tokens": None}, "min_tokens must be an integer of at least 0, got None"),
+        (ask(), {"seed": 1.5}, "seed must be an integer of at most 64 bits, got 1.5"),
+        (ask(), {"top_p": 1.5}, "top_p must be .* got 1.5"),  # also where the answer is greedy
+        (ask(), {"stop": "the end"}, "stop must be a tuple of strings, got 'the end'"),
+        (ask(), {"stop_token_ids": (5, 257)}, r"stop_token_ids .* 0 to 256, got \[257\]"),
+        (ask(), {"stop_token_ids": 5}, "stop_token_ids must be a collection of tokens, got 5"),
         (ask(), {"temperature": -1.0}, "temperature must be .* got -1.0"),
         (ask(), {"temperature": 1.0, "top_p": 1.5}, "top_p must be .* got 1.5"),
         (ask(), {"logit_bias": {257: 1.0}}, r"logit_bias .* 0 to 256, got \[257\]"),
-        (ask(), {"logit_bias": {7: float("nan")}}, "logit_bias must be from .* got nan"),
+        (ask(), {"logit_bias": {7: float("nan")}}, "logit_bias must be a finite .* got nan"),
         (ask(), {"presence_penalty": 1e9}, "presence_penalty must be .* got 1000000000.0"),
-        (ask(), {"top_logprobs": 21}, "top_logprobs must be from 0 to 20, got 21"),
+        (ask(), {"top_logprobs": 21}, "top_logprobs must be .* at most 20, got 21"),
         (ask(), {"stop": ("a", "")}, "stop has an empty string"),
     ],
 )
@@ -452,8 +455,14 @@ def test_a_hook_is_called_or_refused(engines):
 
 
 def test_too_small_pools_are_named():
-    with pytest.raises(ValueError, match="an engine needs a page at least, got num_pages=0"):
+    with pytest.raises(
+        ValueError, match="num_pages must be None or an integer of at least 1, got 0"
+    ):
         Engine(shared_model(), byte_tokenizer(), num_pages=0)
+    with pytest.raises(
+        ValueError, match=r"max_queue must be .* got 0; image_cache_bytes .* got -1"
+    ):
+        Engine(shared_model(), byte_tokenizer(), max_queue=0, image_cache_bytes=-1)
     with pytest.raises(ValueError, match=r"10000000 pages of 64 tokens .* GB free"):
         Engine(shared_model(), byte_tokenizer(), num_pages=10**7)
     with pytest.raises(ValueError, match="max_length=400 takes 7 pages of 64 tokens, there are 6"):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
+from mllama.config_fields import FLAG, integer, named, number, value_problem
 from mllama.engine.answers import Answer, Vocabulary
 from mllama.engine.interface import Constraint, Options, Piece, Refused
 from mllama.engine.prompts import Prompt
 from mllama.engine.sampling import Sampling
 from mllama.engine.sequence import Request
 from mllama.generation.config import GenerationConfig
-from mllama.generation.sampling import SamplingConfig, row_seeds
+from mllama.generation.sampling import SAMPLING_FIELDS, SamplingConfig, row_seeds
 from mllama.generation.stopping import StopStrings
 from mllama.semantics import Semantics
 from mllama.vocabulary import embedding_rows, head_rows
@@ -23,16 +23,23 @@ from mllama.wording import quoted
 from mllama_kernels.reference_sampling import MAX_LIKELIEST
 
 # Beyond every logit, and far from what a float32 cannot hold.
-_FAR = 1e6
-# Of options that nothing else checks: what they are at least and at most.
-_RANGES = (
-    ("n", 1, math.inf),
-    ("max_tokens", 1, math.inf),
-    ("min_tokens", 0, math.inf),
-    ("presence_penalty", -_FAR, _FAR),
-    ("frequency_penalty", -_FAR, _FAR),
-    ("top_logprobs", 0, MAX_LIKELIEST),
-)
+_BIAS = number(-1e6, 1e6)
+_MOST_ANSWERS = 1024
+# Of options, those that are checked wherever they are given, also where they do nothing beside others.
+_FIELDS = {
+    **SAMPLING_FIELDS,
+    "temperature": named(number(0, 1e30), "a number >= 0 (0: greedy)"),
+    "n": integer(1, _MOST_ANSWERS),
+    "max_tokens": integer(1),
+    "min_tokens": integer(0),
+    "presence_penalty": _BIAS,
+    "frequency_penalty": _BIAS,
+    "seed": named(integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
+    "top_logprobs": integer(0, MAX_LIKELIEST),
+    "ignore_eos": FLAG,
+}
+# What may be left to the checkpoint.
+_OPEN = {field.name for field in fields(Options) if field.default is None}
 
 
 class Outbox(Protocol):
@@ -184,30 +191,42 @@ class ModelFacts:
         for picture in prompt.pictures:
             if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
                 raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
-        for name, least, most in _RANGES:
+        for name, kind in _FIELDS.items():
             value = getattr(options, name)
-            if value is not None and not least <= value <= most:
-                expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise Refused(f"{name} must be {expected}, got {value}", name)
-        if not all(options.stop):
+            if value is None and name in _OPEN:
+                continue
+            if problems := value_problem(name, kind, {name: value}):
+                raise Refused(problems[0], name)
+        strings = options.stop
+        if not isinstance(strings, (tuple, list)) or not all(isinstance(s, str) for s in strings):
+            raise Refused(f"stop must be a tuple of strings, got {quoted(strings)}", "stop")
+        if not all(strings):
             raise Refused("stop has an empty string, which occurs everywhere", "stop")
-        if wrong := [b for b in options.logit_bias.values() if not -_FAR <= b <= _FAR]:
+        self._check_tokens("stop_token_ids", options.stop_token_ids, (tuple, list, set, frozenset))
+        self._check_tokens("logit_bias", options.logit_bias, Mapping)
+        for bias in options.logit_bias.values():
+            if problems := value_problem("logit_bias", _BIAS, {"logit_bias": bias}):
+                raise Refused(problems[0], "logit_bias")
+
+    def _check_tokens(self, name: str, tokens: Collection[int], kinds: Any) -> None:
+        if not isinstance(tokens, kinds):
+            raise Refused(f"{name} must be a collection of tokens, got {quoted(tokens)}", name)
+        known = integer(0, self.vocab_size - 1)
+        if wrong := [t for t in tokens if value_problem(name, known, {name: t})]:
             raise Refused(
-                f"logit_bias must be from {-_FAR} to {_FAR}, got {wrong[0]}", "logit_bias"
-            )
-        if wrong_ids := [t for t in options.logit_bias if not 0 <= t < self.vocab_size]:
-            raise Refused(
-                f"logit_bias must name tokens from 0 to {self.vocab_size - 1}, got {quoted(wrong_ids)}",
-                "logit_bias",
+                f"{name} must name tokens from 0 to {self.vocab_size - 1}, got {quoted(wrong)}",
+                name,
             )
 
     def _stops(self, options: Options, vocabulary: Vocabulary) -> tuple[list[str], frozenset[int]]:
-        """The stop strings that are text, and the stop tokens: also those whose text is one."""
+        """The stop strings that are text, and the stop tokens: also those whose text is one, without those
+        that no answer can have, as the token of images."""
         special = vocabulary.special
         ids = {special[string] for string in options.stop if string in special}
         ids |= set(options.stop_token_ids)
         if not options.ignore_eos and (eos := self.defaults.eos_token_id) is not None:
             ids |= {eos} if isinstance(eos, int) else set(eos)
+        ids = {token for token in ids if token < self.vocab_size}
         return [string for string in options.stop if string not in special], frozenset(ids)
 
     def _config(self, options: Options) -> SamplingConfig:

@@ -227,10 +227,12 @@ class Scheduler:
     def _has_room(self, sequence: Sequence) -> bool:
         """Give a sequence a page for its next token, unless it is preempted itself."""
         while self._num_pages(sequence.stored + 1) > len(sequence.pages):
-            if (added := self.prefix.take(1)) is not None:
-                sequence.pages += added
-            elif self._preempt() is sequence:
-                return False
+            if self.prefix.num_available:
+                sequence.pages += self.prefix.take(1)
+            else:
+                self.num_preemptions += 1
+                if self._preempt() is sequence:
+                    return False
         return True
 
     def _admit(self) -> Sequence | None:
@@ -251,12 +253,11 @@ class Scheduler:
         # Those that run will need pages soon, and would take them from the one admitted last.
         has_pages = missing + len(self._admitted) <= self.prefix.num_available
         held = self._tiles.hold(wanted) if has_pages else None
-        added = self.prefix.take(missing) if held is not None else None
-        if held is None or added is None:
+        if held is None:
             self.prefix.release(found)
             return None
         sequence.first_picture, sequence.held = first, held
-        sequence.pages = found + added
+        sequence.pages = found + self.prefix.take(missing)
         sequence.num_offered = len(found)
         sequence.stored = start
         if sequence.cached_tokens is None:
@@ -341,7 +342,6 @@ class Scheduler:
         self._give_back(sequence)
         sequence.state = State.WAITING
         self._waiting.appendleft(sequence)
-        self.num_preemptions += 1
         return sequence
 
     def _give_back(self, sequence: Sequence) -> None:
