@@ -125,6 +125,10 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
             assert_same(job, expected, logits, prefix=is_gone)
             if not is_gone:
                 known.append((prompt, job.answers[0].ids))
+                if not wanted.stop:
+                    said = [t for t in job.answers[0].ids if t not in job.request.stop_token_ids]
+                    assert client.text() == byte_tokenizer().decode(said)
+    assert (engine.stats().counters["preemptions"] > 0) == (options["num_pages"] < 10)
     check_given_back(engine)
 
 
@@ -185,6 +189,8 @@ def test_pictures_and_beginnings_are_computed_once(engines, seed):
     _, client = put(engine, Prompt((*prompt.tokens, 9), prompt.pictures), options, "next turn")
     wait(lambda: client.has_ended)
     assert client.usage.cached_tokens == 128
+    assert engine.stats().counters["prefix_hits"] >= 2
+    assert engine.stats().counters["picture_hits"] >= 1
     _, client = put(engine, ask(140, other), options, "another picture")
     wait(lambda: client.has_ended)
     assert client.usage.cached_tokens == 0
@@ -336,6 +342,8 @@ def test_what_pages_and_slots_held_before_does_not_matter(semantics, engines, se
         (ask(448), {}, "the prompt has 448 tokens and a context at most 448"),
         (Prompt((5, 400)), {}, "the prompt has the token 400; expected 0 to 264"),
         (Prompt((5, -1)), {}, "the prompt has the token -1"),
+        (Prompt((5, 6.5)), {}, "the prompt has the token 6.5"),
+        (Prompt((5, "a")), {}, "the prompt has the token 'a'"),
         (Prompt((5, IMAGE)), {}, "1 image tokens and 0 pictures"),
         (ask(), {"n": 0}, "n must be an integer of at least 1, got 0"),
         (ask(), {"max_tokens": 0}, "max_tokens must be an integer of at least 1"),
@@ -380,6 +388,11 @@ def test_pictures_that_no_pool_or_tower_takes_are_refused(engines, seed):
     wide = PreparedPicture.of(torch.zeros(4, 3, 56, 56), 1, torch.tensor([1, 0, 0, 0]))
     with pytest.raises(Refused, match=r"\(4, 3, 56, 56\); the model takes \(4, 3, 28, 28\)"):
         engine.submit_prompt(ask(4, wide))
+    pixels = torch.zeros(4, 3, 28, 28)
+    with pytest.raises(Refused, match=r"tile mask \[0, 0, 0, 0\]"):
+        engine.submit_prompt(ask(4, PreparedPicture.of(pixels, 1, torch.zeros(4).long())))
+    with pytest.raises(Refused, match="aspect ratio 99; expected 1 to 8"):
+        engine.submit_prompt(ask(4, PreparedPicture.of(pixels, 99, torch.ones(4).long())))
 
 
 def test_the_answer_is_cut_to_what_the_context_has_left(engines):

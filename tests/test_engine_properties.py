@@ -129,5 +129,6 @@ TestScheduler.settings = settings(
     max_examples=60,
     stateful_step_count=30,
     deadline=None,
+    print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -229,6 +229,8 @@ class Engine:
                 "step_tokens": counts.step_tokens,
                 "encoded_pictures": counts.encoded_pictures,
                 "preemptions": self._scheduler.num_preemptions,
+                "prefix_hits": self._scheduler.num_prefix_hits,
+                "picture_hits": self._scheduler.num_picture_hits,
             },
             distributions={
                 "step_seconds": counts.step_seconds.distribution(),

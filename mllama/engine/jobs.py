@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from mllama.config_fields import FLAG, integer, named, number, value_problem
 from mllama.engine.answers import Answer, Vocabulary
 from mllama.engine.interface import Constraint, Options, Piece, Refused
-from mllama.engine.prompts import Prompt
+from mllama.engine.prompts import PreparedPicture, Prompt
 from mllama.engine.sampling import Sampling
 from mllama.engine.sequence import Request
 from mllama.generation.config import GenerationConfig
@@ -90,6 +90,7 @@ class ModelFacts:
         num_embeddings: ids that a prompt may have.
         image_token: None for a model without images.
         picture_shape: of a picture's pixels, (T, C, t, t); likewise.
+        num_ratios: aspect ratios that the model knows.
         defaults: of the checkpoint.
     """
 
@@ -98,6 +99,7 @@ class ModelFacts:
     num_embeddings: int
     image_token: int | None
     picture_shape: tuple[int, ...] | None
+    num_ratios: int
     semantics: Semantics
     defaults: GenerationConfig
 
@@ -107,8 +109,9 @@ class ModelFacts:
             model.config.get_text_config(),
             getattr(model.config, "vision_config", None),
         )
-        shape = None
+        shape, ratios = None, 0
         if vision is not None:
+            ratios = vision.max_aspect_ratio_id
             side = vision.image_size
             shape = (vision.max_num_tiles, vision.num_channels, side, side)
         return cls(
@@ -117,6 +120,7 @@ class ModelFacts:
             num_embeddings=embedding_rows(model.get_input_embeddings(), config),
             image_token=getattr(model.config, "image_token_index", None),
             picture_shape=shape,
+            num_ratios=ratios,
             semantics=model.semantics,
             defaults=model.generation_config,
         )
@@ -182,15 +186,15 @@ class ModelFacts:
     def _check(self, prompt: Prompt, options: Options) -> None:
         if not prompt.tokens:
             raise Refused("the prompt has no token")
-        if not all(0 <= token < self.num_embeddings for token in prompt.tokens):
-            wrong = next(t for t in prompt.tokens if not 0 <= t < self.num_embeddings)
-            raise Refused(
-                f"the prompt has the token {wrong}; expected 0 to {self.num_embeddings - 1}",
-                "prompt",
-            )
+        for token in prompt.tokens:
+            if not isinstance(token, int) or not 0 <= token < self.num_embeddings:
+                raise Refused(
+                    f"the prompt has the token {quoted(token)}; expected 0 to "
+                    f"{self.num_embeddings - 1}",
+                    "prompt",
+                )
         for picture in prompt.pictures:
-            if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
-                raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
+            self._check_picture(picture)
         for name, kind in _FIELDS.items():
             value = getattr(options, name)
             if value is None and name in _OPEN:
@@ -207,6 +211,20 @@ class ModelFacts:
         for bias in options.logit_bias.values():
             if problems := value_problem("logit_bias", _BIAS, {"logit_bias": bias}):
                 raise Refused(problems[0], "logit_bias")
+
+    def _check_picture(self, picture: PreparedPicture) -> None:
+        """Raises: Refused for one that another processor made than the model's."""
+        if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
+            raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
+        tiles = picture.tile_mask.tolist()
+        if len(tiles) != shape[0] or not any(tiles):
+            raise Refused(
+                f"a picture has the tile mask {tiles}; expected one of {shape[0]} tiles, some of them its"
+            )
+        if not 1 <= picture.aspect_ratio_id <= self.num_ratios:
+            raise Refused(
+                f"a picture has the aspect ratio {picture.aspect_ratio_id}; expected 1 to {self.num_ratios}"
+            )
 
     def _check_tokens(self, name: str, tokens: Collection[int], kinds: Any) -> None:
         if not isinstance(tokens, kinds):

@@ -110,14 +110,10 @@ class Loop:
             if self._state == "ready":
                 self._state = "draining"
 
-    def end(self) -> None:
-        """End everything, and the thread, which is not waited for."""
-        self.drain()
-        self._inbox.put(self._close)
-
     def close(self) -> None:
         """End everything, and wait for the thread."""
-        self.end()
+        self.drain()
+        self._inbox.put(self._close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -228,7 +224,6 @@ class Loop:
         job = self._jobs.get(key)
         if job is not None and job.sequences:  # not one that is in the inbox behind this
             self._forget(job)
-            self.counts.finished["cancelled"] += 1
 
     def _take(
         self, events: Iterable[Event], likelihoods: Mapping[int, Likelihood], error: str
@@ -255,33 +250,28 @@ class Loop:
         text, tokens, reason, usage = "", (), event.finish_reason, None
         if event.token is not None:
             text, tokens = answer.push(event.token, likelihood)
-            self.counts.generated_tokens += 1
         if answer.is_stopped:
             if reason is None:
                 self._scheduler.finish(event.sequence, "stop")
             reason = "stop"
         if reason is not None:
             text += answer.end()
-            usage = self._end_answer(job, event.sequence, reason)
+            usage = self._end_answer(job, event.sequence)
         if text or tokens or reason is not None:
             self._tell(job, Piece(answer.index, text, tokens, (), reason, usage))
 
     def _fail_job(self, job: Job, words: str) -> None:
         self._forget(job)
-        self.counts.finished["error"] += 1
         self._tell(job, WorkFailed(words))
 
-    def _end_answer(self, job: Job, sequence: int, reason: str) -> Usage | None:
+    def _end_answer(self, job: Job, sequence: int) -> Usage | None:
         """What the request has used, if no other answer to it is open."""
-        self.counts.finished[reason] += 1
         del self._answers[sequence]
         self._runner.remove(sequence)
         job.num_open -= 1
         if job.num_open:
             return None
         del self._jobs[job.key]
-        self.counts.prompt_tokens += len(job.prompt.tokens)
-        self.counts.cached_tokens += job.cached_tokens
         return Usage(
             len(job.prompt.tokens),
             sum(answer.num_tokens for answer in job.answers),
@@ -291,12 +281,12 @@ class Loop:
 
     def _forget(self, job: Job) -> None:
         """End what is left of a request; nobody is told of it."""
-        del self._jobs[job.key]
         open_ = [id_ for id_ in job.sequences if id_ in self._answers]
         self._scheduler.cancel(open_)
         for id_ in open_:
             del self._answers[id_]
             self._runner.remove(id_)
+        del self._jobs[job.key]
 
     def _tell(self, job: Job, new: Piece | Exception) -> None:
         self._news.setdefault(job.outbox, []).append((job.key, new))

@@ -53,6 +53,8 @@ class Scheduler:
     Attributes:
         prefix: the prefix index.
         num_preemptions: so far.
+        num_prefix_hits: pages, of what was admitted so far, that others had computed.
+        num_picture_hits: pictures of it that others had brought.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Scheduler:
         self.limits, self._pages, self._tiles, self._scope = limits, pages, tiles, scope
         self._page_size = page_size
         self.prefix = PrefixIndex(pages, prefix_reuse)
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_prefix_hits = self.num_picture_hits = 0
         self._num_arrived = self._num_planned = 0
         self._sequences: dict[int, Sequence] = {}
         # Both in the order of arrival, and all of the first before all of the second.
@@ -262,6 +264,8 @@ class Scheduler:
         sequence.stored = start
         if sequence.cached_tokens is None:
             sequence.cached_tokens = start
+        self.num_prefix_hits += len(found)
+        self.num_picture_hits += len({picture.key for picture in held if picture.is_encoded})
         sequence.state = State.PREFILLING
         self._admitted.append(self._waiting.popleft())
         return sequence
