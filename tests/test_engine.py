@@ -128,7 +128,31 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
                 if not wanted.stop:
                     said = [t for t in job.answers[0].ids if t not in job.request.stop_token_ids]
                     assert client.text() == byte_tokenizer().decode(said)
-    assert (engine.stats().counters["preemptions"] > 0) == (options["num_pages"] < 10)
+    check_given_back(engine)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("semantics", ["meta", "transformers"])
+def test_an_answer_that_gives_up_its_pages_goes_on(semantics, delay, engines, seed):
+    """Without a repeated or lost token or character, with what was counted and drawn before."""
+    rng, model = random.Random(f"{seed} {semantics} {delay}"), small_model(semantics)
+    pictures = [random_picture(rng) for _ in range(2)]
+    engine = engines(model).start(num_pages=5, num_slots=8, max_batch_size=4)
+    engine.loop._delay = delay
+    common = Options(max_tokens=100, ignore_eos=True, seed=7)
+    wanted = [
+        replace(common, repetition_penalty=1.0),
+        replace(common, repetition_penalty=1.2),
+        replace(common, repetition_penalty=1.0, temperature=1.5, top_p=1.0, min_p=0.0),
+    ]
+    prompts = [ask(60, start=3), ask(58, pictures[0], start=9), ask(57, *pictures, start=5)]
+    asked = [(p, o, *put(engine, p, o, str(o))) for p, o in zip(prompts, wanted)]
+    for prompt, options, job, client in asked:
+        wait(lambda client=client: client.has_ended)
+        assert client.usage.completion_tokens == 100
+        assert_same(job, *alone(model, prompt, options))
+        assert client.text() == byte_tokenizer().decode(job.answers[0].ids)
+    assert engine.stats().counters["preemptions"] > 0
     check_given_back(engine)
 
 
