@@ -183,3 +183,29 @@ def wait(holds, seconds: float = 300.0) -> None:
     while not holds():
         assert time.monotonic() < end, "it does not come to hold"
         time.sleep(0.005)
+
+
+def check_given_back(engine: Engine) -> None:
+    """Every page and slot is free, or kept for others."""
+    wait(lambda: not engine.loop._scheduler.has_work and not engine.loop._jobs)
+    gauges = engine.stats().gauges
+    assert gauges["pages_used"] == gauges["tiles_used"] == 0
+    assert not engine.loop._answers and not engine.loop._runner._counted
+    engine.loop._scheduler.prefix.clear()
+    assert engine.loop._scheduler._pages.num_free == gauges["pages"]
+
+
+class Failing:
+    """Makes a runner fail at its next steps."""
+
+    def __init__(self, engine: Engine, times: int) -> None:
+        self._launch, self.left = engine.loop._runner.launch, times
+        self.failed: list[int] = []
+        engine.loop._runner.launch = self
+
+    def __call__(self, plan):
+        if self.left:
+            self.left -= 1
+            self.failed.append(plan.number)
+            raise RuntimeError("no memory")
+        return self._launch(plan)

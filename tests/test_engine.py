@@ -14,10 +14,12 @@ from engine_helpers import (
     SHAPE,
     Client,
     Engines,
+    Failing,
     Recorder,
     alone,
     assert_same,
     byte_tokenizer,
+    check_given_back,
     put,
     random_picture,
     randomise,
@@ -91,7 +93,7 @@ def random_prompt(rng: random.Random, pictures, known: list[tuple[Prompt, list[i
 @pytest.mark.parametrize(
     "options",
     [
-        {**ROOMY, "max_batch_size": 8, "max_batch_tokens": 64, "max_ce_batch_size": 4},
+        {**ROOMY, "max_batch_size": 64, "max_batch_tokens": 128, "max_ce_batch_size": 4},
         {**TINY, "max_batch_size": 4, "max_batch_tokens": 9, "max_new_pictures": 2},
         {**ROOMY, "max_batch_size": 16, "prefix_reuse": False, "image_cache_bytes": 0},
     ],
@@ -106,7 +108,7 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
     engine = engines(model).start(max_length=448, max_queue=100, **options)
     engine.loop._delay = rng.randint(0, 1)
     known = []
-    for wave, count in enumerate((48, 16)):
+    for wave, count in enumerate((64, 8)):
         asked = []
         for i in range(count):
             prompt, wanted = random_prompt(rng, pictures, known), random_options(rng)
@@ -123,17 +125,35 @@ def test_answers_are_those_of_each_request_alone(semantics, options, engines, se
             assert_same(job, expected, logits, prefix=is_gone)
             if not is_gone:
                 known.append((prompt, job.answers[0].ids))
+                if not wanted.stop:
+                    said = [t for t in job.answers[0].ids if t not in job.request.stop_token_ids]
+                    assert client.text() == byte_tokenizer().decode(said)
     check_given_back(engine)
 
 
-def check_given_back(engine: Engine) -> None:
-    """Every page and slot is free, or kept for others."""
-    wait(lambda: not engine.loop._scheduler.has_work and not engine.loop._jobs)
-    gauges = engine.stats().gauges
-    assert gauges["pages_used"] == gauges["tiles_used"] == 0
-    assert not engine.loop._answers and not engine.loop._runner._counted
-    engine.loop._scheduler.prefix.clear()
-    assert engine.loop._scheduler._pages.num_free == gauges["pages"]
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("semantics", ["meta", "transformers"])
+def test_an_answer_that_gives_up_its_pages_goes_on(semantics, delay, engines, seed):
+    """Without a repeated or lost token or character, with what was counted and drawn before."""
+    rng, model = random.Random(f"{seed} {semantics} {delay}"), small_model(semantics)
+    pictures = [random_picture(rng) for _ in range(2)]
+    engine = engines(model).start(num_pages=5, num_slots=8, max_batch_size=4)
+    engine.loop._delay = delay
+    common = Options(max_tokens=100, ignore_eos=True, seed=7)
+    wanted = [
+        replace(common, repetition_penalty=1.0),
+        replace(common, repetition_penalty=1.2),
+        replace(common, repetition_penalty=1.0, temperature=1.5, top_p=1.0, min_p=0.0),
+    ]
+    prompts = [ask(60, start=3), ask(58, pictures[0], start=9), ask(57, *pictures, start=5)]
+    asked = [(p, o, *put(engine, p, o, str(o))) for p, o in zip(prompts, wanted)]
+    for prompt, options, job, client in asked:
+        wait(lambda client=client: client.has_ended)
+        assert client.usage.completion_tokens == 100
+        assert_same(job, *alone(model, prompt, options))
+        assert client.text() == byte_tokenizer().decode(job.answers[0].ids)
+    assert engine.stats().counters["preemptions"] > 0
+    check_given_back(engine)
 
 
 def ask(tokens: int = 20, *pictures, start: int = 3) -> Prompt:
@@ -193,6 +213,8 @@ def test_pictures_and_beginnings_are_computed_once(engines, seed):
     _, client = put(engine, Prompt((*prompt.tokens, 9), prompt.pictures), options, "next turn")
     wait(lambda: client.has_ended)
     assert client.usage.cached_tokens == 128
+    assert engine.stats().counters["prefix_hits"] >= 2
+    assert engine.stats().counters["picture_hits"] >= 1
     _, client = put(engine, ask(140, other), options, "another picture")
     wait(lambda: client.has_ended)
     assert client.usage.cached_tokens == 0
@@ -255,20 +277,6 @@ def test_random_cancels_give_everything_back(engines, seed):
     check_given_back(engine)
 
 
-class Failing:
-    """Makes a runner fail at its next steps."""
-
-    def __init__(self, engine: Engine, times: int) -> None:
-        self._launch, self.left = engine.loop._runner.launch, times
-        engine.loop._runner.launch = self
-
-    def __call__(self, plan):
-        if self.left:
-            self.left -= 1
-            raise RuntimeError("no memory")
-        return self._launch(plan)
-
-
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_step_that_fails_ends_its_requests_alone(delay, engines):
     model = small_model()
@@ -318,19 +326,37 @@ def test_three_failures_one_after_another_are_the_end(engines):
 
 def test_numbers_that_are_not_finite_end_their_request_alone(engines):
     model = small_model()
+    broken = SHAPE.vocab + 1  # which no answer has, since the head does not know it
     with torch.no_grad():
-        model.get_input_embeddings().weight[200] = float("nan")
+        model.get_input_embeddings().weight[broken] = float("nan")
     engine = engines(model).start(**ROOMY)
     options = Options(max_tokens=8, seed=1, repetition_penalty=1.0)
-    prompts = [Prompt((5, 6, 200)), ask(30), Prompt((5, 6, 200)), ask(9)]
+    prompts = [Prompt((5, 6, broken)), ask(30), Prompt((5, 6, broken)), ask(9)]
     clients = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
     wait(lambda: all(client.has_ended for _, client in clients))
     for (job, client), prompt in zip(clients, prompts):
-        if 200 in prompt.tokens:
+        if broken in prompt.tokens:
             assert "not finite" in str(client.pieces[-1])
         else:
             assert_same(job, *alone(model, prompt, options))
     check_given_back(engine)
+
+
+@pytest.mark.parametrize("semantics", ["meta", "transformers"])
+def test_what_pages_and_slots_held_before_does_not_matter(semantics, engines, seed):
+    """Those of a request whose numbers were not finite are another's next."""
+    rng, model = random.Random(seed), small_model(semantics)
+    engine = engines(model).start(num_pages=12, num_slots=12, max_batch_size=4)
+    store = engine.loop._runner._store
+    for values in (store.page_values, store.tile_values):
+        values.fill_(float("nan"))
+    options = Options(max_tokens=6, repetition_penalty=1.0)
+    pictures = [random_picture(rng) for _ in range(2)]
+    prompts = [ask(1), ask(64), ask(30, pictures[0]), ask(70, pictures[1]), ask(9)]
+    asked = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
+    wait(lambda: all(client.has_ended for _, client in asked))
+    for (job, _), prompt in zip(asked, prompts):
+        assert_same(job, *alone(model, prompt, options))
 
 
 @pytest.mark.parametrize(
@@ -340,15 +366,24 @@ def test_numbers_that_are_not_finite_end_their_request_alone(engines):
         (ask(448), {}, "the prompt has 448 tokens and a context at most 448"),
         (Prompt((5, 400)), {}, "the prompt has the token 400; expected 0 to 264"),
         (Prompt((5, -1)), {}, "the prompt has the token -1"),
+        (Prompt((5, 6.5)), {}, "the prompt has the token 6.5"),
+        (Prompt((5, "a")), {}, "the prompt has the token 'a'"),
         (Prompt((5, IMAGE)), {}, "1 image tokens and 0 pictures"),
-        (ask(), {"n": 0}, "n must be at least 1, got 0"),
-        (ask(), {"max_tokens": 0}, "max_tokens must be at least 1"),
+        (ask(), {"n": 0}, "n must be an integer of at least 1, got 0"),
+        (ask(), {"max_tokens": 0}, "max_tokens must be an integer of at least 1"),
+        (ask(), {"max_tokens": 2.5}, "max_tokens must be an integer of at least 1, got 2.5"),
+        (ask(), {"min_tokens": None}, "min_tokens must be an integer of at least 0, got None"),
+        (ask(), {"seed": 1.5}, "seed must be an integer of at most 64 bits, got 1.5"),
+        (ask(), {"top_p": 1.5}, "top_p must be .* got 1.5"),  # also where the answer is greedy
+        (ask(), {"stop": "the end"}, "stop must be a tuple of strings, got 'the end'"),
+        (ask(), {"stop_token_ids": (5, 257)}, r"stop_token_ids .* 0 to 256, got \[257\]"),
+        (ask(), {"stop_token_ids": 5}, "stop_token_ids must be a collection of tokens, got 5"),
         (ask(), {"temperature": -1.0}, "temperature must be .* got -1.0"),
         (ask(), {"temperature": 1.0, "top_p": 1.5}, "top_p must be .* got 1.5"),
         (ask(), {"logit_bias": {257: 1.0}}, r"logit_bias .* 0 to 256, got \[257\]"),
-        (ask(), {"logit_bias": {7: float("nan")}}, "logit_bias must be from .* got nan"),
+        (ask(), {"logit_bias": {7: float("nan")}}, "logit_bias must be a finite .* got nan"),
         (ask(), {"presence_penalty": 1e9}, "presence_penalty must be .* got 1000000000.0"),
-        (ask(), {"top_logprobs": 21}, "top_logprobs must be from 0 to 20, got 21"),
+        (ask(), {"top_logprobs": 21}, "top_logprobs must be .* at most 20, got 21"),
         (ask(), {"stop": ("a", "")}, "stop has an empty string"),
     ],
 )
@@ -377,6 +412,11 @@ def test_pictures_that_no_pool_or_tower_takes_are_refused(engines, seed):
     wide = PreparedPicture.of(torch.zeros(4, 3, 56, 56), 1, torch.tensor([1, 0, 0, 0]))
     with pytest.raises(Refused, match=r"\(4, 3, 56, 56\); the model takes \(4, 3, 28, 28\)"):
         engine.submit_prompt(ask(4, wide))
+    pixels = torch.zeros(4, 3, 28, 28)
+    with pytest.raises(Refused, match=r"tile mask \[0, 0, 0, 0\]"):
+        engine.submit_prompt(ask(4, PreparedPicture.of(pixels, 1, torch.zeros(4).long())))
+    with pytest.raises(Refused, match="aspect ratio 99; expected 1 to 8"):
+        engine.submit_prompt(ask(4, PreparedPicture.of(pixels, 99, torch.ones(4).long())))
 
 
 def test_the_answer_is_cut_to_what_the_context_has_left(engines):
@@ -452,8 +492,14 @@ def test_a_hook_is_called_or_refused(engines):
 
 
 def test_too_small_pools_are_named():
-    with pytest.raises(ValueError, match="an engine needs a page at least, got num_pages=0"):
+    with pytest.raises(
+        ValueError, match="num_pages must be None or an integer of at least 1, got 0"
+    ):
         Engine(shared_model(), byte_tokenizer(), num_pages=0)
+    with pytest.raises(
+        ValueError, match=r"max_queue must be .* got 0; image_cache_bytes .* got -1"
+    ):
+        Engine(shared_model(), byte_tokenizer(), max_queue=0, image_cache_bytes=-1)
     with pytest.raises(ValueError, match=r"10000000 pages of 64 tokens .* GB free"):
         Engine(shared_model(), byte_tokenizer(), num_pages=10**7)
     with pytest.raises(ValueError, match="max_length=400 takes 7 pages of 64 tokens, there are 6"):

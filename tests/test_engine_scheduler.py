@@ -48,47 +48,6 @@ def random_request(draw: random.Random, engine: FakeEngine) -> Request:
     return request
 
 
-def random_engine(draw: random.Random, semantics: Semantics, **options) -> FakeEngine:
-    size = draw.choice([1, 3, 5, 8])
-    return FakeEngine(
-        semantics,
-        pages=draw.choice([14, 15, 17, 24, 200]),
-        slots=draw.choice([6, 7, 12]),
-        cache_slots=draw.choice([None, 0, 3]),
-        max_batch_size=size,
-        max_batch_tokens=size + draw.choice([0, 1, 5, 30]),
-        max_prefills=draw.randint(1, 3),
-        max_new_pictures=draw.randint(1, 2),
-        max_length=14 * PAGE,
-        **{"is_ahead": draw.random() < 0.5, "prefix_reuse": draw.random() < 0.8, **options},
-    )
-
-
-@pytest.mark.parametrize("case", range(5))
-@pytest.mark.parametrize("semantics", SEMANTICS)
-def test_random_requests(semantics, case, seed):
-    """With tiny pools, preemption, cancels, failed steps and broken logits; the engine holds its rules."""
-    draw = random.Random(f"{seed} {case} {semantics}")
-    engine = random_engine(draw, semantics)
-    may_fail = draw.random() < 0.5
-    for _ in range(15):
-        for _ in range(draw.choice([0, 1, 1, 2, 4])):
-            engine.add(random_request(draw, engine), seed=draw.randrange(3))
-        for _ in range(draw.choice([1, 2, 5, 15])):
-            engine.step()
-            alive = [sequence.id for sequence in engine.scheduler.sequences()]
-            if alive and draw.random() < 0.1:
-                engine.scheduler.cancel(draw.sample(alive, 1))
-            if alive and may_fail and draw.random() < 0.02:
-                engine.runner.broken.add(draw.choice(alive))
-            if may_fail and engine.is_ahead and not draw.randrange(60):
-                engine.fail_running()
-    engine.finish()
-    engine.check_answers()
-    engine.scheduler.prefix.clear()
-    assert engine.pages.num_free == engine.pages.num_pages
-
-
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_answers_do_not_depend_on_pools_chunks_or_reuse(semantics, seed):
     draw = random.Random(f"{seed} {semantics}")

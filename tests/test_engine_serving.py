@@ -180,7 +180,11 @@ def test_a_prompt_is_a_text_or_tokens(served):
         ),
         ({"messages": ({"role": "nobody", "content": "a"},)}, "role", "messages"),
         ({"messages": None, "prompt": (5, 10**6)}, "the prompt has the token 1000000", "prompt"),
-        ({"options": Options(max_tokens=0)}, "max_tokens must be at least 1", "max_tokens"),
+        (
+            {"options": Options(max_tokens=0)},
+            "max_tokens must be an integer of at least 1",
+            "max_tokens",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_words(served, change, words, param):

@@ -10,6 +10,9 @@ from mllama.engine.interface import Token
 from mllama.engine.sampling import Likelihood
 from mllama.generation.stopping import RowText, StopStrings, special_tokens
 from mllama.generation.streaming import text_tokenizer
+from mllama.processing.byte_level import is_byte_level, token_bytes
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -19,20 +22,33 @@ class Vocabulary:
     Attributes:
         tokenizer: that decodes.
         special: text and id of the special tokens.
+        byte_level: the ``tokenizers.Tokenizer`` where its tokens are bytes, which may be parts of
+            characters.
     """
 
     tokenizer: Any
     special: Mapping[str, int]
+    byte_level: Any = None
 
     @classmethod
     def of(cls, processor: Any) -> Vocabulary:
         """Of a processor or tokenizer."""
-        return cls(text_tokenizer(processor), special_tokens(processor))
+        tokenizer = text_tokenizer(processor)
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        knows_bytes = hasattr(backend, "to_str") and is_byte_level(backend)
+        return cls(tokenizer, special_tokens(processor), backend if knows_bytes else None)
 
     def token(self, token: int, logprob: float, likeliest: tuple[Token, ...] = ()) -> Token:
-        """A token with its text, special ones too."""
+        """A token with its text, special ones too, and its bytes."""
         text = self.tokenizer.decode([token], skip_special_tokens=False)
-        return Token(text, text.encode(), logprob, likeliest)
+        return Token(text, self._data(token, text), logprob, likeliest)
+
+    def _data(self, token: int, text: str) -> bytes:
+        if _REPLACEMENT in text and self.byte_level is not None:  # it may stand for a part of one
+            name = self.byte_level.id_to_token(token)
+            if _REPLACEMENT not in name:  # as in one that was added with it
+                return token_bytes(name)
+        return text.encode()
 
 
 class Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 
 from mllama.engine.interface import Distribution
@@ -36,17 +35,11 @@ class Counts:
     """Since the start. One thread counts, any may read.
 
     Attributes:
-        finished: answers by how they ended.
-        prompt_tokens, cached_tokens: of requests that were answered, and those of them that were computed
-            before.
-        generated_tokens: of answers.
         steps, step_tokens, encoded_pictures: what was computed.
         step_seconds, batch_size: of steps.
     """
 
     def __init__(self) -> None:
-        self.finished: Counter[str] = Counter()
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.steps = self.step_tokens = self.encoded_pictures = 0
         self.step_seconds, self.batch_size = Histogram(_SECONDS), Histogram(_ROWS)
 

@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mllama.config_fields import FLAG, NOTHING, TEXT, either, integer, value_problem
 from mllama.engine.answers import Vocabulary
 from mllama.engine.interface import (
     Constraint,
     Options,
-    Overloaded,
     Piece,
     Refused,
     Stats,
@@ -29,6 +29,23 @@ from mllama.engine.sizes import plan_engine
 from mllama.memory import free_bytes
 from mllama.stores import KeyValueStore
 from mllama.wording import quoted
+
+_OPEN = either(NOTHING, integer(1))
+_ARGUMENTS = {
+    "max_batch_size": integer(1),
+    "max_batch_tokens": _OPEN,
+    "max_ce_batch_size": integer(1),
+    "max_new_pictures": integer(1),
+    "max_length": _OPEN,
+    "max_images": integer(0),
+    "max_queue": _OPEN,
+    "num_pages": _OPEN,
+    "num_slots": either(NOTHING, integer(0)),
+    "image_cache_bytes": either(NOTHING, integer(0)),
+    "prefix_reuse": FLAG,
+    "adapter": TEXT,
+    "force": FLAG,
+}
 
 
 class Engine:
@@ -63,7 +80,7 @@ class Engine:
         adapter: the identity of the adapter that the model has, empty for none.
         force: go on also where there seems to be too little memory.
 
-    Raises: ValueError with the numbers where memory does not suffice.
+    Raises: ValueError for an argument that cannot be, and with the numbers where memory does not suffice.
     """
 
     def __init__(
@@ -85,6 +102,23 @@ class Engine:
         adapter: str = "",
         force: bool = False,
     ) -> None:
+        given = {
+            "max_batch_size": max_batch_size,
+            "max_batch_tokens": max_batch_tokens,
+            "max_ce_batch_size": max_ce_batch_size,
+            "max_new_pictures": max_new_pictures,
+            "max_length": max_length,
+            "max_images": max_images,
+            "max_queue": max_queue,
+            "num_pages": num_pages,
+            "num_slots": num_slots,
+            "image_cache_bytes": image_cache_bytes,
+            "prefix_reuse": prefix_reuse,
+            "adapter": adapter,
+            "force": force,
+        }
+        if problems := [p for name in given for p in value_problem(name, _ARGUMENTS[name], given)]:
+            raise ValueError("; ".join(problems))
         store = KeyValueStore(
             model.config.get_text_config(), dtype=model.dtype, device=model.device
         )
@@ -119,15 +153,16 @@ class Engine:
             prefix_reuse=prefix_reuse,
         )
         self.processor = processor
-        self._max_queue = 4 * max_batch_size if max_queue is None else max_queue
         self._vocabulary = Vocabulary.of(processor)
         self._facts = ModelFacts.of(model, sizes.limits.max_length)
         delay = 1 if model.device.type == "cuda" else 0
         runner = Runner(model, store)
         runner.prepare(max_batch_size)
-        self.loop = Loop(self._scheduler, runner, delay)
+        self.loop = Loop(
+            self._scheduler, runner, 4 * max_batch_size if max_queue is None else max_queue, delay
+        )
         self.loop.start()
-        weakref.finalize(self, self.loop.end)
+        weakref.finalize(self, self.loop.close)  # waits: the interpreter may not end under a step
 
     def submit(
         self,
@@ -146,6 +181,7 @@ class Engine:
         Raises: Refused or what the processor raises, before anything is queued; Overloaded; Unavailable; the
             pieces raise WorkFailed.
         """
+        self.loop.require_room()  # before the work of preparing it
         return self.submit_prompt(prepare_chat(self.processor, messages, images), options)
 
     def submit_prompt(self, prompt: Prompt, options: Options | None = None) -> Texts:
@@ -155,7 +191,7 @@ class Engine:
         box = Box()
         job = self.job(uuid.uuid4().hex, prompt, options or Options(), box)
         self.loop.put(job)
-        return Texts(job.key, box, self.loop)
+        return Texts(job.key, box, self)
 
     def job(
         self,
@@ -165,20 +201,13 @@ class Engine:
         outbox: Outbox,
         constraint: Constraint | None = None,
     ) -> Job:
-        """A request, checked, to be put into the loop. Raises: Refused; Overloaded; Unavailable."""
-        self.require_room()
+        """A request, checked, to be put into the loop. Raises: Refused."""
         job = self._facts.job(key, prompt, options, self._vocabulary, outbox, constraint)
         try:
             self._scheduler.check(job.request)
         except ValueError as error:
             raise Refused(str(error)) from None
         return job
-
-    def require_room(self, others: int = 0) -> None:
-        """Raises: Unavailable; Overloaded where the queue is full, with so many others that will come."""
-        self.loop.require_ready()
-        if (waiting := self.loop.num_waiting + others) >= self._max_queue:
-            raise Overloaded(f"{waiting} requests wait already; at most {self._max_queue} do")
 
     def stats(self) -> Stats:
         """What is in use, and what has been done."""
@@ -200,6 +229,8 @@ class Engine:
                 "step_tokens": counts.step_tokens,
                 "encoded_pictures": counts.encoded_pictures,
                 "preemptions": self._scheduler.num_preemptions,
+                "prefix_hits": self._scheduler.num_prefix_hits,
+                "picture_hits": self._scheduler.num_picture_hits,
             },
             distributions={
                 "step_seconds": counts.step_seconds.distribution(),
@@ -241,9 +272,10 @@ class Texts:
         pieces: all that came so far.
     """
 
-    def __init__(self, key: str, box: Box, loop: Loop) -> None:
+    def __init__(self, key: str, box: Box, engine: Engine) -> None:
         self.pieces: list[Piece] = []
-        self._key, self._box, self._loop = key, box, loop
+        self._key, self._box = key, box
+        self._engine = engine  # which is not to end as long as somebody reads
         self._has_ended = False
 
     def __iter__(self) -> Iterator[str]:
@@ -265,7 +297,7 @@ class Texts:
         """End the request, if it has not ended."""
         if not self._has_ended:
             self._has_ended = True
-            self._loop.cancel(self._key)
+            self._engine.loop.cancel(self._key)
 
     def __del__(self) -> None:
         self.close()

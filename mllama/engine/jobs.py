@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
+from mllama.config_fields import FLAG, integer, named, number, value_problem
 from mllama.engine.answers import Answer, Vocabulary
 from mllama.engine.interface import Constraint, Options, Piece, Refused
-from mllama.engine.prompts import Prompt
+from mllama.engine.prompts import PreparedPicture, Prompt
 from mllama.engine.sampling import Sampling
 from mllama.engine.sequence import Request
 from mllama.generation.config import GenerationConfig
-from mllama.generation.sampling import SamplingConfig, row_seeds
+from mllama.generation.sampling import SAMPLING_FIELDS, SamplingConfig, row_seeds
 from mllama.generation.stopping import StopStrings
 from mllama.semantics import Semantics
 from mllama.vocabulary import embedding_rows, head_rows
@@ -23,16 +23,23 @@ from mllama.wording import quoted
 from mllama_kernels.reference_sampling import MAX_LIKELIEST
 
 # Beyond every logit, and far from what a float32 cannot hold.
-_FAR = 1e6
-# Of options that nothing else checks: what they are at least and at most.
-_RANGES = (
-    ("n", 1, math.inf),
-    ("max_tokens", 1, math.inf),
-    ("min_tokens", 0, math.inf),
-    ("presence_penalty", -_FAR, _FAR),
-    ("frequency_penalty", -_FAR, _FAR),
-    ("top_logprobs", 0, MAX_LIKELIEST),
-)
+_BIAS = number(-1e6, 1e6)
+_MOST_ANSWERS = 1024
+# Of options, those that are checked wherever they are given, also where they do nothing beside others.
+_FIELDS = {
+    **SAMPLING_FIELDS,
+    "temperature": named(number(0, 1e30), "a number >= 0 (0: greedy)"),
+    "n": integer(1, _MOST_ANSWERS),
+    "max_tokens": integer(1),
+    "min_tokens": integer(0),
+    "presence_penalty": _BIAS,
+    "frequency_penalty": _BIAS,
+    "seed": named(integer(-(2**63), 2**64 - 1), "an integer of at most 64 bits"),
+    "top_logprobs": integer(0, MAX_LIKELIEST),
+    "ignore_eos": FLAG,
+}
+# What may be left to the checkpoint.
+_OPEN = {field.name for field in fields(Options) if field.default is None}
 
 
 class Outbox(Protocol):
@@ -83,6 +90,7 @@ class ModelFacts:
         num_embeddings: ids that a prompt may have.
         image_token: None for a model without images.
         picture_shape: of a picture's pixels, (T, C, t, t); likewise.
+        num_ratios: aspect ratios that the model knows.
         defaults: of the checkpoint.
     """
 
@@ -91,6 +99,7 @@ class ModelFacts:
     num_embeddings: int
     image_token: int | None
     picture_shape: tuple[int, ...] | None
+    num_ratios: int
     semantics: Semantics
     defaults: GenerationConfig
 
@@ -100,8 +109,9 @@ class ModelFacts:
             model.config.get_text_config(),
             getattr(model.config, "vision_config", None),
         )
-        shape = None
+        shape, ratios = None, 0
         if vision is not None:
+            ratios = vision.max_aspect_ratio_id
             side = vision.image_size
             shape = (vision.max_num_tiles, vision.num_channels, side, side)
         return cls(
@@ -110,6 +120,7 @@ class ModelFacts:
             num_embeddings=embedding_rows(model.get_input_embeddings(), config),
             image_token=getattr(model.config, "image_token_index", None),
             picture_shape=shape,
+            num_ratios=ratios,
             semantics=model.semantics,
             defaults=model.generation_config,
         )
@@ -175,39 +186,65 @@ class ModelFacts:
     def _check(self, prompt: Prompt, options: Options) -> None:
         if not prompt.tokens:
             raise Refused("the prompt has no token")
-        if not all(0 <= token < self.num_embeddings for token in prompt.tokens):
-            wrong = next(t for t in prompt.tokens if not 0 <= t < self.num_embeddings)
-            raise Refused(
-                f"the prompt has the token {wrong}; expected 0 to {self.num_embeddings - 1}",
-                "prompt",
-            )
+        for token in prompt.tokens:
+            if not isinstance(token, int) or not 0 <= token < self.num_embeddings:
+                raise Refused(
+                    f"the prompt has the token {quoted(token)}; expected 0 to "
+                    f"{self.num_embeddings - 1}",
+                    "prompt",
+                )
         for picture in prompt.pictures:
-            if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
-                raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
-        for name, least, most in _RANGES:
+            self._check_picture(picture)
+        for name, kind in _FIELDS.items():
             value = getattr(options, name)
-            if value is not None and not least <= value <= most:
-                expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise Refused(f"{name} must be {expected}, got {value}", name)
-        if not all(options.stop):
+            if value is None and name in _OPEN:
+                continue
+            if problems := value_problem(name, kind, {name: value}):
+                raise Refused(problems[0], name)
+        strings = options.stop
+        if not isinstance(strings, (tuple, list)) or not all(isinstance(s, str) for s in strings):
+            raise Refused(f"stop must be a tuple of strings, got {quoted(strings)}", "stop")
+        if not all(strings):
             raise Refused("stop has an empty string, which occurs everywhere", "stop")
-        if wrong := [b for b in options.logit_bias.values() if not -_FAR <= b <= _FAR]:
+        self._check_tokens("stop_token_ids", options.stop_token_ids, (tuple, list, set, frozenset))
+        self._check_tokens("logit_bias", options.logit_bias, Mapping)
+        for bias in options.logit_bias.values():
+            if problems := value_problem("logit_bias", _BIAS, {"logit_bias": bias}):
+                raise Refused(problems[0], "logit_bias")
+
+    def _check_picture(self, picture: PreparedPicture) -> None:
+        """Raises: Refused for one that another processor made than the model's."""
+        if (shape := tuple(picture.pixels.shape)) != self.picture_shape:
+            raise Refused(f"a picture is {shape}; the model takes {self.picture_shape}")
+        tiles = picture.tile_mask.tolist()
+        if len(tiles) != shape[0] or not any(tiles):
             raise Refused(
-                f"logit_bias must be from {-_FAR} to {_FAR}, got {wrong[0]}", "logit_bias"
+                f"a picture has the tile mask {tiles}; expected one of {shape[0]} tiles, some of them its"
             )
-        if wrong_ids := [t for t in options.logit_bias if not 0 <= t < self.vocab_size]:
+        if not 1 <= picture.aspect_ratio_id <= self.num_ratios:
             raise Refused(
-                f"logit_bias must name tokens from 0 to {self.vocab_size - 1}, got {quoted(wrong_ids)}",
-                "logit_bias",
+                f"a picture has the aspect ratio {picture.aspect_ratio_id}; expected 1 to {self.num_ratios}"
+            )
+
+    def _check_tokens(self, name: str, tokens: Collection[int], kinds: Any) -> None:
+        if not isinstance(tokens, kinds):
+            raise Refused(f"{name} must be a collection of tokens, got {quoted(tokens)}", name)
+        known = integer(0, self.vocab_size - 1)
+        if wrong := [t for t in tokens if value_problem(name, known, {name: t})]:
+            raise Refused(
+                f"{name} must name tokens from 0 to {self.vocab_size - 1}, got {quoted(wrong)}",
+                name,
             )
 
     def _stops(self, options: Options, vocabulary: Vocabulary) -> tuple[list[str], frozenset[int]]:
-        """The stop strings that are text, and the stop tokens: also those whose text is one."""
+        """The stop strings that are text, and the stop tokens: also those whose text is one, without those
+        that no answer can have, as the token of images."""
         special = vocabulary.special
         ids = {special[string] for string in options.stop if string in special}
         ids |= set(options.stop_token_ids)
         if not options.ignore_eos and (eos := self.defaults.eos_token_id) is not None:
             ids |= {eos} if isinstance(eos, int) else set(eos)
+        ids = {token for token in ids if token < self.vocab_size}
         return [string for string in options.stop if string not in special], frozenset(ids)
 
     def _config(self, options: Options) -> SamplingConfig:

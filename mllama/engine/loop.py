@@ -12,16 +12,20 @@ from functools import partial
 
 from mllama.engine.answers import Answer
 from mllama.engine.counts import Counts
-from mllama.engine.interface import Piece, State, Unavailable, Usage, WorkFailed
+from mllama.engine.interface import Overloaded, Piece, State, Unavailable, Usage, WorkFailed
 from mllama.engine.jobs import Job, Outbox
 from mllama.engine.plan import Plan
 from mllama.engine.runner import Launched, Runner
 from mllama.engine.sampling import Likelihood
 from mllama.engine.scheduler import Event, Scheduler
+from mllama.engine.sequence import Sequence
+from mllama.wording import quoted
 
 _LOG = logging.getLogger(__name__)
 # Steps that fail one after another before nothing more is tried.
 _MOST_FAILURES = 3
+_NOT_FINITE = "the numbers of the answer are not finite"
+_LOST = "the answer cannot be held to its form any longer, or its numbers are not finite"
 
 
 class Loop:
@@ -29,6 +33,7 @@ class Loop:
 
     Args:
         scheduler, runner: used by nobody else from start() on.
+        max_queue: answers that may wait.
         delay: how many steps later than launched the tokens of a step are read; on a GPU one, so that it
             always has work.
 
@@ -36,20 +41,24 @@ class Loop:
         counts: what has been done.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, delay: int = 0) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, max_queue: int, delay: int = 0
+    ) -> None:
         self._scheduler, self._runner, self._delay = scheduler, runner, delay
+        self._max_queue = max_queue
         self.counts = Counts()
         self._state: State = "ready"
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, Job] = {}  # those in the inbox too
+        self._num_coming = 0  # answers of these
         self._answers: dict[int, tuple[Job, Answer]] = {}  # by the ids of sequences
         self._in_flight: deque[tuple[Plan, Launched]] = deque()
         self._news: dict[Outbox, list[tuple[str, Piece | Exception]]] = {}
         self._num_failures = 0
         self._is_closing = False
-        self._lock = (
-            threading.Lock()
-        )  # so that nothing is queued once the rest has been told of the end
+        # Held where an order is checked and queued: nothing is behind the end, and no more than may wait.
+        # Reentrant, since the garbage collector may close an engine anywhere.
+        self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._work, name="mllama-engine", daemon=True)
 
     def start(self) -> None:
@@ -61,8 +70,9 @@ class Loop:
 
     @property
     def num_waiting(self) -> int:
-        """Requests and answers that hold no page yet, about."""
-        return self._inbox.qsize() + self._scheduler.num_waiting
+        """Answers that hold no page."""
+        with self._lock:
+            return self._num_coming + self._scheduler.num_waiting
 
     @property
     def num_running(self) -> int:
@@ -70,15 +80,25 @@ class Loop:
         return self._scheduler.num_admitted
 
     def put(self, job: Job) -> None:
-        """Queue a request, whose news go to its outbox. Raises: Unavailable."""
+        """Queue a request, whose news go to its outbox.
+
+        Raises: Unavailable; Overloaded; ValueError for the key of another that is not answered yet.
+        """
         with self._lock:
-            self.require_ready()
+            self.require_room()
+            if job.key in self._jobs:
+                raise ValueError(f"a request with the key {quoted(job.key)} is being answered")
+            self._jobs[job.key] = job
+            self._num_coming += len(job.answers)
             self._inbox.put(partial(self._add, job))
 
-    def require_ready(self) -> None:
-        """Raises: Unavailable where nothing is taken."""
+    def require_room(self, others: int = 0) -> None:
+        """Raises: Unavailable where nothing is taken; Overloaded where the queue is full, with so many others
+        that will come."""
         if self._state != "ready":
             raise Unavailable(f"the engine takes no request: it is {self._state}")
+        if (waiting := self.num_waiting + others) >= self._max_queue:
+            raise Overloaded(f"{waiting} requests wait already; at most {self._max_queue} do")
 
     def cancel(self, key: str) -> None:
         """End a request before the next step; its outbox hears no more of it."""
@@ -86,17 +106,14 @@ class Loop:
 
     def drain(self) -> None:
         """Take no more requests; those that there are go on."""
-        if self._state == "ready":
-            self._state = "draining"
-
-    def end(self) -> None:
-        """End everything, and the thread, which is not waited for."""
-        self.drain()
-        self._inbox.put(self._close)
+        with self._lock:
+            if self._state == "ready":
+                self._state = "draining"
 
     def close(self) -> None:
         """End everything, and wait for the thread."""
-        self.end()
+        self.drain()
+        self._inbox.put(self._close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -166,7 +183,7 @@ class Loop:
             return False
         self._num_failures = 0
         events = self._scheduler.accept(plan, results.tokens)
-        self._take(events, results.likelihoods, "the numbers of the answer are not finite")
+        self._take(events, results.likelihoods, _NOT_FINITE)
         return True
 
     def _fail(self, plan: Plan, error: Exception) -> None:
@@ -176,31 +193,37 @@ class Loop:
         self._in_flight.clear()
         self._take(self._scheduler.fail(plan), {}, "the step that computed the answer has failed")
         for sequence in self._scheduler.sequences():
-            job, answer = self._answers[sequence.id]
-            text, at = sequence.text, sequence.prompt_length
-            sampling = job.samplings[answer.index]
-            self._runner.add(sequence.id, job.prompt.pictures, sampling, text[:at], text[at:])
+            self._make_known(sequence)
         if self._num_failures == _MOST_FAILURES:
             raise RuntimeError(f"{_MOST_FAILURES} steps have failed one after another")
 
     def _add(self, job: Job) -> None:
-        added = self._scheduler.add(job.request)  # which was checked before
+        with self._lock:
+            self._num_coming -= len(job.answers)
+            added = self._scheduler.add(job.request)  # which was checked before
         job.sequences = tuple(sequence.id for sequence in added)
-        self._jobs[job.key] = job
         for sequence, answer in zip(added, job.answers, strict=True):
             self._answers[sequence.id] = (job, answer)
+        for sequence in added:
+            self._make_known(sequence)
+
+    def _make_known(self, sequence: Sequence) -> None:
+        """Let the runner know a sequence by its text of now."""
+        if sequence.id not in self._answers:
+            return  # of a request that ended with another of these
+        job, answer = self._answers[sequence.id]
+        text, at = sequence.text, sequence.prompt_length
+        sampling = job.samplings[answer.index]
         try:
-            for sequence, sampling in zip(added, job.samplings, strict=True):
-                tokens = job.prompt.tokens
-                self._runner.add(sequence.id, job.prompt.pictures, sampling, tokens)
+            self._runner.add(sequence.id, job.prompt.pictures, sampling, text[:at], text[at:])
         except Exception:  # as for want of memory
             _LOG.exception("a request could not be begun")
             self._fail_job(job, "the request could not be begun")
 
     def _cancel(self, key: str) -> None:
-        if (job := self._jobs.get(key)) is not None:
+        job = self._jobs.get(key)
+        if job is not None and job.sequences:  # not one that is in the inbox behind this
             self._forget(job)
-            self.counts.finished["cancelled"] += 1
 
     def _take(
         self, events: Iterable[Event], likelihoods: Mapping[int, Likelihood], error: str
@@ -211,7 +234,8 @@ class Loop:
                 continue  # of a request that ended with another of these
             job, answer = self._answers[event.sequence]
             if event.finish_reason == "error":
-                self._fail_job(job, error)
+                held = job.samplings[answer.index].constraint is not None
+                self._fail_job(job, _LOST if held and error == _NOT_FINITE else error)
                 continue
             try:
                 self._advance(job, answer, event, likelihoods.get(event.sequence))
@@ -226,33 +250,28 @@ class Loop:
         text, tokens, reason, usage = "", (), event.finish_reason, None
         if event.token is not None:
             text, tokens = answer.push(event.token, likelihood)
-            self.counts.generated_tokens += 1
         if answer.is_stopped:
             if reason is None:
                 self._scheduler.finish(event.sequence, "stop")
             reason = "stop"
         if reason is not None:
             text += answer.end()
-            usage = self._end_answer(job, event.sequence, reason)
+            usage = self._end_answer(job, event.sequence)
         if text or tokens or reason is not None:
             self._tell(job, Piece(answer.index, text, tokens, (), reason, usage))
 
     def _fail_job(self, job: Job, words: str) -> None:
         self._forget(job)
-        self.counts.finished["error"] += 1
         self._tell(job, WorkFailed(words))
 
-    def _end_answer(self, job: Job, sequence: int, reason: str) -> Usage | None:
+    def _end_answer(self, job: Job, sequence: int) -> Usage | None:
         """What the request has used, if no other answer to it is open."""
-        self.counts.finished[reason] += 1
         del self._answers[sequence]
         self._runner.remove(sequence)
         job.num_open -= 1
         if job.num_open:
             return None
         del self._jobs[job.key]
-        self.counts.prompt_tokens += len(job.prompt.tokens)
-        self.counts.cached_tokens += job.cached_tokens
         return Usage(
             len(job.prompt.tokens),
             sum(answer.num_tokens for answer in job.answers),
@@ -262,12 +281,12 @@ class Loop:
 
     def _forget(self, job: Job) -> None:
         """End what is left of a request; nobody is told of it."""
-        del self._jobs[job.key]
         open_ = [id_ for id_ in job.sequences if id_ in self._answers]
         self._scheduler.cancel(open_)
         for id_ in open_:
             del self._answers[id_]
             self._runner.remove(id_)
+        del self._jobs[job.key]
 
     def _tell(self, job: Job, new: Piece | Exception) -> None:
         self._news.setdefault(job.outbox, []).append((job.key, new))
@@ -284,14 +303,9 @@ class Loop:
                     self._cancel(key)
 
     def _end_all(self, error: Exception) -> None:
-        for job in list(self._jobs.values()):
-            self._tell(job, error)
+        jobs = list(self._jobs.values())
         self._jobs.clear()
-        while True:  # what has come meanwhile
-            try:
-                order = self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            if isinstance(order, partial) and order.func == self._add:
-                self._tell(order.args[0], error)
+        self._answers.clear()
+        for job in jobs:
+            self._tell(job, error)
         self._hand_over()

@@ -100,10 +100,10 @@ class PrefixIndex:
         """Pages that take() can give: the free ones, and those that only the index holds."""
         return self._pool.num_free + len(self._unused)
 
-    def take(self, count: int) -> list[int] | None:
-        """Pages for new tokens; None where there are not as many."""
+    def take(self, count: int) -> list[int]:
+        """Pages for new tokens. Raises: ValueError where there are not as many, and none is taken."""
         if count > self.num_available:
-            return None
+            raise ValueError(f"{self.num_available} pages are available, {count} are asked for")
         while self._pool.num_free < count:
             self.forget(next(iter(self._unused)))
         return [self._pool.take() for _ in range(count)]

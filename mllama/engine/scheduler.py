@@ -53,6 +53,8 @@ class Scheduler:
     Attributes:
         prefix: the prefix index.
         num_preemptions: so far.
+        num_prefix_hits: pages, of what was admitted so far, that others had computed.
+        num_picture_hits: pictures of it that others had brought.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Scheduler:
         self.limits, self._pages, self._tiles, self._scope = limits, pages, tiles, scope
         self._page_size = page_size
         self.prefix = PrefixIndex(pages, prefix_reuse)
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_prefix_hits = self.num_picture_hits = 0
         self._num_arrived = self._num_planned = 0
         self._sequences: dict[int, Sequence] = {}
         # Both in the order of arrival, and all of the first before all of the second.
@@ -227,10 +229,12 @@ class Scheduler:
     def _has_room(self, sequence: Sequence) -> bool:
         """Give a sequence a page for its next token, unless it is preempted itself."""
         while self._num_pages(sequence.stored + 1) > len(sequence.pages):
-            if (added := self.prefix.take(1)) is not None:
-                sequence.pages += added
-            elif self._preempt() is sequence:
-                return False
+            if self.prefix.num_available:
+                sequence.pages += self.prefix.take(1)
+            else:
+                self.num_preemptions += 1
+                if self._preempt() is sequence:
+                    return False
         return True
 
     def _admit(self) -> Sequence | None:
@@ -251,16 +255,17 @@ class Scheduler:
         # Those that run will need pages soon, and would take them from the one admitted last.
         has_pages = missing + len(self._admitted) <= self.prefix.num_available
         held = self._tiles.hold(wanted) if has_pages else None
-        added = self.prefix.take(missing) if held is not None else None
-        if held is None or added is None:
+        if held is None:
             self.prefix.release(found)
             return None
         sequence.first_picture, sequence.held = first, held
-        sequence.pages = found + added
+        sequence.pages = found + self.prefix.take(missing)
         sequence.num_offered = len(found)
         sequence.stored = start
         if sequence.cached_tokens is None:
             sequence.cached_tokens = start
+        self.num_prefix_hits += len(found)
+        self.num_picture_hits += len({picture.key for picture in held if picture.is_encoded})
         sequence.state = State.PREFILLING
         self._admitted.append(self._waiting.popleft())
         return sequence
@@ -341,7 +346,6 @@ class Scheduler:
         self._give_back(sequence)
         sequence.state = State.WAITING
         self._waiting.appendleft(sequence)
-        self.num_preemptions += 1
         return sequence
 
     def _give_back(self, sequence: Sequence) -> None:

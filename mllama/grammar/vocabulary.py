@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
-from typing import Any
 
+from mllama.processing.byte_level import is_byte_level, token_bytes
 from mllama.processing.tokenizer import MllamaTokenizer
 
 
@@ -29,7 +28,7 @@ class Vocabulary:
             raise ValueError("the checkpoint names no token that ends an answer")
         self.eos_token_id = self.end_ids[0]
         self._backend = tokenizer.backend_tokenizer
-        if "ByteLevel" not in _kinds(json.loads(self._backend.to_str())["decoder"]):
+        if not is_byte_level(self._backend):
             raise ValueError("the tokenizer is not byte-level, as that of Llama 3 is")
         controls = set(tokenizer.control_tokens)
         added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if i < size}
@@ -39,7 +38,7 @@ class Vocabulary:
         self.tokens = [b""] * size  # a row without a token is never allowed
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             if index < size:
-                self.tokens[index] = bytes(map(_BYTES.__getitem__, token))
+                self.tokens[index] = token_bytes(token)
         for index, token in added.items():
             self.tokens[index] = token.content.encode("utf-8")
 
@@ -48,21 +47,3 @@ class Vocabulary:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         return self._backend.encode(text, add_special_tokens=False).ids
-
-
-def _kinds(part: Any) -> set[str]:
-    """The kinds of a decoder, and of those that it is a sequence of."""
-    if not isinstance(part, dict):
-        return set()
-    inside = part.get("decoders") or []
-    return {str(part.get("type"))}.union(*map(_kinds, inside))
-
-
-def _byte_values() -> dict[str, int]:
-    """The bytes that characters of tokens stand for: visible ones for themselves, others by U+0100 and on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-_BYTES = _byte_values()

@@ -60,7 +60,7 @@ class AsyncEngine:
         """See :class:`mllama.server.protocol.Engine`."""
         loop = asyncio.get_running_loop()
         arrived = time.monotonic()
-        self._engine.require_room(len(self._preparing))
+        self._engine.loop.require_room(len(self._preparing))
         if self._mail is None or self._mail.event_loop is not loop:
             self._mail = Mail(loop)
         self._preparing[work.key] = False
