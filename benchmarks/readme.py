@@ -66,7 +66,7 @@ def ops() -> str:
     functions = [function for function in found if inspect.isfunction(function)]
     return tables.table(
         ["op", "what it does", "gradient"],
-        [[f"`{f.__name__}`", summary(f), "yes" if has_backward(f) else ""] for f in functions],
+        [[f"`{f.__name__}`", summary(f), "yes" if has_gradient(f) else ""] for f in functions],
         text=3,
     )
 
@@ -78,7 +78,13 @@ def summary(function: Callable[..., Any]) -> str:
 
 
 def has_backward(function: Callable[..., Any]) -> bool:
+    """Whether its gradient is a kernel of its own."""
     return "\nBackward:\n" in inspect.getdoc(function)
+
+
+def has_gradient(function: Callable[..., Any]) -> bool:
+    """Whether it has one, be it made of other ops."""
+    return has_backward(function) or "\nGradients:\n" in inspect.getdoc(function)
 
 
 def speed(runs: list[dict[str, Any]]) -> str:

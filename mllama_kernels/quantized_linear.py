@@ -96,8 +96,8 @@ def quantized_linear(
             dtype, for the library's product.
     Returns:
         (..., N) in x's dtype, contiguous. In an autocast region the product has the region's dtype.
-    Backward:
-        gradients of x, bias, norm_weight, residual and gate; with `activations` x, bias and norm_weight have
+    Gradients:
+        of x, bias, norm_weight, residual and gate; with `activations` x, bias and norm_weight have
         none, and may not want one. That of x is made of the library's products, whose bits depend on what
         else is in the batch.
     Raises:

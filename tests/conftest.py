@@ -94,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = [
         report for report in terminalreporter.stats.get("passed", []) if report.when == "call"
     ]
-    gpu = sum("[cuda" in report.nodeid or "-cuda" in report.nodeid for report in passed)
+    gpu = sum("gpu" in report.keywords for report in passed)
     cpu = len(passed) - gpu
     simulated = cpu if SIMULATED else 0
     terminalreporter.write_line(

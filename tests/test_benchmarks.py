@@ -386,7 +386,8 @@ def test_the_readme_has_a_line_per_op_and_few_figures():
 def test_the_figure_has_three_bars_of_each_kind_of_device():
     """Well-formed, GPUs first, and bars as long as the ratios; a kind without the model shows ops."""
     runs = read(committed())
-    (cpu,) = [run for run in runs if run is newest(runs, "cpu", "model")]
+    cpu = newest(runs, "cpu", "ops")
+    assert cpu is not None
     on_gpu = {"machine": cpu["machine"] | {"kind": "cuda", "gpu": "H200"}, "parts": ["ops"]}
     gpu = cpu | on_gpu | {"versions": cpu["versions"] | {"cuda": "13.0", "cudnn": "9"}}
     texts, lengths = [], []

@@ -22,47 +22,45 @@ CHOICES: dict[str, dict[str, float]] = {
 }
 
 
-def make(setting: Setting, batch: int) -> Arguments:
-    """Logits with the spread of a language model's, one seed per row, the number of the step."""
+def make(setting: Setting, choice: str, batch: int) -> Arguments:
+    """Logits with the spread of a language model's, one seed per row, the number of the step, the options."""
     logits = setting.randn(batch, VOCAB, scale=3.0)
     seeds = torch.arange(batch, device=setting.device)
-    return logits, seeds, torch.zeros_like(seeds)
+    return logits, seeds, torch.zeros_like(seeds), *options_of(choice, batch, setting.device)
 
 
-def options_of(choice: str, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-    return {
-        name: torch.full(
-            (batch,),
-            value,
-            dtype=torch.int64 if isinstance(value, int) else torch.float64,
-            device=device,
-        )
-        for name, value in CHOICES[choice].items()
-    }
+def options_of(choice: str, batch: int, device: torch.device | str) -> list[Tensor]:
+    kinds = {int: torch.int64, float: torch.float64}
+    return [
+        torch.full((batch,), value, dtype=kinds[type(value)], device=device)
+        for value in CHOICES[choice].values()
+    ]
 
 
-def token_of(sample: Callable[..., Any], options: dict[str, Tensor]) -> Callable[..., Tensor]:
-    return lambda *arguments: sample(*arguments, **options)[0]
+def token_of(sample: Callable[..., Any], choice: str) -> Callable[..., Tensor]:
+    def token(logits: Tensor, seeds: Tensor, steps: Tensor, *options: Tensor) -> Tensor:
+        return sample(logits, seeds, steps, **dict(zip(CHOICES[choice], options)))[0]
+
+    return token
 
 
-def highest(logits: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+def highest(logits: Tensor, *_: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
 def cases(setting: Setting) -> Iterator[Case]:
     for choice in CHOICES:
         for batch in setting.sizes([1, 8, 32], [1], [1]):
-            options = options_of(choice, batch, setting.device)
-            plain = token_of(reference.sample, options)
+            plain = token_of(reference.sample, choice)
             greedy = [Impl("argmax", highest)] if choice == "greedy" else []
             yield Case(
                 op="sample",
                 shape={"batch": batch, "vocabulary": VOCAB, "choice": choice},
                 dtype=setting.dtype,
-                make=partial(make, setting, batch),
+                make=partial(make, setting, choice, batch),
                 truth=plain,
                 impls=(
-                    Impl(OURS, token_of(ours.sample, options)),
+                    Impl(OURS, token_of(ours.sample, choice)),
                     Impl(PLAIN, plain),
                     *greedy,
                     absent(
