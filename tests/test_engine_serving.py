@@ -15,6 +15,7 @@ from mllama.engine.engine import Engine
 from mllama.engine.interface import Options, Piece, Refused, Unavailable, WorkFailed
 from mllama.engine.prompts import prepare_chat, prepare_chat_with, prepare_picture
 from mllama.server import serving
+from mllama.server.metrics import ENGINE_WORDS
 from mllama.server.protocol import Picture, Work
 from mllama.server.serving import AsyncEngine
 
@@ -119,6 +120,11 @@ def test_a_picture_that_was_seen_is_not_opened_again(engine, served, opened):
     counters = served.stats().counters
     assert counters["pictures"] == 3 and counters["picture_files_known"] == 1
     assert counters["encoded_pictures"] == encoded + 2
+
+
+def test_what_is_counted_has_its_words(served):
+    stats = served.stats()
+    assert {*stats.gauges, *stats.counters, *stats.distributions} == {*ENGINE_WORDS}
 
 
 def test_known_pictures_have_a_bound(engine, opened):

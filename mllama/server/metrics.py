@@ -23,6 +23,27 @@ from mllama.wording import shown
 _LOG = logging.getLogger(__name__)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _MOST_LOGGED = 100  # names of unknown fields; whoever sends them chooses them
+# Names that the engine gives what it counts, in words.
+ENGINE_WORDS = {
+    "answers_running": "Answers whose prompt is being read or that are being written",
+    "answers_waiting": "Answers that wait for their turn",
+    "pages_used": "Pages of keys and values of text that answers hold",
+    "pages_kept": "Pages that no answer holds, kept for prompts that begin alike",
+    "pages": "Pages in all",
+    "tiles_used": "Image tiles whose keys and values answers hold",
+    "tiles_kept": "Image tiles that no answer holds, kept for the next question about them",
+    "tiles": "Image tiles in all",
+    "steps": "Steps, each one forward over tokens of many requests",
+    "step_tokens": "Tokens of steps, of prompts and answers",
+    "encoded_pictures": "Pictures through the vision tower",
+    "preemptions": "Times that an answer gave up its pages to older ones, to be computed again",
+    "prefix_hits": "Pages of prompts that were found, not computed",
+    "picture_hits": "Pictures of prompts that were found, not encoded",
+    "pictures": "Pictures of requests",
+    "picture_files_known": "Pictures whose file had been decoded before",
+    "step_seconds": "Time of a step",
+    "batch_size": "Requests of a step",
+}
 
 
 class Metrics:
@@ -111,14 +132,14 @@ class _OfEngine:
     def collect(self) -> Iterator[Any]:
         stats = self._engine.stats()
         for name, value in stats.gauges.items():
-            yield GaugeMetricFamily(f"mllama_{name}", name.replace("_", " "), value)
+            yield GaugeMetricFamily(f"mllama_{name}", ENGINE_WORDS.get(name, name), value)
         for name, value in stats.counters.items():
-            yield CounterMetricFamily(f"mllama_{name}", name.replace("_", " "), value)
+            yield CounterMetricFamily(f"mllama_{name}", ENGINE_WORDS.get(name, name), value)
         for name, found in stats.distributions.items():
             bounds = ["+Inf" if bound == float("inf") else str(bound) for bound in found.bounds]
             yield HistogramMetricFamily(
                 f"mllama_{name}",
-                name.replace("_", " "),
+                ENGINE_WORDS.get(name, name),
                 buckets=list(zip(bounds, found.counts)),
                 sum_value=found.total,
             )
