@@ -217,6 +217,7 @@ def test_what_has_no_effect_and_what_is_unknown_is_left_out():
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "type input_audio"),
         ([{"role": "user", "content": [{"type": "video_url"}]}], "type video_url"),
         ([{"role": "user", "content": [{"type": "x" * 999}]}], "text or image_url"),
+        ([{"role": "user", "content": [{"type": "image"}]}], 'text or image_url, got "image"'),
         ([{"role": "user", "content": "a", "tool_calls": [{}]}], "tool_calls[0]"),
         ([{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}], "at most 1024"),
     ],

@@ -54,7 +54,9 @@ class Part(Body):
                 "expected text or image_url"
             )
         elif self.type != "refusal":
-            raise ValueError("the type of a part must be text or image_url")
+            raise ValueError(
+                f"the type of a part must be text or image_url, got {json_shown(self.type)}"
+            )
         return self
 
     @property
