@@ -128,6 +128,7 @@ def test_misuse_exits_with_2(arguments, capsys):
         "--serialized-model-path a --weight-path b",
         "--allow-origin *",
         "--allow-origin https://a.example/path",
+        "--port 0 --max-batch-tokens 4 --max-batch-size 5",
     ],
 )
 def test_contradictions_exit_with_2_before_anything_is_loaded(arguments, capsys, monkeypatch):
@@ -150,6 +151,13 @@ def test_contradictions_exit_with_2_before_anything_is_loaded(arguments, capsys,
 def test_a_device_has_two_spellings(command, given, device):
     options = cli.build_parser().parse_args([*command.split(), *given.split()])
     assert options.device == device
+
+
+def test_devices_that_differ_are_named_as_they_were_given(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--devices", "cpu", "--device", "gpu-1")
+    assert stop.value.code == 2
+    assert "--device cuda:1 contradicts the cpu given before it" in capsys.readouterr().err
 
 
 def test_weights_may_lie_elsewhere(tmp_path, capsys):

@@ -48,5 +48,5 @@ class _Same(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest)
         if before not in (None, values):
-            parser.error(f"--device {before} and --devices {values} contradict each other")
+            parser.error(f"{option_string} {values} contradicts the {before} given before it")
         setattr(namespace, self.dest, values)

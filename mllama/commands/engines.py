@@ -13,8 +13,9 @@ import torch
 from mllama import Engine, MllamaForConditionalGeneration, MllamaProcessor
 from mllama.checkpoints.placement import resolve_device
 from mllama.commands.common import positive
-from mllama.commands.loading import planned_source, source_of
+from mllama.commands.loading import check_length, planned_source, source_of
 from mllama.commands.plan import memory
+from mllama.commands.usage import UsageError
 from mllama.engine.pages import PAGE_SIZE
 from mllama.engine.sizes import EnginePlan, plan_engine
 from mllama.memory import free_bytes
@@ -41,7 +42,7 @@ def add_name_argument(group: argparse._ArgumentGroup) -> None:
 def add_request_arguments(group: argparse._ArgumentGroup) -> None:
     """What requests may bring."""
     group.add_argument(
-        "--max-images", type=positive, default=4, metavar="N", help="pictures of a request"
+        "--max-images", type=positive, default=4, metavar="N", help="most pictures in a request"
     )
     group.add_argument(
         "--allow-image-host",
@@ -75,13 +76,15 @@ def add_batching_arguments(group: argparse._ArgumentGroup) -> None:
         "--max-batch-tokens",
         type=positive,
         metavar="N",
-        help="tokens of a step (default: 512 on a CPU, 2048 on a GPU)",
+        help="tokens of a step, of answers and prompts together; a longer prompt is read in parts "
+        "(default: 512 on a CPU, 2048 on a GPU)",
     )
     group.add_argument(
         "--image-cache-bytes",
         type=_bytes,
         metavar="SIZE",
-        help="keys and values of pictures that are kept (default: what is left of the memory)",
+        help="memory, such as 2GB, for keys and values of pictures that nobody asks about just now "
+        "(default: all the tiles planned)",
     )
 
 
@@ -91,7 +94,13 @@ def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], N
     Raises: ValueError with the numbers where that is more than is free, unless --force is given; as
         `from_pretrained` for what it would not load.
     """
+    if options.max_batch_tokens is not None and options.max_batch_tokens < options.max_batch_size:
+        raise UsageError(
+            f"--max-batch-tokens {options.max_batch_tokens} is less than --max-batch-size "
+            f"{options.max_batch_size}: each of the answers decoded together takes a token of a step"
+        )
     source = planned_source(options, source_of(options, checkpoint))
+    check_length(options, source.config)
     device = resolve_device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     )

@@ -216,12 +216,15 @@ def planned_source(options: argparse.Namespace, folder: str) -> PlanSource:
 def bounded_length(options: argparse.Namespace, folder: str) -> int | None:
     """The tokens of --max-length. Raises: ValueError for more than the model takes."""
     if options.max_length is not None:
-        text = planned_source(options, folder).config.text_config
-        if options.max_length > (most := text.max_position_embeddings):
-            raise ValueError(
-                f"--max-length {options.max_length} is beyond the model's context, {most}"
-            )
+        check_length(options, planned_source(options, folder).config)
     return options.max_length
+
+
+def check_length(options: argparse.Namespace, config: Any) -> None:
+    """Raises: ValueError for a --max-length of more tokens than a model takes."""
+    most = config.get_text_config().max_position_embeddings
+    if options.max_length is not None and options.max_length > most:
+        raise ValueError(f"--max-length {options.max_length} is beyond the model's context, {most}")
 
 
 def _check_serialized(options: argparse.Namespace, folder: str) -> None:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    group.add_argument("--port", type=_port, default=8000, help="0: any that is free")
+    group.add_argument("--port", type=_port, default=8000, help="to listen on; 0: any that is free")
     group.add_argument(
         "--api-key",
         action="append",
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_request_arguments(group)
     group.add_argument(
-        "--max-body", type=memory, default="32MB", metavar="SIZE", help="of a request"
+        "--max-body", type=memory, default="32MB", metavar="SIZE", help="most bytes of a request"
     )
     group = parser.add_argument_group("batching")
     add_batching_arguments(group)
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-queue",
         type=positive,
         metavar="N",
-        help="requests that wait; more are refused with 429 (default: four batches)",
+        help="requests that wait; more are refused with 429 (default: 4 times --max-batch-size)",
     )
     add_loading_arguments(group := parser.add_argument_group("weights"))
     add_weight_path_argument(group)
