@@ -93,7 +93,8 @@ class Client:
 def alone(
     model, prompt: Prompt, options: Options, seed: int | None = None
 ) -> tuple[list[int], torch.Tensor]:
-    """The tokens that `generate` answers, and the logits it chose from."""
+    """The tokens that `generate` answers, and the logits it chose from; stop strings are looked for from the
+    last of the least tokens on."""
     ids = torch.tensor([prompt.tokens])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.pictures:
@@ -120,12 +121,17 @@ def alone(
         max_new_tokens=options.max_tokens,
         min_new_tokens=options.min_tokens,
         eos_token_id=[] if options.ignore_eos else [END, *options.stop_token_ids],
-        stop_strings=list(options.stop) or None,
+        stop_strings=None if options.min_tokens else list(options.stop) or None,
         tokenizer=byte_tokenizer(),
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return out.sequences[0, len(prompt.tokens) :].tolist(), torch.cat(out.logits)
+    answer, logits = out.sequences[0, len(prompt.tokens) :].tolist(), torch.cat(out.logits)
+    for end in range(options.min_tokens, len(answer)) if options.min_tokens else ():
+        text = byte_tokenizer().decode(answer[options.min_tokens - 1 : end])
+        if any(string in text for string in options.stop):
+            return answer[:end], logits[:end]
+    return answer, logits
 
 
 def assert_same(

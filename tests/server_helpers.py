@@ -134,7 +134,7 @@ class EchoEngine:
         try:
             limit = work.options.max_tokens
             for i in range(work.options.n):
-                kept = words[:limit]
+                kept, length = words[:limit], 0
                 for j, word in enumerate(kept):
                     if j == 2:
                         if command == "!fail":
@@ -151,9 +151,9 @@ class EchoEngine:
                         await asyncio.sleep(0.1)
                     text = word if j == 0 else f" {word}"
                     count = work.options.top_logprobs
-                    token = Token(
-                        text, text.encode(), -0.5, (Token("x", b"x", -1.0),) * (count or 0)
-                    )
+                    likeliest = (Token("x", b"x", -1.0),) * (count or 0)
+                    token = Token(text, text.encode(), -0.5, likeliest, length)
+                    length += len(text)
                     yield Piece(i, text, (token,) if count is not None else ())
                 reason = "length" if len(kept) < len(words) else "stop"
                 used = Usage(len(words) + len(work.pictures), len(kept) * work.options.n, 1, 0.01)

@@ -29,10 +29,13 @@ from engine_helpers import (
 
 import mllama
 from mllama.engine import jobs
+from mllama.engine.answers import Answer, Vocabulary
 from mllama.engine.engine import Engine
 from mllama.engine.interface import Options, Overloaded, Refused, Unavailable, WorkFailed
 from mllama.engine.prompts import PreparedPicture, Prompt
+from mllama.engine.sampling import Likelihood
 from mllama.generation.sampling import row_seeds
+from mllama.generation.stopping import StopStrings
 
 # The smallest that answers every request of these tests, and others.
 ROOMY = {"num_pages": 400, "num_slots": 64}
@@ -200,6 +203,33 @@ def test_the_text_is_that_of_stream(engines):
         assert client.text() == "".join(streamed)
         reason = next(p.finish_reason for p in client.pieces if p.finish_reason)
         assert (reason == "stop") == (len(job.answers[0].ids) < 60)
+
+
+def test_no_stop_string_ends_an_answer_of_too_few_tokens(engines):
+    engine = engines(small_model()).start(**ROOMY)
+    for least in (0, 1, 2, 5):
+        options = Options(max_tokens=5, min_tokens=least, stop=("a",), logit_bias={64: 1000.0})
+        _, client = put(engine, ask(5), options, str(least))
+        wait(lambda client=client: client.has_ended)
+        assert client.text() == "a" * max(least - 1, 0)
+        assert client.usage.completion_tokens == max(least, 1)
+
+
+def test_tokens_tell_where_they_are_in_the_text():
+    """Among parts of characters that others complete or break, and tokens that have no text."""
+    vocabulary = Vocabulary.of(byte_tokenizer())
+    for seed in range(200):
+        rng = random.Random(seed)
+        answer = Answer(0, vocabulary, StopStrings(), frozenset())
+        text, letters = "", []
+        for _ in range(25):
+            token = rng.choice([64, 65, END, rng.randrange(94, 256), 169, 104])
+            new, (told,) = answer.push(token, Likelihood(0.0, ()))
+            text += new
+            letters += [told] if token < 94 else []
+        text += answer.end()
+        for letter in letters:
+            assert text[letter.offset] == letter.text
 
 
 def test_pictures_and_beginnings_are_computed_once(engines, seed):

@@ -12,7 +12,7 @@ from engine_helpers import wait
 import mllama
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
 from mllama.engine.engine import Engine
-from mllama.engine.interface import Options, Piece, Refused, Unavailable, WorkFailed
+from mllama.engine.interface import Options, Overloaded, Piece, Refused, Unavailable, WorkFailed
 from mllama.engine.prompts import prepare_chat, prepare_chat_with, prepare_picture
 from mllama.server import serving
 from mllama.server.metrics import ENGINE_WORDS
@@ -137,6 +137,30 @@ def test_known_pictures_have_a_bound(engine, opened):
 
     asyncio.run(run(11, 12, 11, 13, 11, 12))  # 13 takes the place of 12, used before 11
     assert opened == [len(png(seed)) for seed in (11, 12, 13, 12)]
+    served.close()
+
+
+def test_the_pixels_of_all_requests_together_have_a_bound(engine):
+    size = prepare_picture(engine.processor, sample_picture(11)[0]).pixels.nbytes
+    served = AsyncEngine(engine, held_bytes=2 * size - 1)
+    both = tuple(Picture(png(seed), f"messages[0].content[{seed}]") for seed in (13, 14))
+    two = Work("two", Options(max_tokens=1), asked("Which?", 2), pictures=both)
+
+    async def run():
+        held = await served.submit(work(seed=11, max_tokens=1500, ignore_eos=True))
+        for other in (work(seed=12), two):
+            with pytest.raises(Overloaded, match=f"take {size} bytes; at most {2 * size - 1} are"):
+                await served.submit(other)
+        await answer(served, work(seed=11, max_tokens=1))  # the same picture takes no more
+        with pytest.raises(Refused):
+            await answer(served, work(seed=11, max_tokens=0))
+        assert served._held.num_bytes == size
+        await held.aclose()
+        assert served._held.num_bytes == 0
+        assert await answer(served, two)  # alone: what it may bring at all is taken
+
+    asyncio.run(run())
+    assert served._held.num_bytes == 0
     served.close()
 
 

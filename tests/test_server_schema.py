@@ -114,6 +114,17 @@ def test_limits_of_an_answer_agree():
     assert refusal(max_completion_tokens=5, min_tokens=6).param == "min_tokens"
 
 
+@pytest.mark.parametrize("least", [{"min_tokens": 2}, {"ignore_eos": True}])
+def test_a_call_of_a_strict_function_ends_where_its_form_does(least):
+    function = {"name": "look", "parameters": {"type": "object"}, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    error = refusal(tools=tools, **least)
+    assert "a strict function" in error.message and error.param in least
+    assert chat(tools=tools, tool_choice="none", **least).tools
+    del function["strict"]
+    assert chat(tools=tools, **least).tools
+
+
 def test_log_probabilities():
     assert chat(logprobs=True, top_logprobs=20).top_logprobs == 20
     for fields in ({"top_logprobs": 3}, {"logprobs": False, "top_logprobs": 0}):

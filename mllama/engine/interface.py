@@ -38,6 +38,7 @@ class Options:
 
     Attributes:
         max_tokens: length of an answer; the engine cuts it to what the context has left. None: all of that.
+        min_tokens: before which no stop token is chosen, and no stop string ends the answer.
         seed: of the first of `n` answers; the others' follow from it. None: drawn.
         top_logprobs: how many of the likeliest tokens are told beside each token; None: nothing is.
     """
@@ -62,12 +63,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer and its log-probability, with those of the likeliest in its place."""
+    """A token of an answer and its log-probability, with those of the likeliest in its place.
+
+    Attributes:
+        text: of the token alone; of a part of a character a replacement for it.
+        data: its bytes, of which that is so.
+        logprob: -inf where the model rules the token out.
+        offset: characters of the answer's text before the one that it begins or goes on with.
+    """
 
     text: str
     data: bytes
     logprob: float
     likeliest: tuple[Token, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ class ModelFacts:
                 for seed in row_seeds(first, options.n)
             ),
             answers=tuple(
-                Answer(index, vocabulary, compiled, stop_ids) for index in range(options.n)
+                Answer(index, vocabulary, compiled, stop_ids, options.min_tokens)
+                for index in range(options.n)
             ),
             outbox=outbox,
             num_open=options.n,
@@ -201,6 +202,12 @@ class ModelFacts:
                 continue
             if problems := value_problem(name, kind, {name: value}):
                 raise Refused(problems[0], name)
+        if options.max_tokens is not None and options.min_tokens > options.max_tokens:
+            raise Refused(
+                f"min_tokens is {options.min_tokens} and max_tokens {options.max_tokens}; expected no more "
+                "than that",
+                "min_tokens",
+            )
         strings = options.stop
         if not isinstance(strings, (tuple, list)) or not all(isinstance(s, str) for s in strings):
             raise Refused(f"stop must be a tuple of strings, got {quoted(strings)}", "stop")

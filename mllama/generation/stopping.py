@@ -105,9 +105,14 @@ class RowText:
         """Whether a stop string has occurred."""
         return self._scanner.stopped
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that became certain."""
-        return self._scanner.push(self._detokenizer.push(token))
+    def push(self, token: int, is_searched: bool = True) -> str:
+        """Add a token; returns the text that became certain.
+
+        Args:
+            is_searched: False for tokens at the beginning whose text is passed on as it is.
+        """
+        text = self._detokenizer.push(token)
+        return self._scanner.push(text) if is_searched else text
 
     def flush(self) -> str:
         """What is still held back, at the end of the sequence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from mllama.server.described import (
     TextLogprobs,
     UsageBody,
 )
+
+_RULED_OUT = -9999.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def completion_body(
         {
             "index": i,
             "text": "".join(answer.texts),
-            "logprobs": _completion_logprobs(answer.tokens, 0) if with_tokens else None,
+            "logprobs": _completion_logprobs(answer.tokens) if with_tokens else None,
             "finish_reason": answer.finish_reason,
         }
         for i, answer in enumerate(answers)
@@ -175,12 +178,9 @@ async def completion_events(
     """Texts, with each answer's reason in its last, and usage where it is asked for."""
     head = heading.body("text_completion") | ({"usage": None} if with_usage else {})
     usage, open_answers = None, set(range(count))
-    lengths = [0] * count
     async for piece in pieces:
         if piece.text or piece.tokens or piece.finish_reason:
-            at = lengths[piece.index]
-            logprobs = _completion_logprobs(piece.tokens, at) if with_tokens else None
-            lengths[piece.index] += len(piece.text)
+            logprobs = _completion_logprobs(piece.tokens) if with_tokens else None
             choice = {
                 "index": piece.index,
                 "text": piece.text,
@@ -210,20 +210,28 @@ def _call_delta(call: ToolCall) -> CallDelta:
 
 def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
     def entry(token: Token) -> LikelyToken:
-        return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+        return {"token": token.text, "logprob": _logprob(token), "bytes": list(token.data)}
 
     content = [{**entry(t), "top_logprobs": [entry(u) for u in t.likeliest]} for t in tokens]
     return {"content": content, "refusal": None}
 
 
-def _completion_logprobs(tokens: Sequence[Token], start: int) -> TextLogprobs:
-    offsets = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(token.text)
+def _completion_logprobs(tokens: Sequence[Token]) -> TextLogprobs:
     return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{u.text: u.logprob for u in token.likeliest} for token in tokens],
-        "text_offset": offsets,
+        "tokens": [_name(token) for token in tokens],
+        "token_logprobs": [_logprob(token) for token in tokens],
+        "top_logprobs": [{_name(u): _logprob(u) for u in token.likeliest} for token in tokens],
+        "text_offset": [token.offset for token in tokens],
     }
+
+
+def _logprob(token: Token) -> float:
+    """JSON has no infinity: OpenAI's word for what is ruled out."""
+    return _RULED_OUT if token.logprob == -math.inf else token.logprob
+
+
+def _name(token: Token) -> str:
+    """A text that no other token has: of parts of characters OpenAI's form, as "bytes:\\xf0\\x9f"."""
+    if token.text.encode() == token.data:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)

@@ -297,6 +297,8 @@ class ChatRequest(Sampling):
                     "tool_choice",
                 )
             self._check_no_least_length("tool_choice")
+        elif self.tool_choice != "none" and any(tool.function.strict for tool in self.tools or ()):
+            self._check_no_least_length("a strict function")
         return self
 
     @property

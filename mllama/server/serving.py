@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import jinja2
 
@@ -25,12 +26,14 @@ from mllama.limits import MIB, REQUESTS, Limits
 from mllama.processing.images import open_image
 from mllama.processing.sources import ImageOpenError
 from mllama.processing.template_errors import TemplateLimitError
+from mllama.server.held_pixels import PixelBudget, Share
 from mllama.server.known_pictures import KnownPictures
 from mllama.server.protocol import Picture, Work
 from mllama.wording import shown
 
 _LOG = logging.getLogger(__name__)
 _PIXEL_BYTES = 256 * MIB  # of known pictures
+_HELD_BYTES = 2048 * MIB  # of pictures of requests: 139 of four tiles of 560 x 560
 
 
 class AsyncEngine:
@@ -41,6 +44,7 @@ class AsyncEngine:
         num_threads: that prepare requests: open pictures, render templates, make tokens.
         limits: of what they may take.
         pixel_bytes: of pictures that are kept as they were prepared, for those who show them again.
+        held_bytes: of the pictures, as they were prepared, of requests that have not ended.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class AsyncEngine:
         num_threads: int = 2,
         limits: Limits = REQUESTS,
         pixel_bytes: int = _PIXEL_BYTES,
+        held_bytes: int = _HELD_BYTES,
     ) -> None:
         self._engine, self._limits = engine, limits
         self._known = KnownPictures(pixel_bytes)
+        self._held = PixelBudget(held_bytes)
         self._threads = ThreadPoolExecutor(num_threads, "mllama-prepare")
         self._preparing: dict[str, bool] = {}  # by key: whether it has been cancelled
         self._mail: Mail | None = None
@@ -63,15 +69,23 @@ class AsyncEngine:
         self._engine.loop.require_room(len(self._preparing))
         if self._mail is None or self._mail.event_loop is not loop:
             self._mail = Mail(loop)
+        if work.pictures:
+            self._held.require_room()
         self._preparing[work.key] = False
+        share = self._held.share()
         try:
-            job = await loop.run_in_executor(self._threads, self._prepare, work, self._mail)
-        finally:
-            is_cancelled = self._preparing.pop(work.key)
-        if is_cancelled:
-            raise Unavailable("the request was cancelled")
+            try:
+                prepare = partial(self._prepare, work, self._mail, share)
+                job = await loop.run_in_executor(self._threads, prepare)
+            finally:
+                is_cancelled = self._preparing.pop(work.key)
+            if is_cancelled:
+                raise Unavailable("the request was cancelled")
+        except BaseException:
+            share.end()
+            raise
         job.arrived = arrived
-        pieces = Pieces(work.key, self._mail, self._engine.loop)
+        pieces = Pieces(work.key, self._mail, self._engine.loop, share)
         self._engine.loop.put(job)
         return pieces
 
@@ -94,7 +108,7 @@ class AsyncEngine:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _prepare(self, work: Work, mail: Mail) -> Job:
+    def _prepare(self, work: Work, mail: Mail, share: Share) -> Job:
         """Raises: Refused; Overloaded; Unavailable."""
         processor, limits = self._engine.processor, self._limits
         try:
@@ -102,7 +116,7 @@ class AsyncEngine:
                 assert work.prompt is not None
                 prompt = prepare_text(processor, work.prompt, limits=limits)
             else:
-                pictures = [self._picture(picture) for picture in work.pictures]
+                pictures = [self._picture(picture, share) for picture in work.pictures]
                 tools = list(work.tools) or None
                 prompt = prepare_chat_with(
                     processor, work.messages, pictures, limits=limits, tools=tools
@@ -120,12 +134,14 @@ class AsyncEngine:
                 raise
             raise Refused(str(error), "prompt" if work.messages is None else "messages") from None
 
-    def _picture(self, picture: Picture) -> PreparedPicture:
-        """Raises: Refused naming its place."""
+    def _picture(self, picture: Picture, share: Share) -> PreparedPicture:
+        """Raises: Refused naming its place; Overloaded."""
         try:
-            return self._known.get(picture.data, self._prepared)
+            prepared = self._known.get(picture.data, self._prepared)
         except ImageOpenError as error:
             raise Refused(f"{picture.place}: {error}", picture.place) from None
+        share.take(prepared)
+        return prepared
 
     def _prepared(self, data: bytes) -> PreparedPicture:
         image = open_image(data, limits=self._limits, allow_paths=False)
@@ -157,8 +173,8 @@ class Mail:
 class Pieces:
     """The pieces of one request. Closed or forgotten before its end, it ends the request."""
 
-    def __init__(self, key: str, mail: Mail, loop: Loop) -> None:
-        self._key, self._mail, self._loop = key, mail, loop
+    def __init__(self, key: str, mail: Mail, loop: Loop, share: Share) -> None:
+        self._key, self._mail, self._loop, self._share = key, mail, loop, share
         self._box = mail.open(key)
         self._has_ended = False
 
@@ -188,6 +204,7 @@ class Pieces:
             return
         self._has_ended = True
         self._mail.shut(self._key)
+        self._share.end()
         if not is_over:
             self._loop.cancel(self._key)
 
