@@ -15,6 +15,7 @@ pytest.importorskip("fastapi")
 import httpx2
 from server_helpers import Running, served
 
+from mllama.engine.interface import Refused
 from mllama.server.body import BodyBounds, parse_bounded
 from mllama.server.errors import RequestError, as_request_error, json_shown, path_shown
 
@@ -143,6 +144,8 @@ def test_models_that_are_none(server):
 def test_what_the_engine_says(server, caplog):
     error = error_of(httpx2.post(server.url + CHAT, json=chat("!refuse")), 400)
     assert "9 tokens" in error["message"] and error["param"] == "messages"
+    refused = as_request_error(Refused("too long", code="context_length_exceeded"))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
     response = httpx2.post(server.url + CHAT, json=chat("!full"))
     assert error_of(response, 429)["code"] == "server_overloaded"
     assert response.headers["retry-after"] == "2"

@@ -253,20 +253,24 @@ class Box:
     """The outbox of one request, emptied by another thread."""
 
     def __init__(self) -> None:
-        self._news: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Piece | Exception | None] = queue.SimpleQueue()
 
     def post(self, news: Sequence[tuple[str, Piece | Exception]]) -> None:
         for _, new in news:
             self._news.put(new)
 
-    def take(self) -> Piece | Exception:
-        """The next, once it is there."""
+    def shut(self) -> None:
+        """Nothing more comes, which one who waits is told."""
+        self._news.put(None)
+
+    def take(self) -> Piece | Exception | None:
+        """The next, once it is there; None after shut()."""
         return self._news.get()
 
 
 class Texts:
-    """The text of one answer in pieces, for one thread to read. Closed or forgotten before its end, it ends
-    the request.
+    """The text of one answer in pieces, for one thread to read. Closed, also by another one, or forgotten
+    before its end, it ends the request.
 
     Attributes:
         pieces: all that came so far.
@@ -284,6 +288,8 @@ class Texts:
     def __next__(self) -> str:
         while not self._has_ended:
             new = self._box.take()
+            if new is None:
+                break
             if isinstance(new, Exception):
                 self._has_ended = True
                 raise WorkFailed(str(new)) from new
@@ -298,6 +304,7 @@ class Texts:
         if not self._has_ended:
             self._has_ended = True
             self._engine.loop.cancel(self._key)
+            self._box.shut()  # another thread may be waiting
 
     def __del__(self) -> None:
         self.close()

@@ -146,11 +146,12 @@ class Refused(ValueError):
 
     Attributes:
         param: the parameter that is at fault, where there is one.
+        code: a word that clients know the reason by, where there is one.
     """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code
 
 
 class Overloaded(RuntimeError):

@@ -140,7 +140,8 @@ class ModelFacts:
         if room < 1:
             raise Refused(
                 f"the prompt has {len(prompt.tokens)} tokens and a context at most {self.max_length}: no "
-                "room for an answer"
+                "room for an answer",
+                code="context_length_exceeded",
             )
         strings, stop_ids = self._stops(options, vocabulary)
         try:

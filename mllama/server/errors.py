@@ -77,7 +77,7 @@ def as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, Refused):
-        return RequestError(400, str(error), param=error.param)
+        return RequestError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, Overloaded):
         seconds = str(max(1, math.ceil(error.retry_seconds)))
         return RequestError(429, str(error), headers={"Retry-After": seconds})
