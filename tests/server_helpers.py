@@ -236,6 +236,15 @@ def served(template_writes_calls: bool = True, **options: Any) -> Iterator[Runni
         thread.join(10)
 
 
+def openai_client(url: str) -> Any:
+    """An `openai.OpenAI` that takes nothing but answers as they are described, and asks once."""
+    from openai import OpenAI
+
+    return OpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+    )
+
+
 def eventually(holds: Any, seconds: float = 10.0) -> None:
     """Waits until it does. Fails where it does not in time."""
     end = time.monotonic() + seconds

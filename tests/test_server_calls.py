@@ -19,7 +19,7 @@ import httpx2
 import jsonschema
 import openai
 from pydantic import BaseModel
-from server_helpers import Running, served
+from server_helpers import Running, openai_client, served
 
 from mllama.demo import checkpoint_path
 from mllama.processing.processor import MllamaProcessor
@@ -217,9 +217,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture
 def client(server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="none", max_retries=0, _strict_response_validation=True
-    ) as found:
+    with openai_client(server.url) as found:
         yield found
 
 

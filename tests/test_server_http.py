@@ -24,7 +24,7 @@ pytest.importorskip("openai")
 import httpx2
 import openai
 from grammar_helpers import demo_compiler
-from server_helpers import PNG, EchoEngine, Running, eventually, served
+from server_helpers import PNG, EchoEngine, Running, eventually, openai_client, served
 from server_process import NURSERY
 
 from mllama.server import sse
@@ -48,9 +48,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture
 def client(server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="none", max_retries=0, _strict_response_validation=True
-    ) as found:
+    with openai_client(server.url) as found:
         yield found
 
 

@@ -20,18 +20,13 @@ import jsonschema
 import openai
 from asked_pictures import MODEL, QUESTION, SEEDS, about, describes
 from pydantic import BaseModel, Field
-from server_helpers import eventually
+from server_helpers import eventually, openai_client
 
 
 @pytest.fixture(scope="module")
 def client(demo_server) -> Iterator[Any]:
     """Refuses what does not have the form of OpenAI's answers."""
-    with openai.OpenAI(
-        base_url=f"{demo_server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        _strict_response_validation=True,
-    ) as found:
+    with openai_client(demo_server.url) as found:
         yield found
 
 
