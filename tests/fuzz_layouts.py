@@ -14,7 +14,7 @@ from fuzz_calls import Call, Draw
 from torch import Tensor
 
 # Tensors whose elements belong together, or that are written: one element for each place.
-_EXACT = {"cu_seqlens", "cache_lens", "page_table", "k_cache", "v_cache"}
+_EXACT = {"cu_seqlens", "cache_lens", "page_table", "k_cache", "v_cache", "bias_tokens"}
 _STRIDES = (0, 1, 2, 7, 64, 2**20, 2**40, 2**62)
 
 
