@@ -1,0 +1,108 @@
+"""The processes that a model is split over, as one of them sees them, and what they exchange in a forward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mllama.wording import quoted
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks of a process group. All of them run the same code on the same inputs.
+
+    Attributes:
+        group: of `torch.distributed`.
+        rank: of this process within the group.
+        size: how many they are.
+    """
+
+    group: Any
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, tensor_parallel: Any) -> Ranks | None:
+        """Those of an argument ``tensor_parallel``: True for all of the default process group, which is made
+        from the environment of `torchrun` where there is none yet, a process group, or None or False.
+
+        Returns: None for a single process, which needs no group.
+        Raises: ValueError for a process group that there is not, or that this process is not part of;
+            TypeError for another kind of argument.
+        """
+        if tensor_parallel is None or tensor_parallel is False:
+            return None
+        if tensor_parallel is True:
+            if not dist.is_available():
+                raise ValueError("tensor_parallel=True: this torch was built without distributed")
+            if not dist.is_initialized():
+                if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+                    raise ValueError(
+                        "tensor_parallel=True splits a model over the ranks of a process group, and there is "
+                        "none: run under torchrun, or call torch.distributed.init_process_group() first"
+                    )
+                dist.init_process_group()
+            group = dist.group.WORLD
+        elif isinstance(tensor_parallel, dist.ProcessGroup):
+            group = tensor_parallel
+        elif tensor_parallel is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("tensor_parallel: this process is not a member of the process group")
+        else:
+            raise TypeError(
+                f"tensor_parallel must be True, False or a process group, got {quoted(tensor_parallel)}"
+            )
+        size = dist.get_world_size(group)
+        return None if size == 1 else cls(group, dist.get_rank(group), size)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, in its dtype; x may be overwritten."""
+        return _Summed.apply(x, self.group)
+
+    def side_by_side(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
+        return _SideBySide.apply(x, self.group, tuple(sizes))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model that is split over ranks cannot be pickled or copied: its parts are in other processes"
+        )
+
+
+_NO_GRADIENT = (
+    "a model that is split over ranks (tensor_parallel) has no gradients: train with FSDP or data parallel, "
+    "as `torchrun -m mllama finetune` does"
+)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        total = x.detach().contiguous()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(_NO_GRADIENT)
+
+
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, sizes: tuple[int, ...]) -> Tensor:
+        widest = max(sizes)  # all ranks give tensors of one size
+        own = F.pad(x.detach(), (0, widest - x.shape[-1])).contiguous()
+        every = own.new_empty(len(sizes), *own.shape)
+        dist.all_gather_into_tensor(every, own, group=group)
+        return torch.cat([part[..., :n] for part, n in zip(every, sizes, strict=True)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(_NO_GRADIENT)
