@@ -19,6 +19,7 @@ from mllama.checkpoints.placement import resolve_device
 from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
+from mllama.parallel.split import Share
 from mllama.quantization.policy import Quantization
 from mllama.quantized_modules import Quantized
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
@@ -52,6 +53,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
 
     config: Any
     quantization: Quantization | None = None  # of a model that was loaded so
+    share: Share | None = None  # of a model that is split over ranks, the part that is here
     supports_gradient_checkpointing = True
 
     def __init__(
@@ -221,6 +223,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         context: int | None = None,
         images: int | None = None,
         force: bool = False,
+        tensor_parallel: Any = False,
         **options: Any,
     ) -> _Model:
         """Load a checkpoint of a folder or hub id, in evaluation mode.
@@ -256,6 +259,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
             context=context,
             images=images,
             force=force,
+            tensor_parallel=tensor_parallel,
             **options,
         )
 

@@ -188,6 +188,8 @@ class MllamaTextConfig(ConfigBase):
 
     model_type: ClassVar[str] = "mllama_text_model"
     part: ClassVar[str | None] = "text_config"
+    # Of a model that is split over ranks, set when it is loaded; nothing that is stored.
+    tensor_parallel_size: ClassVar[int] = 1
 
     vocab_size: int = entry(_ROWS, 128256)
     hidden_size: int = entry(_WIDTH, 4096)
@@ -314,6 +316,11 @@ class MllamaTextConfig(ConfigBase):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def local_key_value_heads(self) -> int:
+        """Those of one rank."""
+        return max(1, self.num_key_value_heads // self.tensor_parallel_size)
 
     @property
     def self_attention_layers(self) -> list[int]:

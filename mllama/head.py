@@ -21,8 +21,9 @@ from mllama.loss import (
     targets_of,
 )
 from mllama.packed import PackedTokens
+from mllama.parallel.rules import ColumnParallel
 from mllama.quantization.workspace import PART
-from mllama.vocabulary import head_rows
+from mllama.vocabulary import rows_of_head
 from mllama_kernels._arguments import IGNORED
 from mllama_kernels.plain import is_plain
 
@@ -36,6 +37,19 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
     # losses, whose targets it counts.
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
+
+    def new_head(self) -> Projection:
+        """The output head, which becomes a child; split over ranks by the vocabulary."""
+        config = self.config.get_text_config()
+        rule = ColumnParallel(what="rows of the vocabulary", is_gathered=True)
+        return Projection(self, config.hidden_size, {"lm_head": config.vocab_size}, rule=rule)
+
+    @property
+    def head_rows(self) -> int:
+        """The classes of the head, on all ranks together."""
+        if self.share is not None:
+            return self.share.head_rows
+        return rows_of_head(self.lm_head, self.config.get_text_config())
 
     @property
     def text_tower(self) -> nn.Module:
@@ -87,7 +101,7 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
         if given is not None and labels.shape != given.shape[:2]:
             expected, got = tuple(given.shape[:2]), tuple(labels.shape)
             raise ValueError(f"labels must be {expected}, like the text, got {got}")
-        classes = head_rows(self.lm_head, self.config.get_text_config())
+        classes = self.head_rows
         image_token = getattr(self.config, "image_token_index", None)
         if shift_labels is None:
             return targets_of(labels, classes, image_token)
@@ -138,7 +152,8 @@ class LanguageHead(GenerationMixin, MllamaPreTrainedModel):
         if targets is not None and not return_logits:
             is_target = targets != IGNORED
             rows, targets = hidden[is_target], targets[is_target]
-            weight = self.head.kernel_weight(Asked)
+            is_whole = self.head.collective is None
+            weight = self.head.kernel_weight(Asked) if is_whole else None
             if weight is None or weight.bias is not None or not isinstance(weight.matrix, Tensor):
                 return causal_lm_loss(self.head(self.ops, rows), targets, items), None
             loss = self.ops.linear_cross_entropy(

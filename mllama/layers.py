@@ -62,37 +62,46 @@ class ResidualStream:
 
     def read(self, norm: nn.Module, projection: Projection, *, swiglu: bool = False) -> Product:
         """The projection (N, out) of the normalised stream; with ``swiglu`` of its halves, (N, out / 2)."""
-        if self.is_fused and self.delta is None and self.kinds.get(norm) is RMSNorm:
-            weight = projection.kernel_weight(self.kinds)
-            if weight is None and (shares := projection.shares(self.kinds)) is not None:
-                y = projection.together(
-                    shares,
-                    (
-                        linear_by(
-                            self.ops,
-                            self.x,
-                            share.matrix,
-                            norm_weight=norm.weight,
-                            eps=norm.variance_epsilon,
-                            weight_is_constant=share.is_constant,
-                            is_fused=True,
-                        )
-                        for share, _ in shares
-                    ),
-                )
-                return self.ops.swiglu(side_by_side(y)) if swiglu else y
-            if weight is not None and weight.bias is None:
-                return linear_by(
-                    self.ops,
-                    self.x,
-                    weight.matrix,
-                    norm_weight=norm.weight,
-                    eps=norm.variance_epsilon,
-                    swiglu=swiglu,
-                    weight_is_constant=weight.is_constant,
-                    is_fused=True,
-                )
+        if self.is_fused and (fused := self._product(norm, projection, swiglu)) is not None:
+            return fused
         y = projection(self.ops, self.norm(norm), self.kinds, self.varlen)
+        return self.ops.swiglu(side_by_side(y)) if swiglu else y
+
+    def _product(self, norm: nn.Module, projection: Projection, swiglu: bool) -> Product | None:
+        """What :meth:`read` gives of few rows, with norm and SwiGLU as part of the product where they can be;
+        None where linears are to be called."""
+        weight, shares = projection.kernel_weight(self.kinds), None
+        if weight is None:
+            shares = projection.shares(self.kinds)
+        if shares is None and (weight is None or weight.bias is not None):
+            return None
+        x, normed = self.x, {}
+        if self.delta is None and self.kinds.get(norm) is RMSNorm:
+            normed = {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
+        else:
+            x = self.norm(norm)
+        if weight is not None:
+            return linear_by(
+                self.ops,
+                x,
+                weight.matrix,
+                **normed,
+                swiglu=swiglu,
+                weight_is_constant=weight.is_constant,
+                is_fused=True,
+            )
+        outputs = (
+            linear_by(
+                self.ops,
+                x,
+                share.matrix,
+                **normed,
+                weight_is_constant=share.is_constant,
+                is_fused=True,
+            )
+            for share, _ in shares
+        )
+        y = projection.together(shares, outputs)
         return self.ops.swiglu(side_by_side(y)) if swiglu else y
 
     def add(
@@ -103,7 +112,8 @@ class ResidualStream:
         row_mask: Tensor | None = None,
     ) -> None:
         """Add the projection of x, as :meth:`put` adds."""
-        weight = projection.kernel_weight(self.kinds) if self.is_fused else None
+        is_product = self.is_fused and projection.collective is None  # before the sum over ranks
+        weight = projection.kernel_weight(self.kinds) if is_product else None
         if weight is None or weight.bias is not None:
             self.put(projection(self.ops, x, self.kinds, self.varlen), gate, row_mask)
             return

@@ -8,7 +8,7 @@ memory as one.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import is_not
 from typing import Any, NamedTuple
 
@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mllama.kinds import Asked, Kinds, call_on_rows
+from mllama.laid_out import (
+    can_be_joined,
+    in_own_storage,
+    joined_matrix,
+    joined_rows,
+    lay_out,
+    rows_of_one,
+)
+from mllama.parallel.rules import Rule
 from mllama.quantized_modules import QuantizedLinear
 from mllama.varlen import VarlenBatch
 from mllama_kernels.linear import LinearOps, linear_by
@@ -90,6 +99,11 @@ class Projection:
         in_features: of all of them.
         out_features: by the names of the linears.
         bias: of all of them; only of a single one.
+        rule: how it may be split over ranks; None: not at all.
+
+    Attributes:
+        is_split: whether the linears are those of one of several ranks (`parallel/split.py`).
+        collective: what ranks exchange of the output then; None where each goes on with its own.
     """
 
     def __init__(
@@ -99,7 +113,10 @@ class Projection:
         out_features: Mapping[str, int],
         *,
         bias: bool = False,
+        rule: Rule | None = None,
     ) -> None:
+        self.rule, self.is_split = rule, False
+        self.collective: Callable[[Tensor], Tensor] | None = None
         # Not the owner itself, which would wait for the garbage collector then.
         self._children = owner._modules
         self.names, self.sizes = tuple(out_features), tuple(out_features.values())
@@ -145,14 +162,14 @@ class Projection:
         if torch.compiler.is_compiling():  # a graph knows its inputs, not where they lie
             self._check_sizes(weights)
             return KernelWeight(torch.cat(weights), None, False)
-        matrix = _joined(weights)
+        matrix = joined_matrix(weights)
         is_packed = matrix is not None
         if not is_packed:  # they were copied or assigned one by one
             self._check_sizes(weights)
-            if not _fit(weights):
+            if not can_be_joined(weights):
                 return None
-            _lay_out(weights)
-            matrix = _joined(weights)
+            lay_out(weights)
+            matrix = joined_matrix(weights)
             if matrix is None:  # another thread has laid them out meanwhile, elsewhere
                 return None
         if torch.is_grad_enabled():
@@ -207,11 +224,11 @@ class Projection:
         own, shares = list(weights), []
         for at in places.values():
             members = [weights[place] for place in at]
-            joined = None if torch.compiler.is_compiling() else _joined_rows(members)
-            if joined is None:
+            one = None if torch.compiler.is_compiling() else joined_rows(members)
+            if one is None:
                 shares += [(weight, (place,)) for weight, place in zip(members, at, strict=True)]
                 continue
-            whole, rows = joined
+            whole, rows = one
             shares.append((whole, tuple(at)))
             for place, part in zip(at, rows, strict=True):
                 own[place] = part
@@ -240,7 +257,14 @@ class Projection:
 
         Args:
             varlen: of x (N, in), for the linears that have to be called.
+        Raises: TypeError for those of a split model that nobody has made for a part.
         """
+        y = self._product(ops, x, kinds, varlen)
+        return y if self.collective is None else self.collective(y)
+
+    def _product(
+        self, ops: LinearOps, x: Tensor, kinds: Kinds, varlen: VarlenBatch | None
+    ) -> Product:
         weight = self.kernel_weight(kinds)
         if weight is not None:
             return linear_by(
@@ -251,6 +275,9 @@ class Projection:
                 linear_by(ops, x, w.matrix, weight_is_constant=w.is_constant) for w, _ in shares
             )
             return self.together(shares, products)
+        for linear in self.linears:
+            if kinds.get(linear) not in (nn.Linear, QuantizedLinear):
+                self.require_whole(linear)
         outputs = [
             linear_by(ops, x, linear.weight, linear.bias)
             if kinds.get(linear) is nn.Linear and linear._parameters.keys() >= {"weight", "bias"}
@@ -258,6 +285,16 @@ class Projection:
             for linear in self.linears
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def require_whole(self, module: nn.Module) -> None:
+        """Raises: TypeError if the projection is split: then the module, with a hook or a forward of its own,
+        would see the features or heads of one rank only."""
+        if self.is_split:
+            raise TypeError(
+                f"{type(module).__name__} beside {', '.join(self.names)} has a hook or a forward of its own; "
+                "in a model that is split over ranks (tensor_parallel) it would see a part of the features: "
+                "put it on the attention or MLP as a whole, or load the model without tensor_parallel"
+            )
 
     def split(self, y: Product) -> tuple[Tensor, ...]:
         """The product (..., sum of the outputs) as one view per linear, in their order."""
@@ -281,8 +318,8 @@ class Projection:
         weights = [linear.weight for linear in linears]
         if weights[0].is_meta or any(_FSDP_MARK in vars(linear) for linear in linears):
             return  # there is no memory to lie in, and torch.cat there is 80 MB of imports
-        if _joined(weights) is None and _fit(weights):
-            _lay_out(weights)
+        if joined_matrix(weights) is None and can_be_joined(weights):
+            lay_out(weights)
 
     def materialise(
         self, dtype: torch.dtype, device: torch.device, left_out: Container[str] = ()
@@ -293,7 +330,7 @@ class Projection:
         weights = [linear.weight for linear in self.linears]
         sizes = [weight.shape[0] for weight in weights]
         whole = torch.empty(sum(sizes), weights[0].shape[1], dtype=dtype, device=device)
-        for linear, rows in zip(self.linears, _rows(whole, sizes), strict=True):
+        for linear, rows in zip(self.linears, rows_of_one(whole, sizes), strict=True):
             linear.weight = nn.Parameter(rows, linear.weight.requires_grad)
 
     def _materialise_each(
@@ -346,86 +383,6 @@ class Block(nn.Module):
         return self
 
 
-def _fit(weights: list[Tensor]) -> bool:
-    """Whether weights can be laid out as the rows of one matrix, and nobody else knows where they are now:
-    those that share their memory with anything, of this process or another, stay in it."""
-    if not all(type(weight) is nn.Parameter for weight in weights):
-        return False
-    memories = [weight.untyped_storage() for weight in weights]
-    whole = sum(weight.nbytes for weight in weights)
-    return (
-        len({(w.dtype, w.device, w.shape[1], w.is_inference()) for w in weights}) == 1
-        and len({memory.data_ptr() for memory in memories}) == len(weights)
-        and memories[0].nbytes() in (weights[0].nbytes, whole)
-        and all(m.nbytes() == w.nbytes for m, w in zip(memories[1:], weights[1:]))
-        and not (weights[0].is_cpu and any(memory.is_shared() for memory in memories))
-    )
-
-
-def _joined(weights: list[Tensor]) -> Tensor | None:
-    """The weights (n, in) as one matrix; None where their memory is not that of one: each begins where the
-    one before it ends, in the allocation of the first."""
-    first, rows = weights[0], 0
-    if type(first) is not nn.Parameter:  # of functional calls, perhaps without any memory
-        return None
-    end = first.data_ptr()
-    for weight in weights:
-        if type(weight) is not nn.Parameter or weight.data_ptr() != end:
-            return None
-        if not weight.is_contiguous():
-            return None
-        end += weight.nbytes
-        rows += weight.shape[0]
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():
-        return None
-    width = first.shape[1]
-    return first.as_strided((rows, width), (width, 1))
-
-
-def _joined_rows(
-    weights: list[QuantizedTensor],
-) -> tuple[QuantizedTensor, list[QuantizedTensor]] | None:
-    """Weights of one encoding as the rows of one weight, in its memory; None where they cannot be."""
-    if len(weights) == 1:
-        return weights[0], weights
-    try:
-        whole = QuantizedTensor.cat(weights)
-    except ValueError:  # 4-bit tables that differ
-        return None
-    rows, begin = [], 0
-    for weight in weights:
-        rows.append(whole.rows(begin, begin + weight.shape[0]))
-        begin += weight.shape[0]
-    own = [part.planes[0].untyped_storage().data_ptr() for part in rows]
-    return (whole, rows) if set(own) == {whole.planes[0].untyped_storage().data_ptr()} else None
-
-
-def _lay_out(weights: list[Tensor]) -> None:
-    """Let the weights be the rows of one matrix, in new memory."""
-    # A tensor of inference mode cannot take over the memory of another kind, nor the reverse.
-    with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
-        rows = _rows(torch.cat(weights), [len(weight) for weight in weights])
-        for weight, part in zip(weights, rows, strict=True):
-            weight.data = part
-
-
-def _rows(whole: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Its rows in parts, in its memory, of which the first has all and each of the others a storage of its
-    own: what saves models takes tensors of one storage for the same, and keeps one of them."""
-    first, *others = whole.split(sizes)
-    if whole.is_meta:  # which has no memory
-        return [first, *others]
-    return [first, *map(_in_own_storage, others)]
-
-
-def _in_own_storage(part: Tensor) -> Tensor:
-    """A contiguous tensor with a storage that ends where it ends, in the same memory."""
-    begin = part.storage_offset() * part.element_size()
-    own = part.untyped_storage()[begin : begin + part.nbytes]
-    return part.new_empty(0).set_(own, 0, part.shape, part.stride())
-
-
 def _with_own_storages(
     block: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
@@ -435,4 +392,4 @@ def _with_own_storages(
         for name, value in state.items():
             if name.startswith(first) and type(value) is Tensor and not value.is_meta:
                 if value.untyped_storage().nbytes() > value.nbytes and value.is_contiguous():
-                    state[name] = _in_own_storage(value)
+                    state[name] = in_own_storage(value)

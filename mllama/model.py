@@ -212,9 +212,8 @@ class MllamaForConditionalGeneration(LanguageHead):
         semantics: SemanticsLike | None = None,
     ) -> None:
         super().__init__(config, backend=backend, semantics=semantics)
-        text = self.config.text_config
         self.model = MllamaModel(self.config, backend=self.ops)
-        self.head = Projection(self, text.hidden_size, {"lm_head": text.vocab_size})
+        self.head = self.new_head()
         self.init_weights()
 
     def forward(
@@ -308,7 +307,7 @@ class MllamaForCausalLM(LanguageHead):
             getattr(config, "text_config", config), backend=backend, semantics=semantics
         )
         self.model = MllamaTextModel(self.config, backend=self.ops)
-        self.head = Projection(self, self.config.hidden_size, {"lm_head": self.config.vocab_size})
+        self.head = self.new_head()
         self.init_weights()
 
     def forward(

@@ -47,7 +47,7 @@ class KeyValueStore:
         self._cross_index = {
             layer: i for i, layer in enumerate(sorted(config.cross_attention_layers))
         }
-        self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
+        self._heads, self._head_dim = config.local_key_value_heads, config.head_dim
         self._options = {"dtype": dtype, "device": device}
         self.page_values = self._new_pages(num_pages)
         self.tile_values = self._new_tiles(num_slots, tokens_per_tile)
@@ -116,7 +116,7 @@ class KeyValueStore:
     ) -> None:
         """Raises: ValueError if it has other layers, heads, a dtype or a device than a model's."""
         layers = (config.self_attention_layers, sorted(config.cross_attention_layers))
-        heads = (config.num_key_value_heads, config.head_dim)
+        heads = (config.local_key_value_heads, config.head_dim)
         expected = (*layers, *heads, dtype, device)
         own_layers = (list(self._self_index), list(self._cross_index))
         values = self.page_values

@@ -13,6 +13,7 @@ from mllama.config import MllamaTextConfig
 from mllama.kinds import Asked, Kinds, call_on_rows
 from mllama.layers import ResidualStream, RMSNorm
 from mllama.linear import Block, Product, Projection, side_by_side
+from mllama.parallel.rules import ColumnParallel, RowParallel
 from mllama.stores import CacheRows
 from mllama.tiles import TileView
 from mllama.varlen import VarlenBatch
@@ -79,6 +80,17 @@ class LayerInputs:
         return replace(attention_mask, **others)
 
 
+def _heads_of(config: MllamaTextConfig, *names: str) -> ColumnParallel:
+    """Queries, keys and values are split by heads; fewer key/value heads than ranks are repeated."""
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    units = {name: heads if name == "q_proj" else kv for name in names}
+    return ColumnParallel(units, "heads", may_repeat=frozenset(names) - {"q_proj"})
+
+
+def _outputs_of(config: MllamaTextConfig) -> RowParallel:
+    return RowParallel(config.num_attention_heads, "heads")
+
+
 class MllamaTextMLP(Block):
     """``down(silu(gate(x)) * up(x))``."""
 
@@ -86,8 +98,9 @@ class MllamaTextMLP(Block):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         self.ops, self.act_fn = ops, nn.SiLU()
-        self.gate_up = Projection(self, width, {"gate_proj": inner, "up_proj": inner})
-        self.down = Projection(self, inner, {"down_proj": width})
+        sizes = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up = Projection(self, width, sizes, rule=ColumnParallel())
+        self.down = Projection(self, inner, {"down_proj": width}, rule=RowParallel())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., E) to (..., E)."""
@@ -114,6 +127,7 @@ class MllamaTextMLP(Block):
 
     def _activated(self, gate_up: Tensor, varlen: VarlenBatch | None) -> Tensor:
         """Both products side by side, by an activation that has to be called."""
+        self.gate_up.require_whole(self.act_fn)
         gate, up = gate_up.chunk(2, dim=-1)
         return call_on_rows(self.act_fn, gate, varlen) * up
 
@@ -125,8 +139,9 @@ class MllamaTextSelfAttention(Block):
         super().__init__()
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.qkv = Projection(self, width, {"q_proj": width, "k_proj": kv, "v_proj": kv})
-        self.output = Projection(self, width, {"o_proj": width})
+        sizes = {"q_proj": width, "k_proj": kv, "v_proj": kv}
+        self.qkv = Projection(self, width, sizes, rule=_heads_of(config, *sizes))
+        self.output = Projection(self, width, {"o_proj": width}, rule=_outputs_of(config))
 
     def forward(
         self,
@@ -189,9 +204,10 @@ class MllamaTextCrossAttention(Block):
         super().__init__()
         self.ops, self.layer, self.head_dim = ops, layer, config.head_dim
         width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.query = Projection(self, width, {"q_proj": width})
-        self.key_value = Projection(self, width, {"k_proj": kv, "v_proj": kv})
-        self.output = Projection(self, width, {"o_proj": width})
+        sizes = {"k_proj": kv, "v_proj": kv}
+        self.query = Projection(self, width, {"q_proj": width}, rule=_heads_of(config, "q_proj"))
+        self.key_value = Projection(self, width, sizes, rule=_heads_of(config, *sizes))
+        self.output = Projection(self, width, {"o_proj": width}, rule=_outputs_of(config))
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
 
@@ -254,9 +270,11 @@ class MllamaTextCrossAttention(Block):
         k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.key_value.split(kv))
         if kinds.get(self.k_norm) is RMSNorm:
             return self.ops.rms_norm(k, self.k_norm.weight, self.k_norm.variance_epsilon), v
+        self.key_value.require_whole(self.k_norm)
         return self.k_norm(k.transpose(1, 2)).transpose(1, 2), v  # heads first, as there
 
     def _called_q_norm(self, q: Tensor, varlen: VarlenBatch) -> Tensor:
+        self.query.require_whole(self.q_norm)
         heads_first = varlen.pad(q).transpose(1, 2)
         return varlen.unpad(self.q_norm(heads_first).transpose(1, 2))
 

@@ -19,6 +19,7 @@ from mllama.kinds import Asked, Kinds, KnownKinds
 from mllama.layers import Recomputing, recomputing
 from mllama.linear import Block, Projection
 from mllama.outputs import BaseModelOutput, VisionOutput
+from mllama.parallel.rules import ColumnParallel, RowParallel
 from mllama.semantics import SemanticsLike
 from mllama_kernels._arguments import PAD_TO
 
@@ -96,13 +97,15 @@ class MllamaVisionMLP(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         self.ops = ops
         self.activation_fn = nn.GELU()
-        self.up = Projection(self, width, {"fc1": inner}, bias=True)
-        self.down = Projection(self, inner, {"fc2": width}, bias=True)
+        self.up = Projection(self, width, {"fc1": inner}, bias=True, rule=ColumnParallel())
+        self.down = Projection(self, inner, {"fc2": width}, bias=True, rule=RowParallel())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.run(hidden_states, Asked)
 
     def run(self, x: Tensor, kinds: Kinds) -> Tensor:
+        if kinds.get(self.activation_fn) is not nn.GELU:
+            self.up.require_whole(self.activation_fn)
         return self.down(self.ops, self.activation_fn(self.up(self.ops, x, kinds)), kinds)
 
 
@@ -111,8 +114,10 @@ class MllamaVisionAttention(Block):
         super().__init__()
         width = config.hidden_size
         self.ops, self.head_dim = ops, config.head_dim
-        self.qkv = Projection(self, width, {"q_proj": width, "k_proj": width, "v_proj": width})
-        self.output = Projection(self, width, {"o_proj": width})
+        names, heads = ("q_proj", "k_proj", "v_proj"), config.attention_heads
+        rule = ColumnParallel(dict.fromkeys(names, heads), "heads")
+        self.qkv = Projection(self, width, dict.fromkeys(names, width), rule=rule)
+        self.output = Projection(self, width, {"o_proj": width}, rule=RowParallel(heads, "heads"))
 
     def forward(self, hidden_states: Tensor, attention_mask: Padding) -> tuple[Tensor, None]:
         """hidden_states (M, S, E) to (M, S, E); there are no attention weights. The mask is the tower's."""

@@ -29,7 +29,7 @@ def embedding_rows(embedding: nn.Module, config: MllamaTextConfig) -> int:
     return _rows(embedding, "num_embeddings", config.vocab_size + EXTRA_ROWS)
 
 
-def head_rows(head: nn.Module, config: MllamaTextConfig) -> int:
+def rows_of_head(head: nn.Module, config: MllamaTextConfig) -> int:
     """How many classes a head has."""
     return _rows(head, "out_features", config.vocab_size)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mllama_kernels
 from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError
 from mllama.linear import Projection, projections_of
+from mllama.parallel.rules import Cut
 from mllama.progress import bar
 from mllama.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from mllama.wording import shown
@@ -27,6 +28,7 @@ def fill(
     encodings: Mapping[str, str],
     dtype: torch.dtype,
     device: torch.device,
+    cuts: Mapping[str, Cut] = {},
 ) -> None:
     """Give a model its parameters.
 
@@ -37,6 +39,8 @@ def fill(
         sources: state-dict names to names in the checkpoint.
         encodings: by state-dict name, of the weights that are quantised in the model.
         dtype, device: of the others.
+        cuts: by state-dict name, the parts that this rank has of those that it has not as a whole; of what is
+            mapped only they are read.
     Raises: CheckpointError for weights that cannot be quantised, by name.
     """
     _materialise(model, dtype, device, encodings)
@@ -54,6 +58,8 @@ def fill(
     with torch.no_grad(), bar("loading", total, "B", unit_scale=True) as progress:
         for canonical, tensor in checkpoint.read(names):
             name, info = names[canonical], checkpoint.tensors[canonical]
+            if (cut := cuts.get(name)) is not None and isinstance(tensor, Tensor):
+                tensor = cut(tensor)
             if name in encodings:
                 try:
                     installer.put(name, tensor)

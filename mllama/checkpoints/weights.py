@@ -25,6 +25,8 @@ from mllama.checkpoints.published_call import Wanted, check_other_arguments, qua
 from mllama.checkpoints.quantizing import choose_encodings, stored_by_encoding
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
+from mllama.parallel.ranks import Ranks
+from mllama.parallel.split import Share, Split
 from mllama.quantization.policy import PLAIN
 from mllama.semantics import SemanticsLike
 from mllama.wording import quoted
@@ -53,6 +55,7 @@ def load_pretrained(
     context: int | None = None,
     images: int | None = None,
     force: bool = False,
+    tensor_parallel: Any = False,
     **options: Any,
 ) -> _Model:
     """A model of class `cls` with the weights of a folder or hub id, in evaluation mode.
@@ -89,6 +92,10 @@ def load_pretrained(
             weights, as `mllama.plan` reckons; None: the fewest. More than the model takes: what it takes.
         images: of that prompt; None: one.
         force: load also where the memory plan says that the model does not fit.
+        tensor_parallel: True to split the model over the ranks of torch.distributed's default process group,
+            which under torchrun is made where there is none, or a process group. Each rank calls this with
+            the same arguments but its own device, and reads only its part; so is every later call made by
+            all of them, with the same inputs.
         options: fields of the configuration, and the other arguments of `transformers`; see
             :meth:`mllama.base.MllamaPreTrainedModel.from_pretrained`.
     Raises:
@@ -99,6 +106,7 @@ def load_pretrained(
         TypeError: an argument that is unknown.
         RuntimeError: backend "kernels" where none can run, with the reason.
     """
+    ranks = Ranks.of(tensor_parallel)
     wanted = quantization_of_call(options, quantization)
     if wanted.encoding in PLAIN:
         dtype, wanted = one_dtype(dtype, wanted.encoding, "quantization"), Wanted()
@@ -126,6 +134,10 @@ def load_pretrained(
     )
     for line in choice.notes:
         logger.warning("%s: %s", matched.folder, line)
+    share = None
+    if ranks is not None:
+        share = Share(ranks, Split(model, ranks.size, choice.encodings))
+        share.take(model)
     require_fit(matched, choice, chosen, device, context=context, images=images, force=force)
     model.ops.settle(device)
     # Whatever the caller is inside of: a default device is not where files are read to.
@@ -137,6 +149,7 @@ def load_pretrained(
             encodings=choice.encodings,
             dtype=chosen,
             device=device,
+            cuts=share.cuts if share is not None else {},
         )
     model.quantization = choice.quantization
     model.semantics_reason = matched.reason

@@ -171,14 +171,12 @@ def compiler_of(
     """The compiler of grammars; ``model`` is called at the first one."""
     from mllama.grammar.compiling import GrammarCompiler
     from mllama.grammar.vocabulary import Vocabulary
-    from mllama.vocabulary import head_rows
 
     def vocabulary() -> Vocabulary:
         made = model()
-        head = head_rows(made.get_output_embeddings(), made.config.get_text_config())
         ends = made.generation_config.eos_token_id
         return Vocabulary(
-            processor.tokenizer, head, [ends] if isinstance(ends, int) else ends or ()
+            processor.tokenizer, made.head_rows, [ends] if isinstance(ends, int) else ends or ()
         )
 
     return GrammarCompiler(vocabulary)

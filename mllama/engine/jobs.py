@@ -18,7 +18,7 @@ from mllama.generation.config import GenerationConfig
 from mllama.generation.sampling import SAMPLING_FIELDS, SamplingConfig, row_seeds
 from mllama.generation.stopping import StopStrings
 from mllama.semantics import Semantics
-from mllama.vocabulary import embedding_rows, head_rows
+from mllama.vocabulary import embedding_rows
 from mllama.wording import quoted
 from mllama_kernels.reference_sampling import MAX_LIKELIEST
 
@@ -116,7 +116,7 @@ class ModelFacts:
             shape = (vision.max_num_tiles, vision.num_channels, side, side)
         return cls(
             max_length=max_length,
-            vocab_size=head_rows(model.get_output_embeddings(), config),
+            vocab_size=model.head_rows,
             num_embeddings=embedding_rows(model.get_input_embeddings(), config),
             image_token=getattr(model.config, "image_token_index", None),
             picture_shape=shape,

@@ -19,7 +19,6 @@ from mllama.engine.sampling import Chosen, Counted, Likelihood, Sampling, choose
 from mllama.engine.step import DecodeRows, StepShape, power_of_two
 from mllama.generation.sampling import INVALID_TOKEN
 from mllama.stores import KeyValueStore, PagedRows
-from mllama.vocabulary import head_rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Runner:
                 f"the engine does not call the {name} itself: a hook, or a forward of its own, on this "
                 f"{type(part).__name__} would have no effect; put it on the layers"
             )
-        self._vocab_size = head_rows(model.get_output_embeddings(), model.config.get_text_config())
+        self._vocab_size = model.head_rows
         self._is_real = np.zeros(store.num_slots, bool)
         self._counted: dict[int, Counted] = {}
         self._pictures: dict[int, Sequence[PreparedPicture]] = {}

@@ -36,7 +36,6 @@ from mllama.generation.sampling import INVALID_TOKEN, Sampler
 from mllama.generation.stopping import StopCondition
 from mllama.generation.streaming import Streamer, check_streamer
 from mllama.outputs import GenerateOutput
-from mllama.vocabulary import head_rows
 from mllama.wording import quoted
 
 
@@ -239,7 +238,7 @@ class _Run:
         inputs = {name: value for name, value in arguments.items() if name in MODEL_INPUTS}
         options = {name: value for name, value in arguments.items() if name not in MODEL_INPUTS}
         config = model.config.get_text_config()
-        self._model, self._vocab_size = model, head_rows(model.get_output_embeddings(), config)
+        self._model, self._vocab_size = model, model.head_rows
         for name, value in {"input_ids": input_ids, **inputs}.items():
             if (
                 isinstance(value, Tensor)

@@ -100,7 +100,7 @@ class _SideBySide(torch.autograd.Function):
         widest = max(sizes)  # all ranks give tensors of one size
         own = F.pad(x.detach(), (0, widest - x.shape[-1])).contiguous()
         every = own.new_empty(len(sizes), *own.shape)
-        dist.all_gather_into_tensor(every, own, group=group)
+        dist.all_gather(list(every.unbind(0)), own, group=group)
         return torch.cat([part[..., :n] for part, n in zip(every, sizes, strict=True)], dim=-1)
 
     @staticmethod
