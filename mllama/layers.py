@@ -62,19 +62,14 @@ class ResidualStream:
 
     def read(self, norm: nn.Module, projection: Projection, *, swiglu: bool = False) -> Product:
         """The projection (N, out) of the normalised stream; with ``swiglu`` of its halves, (N, out / 2)."""
-        if self.is_fused and (fused := self._product(norm, projection, swiglu)) is not None:
-            return fused
-        y = projection(self.ops, self.norm(norm), self.kinds, self.varlen)
-        return self.ops.swiglu(side_by_side(y)) if swiglu else y
-
-    def _product(self, norm: nn.Module, projection: Projection, swiglu: bool) -> Product | None:
-        """What :meth:`read` gives of few rows, with norm and SwiGLU as part of the product where they can be;
-        None where linears are to be called."""
-        weight, shares = projection.kernel_weight(self.kinds), None
-        if weight is None:
-            shares = projection.shares(self.kinds)
+        weight = shares = None
+        if self.is_fused:
+            weight = projection.kernel_weight(self.kinds)
+            if weight is None:
+                shares = projection.shares(self.kinds)
         if shares is None and (weight is None or weight.bias is not None):
-            return None
+            y = projection(self.ops, self.norm(norm), self.kinds, self.varlen)
+            return self.ops.swiglu(side_by_side(y)) if swiglu else y
         x, normed = self.x, {}
         if self.delta is None and self.kinds.get(norm) is RMSNorm:
             normed = {"norm_weight": norm.weight, "eps": norm.variance_epsilon}
