@@ -259,17 +259,17 @@ class Projection:
             varlen: of x (N, in), for the linears that have to be called.
         Raises: TypeError for those of a split model that nobody has made for a part.
         """
-        y = self._product(ops, x, kinds, varlen)
+        weight = self.kernel_weight(kinds)
+        if weight is None:
+            y = self._several(ops, x, kinds, varlen)
+        else:
+            y = linear_by(ops, x, weight.matrix, weight.bias, weight_is_constant=weight.is_constant)
         return y if self.collective is None else self.collective(y)
 
-    def _product(
+    def _several(
         self, ops: LinearOps, x: Tensor, kinds: Kinds, varlen: VarlenBatch | None
     ) -> Product:
-        weight = self.kernel_weight(kinds)
-        if weight is not None:
-            return linear_by(
-                ops, x, weight.matrix, weight.bias, weight_is_constant=weight.is_constant
-            )
+        """By several products, or by calling the linears."""
         if len(self.names) > 1 and (shares := self.shares(kinds)) is not None:
             products = (
                 linear_by(ops, x, w.matrix, weight_is_constant=w.is_constant) for w, _ in shares
