@@ -13,6 +13,7 @@ from torch import Tensor
 from mllama.cache import MllamaCache
 from mllama.engine.graphs import KeptSteps, captures
 from mllama.engine.lending import KeptStore, Need
+from mllama.generation.agreement import agreed_plan
 from mllama.generation.borrowing import borrowed_cache, need_of, require_borrowed_room
 from mllama.generation.config import (
     GenerationConfig,
@@ -270,6 +271,9 @@ class _Run:
             max_text_length=config.max_position_embeddings,
             vocab_size=self._vocab_size,
         )
+        if model.share is not None:
+            given = {"input_ids": input_ids, **inputs}
+            self.plan = agreed_plan(model.share.ranks, self.plan, given)
         self._record = Record(self.plan.returns)
         self._guide: GuidedSampler | None = None
         self._is_packed = model.called_part() is None and "hidden_states" not in self.plan.returns
@@ -339,7 +343,7 @@ class _Run:
                     reader.request()
                     is_last = made == plan.max_new_tokens
                     while reader.waiting > (0 if is_last else reader.delay):
-                        tokens, pieces = self._take(reader.read())
+                        tokens, pieces = self._take(self._agreed(reader.read()))
                         if self._guide is not None:
                             self._end_rows(decoder, tokens)
                         yield tokens, pieces
@@ -398,8 +402,13 @@ class _Run:
         """End the rows that a stopping criterion says, and continue those that ended with padding."""
         chosen = torch.tensor(tokens, device=decoder.tokens.device)
         decoder.tokens.copy_(chosen)
-        for row, ends in enumerate(self._guide.extend(chosen)):
+        for row, ends in enumerate(self._agreed(self._guide.extend(chosen))):
             self.condition.finished[row] |= ends
+
+    def _agreed(self, made: list[Any]) -> list[Any]:
+        """What functions of the caller have made, by the time or by chance, is the first rank's on all."""
+        is_split = self._guide is not None and self._model.share is not None
+        return self._model.share.ranks.agreed(made) if is_split else made
 
     def _need(self) -> Need:
         return need_of(self._model, self._inputs, self.plan.max_new_tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +71,41 @@ class Ranks:
         """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
         return _SideBySide.apply(x, self.group, tuple(sizes))
 
+    def agreed(self, value: Any) -> Any:
+        """What the first rank has given, on all of them; it is pickled."""
+        box = [value]
+        source = dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(box, src=source, group=self.group)
+        return box[0]
+
+    def require_same(self, given: Mapping[str, Any]) -> None:
+        """Raises: ValueError on all ranks, naming the first argument that is not the same on all of them."""
+        own = {name: _digest(value) for name, value in given.items()}
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, own, group=self.group)
+        names = dict.fromkeys(name for one in every for name in one)
+        for name in names:
+            kinds = [one.get(name) for one in every]
+            if (
+                other := next((r for r, kind in enumerate(kinds) if kind != kinds[0]), None)
+            ) is not None:
+                raise ValueError(
+                    f"{name} is not the same on ranks 0 and {other}: all ranks of a split model run the same "
+                    "code on the same inputs"
+                )
+
     def __reduce__(self) -> Any:
         raise TypeError(
             "a model that is split over ranks cannot be pickled or copied: its parts are in other processes"
         )
+
+
+def _digest(value: Any) -> Any:
+    """What is equal where values are, and small: of a tensor its shape, dtype and a hash of its bytes."""
+    if not isinstance(value, Tensor):
+        return value
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tuple(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 _NO_GRADIENT = (
