@@ -248,7 +248,7 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
             pretrained_model_name_or_path,
             config=config,
             dtype=weights.one_dtype(dtype, torch_dtype),
-            device=resolve_device(device, device_map),
+            device=resolve_device(device, device_map, of_rank=bool(tensor_parallel)),
             backend=backend,
             semantics=semantics,
             generation_config=generation_config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,22 +14,28 @@ from mllama.wording import quoted
 # Names by which `transformers` and `accelerate` spread a model over what there is.
 _CHOSEN = ("auto", "balanced", "balanced_low_0", "sequential")
 ONE_DEVICE = (
-    "a model lies on one device as a whole; over several, load `transformers`' own model with the map and "
-    "call mllama_kernels.transformers.accelerate() on it, or wrap the loaded model in FSDP"
+    "a process has its part of a model on one device: over several run a process for each under torchrun and "
+    "load with tensor_parallel=True (--devices gpu-0,gpu-1 of the commands starts them)"
 )
 
 
-def resolve_device(device: Any, device_map: Any) -> torch.device:
+def resolve_device(device: Any, device_map: Any, of_rank: bool = False) -> torch.device:
     """The one device of ``device`` and ``device_map``, either of which may be None.
 
     A map may be "auto" or another of those names (the current GPU if there is one, else the CPU), a
     device, an index, or a dictionary whose values are all the same device. Without both it is torch's
     default device.
 
+    Args:
+        of_rank: of a process among several, to each of which "cuda" is the GPU of its place on the machine.
     Raises: ValueError for a map over several devices, two that differ, the meta device, and one that is
         not there.
     """
-    named = [_one_device(value) for value in (device, _unmapped(device_map)) if value is not None]
+    named = [
+        _one_device(value, of_rank)
+        for value in (device, _unmapped(device_map))
+        if value is not None
+    ]
     if len(set(named)) > 1:
         raise ValueError(
             f"device={quoted(device)} and device_map={quoted(device_map)} are different devices"
@@ -61,7 +68,7 @@ def _unmapped(device_map: Any) -> Any:
     return places.pop()
 
 
-def _one_device(value: Any) -> torch.device:
+def _one_device(value: Any, of_rank: bool = False) -> torch.device:
     if isinstance(value, int) and not isinstance(value, bool):
         value = f"cuda:{value}"
     if value == "disk":
@@ -76,7 +83,9 @@ def _one_device(value: Any) -> torch.device:
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if place.index is None:
-            place = torch.device("cuda", torch.cuda.current_device() if count else 0)
+            local = os.environ.get("LOCAL_RANK", "") if of_rank else ""
+            current = torch.cuda.current_device() if count else 0
+            place = torch.device("cuda", int(local) if local.isdecimal() else current)
         if place.index >= count:
             raise ValueError(
                 f"device {quoted(value)} was asked for, but there are {count} CUDA devices"

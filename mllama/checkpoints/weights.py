@@ -107,6 +107,8 @@ def load_pretrained(
         RuntimeError: backend "kernels" where none can run, with the reason.
     """
     ranks = Ranks.of(tensor_parallel)
+    if ranks is not None:
+        ranks.require_own_device(device)
     wanted = quantization_of_call(options, quantization)
     if wanted.encoding in PLAIN:
         dtype, wanted = one_dtype(dtype, wanted.encoding, "quantization"), Wanted()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,27 @@ class Ranks:
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(box, src=source, group=self.group)
         return box[0]
+
+    def require_own_device(self, device: torch.device) -> None:
+        """Make the GPU of this rank the current one, as exchanging objects by NCCL needs.
+
+        Raises: ValueError on all ranks where two have the same GPU, or not all the same kind of device.
+        """
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, (socket.gethostname(), str(device)), group=self.group)
+        kinds = sorted({name.partition(":")[0] for _, name in every})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the ranks of a split model are on {' and '.join(kinds)}: take one kind"
+            )
+        for rank, place in enumerate(every):
+            if kinds == ["cuda"] and (first := every.index(place)) < rank:
+                raise ValueError(
+                    f"ranks {first} and {rank} of a split model are both on {place[1]} of {place[0]}: give each "
+                    "a GPU of its own"
+                )
 
     def require_same(self, given: Mapping[str, Any]) -> None:
         """Raises: ValueError on all ranks, naming the first argument that is not the same on all of them."""
