@@ -96,8 +96,8 @@ class Ranks:
         for rank, place in enumerate(every):
             if kinds == ["cuda"] and (first := every.index(place)) < rank:
                 raise ValueError(
-                    f"ranks {first} and {rank} of a split model are both on {place[1]} of {place[0]}: give each "
-                    "a GPU of its own"
+                    f"ranks {first} and {rank} of a split model are both on {place[1]} of {place[0]}: give "
+                    "each a GPU of its own"
                 )
 
     def require_same(self, given: Mapping[str, Any]) -> None:
