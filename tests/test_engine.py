@@ -563,3 +563,26 @@ def test_text_models_have_no_pictures(engines):
     job, client = put(engine, ask(7), options, "a")
     wait(lambda: client.has_ended)
     assert_same(job, *alone(model, ask(7), options))
+
+
+@pytest.mark.parametrize("num_slots", [0, 16])
+def test_how_full_the_pools_are(engines, num_slots, monkeypatch):
+    """By the fuller one: two pages of text, or one and the slots of a picture."""
+    engine = engines(small_model()).start(num_pages=20, num_slots=num_slots)
+    count, seen = engine.loop.counts.step, []
+
+    def counted(*step):
+        count(*step)
+        seen.append(engine.stats().gauges["cache_usage_ratio"])
+
+    monkeypatch.setattr(engine.loop.counts, "step", counted)
+    picture = random_picture(random.Random(0))
+    held = {Prompt((5,) * 70): 2 / 20}
+    if num_slots:
+        held[Prompt((IMAGE, 5), (picture,))] = int(picture.tile_mask.sum()) / num_slots
+    for prompt, share in held.items():
+        _, client = put(engine, prompt, Options(max_tokens=3, ignore_eos=True), "0")
+        wait(lambda client=client: client.has_ended)
+        check_given_back(engine)
+        assert max(seen) == share and engine.stats().gauges["cache_usage_ratio"] == 0
+        seen.clear()

@@ -212,15 +212,21 @@ class Engine:
     def stats(self) -> Stats:
         """What is in use, and what has been done."""
         counts, tiles, prefix = self.loop.counts, self._tiles, self._scheduler.prefix
-        used = self._pages.num_pages - prefix.num_available
+        pages_used = self._pages.num_pages - prefix.num_available
+        tiles_used = tiles.num_slots - tiles.num_free - tiles.num_unused
+        fullness = (
+            pages_used / self._pages.num_pages,
+            tiles_used / max(1, tiles.num_slots),
+        )
         return Stats(
             gauges={
                 "answers_running": self.loop.num_running,
                 "answers_waiting": self.loop.num_waiting,
-                "pages_used": used,
+                "cache_usage_ratio": max(fullness),
+                "pages_used": pages_used,
                 "pages_kept": prefix.num_available - self._pages.num_free,
                 "pages": self._pages.num_pages,
-                "tiles_used": tiles.num_slots - tiles.num_free - tiles.num_unused,
+                "tiles_used": tiles_used,
                 "tiles_kept": tiles.num_unused,
                 "tiles": tiles.num_slots,
             },

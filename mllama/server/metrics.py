@@ -27,6 +27,7 @@ _MOST_LOGGED = 100  # names of unknown fields; whoever sends them chooses them
 ENGINE_WORDS = {
     "answers_running": "Answers whose prompt is being read or that are being written",
     "answers_waiting": "Answers that wait for their turn",
+    "cache_usage_ratio": "Of pages or of tiles, whichever are scarcer: the share that answers hold",
     "pages_used": "Pages of keys and values of text that answers hold",
     "pages_kept": "Pages that no answer holds, kept for prompts that begin alike",
     "pages": "Pages in all",
