@@ -13,7 +13,9 @@ import sys
 
 from jinja2 import TemplateError
 
+from mllama.commands import ranks
 from mllama.commands.usage import UsageError
+from mllama.parallel.member import Member
 from mllama.wording import message
 
 COMMANDS = {
@@ -27,6 +29,9 @@ COMMANDS = {
     "plan": "what a model takes on a device, and what fits",
     "info": "versions, kernels, and what a checkpoint is",
 }
+
+
+_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,27 +52,60 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
+        member = Member.of_environment()
+        if member is not None:
+            member.end_with_parent()
         options = build_parser().parse_args(arguments)
     except (
         ValueError
-    ) as error:  # MLLAMA_KERNELS_* of the environment, read when the kernels are loaded
+    ) as error:  # MLLAMA_KERNELS_* of the environment, read when the kernels are loaded, and ranks
         print(f"mllama: {message(str(error))}", file=sys.stderr)
         return 1
-    level = logging.INFO if options.verbose else logging.WARNING
+    _log(options.verbose, member)
+    errors = sys.stderr
+    if member is not None:
+        member.keep_quiet()
+    code, reason = _run(options, member, arguments)
+    if reason is None:
+        return code
+    text = reason and f"mllama {options.command}: {reason}"
+    if code == _INTERRUPTED and (member is None or member.rank == 0):
+        text = "interrupted"
+    if member is None:
+        if text:
+            print(text, file=errors)
+        return code
+    member.fail(code, reason, text, errors)
+
+
+def _log(is_verbose: bool, member: Member | None) -> None:
+    """Log to stderr; the first of several ranks says what all would say."""
+    others = member is not None and member.rank > 0
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Escaped("%(name)s: %(message)s"))
+    handler.setFormatter(
+        _Escaped(
+            f"rank {member.rank}: %(name)s: %(message)s" if others else "%(name)s: %(message)s"
+        )
+    )
+    level = logging.INFO if is_verbose else logging.ERROR if others else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def _run(
+    options: argparse.Namespace, member: Member | None, arguments: list[str] | None
+) -> tuple[int, str | None]:
+    """The exit code of a command, and why it failed; None where it has not, empty if nobody is to be told."""
     try:
-        return options.run(options)
+        return ranks.run(options, member, arguments), None
     except UsageError as error:
-        print(f"mllama {options.command}: {message(str(error))}", file=sys.stderr)
-        return 2
+        return 2, message(str(error))
+    except ranks.RanksFailed as error:
+        return error.code, message(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED, ""
     except BrokenPipeError:  # the reader of stdout has gone, as in `mllama generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, ""
     except (
         OSError,
         ValueError,
@@ -79,14 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:
         if options.verbose:
             logging.getLogger("mllama").exception("failed")
-        print(f"mllama {options.command}: {message(str(error))}", file=sys.stderr)
-        return 1
+        return 1, message(str(error))
     except Exception as error:  # what nobody has thought of is an error of one line as well
         if options.verbose:
             logging.getLogger("mllama").exception("failed")
-        text = f"unexpected {type(error).__name__}: {message(str(error))} (`mllama -v` shows where)"
-        print(f"mllama {options.command}: {text}", file=sys.stderr)
-        return 1
+        unexpected = f"unexpected {type(error).__name__}: {message(str(error))}"
+        return 1, f"{unexpected} (`mllama -v` shows where)"
 
 
 class _Help(argparse.HelpFormatter):

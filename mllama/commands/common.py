@@ -16,7 +16,7 @@ import torch
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
 from mllama.backend import BACKENDS
 from mllama.checkpoints.hub import resolve_folder
-from mllama.commands.devices import add_device_argument
+from mllama.commands.devices import add_device_argument, add_devices_argument
 from mllama.commands.loading import load_model, source_of
 from mllama.demo import checkpoint_path
 from mllama.processing.images import check_image
@@ -63,9 +63,19 @@ def add_execution_arguments(
     parser: argparse.ArgumentParser,
     dtypes: Iterable[str] = DTYPES,
     dtype_help: str = "auto: the checkpoint's",
+    *,
+    several_devices: bool = True,
 ) -> None:
+    """How a model runs.
+
+    Args:
+        several_devices: whether it may be split over them.
+    """
     group = parser.add_argument_group("execution")
-    add_device_argument(group, "cpu, cuda, cuda:1, gpu, gpu-1 (default: cuda if there is one)")
+    if several_devices:
+        add_devices_argument(group)
+    else:
+        add_device_argument(group, "cpu, cuda, cuda:1, gpu, gpu-1 (default: cuda if there is one)")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="which ops to run")
     group.add_argument(

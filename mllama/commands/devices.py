@@ -1,23 +1,58 @@
-"""Which device a command runs on, under the names of other programs too."""
+"""Which device, or devices, a command runs on, under the names of other programs too."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Any
 
 from mllama.wording import quoted
 
 _GPU = re.compile(r"gpu(?:[-:](\d+))?", re.IGNORECASE)
+_NUMBERED = re.compile(r"cpu|cuda:\d+")
 
 
-def add_device_argument(group: argparse._ActionsContainer, help: str) -> None:
-    """--device, and --devices as its other spelling."""
+def add_device_argument(group: argparse._ActionsContainer, help: str, instead: str = "") -> None:
+    """--device, and --devices as its other spelling, of a command that runs on one device.
+
+    Args:
+        instead: what to do for several.
+    """
+
+    def one(text: str) -> str:
+        if "," in text:
+            raise argparse.ArgumentTypeError(
+                f"must be one device, such as cpu, gpu, gpu-0 or cuda:1; got {quoted(text)}{instead}"
+            )
+        return _device(text)
+
+    _add(group, one, help)
+
+
+def add_devices_argument(group: argparse._ActionsContainer) -> None:
+    """The same of a command whose model may be split over several devices, which are a tuple then, and
+    --collective-timeout; `commands/ranks.py` looks at both."""
+    _add(
+        group,
+        _devices,
+        "cpu, cuda, cuda:1, gpu, gpu-1; of several, as gpu-0,gpu-1, each holds a part of the model "
+        "(default: cuda if there is one)",
+    )
+    group.add_argument(
+        "--collective-timeout",
+        type=_seconds,
+        metavar="S",
+        help="seconds after which a device that does not answer the others ends the command (default: 120)",
+    )
+
+
+def _add(group: argparse._ActionsContainer, parse: Callable[[str], Any], help: str) -> None:
     group.add_argument(
         "--device",
         "--devices",
         dest="device",
-        type=_device,
+        type=parse,
         action=_Same,
         metavar="DEVICE",
         help=help,
@@ -25,15 +60,41 @@ def add_device_argument(group: argparse._ActionsContainer, help: str) -> None:
 
 
 def _device(text: str) -> str:
-    """An argparse type: the name of a device as torch writes it."""
-    if "," in text:
-        raise argparse.ArgumentTypeError(
-            f"must be one device, such as cpu, gpu, gpu-0 or cuda:1; got {quoted(text)}"
-        )
+    """The name of a device as torch writes it."""
     match = _GPU.fullmatch(text.strip())
     if match is None:
         return text
     return "cuda" if match[1] is None else f"cuda:{int(match[1])}"
+
+
+def _devices(text: str) -> str | tuple[str, ...]:
+    """An argparse type: one device, or all of several."""
+    if "," not in text:
+        return _device(text)
+    names = tuple(_device(part).strip() for part in text.split(","))
+    for name in names:
+        if not _NUMBERED.fullmatch(name):
+            raise argparse.ArgumentTypeError(
+                f"of several devices each must be cpu or a GPU with its number, such as gpu-0 or cuda:1; got "
+                f"{quoted(text)}"
+            )
+    gpus = [name for name in names if name != "cpu"]
+    if gpus and len(gpus) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"devices that share a model must be of one kind, got {quoted(text)}"
+        )
+    if twice := {name for name in gpus if gpus.count(name) > 1}:
+        raise argparse.ArgumentTypeError(
+            f"each device holds a part of the model, and {quoted(text)} names {min(twice)} more than once"
+        )
+    return names
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most a day, got {text}")
+    return value
 
 
 class _Same(argparse.Action):
@@ -48,5 +109,11 @@ class _Same(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest)
         if before not in (None, values):
-            parser.error(f"{option_string} {values} contradicts the {before} given before it")
+            parser.error(
+                f"{option_string} {_written(values)} contradicts the {_written(before)} given before it"
+            )
         setattr(namespace, self.dest, values)
+
+
+def _written(devices: str | tuple[str, ...]) -> str:
+    return devices if isinstance(devices, str) else ",".join(devices)

@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         ("auto", *DTYPES),
         "computed in; auto: the checkpoint's. What is trained is kept in float32",
+        several_devices=False,
     )
 
 

@@ -1,0 +1,91 @@
+"""Whether the ranks of a model have the room for their parts, which they find out together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mllama.memory import free_bytes
+from mllama.parallel.ranks import Ranks
+
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Room:
+    """Of a rank.
+
+    Attributes:
+        device: its name; None where it is not there.
+        needs: bytes; None where nobody has reckoned.
+        free: bytes; None where the system does not tell.
+    """
+
+    rank: int
+    device: str
+    needs: int | None = None
+    free: int | None = None
+
+    @property
+    def missing(self) -> int:
+        return 0 if self.needs is None or self.free is None else max(self.needs - self.free, 0)
+
+
+def own_free_bytes(device: torch.device, ranks: Ranks | None) -> int | None:
+    """What this process may take of a device; of the host all ranks of this machine have equal parts."""
+    free = free_bytes(device)
+    if free is None or ranks is None or device.type != "cpu":
+        return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+
+
+def rooms(ranks: Ranks, device: torch.device, needs: int, free: int | None) -> list[Room]:
+    """What every rank needs and has, on all of them. They ask and go on together: none loads while another
+    still looks at what is free."""
+    index = device.index if device.type == "cuda" else _UNKNOWN
+    own = torch.tensor([needs, _UNKNOWN if free is None else free, index], device=device)
+    every = own.new_empty(ranks.size, len(own))
+    dist.all_gather_into_tensor(every, own, group=ranks.group)
+    return [
+        Room(
+            rank,
+            device.type if index == _UNKNOWN else f"{device.type}:{index}",
+            needs,
+            None if free == _UNKNOWN else free,
+        )
+        for rank, (needs, free, index) in enumerate(every.tolist())
+    ]
+
+
+def table(rooms: list[Room]) -> str:
+    """A line for each rank, under a head."""
+    lines = [f"{'rank':4}  {'device':8}  {'needs':>10}  {'has free':>10}"]
+    for room in rooms:
+        note = f"  {_gb(room.missing)} are missing" if room.missing else ""
+        lines.append(
+            f"{room.rank:4}  {room.device:8}  {_gb(room.needs):>10}  {_gb(room.free):>10}{note}"
+        )
+    return "\n".join(lines)
+
+
+def require_rooms(ranks: Ranks, device: torch.device, needs: int, instead: str) -> None:
+    """Refuse what does not fit on some rank, on all of them.
+
+    Args:
+        needs: bytes of this rank.
+        instead: what to do about it.
+    Raises: ValueError with the table.
+    """
+    every = rooms(ranks, device, needs, own_free_bytes(device, ranks))
+    if short := [room.rank for room in every if room.missing]:
+        which = ", ".join(map(str, short))
+        raise ValueError(
+            f"the model over {ranks.size} ranks does not fit on rank {which}; {instead}\n{table(every)}"
+        )
+
+
+def _gb(nbytes: int | None) -> str:
+    return "?" if nbytes is None else f"{nbytes / 1e9:.2f} GB"
