@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=summary, description=module.__doc__, formatter_class=_Help
         )
         module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(run=module.run, **ranks.ALONE)
     return parser
 
 
@@ -68,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     code, reason = _run(options, member, arguments)
     if reason is None:
         return code
-    text = reason and f"mllama {options.command}: {reason}"
-    if code == _INTERRUPTED and (member is None or member.rank == 0):
+    number = f"rank {member.rank}: " if member is not None and member.rank else ""
+    text = reason and f"mllama {options.command}: {number}{reason}"
+    if code == _INTERRUPTED and not number:
         text = "interrupted"
     if member is None:
         if text:

@@ -11,9 +11,12 @@ from mllama.checkpoints.placement import ONE_DEVICE, check_room
 from mllama.checkpoints.quantizing import Choice
 from mllama.config import MllamaConfig
 from mllama.memory import free_bytes
+from mllama.parallel.ranks import Ranks
+from mllama.parallel.room import require_rooms
 from mllama.quantization.plan import plan, refusal
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_FORCE = "force=True (--force) loads it all the same"
 _LEAST = 64  # tokens: of a call that does not say for how many
 
 
@@ -26,6 +29,7 @@ def require_fit(
     context: int | None,
     images: int | None,
     force: bool,
+    ranks: Ranks | None = None,
 ) -> None:
     """Refuse a model for which a device has not the room.
 
@@ -33,6 +37,7 @@ def require_fit(
         context: tokens of a prompt and its answer, at most as many as the model takes; None: the fewest.
         images: of the prompt; None: one.
         force: only check the arguments.
+        ranks: that the model is split over, all of which ask; the matched model is the part of this one.
     Raises: ValueError with what is missing and the nearest choice that fits; for a context or images that
         cannot be, and for those of a model without images, of which no plan is made.
     """
@@ -44,7 +49,9 @@ def require_fit(
                 f"{' and '.join(given)} are planned for the whole model, MllamaForConditionalGeneration, not "
                 f"for {type(matched.model).__name__}"
             )
-        if not force:
+        if not force and ranks is not None:
+            require_rooms(ranks, device, choice.nbytes, _FORCE)
+        elif not force:
             check_room(device, choice.nbytes)
         return
     tokens = _LEAST if context is None else context
@@ -58,6 +65,11 @@ def require_fit(
         "images": 1 if images is None else images,
     }
     made = plan(config, encoding, tokens, weights=choice.nbytes, **shared)
+    if ranks is not None:
+        if not force:
+            needs = choice.nbytes if name is None else made.total
+            require_rooms(ranks, device, needs, _FORCE)
+        return
     free = free_bytes(device)
     if force or free is None:
         return
@@ -75,7 +87,4 @@ def require_fit(
             overrides=None if quantization is None else quantization.overrides,
             **shared,
         )
-        raise ValueError(
-            f"{text}; force=True (--force) loads it all the same"
-            + (f"; {ONE_DEVICE}" if is_cuda else "")
-        )
+        raise ValueError(f"{text}; {_FORCE}" + (f"; {ONE_DEVICE}" if is_cuda else ""))

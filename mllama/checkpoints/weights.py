@@ -140,7 +140,16 @@ def load_pretrained(
     if ranks is not None:
         share = Share(ranks, Split(model, ranks.size, choice.encodings))
         share.take(model)
-    require_fit(matched, choice, chosen, device, context=context, images=images, force=force)
+    require_fit(
+        matched,
+        choice,
+        chosen,
+        device,
+        context=context,
+        images=images,
+        force=force,
+        ranks=ranks,
+    )
     model.ops.settle(device)
     # Whatever the caller is inside of: a default device is not where files are read to.
     with torch.inference_mode(False), torch.device("cpu"):

@@ -78,11 +78,12 @@ def run(options: argparse.Namespace) -> int:
     opening = [{"role": "system", "content": options.system}] if options.system else []
     messages, images, cache = [*opening], list(options.image), model.new_cache()
     print(_HELP, file=sys.stderr)
+    meeting = options.meeting  # of several ranks, the first of which is spoken to
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a path may be of any bytes
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if meeting is None else meeting.of_first(sys.stdin.readline)
         if not line or line.strip() == "/quit":
             return 0
         line = line.strip()
@@ -113,9 +114,13 @@ def run(options: argparse.Namespace) -> int:
                 )
                 answer, _, _ = echo(pieces)
             except KeyboardInterrupt:  # ends the answer, not the conversation
+                if meeting is not None:  # the others are at another token
+                    raise
                 print("(interrupted)", file=sys.stderr)
                 messages.pop()
             except Exception as error:  # a turn that cannot work must not lose the conversation
+                if meeting is not None and not isinstance(error, ValueError):  # of this rank alone
+                    raise
                 print(message(str(error)), file=sys.stderr)
                 messages.pop()
                 images = []

@@ -19,6 +19,8 @@ from mllama.commands.usage import UsageError
 from mllama.engine.pages import PAGE_SIZE
 from mllama.engine.sizes import EnginePlan, plan_engine
 from mllama.memory import free_bytes
+from mllama.parallel.ranks import Ranks
+from mllama.parallel.room import least_free_bytes, require_rooms
 from mllama.stores import KeyValueStore
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], N
     device = resolve_device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     )
-    free = free_bytes(device)
+    ranks = Ranks.of(options.tensor_parallel)
+    free = free_bytes(device) if ranks is None else least_free_bytes(ranks, device)
     store = KeyValueStore(
         source.config.get_text_config(), dtype=getattr(torch, source.dtype), device="meta"
     )
@@ -123,8 +126,11 @@ def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], N
     )
     for line in _described(plan, device, free, source.config):
         say(line)
-    if not options.force:
-        plan.require_fit(free, str(device), "--force loads it all the same")
+    instead = "--force loads it all the same"
+    if not options.force and ranks is not None:
+        require_rooms(ranks, device, plan.total, instead)
+    elif not options.force:
+        plan.require_fit(free, str(device), instead)
     return plan
 
 

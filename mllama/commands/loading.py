@@ -182,7 +182,7 @@ def load_model(
         context=context,
         images=images,
         force=options.force,
-        tensor_parallel=getattr(options, "tensor_parallel", False),
+        tensor_parallel=options.tensor_parallel,
     )
     if options.save_to_serialized_model_path is not None:
         _write(model, folder, options.projector, options.save_to_serialized_model_path)

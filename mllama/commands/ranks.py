@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from mllama.parallel.member import Member
 
 # A command that makes its own group of ranks.
 _TRAINS = "finetune"
+# What a command finds in its options where it is one process.
+ALONE: dict[str, Any] = {"tensor_parallel": False, "meeting": None}
 
 
 class RanksFailed(RuntimeError):

@@ -223,7 +223,7 @@ class Watch:
         if running and _LATE.search(cause.report):
             return (
                 f"{_ranks(running)} running, but did not come to a collective within {self._timeout:g} s "
-                f"(--collective-timeout); rank {cause.rank}: {cause.report}"
+                "(--collective-timeout)"
             )
         return f"rank {cause.rank}: {cause.report}"
 

@@ -96,7 +96,7 @@ class Member:
             report = {"message": {"message": reason, "extraInfo": extra}}
             Path(path).write_text(json.dumps(report), encoding="utf-8")
         if text and (not reason or not self.is_ours):
-            print(f"rank {self.rank}: {text}" if self.rank else text, file=errors, flush=True)
+            print(text, file=errors, flush=True)
         with suppress(OSError):  # whoever reads it may have gone
             sys.stdout.flush()
         os._exit(code)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mllama.parallel.group import make_default_group
 from mllama.wording import quoted
 
 
@@ -51,7 +52,7 @@ class Ranks:
                         "tensor_parallel=True splits a model over the ranks of a process group, and there is "
                         "none: run under torchrun, or call torch.distributed.init_process_group() first"
                     )
-                dist.init_process_group()
+                make_default_group()
             group = dist.group.WORLD
         elif isinstance(tensor_parallel, dist.ProcessGroup):
             group = tensor_parallel

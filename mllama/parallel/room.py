@@ -19,19 +19,18 @@ class Room:
     """Of a rank.
 
     Attributes:
-        device: its name; None where it is not there.
-        needs: bytes; None where nobody has reckoned.
-        free: bytes; None where the system does not tell.
+        device: its name.
+        needs, free: bytes; None of those that are free where the system does not tell.
     """
 
     rank: int
     device: str
-    needs: int | None = None
-    free: int | None = None
+    needs: int
+    free: int | None
 
     @property
     def missing(self) -> int:
-        return 0 if self.needs is None or self.free is None else max(self.needs - self.free, 0)
+        return 0 if self.free is None else max(self.needs - self.free, 0)
 
 
 def own_free_bytes(device: torch.device, ranks: Ranks | None) -> int | None:
@@ -47,8 +46,8 @@ def rooms(ranks: Ranks, device: torch.device, needs: int, free: int | None) -> l
     still looks at what is free."""
     index = device.index if device.type == "cuda" else _UNKNOWN
     own = torch.tensor([needs, _UNKNOWN if free is None else free, index], device=device)
-    every = own.new_empty(ranks.size, len(own))
-    dist.all_gather_into_tensor(every, own, group=ranks.group)
+    every = [torch.empty_like(own) for _ in range(ranks.size)]
+    dist.all_gather(every, own, group=ranks.group)
     return [
         Room(
             rank,
@@ -56,8 +55,16 @@ def rooms(ranks: Ranks, device: torch.device, needs: int, free: int | None) -> l
             needs,
             None if free == _UNKNOWN else free,
         )
-        for rank, (needs, free, index) in enumerate(every.tolist())
+        for rank, (needs, free, index) in enumerate(torch.stack(every).tolist())
     ]
+
+
+def least_free_bytes(ranks: Ranks, device: torch.device) -> int | None:
+    """What the rank with the fewest has left, for what must be of one size on all of them; None where the
+    system of some does not tell."""
+    every = [room.free for room in rooms(ranks, device, 0, own_free_bytes(device, ranks))]
+    known = [free for free in every if free is not None]
+    return min(known) if len(known) == len(every) else None
 
 
 def table(rooms: list[Room]) -> str:
