@@ -10,12 +10,16 @@ import time
 from typing import Any
 
 from mllama.cli import main
+from mllama.parallel import room
 from mllama.parallel.ranks import Ranks
 
 _SUMS = 5  # that go well before
 
 
 def _meet(what: str) -> None:
+    if what == "poor":
+        room.free_bytes = lambda device: 10**6
+        return
     count, summed = 0, Ranks.summed
 
     def sum_or_fail(self: Ranks, x: Any) -> Any:
