@@ -1,5 +1,5 @@
-"""The command `mllama`, one of whose ranks meets its fate in the middle of a forward. FATE of the environment is
-RANK:WHAT: a signal, sleep, poor (of memory, before the forward), or the message of an error."""
+"""The command `mllama`, one of whose ranks meets its fate in the middle of a forward. FATE of the environment
+is RANK:WHAT: a signal, sleep, poor (of memory, before the forward), or the message of an error."""
 
 from __future__ import annotations
 

@@ -57,8 +57,14 @@ def test_help_has_the_groups_in_the_order_of_need(capsys):
         _, _, text = capsys.readouterr().out.partition("\noptions:")
         options = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
         assert options[0] == first.get(name, "--model")
-        execution = ["--device", "--dtype", "--backend", "--semantics"]
-        assert name in ("info", "plan", "quantize") or options[-4:] == execution
+        execution = ["--dtype", "--backend", "--semantics"]
+        device = (
+            ["--device"] if name in ("demo", "finetune") else ["--device", "--collective-timeout"]
+        )
+        assert (
+            name in ("info", "plan", "quantize")
+            or options[-3 - len(device) :] == device + execution
+        )
         if name == "finetune":
             names = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainingOptions)}
             assert names <= set(options)
@@ -403,7 +409,7 @@ def test_info_of_a_checkpoint(capsys):
     code, out, _ = run(capsys, "info", "--model", str(checkpoint_path()), "--json")
     model = json.loads(out)["model"]
     assert code == 0 and model["semantics"] == "meta" and model["semantics_reason"]
-    assert model["parameters"] > 100_000
+    assert model["parameters"] > 100_000 and model["ranks"] == [1, 2]
 
 
 def test_verify_passes(capsys):

@@ -26,6 +26,7 @@ from mllama.checkpoints.quantizing import choose_encodings, stored_by_encoding
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
+from mllama.parallel.sizes import possible_sizes
 from mllama.parallel.split import Share, Split
 from mllama.quantization.policy import PLAIN
 from mllama.semantics import SemanticsLike
@@ -200,22 +201,24 @@ def describe_checkpoint(
     """What `load_pretrained` would load, from the headers of the files only: the folder, its layout,
     parameters, bytes, dtype, the semantics with their reason, and of a quantised one the method, the weights
     and bytes by encoding, and what there is to know about them. With ``quantization``, an encoding or a
-    dtype, also what the model would be ("loaded").
+    dtype, also what the model would be ("loaded"). "ranks" are the numbers of them that can share it.
 
     Raises: as :func:`load_pretrained`.
     """
     matched = match_checkpoint(cls, name_or_path, "auto", "auto", projector=projector)
     stored = [matched.checkpoint.tensors[name] for name in matched.sources.values()]
     dtype = stored_dtype(matched.folder, matched.raw, matched.checkpoint, matched.sources.values())
-    loaded = {}
-    if quantization is not None or quantization_overrides:
-        is_plain = quantization in PLAIN
-        into = _parse_dtype(quantization) if is_plain else dtype
-        wanted = Wanted(None if is_plain else quantization)
-        choice = choose_encodings(
-            matched, wanted, quantization_overrides, dequantize=False, dtype=into
-        )
-        loaded["loaded"] = choice.described(into)
+    is_plain = quantization in PLAIN
+    into = _parse_dtype(quantization) if is_plain else dtype
+    choice = choose_encodings(
+        matched,
+        Wanted(None if is_plain else quantization),
+        quantization_overrides,
+        dequantize=False,
+        dtype=into,
+    )
+    is_asked = quantization is not None or quantization_overrides
+    loaded = {"loaded": choice.described(into)} if is_asked else {}
     return {
         "folder": str(matched.folder),
         "layout": matched.files,
@@ -224,6 +227,7 @@ def describe_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
         "semantics": matched.model.semantics.name,
         "semantics_reason": matched.reason,
+        "ranks": possible_sizes(matched.model, choice.encodings),
         **stored_by_encoding(matched, dtype),
         **loaded,
     }

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write the rendered image (default: in the folder for temporary files)",
     )
     group.add_argument("--json", action="store_true", help="print one JSON object when done")
-    add_execution_arguments(parser)
+    add_execution_arguments(parser, several_devices=False)
     load_as_stored(parser)
 
 

@@ -57,16 +57,18 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(kernels_info.as_text(info))
     for name, value in info.get("model", {}).items():
-        for line in _lines(value):
+        for line in _lines(name, value):
             print(f"{name:24} {line}")
     return 0
 
 
-def _lines(value: Any) -> list[str]:
+def _lines(name: str, value: Any) -> list[str]:
     """One entry of the model, of encodings and notes a line each."""
     if isinstance(value, dict):
         return [
-            f"{name}: {entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB"
-            for name, entry in value.items()
+            f"{encoding}: {entry['tensors']} tensors, {entry['bytes'] / 1e9:.3f} GB"
+            for encoding, entry in value.items()
         ]
+    if name == "ranks":
+        return [", ".join(map(str, value))]
     return value if isinstance(value, list) else [str(value)]

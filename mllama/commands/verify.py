@@ -171,7 +171,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _cost(options: argparse.Namespace, model: Any, inputs: dict[str, Any]) -> dict[str, float]:
     original = MllamaForConditionalGeneration.from_pretrained(
-        options.original, dtype=model.dtype, device=model.device, semantics=model.semantics
+        options.original,
+        dtype=model.dtype,
+        device=model.device,
+        semantics=model.semantics,
+        tensor_parallel=options.tensor_parallel,
     )
     return quantization_loss(model, original, inputs)
 
@@ -230,7 +234,12 @@ def _against_transformers(
     want = theirs(**inputs).logits.float()
     del theirs
     ours = MllamaForConditionalGeneration.from_pretrained(
-        weights, **described, dtype=model.dtype, device=model.device, semantics="transformers"
+        weights,
+        **described,
+        dtype=model.dtype,
+        device=model.device,
+        semantics="transformers",
+        tensor_parallel=options.tensor_parallel,
     )
     got = ours(**inputs, use_cache=False).logits.float()
     difference = ((got - want).abs().max() / want.abs().max()).item()  # NaN is never small enough
