@@ -173,10 +173,15 @@ def checkpoint_of(options: argparse.Namespace) -> str:
 
 
 def _downloaded(name: str, options: argparse.Namespace) -> str:
-    """The folder of a hub id that is to be downloaded anew; any other name as it is."""
-    if options.force_download and not Path(name).expanduser().exists():
+    """The folder of a hub id that is to be downloaded anew, which the first of several ranks does; any other
+    name as it is."""
+    if not options.force_download or Path(name).expanduser().exists():
+        return name
+
+    def download() -> str:
         return str(resolve_folder(name, force_download=True))
-    return name
+
+    return download() if options.meeting is None else options.meeting.of_first(download)
 
 
 def load(

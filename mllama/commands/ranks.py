@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, member: Member | None, arguments: Sequence[
     if options.device != "cpu":
         torch.cuda.set_device(options.device)
     options.tensor_parallel = True
-    options.meeting = Meeting(options.collective_timeout or TIMEOUT)
+    options.meeting = Meeting(options.collective_timeout or TIMEOUT, options.device)
     code = options.run(options)
     options.meeting.leave()
     return code

@@ -17,18 +17,20 @@ TIMEOUT = (
 _LOOK = 0.05  # seconds between two looks at what the others have done
 
 
-def make_default_group(timeout: float = TIMEOUT) -> dist.Store:
+def make_default_group(timeout: float = TIMEOUT, device: str | None = None) -> dist.Store:
     """Join the group of all ranks that the environment describes, as `torchrun` writes it: gloo between CPUs,
-    and NCCL between GPUs where there are any.
+    and NCCL between GPUs.
 
     Args:
         timeout: seconds after which a collective that some rank does not come to fails on the others.
+        device: of each rank, "cpu" or a GPU; None: a GPU where there are any.
     Returns: what the ranks have met through.
     Raises: ValueError where the environment says no address; RuntimeError where some rank does not come.
     """
     wait = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    has_gpu = torch.cuda.is_available() if device is None else device != "cpu"
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=wait
     )
@@ -39,11 +41,11 @@ class Meeting:
     """All ranks, outside of collectives: here they may wait for the first without a limit.
 
     Args:
-        timeout: see :func:`make_default_group`.
+        timeout, device: see :func:`make_default_group`.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self._store = dist.PrefixStore("meeting", make_default_group(timeout))
+    def __init__(self, timeout: float, device: str) -> None:
+        self._store = dist.PrefixStore("meeting", make_default_group(timeout, device))
         self._timeout, self._said = timeout, 0
 
     def of_first(self, say: Callable[[], str]) -> str:
