@@ -38,6 +38,11 @@ def message(text: str) -> str:
     return "\n".join([*kept, *more])
 
 
+def size(nbytes: int) -> str:
+    """Bytes of memory, for a person."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
 def quoted(value: Any) -> str:
     """A value as Python writes it, or as much of it as an error needs."""
     text = _written(value, _DEPTH)

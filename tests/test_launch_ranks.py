@@ -277,8 +277,8 @@ def test_a_rank_without_the_room_is_refused_with_what_all_need_and_have(ended):
     head, names, *rows = told(err)
     assert code == 1 and out == "" and "does not fit on rank 1" in head and "--force" in head
     assert names.split() == ["rank", "device", "needs", "has", "free"]
-    assert re.fullmatch(r" +0  cpu  +0\.\d+ GB  +\d+\.\d+ GB", rows[0])
-    assert re.fullmatch(r" +1  cpu  +0\.\d+ GB  +0\.00 GB  0\.\d+ GB are missing", rows[1])
+    assert re.fullmatch(r" +0  cpu  +[\d.]+ MB  +[\d.]+ GB", rows[0])
+    assert re.fullmatch(r" +1  cpu  +[\d.]+ MB  +0\.5 MB  [\d.]+ MB are missing", rows[1])
     assert len(rows) == 2
 
 
@@ -357,6 +357,13 @@ def test_more_ranks_than_gpus(capsys, monkeypatch):
 def test_a_timeout_of_one_device(capsys):
     assert cli.main(["generate", *ASK, "--collective-timeout", "5"]) == 2
     assert "--collective-timeout goes with several --devices" in capsys.readouterr().err
+
+
+def test_layers_are_compared_on_one_device(capsys):
+    options = cli.build_parser().parse_args(["verify", "--oracle", "float64"])
+    options.tensor_parallel = True
+    with pytest.raises(ValueError, match="--oracle float64 compares layer by layer"):
+        options.run(options)
 
 
 TORCHRUN = Member(rank=1, size=2, local_rank=1, local_size=2, is_ours=False)

@@ -22,6 +22,7 @@ from mllama.memory import free_bytes
 from mllama.parallel.ranks import Ranks
 from mllama.parallel.room import least_free_bytes, require_rooms
 from mllama.stores import KeyValueStore
+from mllama.wording import size
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -229,17 +230,13 @@ def _described(plan: EnginePlan, device: torch.device, free: int | None, config:
     sizes = plan.sizes
     length, context = sizes.limits.max_length, config.get_text_config().max_position_embeddings
     of_context = "" if length == context else f" of the model's {context:,}"
-    known = "an unknown amount" if free is None else _size(free)
+    known = "an unknown amount" if free is None else size(free)
     return [
-        f"memory: weights {_size(plan.weights)}, {sizes.num_pages:,} pages of {PAGE_SIZE} tokens "
-        f"{_size(plan.pages)}, {sizes.num_slots:,} image tiles {_size(plan.tiles)}, workspace "
-        f"{_size(plan.workspace + plan.graphs)}: {_size(plan.total)} in all, {known} free on {device}",
+        f"memory: weights {size(plan.weights)}, {sizes.num_pages:,} pages of {PAGE_SIZE} tokens "
+        f"{size(plan.pages)}, {sizes.num_slots:,} image tiles {size(plan.tiles)}, workspace "
+        f"{size(plan.workspace + plan.graphs)}: {size(plan.total)} in all, {known} free on {device}",
         f"context: {length:,} tokens{of_context}, up to {sizes.limits.max_batch_size} answers at once",
     ]
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _bytes(text: str) -> int:

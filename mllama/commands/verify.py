@@ -94,6 +94,11 @@ def run(options: argparse.Namespace) -> int:
         raise ModuleNotFoundError(
             "--against transformers needs it: pip install 'mllama-kernels[transformers]'"
         )
+    if options.tensor_parallel and options.oracle not in ("auto", "none"):
+        raise UsageError(
+            f"--oracle {options.oracle} compares layer by layer, which goes with one device: over several "
+            "there are the ops, --against and --original"
+        )
     folder = source_of(options, checkpoint_of(options))
     options.backend = "auto"  # an op that cannot run as a kernel is for the report to name
     is_quantized = planned_source(options, folder).encoding is not None
@@ -136,7 +141,8 @@ def run(options: argparse.Namespace) -> int:
     rows = compare_ops(model, inputs)
     tables, left_out = {"ops": rows}, not_compared(rows)
     no_kernel_ran = model.backend == "reference"
-    oracle = None if no_kernel_ran else _oracle_dtype(model, options.oracle)
+    has_oracle = not (no_kernel_ran or options.tensor_parallel)
+    oracle = _oracle_dtype(model, options.oracle) if has_oracle else None
     if oracle is not None:
         tables["layers"] = _layers(oracle, model, inputs)
     else:

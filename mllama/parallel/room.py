@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mllama.memory import free_bytes
 from mllama.parallel.ranks import Ranks
+from mllama.wording import size
 
 _UNKNOWN = -1
 
@@ -71,10 +72,9 @@ def table(rooms: list[Room]) -> str:
     """A line for each rank, under a head."""
     lines = [f"{'rank':4}  {'device':8}  {'needs':>10}  {'has free':>10}"]
     for room in rooms:
-        note = f"  {_gb(room.missing)} are missing" if room.missing else ""
-        lines.append(
-            f"{room.rank:4}  {room.device:8}  {_gb(room.needs):>10}  {_gb(room.free):>10}{note}"
-        )
+        free = "?" if room.free is None else size(room.free)
+        note = f"  {size(room.missing)} are missing" if room.missing else ""
+        lines.append(f"{room.rank:4}  {room.device:8}  {size(room.needs):>10}  {free:>10}{note}")
     return "\n".join(lines)
 
 
@@ -92,7 +92,3 @@ def require_rooms(ranks: Ranks, device: torch.device, needs: int, instead: str) 
         raise ValueError(
             f"the model over {ranks.size} ranks does not fit on rank {which}; {instead}\n{table(every)}"
         )
-
-
-def _gb(nbytes: int | None) -> str:
-    return "?" if nbytes is None else f"{nbytes / 1e9:.2f} GB"
