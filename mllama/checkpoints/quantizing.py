@@ -220,6 +220,16 @@ def _skipped(matched: MatchedCheckpoint, modules: Iterable[str]) -> set[str]:
     return names
 
 
+def columns_together(matched: MatchedCheckpoint, encodings: Mapping[str, str]) -> dict[str, int]:
+    """By state-dict name, of the weights that are quantised in the model, how many columns are stored
+    together: where a model is split over ranks, they are cut between those."""
+    units = {}
+    for name, encoding in encodings.items():
+        info = matched.checkpoint.tensors[matched.sources[name]]
+        units[name] = info.unit if info.encoding == encoding else ENCODINGS[encoding].block
+    return units
+
+
 def _nbytes(matched: MatchedCheckpoint, encodings: Mapping[str, str], dtype: torch.dtype) -> int:
     total = 0
     for name, shape in matched.shapes.items():

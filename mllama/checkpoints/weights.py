@@ -22,7 +22,7 @@ from mllama.checkpoints.matching import CONFIGS, DTYPES, match_checkpoint
 from mllama.checkpoints.meta_files import MetaCheckpoint
 from mllama.checkpoints.planning import require_fit
 from mllama.checkpoints.published_call import Wanted, check_other_arguments, quantization_of_call
-from mllama.checkpoints.quantizing import choose_encodings, stored_by_encoding
+from mllama.checkpoints.quantizing import choose_encodings, columns_together, stored_by_encoding
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
@@ -138,7 +138,7 @@ def load_pretrained(
         logger.warning("%s: %s", matched.folder, line)
     share = None
     if ranks is not None:
-        share = Share(ranks, Split(model, ranks.size, choice.encodings))
+        share = Share(ranks, Split(model, ranks.size, columns_together(matched, choice.encodings)))
         share.take(model)
     require_fit(matched, choice, chosen, device, context=context, images=images, force=force)
     model.ops.settle(device)
