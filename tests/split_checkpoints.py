@@ -61,9 +61,14 @@ def write_checkpoint(
     return folder
 
 
+class _Alone(Ranks):
+    def require_own_device(self, device: torch.device) -> None:
+        """There is nobody else."""
+
+
 def alone(rank: int, size: int) -> Ranks:
-    """One of so many ranks, which exchange nothing."""
-    return Ranks(None, rank, size)
+    """One of so many ranks, of which the others do not run: files are read without them."""
+    return _Alone(None, rank, size)
 
 
 def part_of(name: str, whole: Tensor, rank: int, size: int, kv_heads: int) -> Tensor:

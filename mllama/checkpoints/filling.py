@@ -15,7 +15,7 @@ from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError
 from mllama.linear import Projection, projections_of
 from mllama.parallel.rules import Cut
 from mllama.progress import bar
-from mllama.quantized_modules import QuantizedEmbedding, QuantizedLinear
+from mllama.quantized_modules import QuantizedEmbedding, QuantizedLinear, WholeWeights
 from mllama.wording import shown
 from mllama_kernels.encodings import ENCODINGS
 from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -47,7 +47,7 @@ def fill(
     _materialise(model, dtype, device, encodings)
     # state_dict() holds the parameters' own memory: filling it needs no second copy.
     load: dict[str, Callable[[Any], object]] = {
-        name: tensor.copy_ for name, tensor in model.state_dict().items()
+        name: tensor.copy_ for name, tensor in model.state_dict(destination=WholeWeights()).items()
     }
     for path, module in model.named_modules():
         for projection in projections_of(module):

@@ -72,6 +72,16 @@ class Ranks:
         """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
         return _SideBySide.apply(x, self.group, tuple(sizes))
 
+    def send(self, x: Tensor, rank: int) -> None:
+        """Make x, contiguous and of one shape and dtype on all ranks, what it is on one of them."""
+        dist.broadcast(x, src=dist.get_global_rank(self.group, rank), group=self.group)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self.group)
+        return any(every)
+
     def agreed(self, value: Any) -> Any:
         """What the first rank has given, on all of them; it is pickled."""
         box = [value]
