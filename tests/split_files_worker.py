@@ -35,6 +35,10 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+def adapter_of(wrapped: Any) -> dict[str, torch.Tensor]:
+    return peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+
+
 def failure(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     try:
         call(*arguments, **options)
@@ -46,7 +50,7 @@ def failure(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 def saved(folder: Path) -> dict[str, Any]:
     """State dicts, folders and refusals."""
     model = load(folder)
-    state = model.state_dict()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder / "plain", max_shard_size="1MB")
     own = dict(model.state_dict(destination=WholeWeights()))
     before = {name: tensor.clone() for name, tensor in own.items()}
@@ -82,7 +86,7 @@ def saved(folder: Path) -> dict[str, Any]:
 def adapted(folder: Path) -> dict[str, Any]:
     """The adapter beside plain and quantised weights, and merged."""
     wrapped = peft.PeftModel.from_pretrained(load(folder), folder / "adapter")
-    found = {"beside": logits(wrapped), "adapter": peft.get_peft_model_state_dict(wrapped)}
+    found = {"beside": logits(wrapped), "adapter": adapter_of(wrapped)}
     merged = wrapped.merge_and_unload()
     found |= {"merged": logits(merged), "merged state": merged.state_dict()}
     for name, options in (("used", {}), ("quantised", {"quantization": "q8_0"})):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -110,6 +110,13 @@ class Share:
         self.ranks, self.split = ranks, split
         self.cuts = {name: cuts[ranks.rank] for name, cuts in split.cuts.items()}
         self.head_rows: int | None = None
+
+    def whole_shape(self, name: str, own: Sequence[int]) -> tuple[int, ...]:
+        """Of a parameter on all ranks together, by what it is here."""
+        sizes = list(own)
+        if (cuts := self.split.cuts.get(name)) is not None:
+            sizes[cuts[0].dim] = cuts[-1].end
+        return tuple(sizes)
 
     def take(self, model: nn.Module) -> None:
         """Give the model, which has no weights yet, the sizes of this rank, and its exchange with others."""
