@@ -10,10 +10,15 @@ import torch
 from gguf_writer import as_type, write_split, write_unified
 from published_folders import FOLDERS, write_folder
 from safetensors.torch import save_file
-from split_checkpoints import alone, check_ranks, load, write_checkpoint
+from split_checkpoints import alone, check_ranks, load, weights_of, write_checkpoint
+from torch import Tensor
 
-from mllama.checkpoints import weights
+from mllama import MllamaForConditionalGeneration
+from mllama.checkpoints import planning, weights
+from mllama.checkpoints.weights import plan_source
 from mllama.parallel.split import CannotSplit
+from mllama.quantization.plan import MemoryPlan
+from mllama.stores import KeyValueStore
 
 SIZES = (2, 4)
 
@@ -98,3 +103,39 @@ def test_blocks_that_ranks_cannot_share(stored: Path, tmp_path: Path, monkeypatc
         CannotSplit, match=r"2 ranks cannot share the 1 block of 256 features of .*fc1"
     ):
         load(stored, alone(1, 2), quantization="q8_0", quantization_overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "kept"), [(None, "float32"), ("int8", "int8"), ("q4_0", "q4_0")]
+)
+def test_what_is_planned_is_what_a_rank_loads(
+    stored: Path, tmp_path: Path, monkeypatch: Any, encoding: str | None, kept: str
+) -> None:
+    load(stored, quantization=encoding).save_pretrained(tmp_path)
+    asked: list[MemoryPlan] = []
+    made = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *a, **k: asked.append(made(*a, **k)) or asked[-1])
+    for size in SIZES:
+        most = 0
+        for folder, options in ((stored, {"quantization": encoding}), (tmp_path, {})):
+            for rank in range(size):
+                model = load(folder, alone(rank, size), **options)
+                parts = [w for _, w in weights_of(model)]
+                own = sum(
+                    w.nbytes if isinstance(w, Tensor) else sum(p.nbytes for p in w.parts().values())
+                    for w in parts
+                )
+                most = max(most, own)
+                assert asked[-1].tensor_parallel == size
+                # Of a folder the scales of whole rows are counted by the columns.
+                assert asked[-1].weights == pytest.approx(
+                    own, rel=0.01 if folder == tmp_path else 0
+                )
+                store = KeyValueStore(model.config.text_config, dtype=torch.float32, device="meta")
+                assert asked[-1].self_kv == store.page_nbytes()
+        config = model.config
+        planned = made(config, kept, 64, dtype="float32", tensor_parallel=size)
+        assert planned.weights == most
+        source = plan_source(MllamaForConditionalGeneration, tmp_path, tensor_parallel=size)
+        assert source.nbytes == pytest.approx(most, rel=0.01)
+        assert source.config.text_config.local_key_value_heads == max(1, 2 // size)

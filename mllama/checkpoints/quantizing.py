@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.matching import MatchedCheckpoint
 from mllama.checkpoints.own_format import METHOD
 from mllama.checkpoints.published_call import Wanted
+from mllama.parallel.split import Split
 from mllama.quantization.policy import (
     MODEL_ENCODINGS,
     Quantization,
@@ -230,15 +231,35 @@ def columns_together(matched: MatchedCheckpoint, encodings: Mapping[str, str]) -
     return units
 
 
-def _nbytes(matched: MatchedCheckpoint, encodings: Mapping[str, str], dtype: torch.dtype) -> int:
+def choice_of_rank(
+    choice: Choice, matched: MatchedCheckpoint, dtype: torch.dtype, split: Split, rank: int
+) -> Choice:
+    """The same with the bytes of one rank of a split model."""
+    stored = None
+    if choice.stored_nbytes is not None:
+        infos = {name: matched.checkpoint.tensors[at] for name, at in matched.sources.items()}
+        kept = {name: i.encoding for name, i in infos.items() if i.encoding is not None}
+        stored = _nbytes(matched, kept, dtype, split, rank)
+    own = _nbytes(matched, choice.encodings, dtype, split, rank)
+    return replace(choice, nbytes=own, stored_nbytes=stored)
+
+
+def _nbytes(
+    matched: MatchedCheckpoint,
+    encodings: Mapping[str, str],
+    dtype: torch.dtype,
+    split: Split | None = None,
+    rank: int = 0,
+) -> int:
     total = 0
-    for name, shape in matched.shapes.items():
+    for name, whole in matched.shapes.items():
+        shape = whole if split is None else split.part_shape(name, whole, rank)
         info = matched.checkpoint.tensors[matched.sources[name]]
         encoding = encodings.get(name)
         if encoding is None:
             total += math.prod(shape) * dtype.itemsize
         elif info.encoding == encoding:
-            total += info.nbytes
+            total += info.nbytes * math.prod(shape) // math.prod(whole)
         else:
             total += ENCODINGS[encoding].nbytes(*shape)
     return total

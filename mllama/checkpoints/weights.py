@@ -22,7 +22,12 @@ from mllama.checkpoints.matching import CONFIGS, DTYPES, match_checkpoint
 from mllama.checkpoints.meta_files import MetaCheckpoint
 from mllama.checkpoints.planning import require_fit
 from mllama.checkpoints.published_call import Wanted, check_other_arguments, quantization_of_call
-from mllama.checkpoints.quantizing import choose_encodings, columns_together, stored_by_encoding
+from mllama.checkpoints.quantizing import (
+    choice_of_rank,
+    choose_encodings,
+    columns_together,
+    stored_by_encoding,
+)
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
@@ -140,6 +145,7 @@ def load_pretrained(
     if ranks is not None:
         share = Share(ranks, Split(model, ranks.size, columns_together(matched, choice.encodings)))
         share.take(model)
+        choice = choice_of_rank(choice, matched, chosen, share.split, ranks.rank)
     require_fit(matched, choice, chosen, device, context=context, images=images, force=force)
     model.ops.settle(device)
     # Whatever the caller is inside of: a default device is not where files are read to.
@@ -258,7 +264,7 @@ class PlanSource:
     Attributes:
         config: of the model.
         dtype: of activations, caches, and what is not quantised.
-        nbytes: of all weights.
+        nbytes: of all weights, of several ranks that share them on the one that has most.
         encoding: of the quantised ones; None if there is none.
         stored: the same where they are stored so already; else None.
     """
@@ -279,10 +285,13 @@ def plan_source(
     dtype: str | None = None,
     quantization: str | None = None,
     quantization_overrides: Mapping[str, str] | None = None,
+    tensor_parallel: int = 1,
 ) -> PlanSource:
     """What a memory plan of a checkpoint starts from, from the headers of the files only, as it is loaded
     with these arguments.
 
+    Args:
+        tensor_parallel: how many ranks share the model; its configuration says so then.
     Raises: as :func:`load_pretrained`.
     """
     matched = match_checkpoint(cls, name_or_path, "auto", "auto", given=config, projector=projector)
@@ -297,11 +306,18 @@ def plan_source(
     choice = choose_encodings(
         matched, Wanted(quantization), quantization_overrides, dequantize=False, dtype=chosen
     )
+    nbytes = choice.nbytes
+    if tensor_parallel > 1:
+        units = columns_together(matched, choice.encodings)
+        split = Split(matched.model, tensor_parallel, units)
+        every = (choice_of_rank(choice, matched, chosen, split, r) for r in range(tensor_parallel))
+        nbytes = max(own.nbytes for own in every)
+        matched.config.get_text_config().tensor_parallel_size = tensor_parallel
     encoding = None if choice.quantization is None else choice.quantization.encoding
     return PlanSource(
         matched.config,
         str(chosen).removeprefix("torch."),
-        choice.nbytes,
+        nbytes,
         encoding,
         encoding if matched.found else None,
     )

@@ -54,6 +54,14 @@ class Split:
                             Cut(0, 0, rows, is_zero=rank > 0) for rank in range(size)
                         )
 
+    def part_shape(self, name: str, whole: Sequence[int], rank: int) -> tuple[int, ...]:
+        """Of a parameter on a rank."""
+        sizes = list(whole)
+        if name in self.cuts:
+            cut = self.cuts[name][rank]
+            sizes[cut.dim] = cut.end - cut.begin
+        return tuple(sizes)
+
     def _column_cuts(
         self, place: str, name: str, rule: ColumnParallel, weight: Any, unit: int
     ) -> tuple[Cut, ...]:
