@@ -21,7 +21,7 @@ from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
 from mllama.parallel.split import Share
-from mllama.parallel.states import gathered
+from mllama.parallel.states import gathered, is_stored_with_adapters, outlined
 from mllama.quantization.policy import Quantization
 from mllama.quantized_modules import Quantized, WholeWeights
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
@@ -188,10 +188,16 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole.
 
-        Raises: TypeError for a model with quantised weights, which hold what was loaded.
+        Raises: TypeError for a model with quantised weights, which hold what was loaded; ValueError for one
+            that is split over ranks.
         """
         if self._is_part:
             return
+        if self.share is not None:
+            raise ValueError(
+                "the weights of a model that is split over ranks (tensor_parallel) cannot be drawn anew, as "
+                "no two ranks would draw the same: draw them in one process, save and load"
+            )
         if any(isinstance(module, Quantized) for module in self.modules()):
             raise TypeError("quantised weights cannot be drawn anew: load with dequantize=True")
         std = getattr(self.config, "text_config", self.config).initializer_range
@@ -215,6 +221,10 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         """As for every module. Of a model that is split over ranks whole tensors under the same names, on
         the CPU of each rank, gathered one after another: all ranks call it.
 
+        Where PEFT's model around it is asked, which it is for every adapter that is loaded, only adapters and
+        head are gathered: a process may not hold all weights. The other tensors that are split are on the
+        meta device then, without values.
+
         Raises: ValueError for a part of a split model, and for its parameters themselves (keep_vars).
         """
         own = functools.partial(super().state_dict, *args, prefix=prefix, keep_vars=keep_vars)
@@ -228,7 +238,11 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
             )
         state = own()
         for name, tensor in state.items():
-            state[name] = gathered(self.share, name.removeprefix(prefix), tensor, keep=True)
+            own_name = name.removeprefix(prefix)
+            if destination is None or is_stored_with_adapters(own_name):
+                state[name] = gathered(self.share, own_name, tensor, keep=True)
+            else:
+                state[name] = outlined(self.share, own_name, tensor)
         if destination is None:
             return state
         destination.update(state)

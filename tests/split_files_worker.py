@@ -6,7 +6,9 @@ The folder has `checkpoint`, and `adapter`, and gets `RANK.pt`: what came out, o
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import mllama
+from mllama.quantization.decoded import decoded_copy
 from mllama.quantized_modules import WholeWeights
 from mllama.training.adapters import use_adapter
 
@@ -73,6 +76,11 @@ def saved(folder: Path) -> dict[str, Any]:
         "given": failure(model.save_pretrained, folder / "given", state_dict=state),
         "copied": failure(copy.deepcopy, model),
         "pickled": failure(pickle.dumps, model),
+        "resized": failure(model.resize_token_embeddings, 500),
+        "drawn": failure(model.init_weights),
+        "head": failure(model.set_output_embeddings, torch.nn.Linear(512, 450, bias=False)),
+        "parameters": model.num_parameters(),
+        "part's": failure(model.model.num_parameters),
         "written": failure(model.save_pretrained, folder / "checkpoint" / "config.json"),
     }
     for encoding in ("q4_0", "int8"):
@@ -80,6 +88,8 @@ def saved(folder: Path) -> dict[str, Any]:
         quantized.save_pretrained(folder / encoding)
         found[encoding] = quantized.state_dict()
         quantized.load_state_dict(found[encoding])
+        found[f"{encoding} decoded"] = logits(decoded_copy(quantized, torch.float32, "auto"))
+        found[f"{encoding} parameters"] = quantized.num_parameters()
     return found
 
 
@@ -87,8 +97,20 @@ def adapted(folder: Path) -> dict[str, Any]:
     """The adapter beside plain and quantised weights, and merged."""
     wrapped = peft.PeftModel.from_pretrained(load(folder), folder / "adapter")
     found = {"beside": logits(wrapped), "adapter": adapter_of(wrapped)}
+    around = wrapped.state_dict()
+    found["without values"] = {n: tuple(t.shape) for n, t in around.items() if t.is_meta}
+    wrapped.save_pretrained(folder / f"saved {dist.get_rank()}")
     merged = wrapped.merge_and_unload()
     found |= {"merged": logits(merged), "merged state": merged.state_dict()}
+    pissa = Path(shutil.copytree(folder / "adapter", folder / f"pissa {dist.get_rank()}"))
+    config = json.loads((pissa / "adapter_config.json").read_text())
+    (pissa / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    found["pissa"] = failure(peft.PeftModel.from_pretrained, load(folder), pissa)
+    found["DoRA"] = failure(peft.PeftModel.from_pretrained, load(folder), folder / "dora")
+    model = load(folder)
+    found["DoRA used"] = failure(use_adapter, model, folder / "dora")
+    loha = peft.get_peft_model(model, peft.LoHaConfig(r=4, target_modules=r".*\.down_proj"))
+    found["LoHa"] = failure(logits, loha)
     for name, options in (("used", {}), ("quantised", {"quantization": "q8_0"})):
         model = load(folder, **options)
         use_adapter(model, folder / "adapter")

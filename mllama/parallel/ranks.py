@@ -69,7 +69,15 @@ class Ranks:
         return _Summed.apply(x, self.group)
 
     def side_by_side(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
+        """x (..., own size) of all ranks as (..., sum of sizes), in their order.
+
+        Raises: ValueError for another size than this rank's.
+        """
+        if x.shape[-1] != sizes[self.rank]:
+            raise ValueError(
+                f"rank {self.rank} of a split model has {sizes[self.rank]} of {sum(sizes)} outputs, and a "
+                f"module gives {x.shape[-1]}: it was made for the whole"
+            )
         return _SideBySide.apply(x, self.group, tuple(sizes))
 
     def send(self, x: Tensor, rank: int) -> None:

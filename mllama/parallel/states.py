@@ -56,6 +56,32 @@ def gathered(share: Share, name: str, own: Tensor, *, keep: bool) -> Tensor | No
     return whole
 
 
+def outlined(share: Share, name: str, own: Tensor) -> Tensor:
+    """A tensor of a state dict as a whole, but on the meta device, without values; as it is where it is whole
+    here."""
+    cuts = cuts_of(share.split, name, own)
+    if cuts is None:
+        return own
+    mine, shape = cuts[share.ranks.rank], list(own.shape)
+    shape[mine.dim] = shape[mine.dim] * cuts[-1].end // (mine.end - mine.begin)
+    return torch.empty(shape, dtype=own.dtype, device="meta")
+
+
+def is_stored_with_adapters(name: str) -> bool:
+    """Whether PEFT may store a tensor of a state dict with an adapter: the adapter's own, and the head."""
+    segments = name.split(".")
+    return segments[0] == "lm_head" or any(segment.startswith("lora_") for segment in segments)
+
+
+def whole_numel(share: Share, name: str, own: Weight) -> int:
+    """How many numbers there are on all ranks of a tensor of a state dict, of which ``own`` is here."""
+    cuts = cuts_of(share.split, name, own)
+    if cuts is None:
+        return own.shape.numel()
+    mine = cuts[share.ranks.rank]
+    return own.shape.numel() * cuts[-1].end // (mine.end - mine.begin)
+
+
 @dataclass(frozen=True)
 class Gathering:
     """How the weights of a split model become whole, each when all ranks ask for it.
@@ -137,7 +163,7 @@ def _part(share: Share, name: str, whole: Tensor) -> Tensor:
     return Cut(mine.dim, begin, end, mine.is_zero)(whole)
 
 
-def cuts_of(split: Split, name: str, tensor: Tensor) -> tuple[Cut, ...] | None:
+def cuts_of(split: Split, name: str, tensor: Weight) -> tuple[Cut, ...] | None:
     """The part of each rank, in features of the linear, of a tensor of a state dict; None if all have it as
     a whole. Beside parameters there are the parts of quantised weights, and LoRA adapters.
 
@@ -166,7 +192,6 @@ def cuts_of(split: Split, name: str, tensor: Tensor) -> tuple[Cut, ...] | None:
     if kind == "lora_B" and (rest[-1:] == ["weight"] or (rest[-1:] == ["bias"] and dim == 0)):
         return cuts if dim == 0 else None
     raise ValueError(
-        f"{shown(name)} cannot be used in a model that is split over ranks (tensor_parallel), which has "
-        f"{module} in parts: beside those there can be LoRA adapters, lora_A and lora_B alone; merge others "
-        "into the weights first, in one process"
+        f"a model that is split over ranks (tensor_parallel) takes LoRA alone beside what is in parts, "
+        f"lora_A and lora_B: not {shown(name)}; merge that in one process"
     )
