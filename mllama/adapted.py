@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllama.checkpoints.key_layout import KeyLayout, canonical_name
+from mllama.parallel.split import Share
+from mllama.parallel.states import take_parts
 from mllama.wording import quoted, shown
 
 
@@ -20,17 +22,31 @@ def adapter_key(model: nn.Module, key: str) -> str:
 class AdaptedMixin:
     """Part of a model's ``load_state_dict``, by which PEFT loads adapters.
 
-    PEFT itself takes no offence at tensors that have no place, and the model would run without them.
+    PEFT itself takes no offence at tensors that have no place, and the model would run without them. A model
+    that is split over ranks takes its part of each tensor.
     """
 
     _is_part: bool
+    share: Share | None
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         if not self._is_part:
             _place_adapters(self, state_dict, prefix)  # type: ignore[arg-type]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+            if self.share is not None:
+                copies = local_metadata.get("assign_to_params_buffers", False)
+                error_msgs += take_parts(self, state_dict, prefix, copies=copies)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _place_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
 from mllama.parallel.split import Share
+from mllama.parallel.states import gathered, is_stored_with_adapters, outlined
 from mllama.quantization.policy import Quantization
-from mllama.quantized_modules import Quantized
+from mllama.quantized_modules import Quantized, WholeWeights
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
 from mllama.surface import SurfaceMixin
 from mllama.vocabulary import VocabularyMixin
@@ -186,10 +188,16 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole.
 
-        Raises: TypeError for a model with quantised weights, which hold what was loaded.
+        Raises: TypeError for a model with quantised weights, which hold what was loaded; ValueError for one
+            that is split over ranks.
         """
         if self._is_part:
             return
+        if self.share is not None:
+            raise ValueError(
+                "the weights of a model that is split over ranks (tensor_parallel) cannot be drawn anew, as "
+                "no two ranks would draw the same: draw them in one process, save and load"
+            )
         if any(isinstance(module, Quantized) for module in self.modules()):
             raise TypeError("quantised weights cannot be drawn anew: load with dequantize=True")
         std = getattr(self.config, "text_config", self.config).initializer_range
@@ -202,6 +210,44 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
                 nn.init.normal_(parameter, std=std)
         for module in self.modules():
             init_normal(module, std)
+
+    def state_dict(
+        self,
+        *args: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> Any:
+        """As for every module. Of a model that is split over ranks whole tensors under the same names, on
+        the CPU of each rank, gathered one after another: all ranks call it.
+
+        Where PEFT's model around it is asked, which it is for every adapter that is loaded, only adapters and
+        head are gathered: a process may not hold all weights. The other tensors that are split are on the
+        meta device then, without values.
+
+        Raises: ValueError for a part of a split model, and for its parameters themselves (keep_vars).
+        """
+        own = functools.partial(super().state_dict, *args, prefix=prefix, keep_vars=keep_vars)
+        is_within = self._is_part and destination is not None
+        if self.share is None or is_within or isinstance(destination, WholeWeights):
+            return own(destination=destination)
+        if self._is_part or keep_vars or args:
+            raise ValueError(
+                "a model that is split over ranks (tensor_parallel) gives a state dict as a whole only, of "
+                "no parameters: model.state_dict()"
+            )
+        state = own()
+        for name, tensor in state.items():
+            own_name = name.removeprefix(prefix)
+            if destination is None or is_stored_with_adapters(own_name):
+                state[name] = gathered(self.share, own_name, tensor, keep=True)
+            else:
+                state[name] = outlined(self.share, own_name, tensor)
+        if destination is None:
+            return state
+        destination.update(state)
+        getattr(destination, "_metadata", {}).update(state._metadata)
+        return destination
 
     @classmethod
     def from_pretrained(
@@ -275,9 +321,17 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
         """Write a checkpoint folder; see :func:`mllama.checkpoints.saving.save_pretrained`.
 
         Args:
+            is_main_process: whether this process writes; of a model that is split over ranks all call this,
+                and the first alone does.
             options: others that `transformers` takes: ``safe_serialization`` can only be True, and
                 ``push_to_hub`` and ``variant`` cannot be met.
         """
         check_save_arguments(options)
-        if is_main_process:
-            weights.save_pretrained(self, save_directory, max_shard_size, state_dict=state_dict)
+        if is_main_process or self.share is not None:
+            weights.save_pretrained(
+                self,
+                save_directory,
+                max_shard_size,
+                state_dict=state_dict,
+                writes=is_main_process,
+            )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mllama.varlen import VarlenBatch
-from mllama_kernels.plain import is_plain
+from mllama_kernels.plain import is_bare, is_plain
 
 
 class Kinds(Protocol):
@@ -142,6 +142,20 @@ def _is_row_wise(module: nn.Module) -> bool:
         return False
     if issubclass(cls, nn.Linear):
         return cls.forward is nn.Linear.forward or _is_quantized(cls)
+    return _is_lora(module)
+
+
+def is_bare_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA around a linear, in none of its variants, and nothing about it is hooked:
+    then the parts of weights and adapters give parts of what the wholes would."""
+    if not _is_lora(module):
+        return False
+    called = (part for part in module.modules() if not isinstance(part, nn.ParameterDict))
+    return all(map(is_bare, called))
+
+
+def _is_lora(module: nn.Module) -> bool:
+    cls = type(module)
     if (cls.__module__, cls.__qualname__) != ("peft.tuners.lora.layer", "Linear"):
         return False
     base = type(module.get_base_layer())

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mllama.kinds import Asked, Kinds, call_on_rows
+from mllama.kinds import Asked, Kinds, call_on_rows, is_bare_lora
 from mllama.laid_out import (
     can_be_joined,
     in_own_storage,
@@ -276,8 +276,9 @@ class Projection:
             )
             return self.together(shares, products)
         for linear in self.linears:
-            if kinds.get(linear) not in (nn.Linear, QuantizedLinear):
-                self.require_whole(linear)
+            if self.is_split and kinds.get(linear) not in (nn.Linear, QuantizedLinear):
+                if not is_bare_lora(linear):
+                    self.require_whole(linear)
         outputs = [
             linear_by(ops, x, linear.weight, linear.bias)
             if kinds.get(linear) is nn.Linear and linear._parameters.keys() >= {"weight", "bias"}

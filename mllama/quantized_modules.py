@@ -21,7 +21,8 @@ _PLANES = ("packed", "table")
 
 class WholeWeights(OrderedDict[str, Any]):
     """A state dict to fill, ``module.state_dict(destination=WholeWeights())``, that holds each quantised
-    weight as it is, under its own name: its parts may be new memory."""
+    weight as it is, under its own name: its parts may be new memory. Of a model that is split over ranks it
+    holds what this rank has."""
 
 
 class Quantized(nn.Module):

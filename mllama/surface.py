@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllama.parallel.split import Share
+from mllama.parallel.states import whole_numel
 from mllama.quantized_modules import Quantized
 
 
@@ -20,6 +22,8 @@ class SurfaceMixin:
     input_modalities: tuple[str, ...] = ("image", "text")
     output_modalities = ("text",)
     name_or_path: str = ""
+    share: Share | None
+    _is_part: bool
     _input_hooks: tuple[Any, ...] = ()
 
     @classmethod
@@ -29,27 +33,40 @@ class SurfaceMixin:
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters there are, quantised weights by what they stand for: all, those that are
-        trained, those outside of any `nn.Embedding`."""
+        trained, those outside of any `nn.Embedding`. Of a model that is split over ranks those of all.
+
+        Raises: ValueError for a part of a split model.
+        """
         module: nn.Module = self  # type: ignore[assignment]
+        share = self.share
+        if share is not None and self._is_part:
+            raise ValueError(
+                "the parameters of a model that is split over ranks (tensor_parallel) are counted as a "
+                "whole: model.num_parameters()"
+            )
+
+        def count(name: str, own: Any) -> int:
+            return own.shape.numel() if share is None else whole_numel(share, name, own)
+
         left_out = {
             f"{name}.weight"
             for name, part in module.named_modules()
             if exclude_embeddings and isinstance(part, nn.Embedding)
         }
         quantized = sum(
-            part.weight.shape.numel()
+            count(f"{name}.weight", part.weight)
             for name, part in module.named_modules()
             if isinstance(part, Quantized) and not only_trainable
             if f"{name}.weight" not in left_out
         )
         return quantized + sum(
-            parameter.numel()
+            count(name, parameter)
             for name, parameter in module.named_parameters()
             if name not in left_out and (parameter.requires_grad or not only_trainable)
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters and, by default, the buffers."""
+        """Bytes of the parameters and, by default, the buffers that are here."""
         module: nn.Module = self  # type: ignore[assignment]
         buffers = module.buffers() if return_buffers else ()
         return sum(tensor.nbytes for tensor in (*module.parameters(), *buffers))

@@ -261,6 +261,35 @@ class QuantizedTensor(QuantizedWeight):
         return self._with(tuple({**parts, **some}.values()), shape)
 
     @property
+    def unit(self) -> int:
+        """Columns that are stored together, by one scale or in one block: rows are cut at multiples of it."""
+        return max(self.group, ENCODINGS[self.encoding].block)
+
+    def columns(self, begin: int, end: int | None = None) -> QuantizedTensor:
+        """Columns `begin` to `end` of all rows as a weight of its own, in new memory. Scales of whole rows
+        stay as they are, so the values are those of the whole.
+
+        Raises: ValueError for columns that are not there, none, and those that begin or end within a block.
+        """
+        width, unit = self.shape[1], self.unit
+        end = width if end is None else end
+        if not 0 <= begin < end <= width:
+            raise ValueError(f"columns {begin} to {end} are not among the {width} of this weight")
+        if begin % unit or end % unit:
+            raise ValueError(
+                f"columns {begin} to {end} of {self.encoding} are no whole blocks, of {unit} columns"
+            )
+        if (begin, end) == (0, width):
+            return self
+        parts = self.parts()
+        some = {
+            name: part[:, part.shape[1] * begin // width : part.shape[1] * end // width]
+            for name, part in parts.items()
+            if part.dim() == 2
+        }
+        return QuantizedTensor.from_parts(self.encoding, {**parts, **some}, pack=self.is_packed)
+
+    @property
     def packed_and_table(self) -> tuple[Tensor, Tensor | None]:
         """The planes of a packed weight, as the ops take them."""
         return self.planes[0], self.planes[1] if len(self.planes) > 1 else None

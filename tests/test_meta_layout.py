@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from meta_writer import PARAMS, meta_state_dict, write_original
+from split_checkpoints import check_ranks
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
@@ -341,3 +342,10 @@ def test_writer_uses_every_weight_once(published):
     """The inverse used above is complete: as many Meta tensors as ours, plus the second embedding."""
     weights, config = published
     assert len(meta_state_dict(weights, config)) == len(weights) + 1
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_each_rank_of_a_split_model_reads_its_part(published, tmp_path, shards):
+    weights, config = published
+    write_original(tmp_path, weights, config, shards)
+    check_ranks(tmp_path, 2, 4, backend="reference")

@@ -394,3 +394,23 @@ def test_generate_plans_for_its_prompt_and_answer(
     assert cli.main([*arguments, "--json"]) == 0
     prompt = json.loads(capsys.readouterr().out)["prompt_tokens"]
     assert seen == [(prompt + 7, 0)]
+
+
+@pytest.mark.parametrize(("encoding", "size"), [("bfloat16", 2), ("int8", 4), ("q4_k_m", 8)])
+def test_a_plan_of_one_of_several_ranks(encoding: str, size: int) -> None:
+    """Halves of what is split, and whole what each has; below, the bytes are compared with loaded models."""
+    whole, part = (plan("90b", encoding, 8192, tensor_parallel=n) for n in (1, size))
+    assert part.tensor_parallel == size
+    assert (part.self_kv * size, part.cross_kv * size) == (whole.self_kv, whole.cross_kv)
+    assert whole.weights / size < part.weights < whole.weights / size * (1 + 0.01 * size * size)
+    assert whole.workspace / size < part.workspace < whole.workspace
+    config, free = named_config("90b"), part.total + 10**9
+    assert longest_context(config, encoding, free, tensor_parallel=size)[0] > 8192
+    assert longest_context(config, encoding, free)[0] == 0
+
+
+def test_ranks_that_cannot_share_a_model() -> None:
+    with pytest.raises(ValueError, match=r"3 ranks cannot share the (32|64|16) heads of "):
+        plan("11b", "q8_0", 64, tensor_parallel=3)
+    with pytest.raises(ValueError, match=r"tensor_parallel must be an integer from 1 to 32, got 0"):
+        plan("11b", "q8_0", 64, tensor_parallel=0)

@@ -56,6 +56,7 @@ def check_folder(folder: Path, published: Published) -> None:
         else:
             assert isinstance(weight, QuantizedTensor) and weight.encoding == info.encoding
             assert info.packed_bytes == sum(part.nbytes for part in weight.parts().values())
+            assert info.unit == weight.unit
             weight = weight.dequantize()
         assert torch.equal(weight, wanted[name]), (name, (weight - wanted[name]).abs().max())
     assert count == len(wanted)

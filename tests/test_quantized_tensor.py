@@ -155,6 +155,30 @@ def test_rows_and_their_joining(device, kind):
         whole.dequantize(begin=-1, end=2)
 
 
+@every_kind
+@pytest.mark.parametrize("pack", [True, False])
+def test_columns_are_those_of_the_decoded_weight(device, kind, pack):
+    parts = on(device, like_a_model(kind, 21, 4 * columns_of(kind, 1)))
+    whole = QuantizedTensor.from_parts(kind[0], parts, pack=pack)
+    width, unit = whole.shape[1], whole.unit
+    assert width == 4 * unit
+    for begin, end in ((0, 4), (0, 1), (1, 3), (3, 4)):
+        begin, end = unit * begin, unit * end
+        part = whole.columns(begin, end)
+        assert part.shape == (21, end - begin) and part.is_packed == pack
+        assert same_bits(part.dequantize(), whole.dequantize()[:, begin:end])
+        for name in {"scale", "table"} & parts.keys():
+            of_rows = parts[name].dim() == 1
+            assert not of_rows or same_bits(part.parts()[name], parts[name])
+    assert whole.columns(0) is whole
+    for wrong in ((0, width + 1), (-unit, width), (unit, unit), (2 * unit, unit)):
+        with pytest.raises(ValueError, match=rf"columns {wrong[0]} to {wrong[1]} are not among"):
+            whole.columns(*wrong)
+    for wrong in ((1, width), (0, width - 1)) if unit > 1 else ():
+        with pytest.raises(ValueError, match=rf"{kind[0]} are no whole blocks, of {unit} columns"):
+            whole.columns(*wrong)
+
+
 def test_what_does_not_go_together(device):
     weight = random_weight(("q8_0", 0, ()), 8, 64, device)
     with pytest.raises(ValueError, match="one encoding, got q8_0, q4_0"):

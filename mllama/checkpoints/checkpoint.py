@@ -13,6 +13,7 @@ import torch
 from mllama.files import FileRefused, read_text
 from mllama.strict_json import parse_json
 from mllama.wording import shown
+from mllama_kernels.encodings import ENCODINGS
 
 if TYPE_CHECKING:
     from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -48,6 +49,7 @@ class TensorInfo:
         dtype_name: as the files call it.
         encoding: of a quantised weight, else None.
         packed_bytes: of a quantised weight's parts together.
+        group: of int4, the columns that share a scale.
         is_decoded: whether it is stored quantised in a way that has no kernel, and decoded when it is read.
     """
 
@@ -58,6 +60,7 @@ class TensorInfo:
     dtype_name: str
     encoding: str | None = None
     packed_bytes: int = 0
+    group: int = 0
     is_decoded: bool = False
 
     @property
@@ -66,6 +69,12 @@ class TensorInfo:
         if self.encoding is not None:
             return self.packed_bytes
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype else 0)
+
+    @property
+    def unit(self) -> int:
+        """Columns that are stored together: a part of the columns begins and ends with them."""
+        block = 1 if self.encoding is None else ENCODINGS[self.encoding].block
+        return max(self.group, block)
 
 
 class Checkpoint(Protocol):

@@ -15,8 +15,9 @@ from mllama.checkpoints.checkpoint import Checkpoint, CheckpointError
 from mllama.linear import Projection, projections_of
 from mllama.parallel.rules import Cut
 from mllama.progress import bar
-from mllama.quantized_modules import QuantizedEmbedding, QuantizedLinear
+from mllama.quantized_modules import QuantizedEmbedding, QuantizedLinear, WholeWeights
 from mllama.wording import shown
+from mllama_kernels.encodings import ENCODINGS
 from mllama_kernels.quantized_tensor import QuantizedTensor
 
 
@@ -46,7 +47,7 @@ def fill(
     _materialise(model, dtype, device, encodings)
     # state_dict() holds the parameters' own memory: filling it needs no second copy.
     load: dict[str, Callable[[Any], object]] = {
-        name: tensor.copy_ for name, tensor in model.state_dict().items()
+        name: tensor.copy_ for name, tensor in model.state_dict(destination=WholeWeights()).items()
     }
     for path, module in model.named_modules():
         for projection in projections_of(module):
@@ -58,19 +59,23 @@ def fill(
     with torch.no_grad(), bar("loading", total, "B", unit_scale=True) as progress:
         for canonical, tensor in checkpoint.read(names):
             name, info = names[canonical], checkpoint.tensors[canonical]
-            if (cut := cuts.get(name)) is not None and isinstance(tensor, Tensor):
-                tensor = cut(tensor)
+            cut = cuts.get(name, _whole)
             if name in encodings:
                 try:
-                    installer.put(name, tensor)
+                    installer.put(name, tensor, cut)
                 except (ValueError, RuntimeError) as error:
                     problem = f"{shown(info.stored_name)} in {shown(info.file)}: {error}"
                     raise CheckpointError(checkpoint.folder, [problem]) from None
             elif isinstance(tensor, QuantizedTensor):
-                load[name](tensor.to(device).dequantize(dtype))
+                # In whose blocks the part may begin and end anywhere.
+                load[name](cut(tensor.to(device).dequantize(dtype)))
             else:
-                load[name](tensor)
+                load[name](cut(tensor))
             progress.update(info.nbytes)
+
+
+def _whole(weight: Any) -> Any:
+    return weight
 
 
 def _within(path: str, name: str) -> str:
@@ -107,12 +112,10 @@ class _Installer:
                 names = whole & encodings.keys()
                 self._waiting |= dict.fromkeys(names, (projection, names))
 
-    def put(self, name: str, tensor: Tensor | QuantizedTensor) -> None:
-        """A weight by its state-dict name, plain or quantised."""
-        weight = tensor.to(self._device)
-        if not isinstance(weight, QuantizedTensor):
-            weight = mllama_kernels.quantize(weight, self._encodings[name])
-        elif weight.device.type == "cpu" and not weight.is_packed:
+    def put(self, name: str, tensor: Tensor | QuantizedTensor, cut: Callable[[Any], Any]) -> None:
+        """The part that ``cut`` gives of a weight by its state-dict name, plain or quantised."""
+        weight = self._quantized(name, tensor, cut)
+        if weight.device.type == "cpu" and not weight.is_packed:
             weight = copy.deepcopy(weight)  # which is part of a mapped file
         path, _, child = name.removesuffix(".weight").rpartition(".")
         owner = self._owners[path]
@@ -127,3 +130,14 @@ class _Installer:
             names.discard(name)
             if not names:
                 projection.pack()
+
+    def _quantized(
+        self, name: str, tensor: Tensor | QuantizedTensor, cut: Callable[[Any], Any]
+    ) -> QuantizedTensor:
+        if isinstance(tensor, QuantizedTensor):
+            return cut(tensor).to(self._device)
+        encoding = self._encodings[name]
+        if ENCODINGS[encoding].block > 1:
+            return mllama_kernels.quantize(cut(tensor).to(self._device), encoding)
+        # Its rows have one scale each, that of the whole row.
+        return cut(mllama_kernels.quantize(tensor.to(self._device), encoding))

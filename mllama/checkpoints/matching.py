@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,19 @@ def match_checkpoint(
     expected |= {name: (count, *expected[name][1:]) for name, count in rows.items()}
     # Before a module is built: a configuration by itself can ask for any number of them.
     sources = _sources_of(folder, source.entries, checkpoint, layout, expected)
-    with torch.device("meta"), _SkipInit():
+    with without_weights():
         model = cls(config, backend=backend)
         _fit_vocabulary(model, rows, layout)
     return MatchedCheckpoint(
         folder, raw, checkpoint, layout_name, config, reason, model, layout, expected, sources
     )
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models that are made here lie on the meta device, at once."""
+    with torch.device("meta"), _SkipInit():
+        yield
 
 
 class _SkipInit(TorchFunctionMode):

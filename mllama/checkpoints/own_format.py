@@ -112,6 +112,7 @@ def _described(
         dtype_name=encoding.name,
         encoding=encoding.name,
         packed_bytes=outline.nbytes,
+        group=outline.group,
     )
     return StoredWeight(info, tuple(names.values()), make)
 

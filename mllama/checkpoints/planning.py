@@ -41,7 +41,7 @@ def require_fit(
     Raises: ValueError with what is missing and the nearest choice that fits; for a context or images that
         cannot be, and for those of a model without images, of which no plan is made.
     """
-    config, name = matched.config, _DTYPES.get(dtype)
+    config, name = matched.model.config, _DTYPES.get(dtype)
     given = {n: v for n, v in (("context", context), ("images", images)) if v is not None}
     if not isinstance(config, MllamaConfig):
         if given:

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.matching import MatchedCheckpoint
 from mllama.checkpoints.own_format import METHOD
 from mllama.checkpoints.published_call import Wanted
-from mllama.parallel.rules import Cut
+from mllama.parallel.split import Split
 from mllama.quantization.policy import (
     MODEL_ENCODINGS,
     Quantization,
@@ -222,30 +221,45 @@ def _skipped(matched: MatchedCheckpoint, modules: Iterable[str]) -> set[str]:
     return names
 
 
-def part_of(
-    choice: Choice, matched: MatchedCheckpoint, dtype: torch.dtype, cuts: Mapping[str, Cut]
+def columns_together(matched: MatchedCheckpoint, encodings: Mapping[str, str]) -> dict[str, int]:
+    """By state-dict name, of the weights that are quantised in the model, how many columns are stored
+    together: where a model is split over ranks, they are cut between those."""
+    units = {}
+    for name, encoding in encodings.items():
+        info = matched.checkpoint.tensors[matched.sources[name]]
+        units[name] = info.unit if info.encoding == encoding else ENCODINGS[encoding].block
+    return units
+
+
+def choice_of_rank(
+    choice: Choice, matched: MatchedCheckpoint, dtype: torch.dtype, split: Split, rank: int
 ) -> Choice:
-    """The choice of one rank of a model that is split, whose parts these are: its bytes are its own."""
-    return replace(choice, nbytes=_nbytes(matched, choice.encodings, dtype, cuts))
+    """The same with the bytes of one rank of a split model."""
+    stored = None
+    if choice.stored_nbytes is not None:
+        infos = {name: matched.checkpoint.tensors[at] for name, at in matched.sources.items()}
+        kept = {name: i.encoding for name, i in infos.items() if i.encoding is not None}
+        stored = _nbytes(matched, kept, dtype, split, rank)
+    own = _nbytes(matched, choice.encodings, dtype, split, rank)
+    return replace(choice, nbytes=own, stored_nbytes=stored)
 
 
 def _nbytes(
     matched: MatchedCheckpoint,
     encodings: Mapping[str, str],
     dtype: torch.dtype,
-    cuts: Mapping[str, Cut] = MappingProxyType({}),
+    split: Split | None = None,
+    rank: int = 0,
 ) -> int:
     total = 0
-    for name, shape in matched.shapes.items():
+    for name, whole in matched.shapes.items():
+        shape = whole if split is None else split.part_shape(name, whole, rank)
         info = matched.checkpoint.tensors[matched.sources[name]]
         encoding = encodings.get(name)
         if encoding is None:
-            nbytes = math.prod(shape) * dtype.itemsize
+            total += math.prod(shape) * dtype.itemsize
         elif info.encoding == encoding:
-            nbytes = info.nbytes
+            total += info.nbytes * math.prod(shape) // math.prod(whole)
         else:
-            nbytes = ENCODINGS[encoding].nbytes(*shape)
-        if (cut := cuts.get(name)) is not None:
-            nbytes = nbytes * (cut.end - cut.begin) // shape[cut.dim]
-        total += nbytes
+            total += ENCODINGS[encoding].nbytes(*shape)
     return total

@@ -7,7 +7,9 @@ import os
 import re
 import tempfile
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from mllama.checkpoints.durable import flush
 from mllama.checkpoints.key_layout import KeyLayout
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 from mllama.checkpoints.stored_form import Item, joined_parts, stored_form
+from mllama.parallel.ranks import Ranks
+from mllama.parallel.states import Gathering
 from mllama.quantized_modules import WholeWeights
 from mllama.vocabulary import fits
 from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -44,6 +48,7 @@ def save_pretrained(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     write_others: Callable[[Path], object] | None = None,
+    writes: bool = True,
 ) -> None:
     """Write config.json, generation_config.json and the weights under their published names.
 
@@ -54,6 +59,8 @@ def save_pretrained(
     files are renamed, and the file that makes the folder loadable (the index, or the single weights
     file) is renamed last: an interrupted save leaves no folder that passes for complete.
 
+    Of a model that is split over ranks all call this. The first writes, and gathers one file at a time.
+
     Args:
         model: one of the model classes.
         folder: where to.
@@ -61,16 +68,56 @@ def save_pretrained(
         state_dict: the tensors to write, under the names of the model's own, for a model that does not
             hold them whole itself.
         write_others: as for :func:`write_folder`.
-    Raises: ValueError for an unreadable size, a state_dict of other names, or a vocabulary that could not
-        be loaded again; TypeError for a model of another class.
+        writes: whether this process does, unless it is one of several ranks and not the first.
+    Raises: ValueError for an unreadable size, a state_dict of other names or of a split model, or a
+        vocabulary that could not be loaded again; TypeError for a model of another class; RuntimeError where
+        the first rank could not write.
     """
     layout = KeyLayout(type(model).__name__)
     limit = _parse_size(max_shard_size)
     state = _whole_state(model, state_dict)
     plain = (t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point())
-    entry, items = stored_form({layout.published_name(n): t for n, t in state.items()}, model)
+    names = {layout.published_name(n): n for n in state}
+    weights = {published: state[n] for published, n in names.items()}
+    gathering, ranks = None, None
+    if model.share is not None:
+        ranks = model.share.ranks
+        writes = writes and ranks.rank == 0
+        gathering = Gathering(model.share, names, keep=writes)
+    entry, items = stored_form(weights, model, gathering)
     texts = model_texts(model, next(plain), entry)
-    write_folder(Path(folder), items, texts, limit, write_others=write_others)
+    with _taking_turns(items, ranks) as turns:
+        if writes:
+            write_folder(Path(folder), turns, texts, limit, write_others=write_others)
+
+
+@contextmanager
+def _taking_turns(items: list[Item], ranks: Ranks | None) -> Iterator[list[Item]]:
+    """The items for the rank that writes them; afterwards all have made those that were not yet, so that no
+    rank waits for another, also where writing fails.
+
+    Raises: RuntimeError where another rank could not write.
+    """
+    if ranks is None:
+        yield items
+        return
+    pending = deque(items)
+
+    def made() -> Iterable[tuple[str, Tensor]]:
+        return pending.popleft().make()
+
+    failure: Exception | None = None
+    try:
+        yield [Item(item.nbytes, made) for item in items]
+    except Exception as error:
+        failure = error
+    while pending:
+        made()
+    reason = ranks.agreed(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if reason is not None:
+        raise RuntimeError(f"rank 0 could not write the model: {reason}")
 
 
 def model_texts(
@@ -183,6 +230,10 @@ def _whole_state(
     model: nn.Module, given: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor | QuantizedTensor]:
     """The tensors to write: those given, or the model's own, with quantised weights as they are."""
+    if given is not None and model.share is not None:
+        raise ValueError(
+            "a model that is split over ranks (tensor_parallel) gathers its own tensors: leave state_dict out"
+        )
     state = model.state_dict(destination=WholeWeights()) if given is None else given
     if given is not None and (odd := sorted(given.keys() ^ model.state_dict().keys())):
         raise ValueError(
@@ -195,6 +246,8 @@ def _whole_state(
         next((t.shape[0] for name, t in state.items() if name.endswith(table)), None)
         for table in ("embed_tokens.weight", "lm_head.weight")
     )
+    if model.share is not None:
+        head = model.share.head_rows
     vocabulary = model.config.get_text_config()
     if not fits(getattr(vocabulary, "vocab_size", 0), embedding, head):
         raise ValueError(

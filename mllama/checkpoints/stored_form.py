@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mllama.checkpoints.key_layout import canonical_name
 from mllama.checkpoints.own_format import METHOD, SIGNED, VERSION
+from mllama.parallel.states import Gathering
 from mllama.quantization.names import named_parts, split_name
 from mllama.quantization.policy import Quantization
 from mllama_kernels.quantized_tensor import QuantizedTensor
@@ -39,22 +40,39 @@ class Item:
 
 
 def stored_form(
-    weights: Mapping[str, Tensor | QuantizedTensor], model: Any
+    weights: Mapping[str, Tensor | QuantizedTensor],
+    model: Any,
+    gathering: Gathering | None = None,
 ) -> tuple[dict[str, Any] | None, list[Item]]:
     """The ``quantization_config`` of weights by their published names, None where all are plain, and the
-    items to write. ``model`` says what it was quantised to."""
-    quantized = {n: w for n, w in weights.items() if isinstance(w, QuantizedTensor)}
-    encodings = {name: weight.encoding for name, weight in quantized.items()}
-    signed = any(map(_has_negative_scales, quantized.values()))
+    items to write. ``model`` says what it was quantised to; of one that is split over ranks the weights are
+    those of this rank, and ``gathering`` makes them whole: all ranks make the items, in their order."""
+    encodings = {n: w.encoding for n, w in weights.items() if isinstance(w, QuantizedTensor)}
+    signed = _has_negative_scales(weights.values())
+    if gathering is not None:
+        signed = gathering.share.ranks.any(signed)
     entry, write = chosen_form(encodings, weights, model.quantization, signed=signed)
     items = []
     for name, weight in weights.items():
-        if isinstance(weight, QuantizedTensor):
-            items.append(Item(weight.nbytes, functools.partial(write, name, weight)))
+        is_quantized = isinstance(weight, QuantizedTensor)
+        size = weight.nbytes if is_quantized else weight.numel() * weight.element_size()
+        tensors: Callable[..., list[tuple[str, Tensor]]] = write if is_quantized else _plain
+        if gathering is None:
+            items.append(Item(size, functools.partial(tensors, name, weight)))
         else:
-            size = weight.numel() * weight.element_size()
-            items.append(Item(size, functools.partial(_plain, name, weight)))
+            make = functools.partial(_gathered, gathering, tensors, name, weight)
+            items.append(Item(gathering.nbytes(name, size), make))
     return entry, items
+
+
+def _gathered(
+    gathering: Gathering,
+    tensors: Callable[..., list[tuple[str, Tensor]]],
+    name: str,
+    own: Tensor | QuantizedTensor,
+) -> list[tuple[str, Tensor]]:
+    whole = gathering(name, own)
+    return [] if whole is None else tensors(name, whole)
 
 
 def chosen_form(
@@ -91,9 +109,13 @@ def chosen_form(
     return {**entry, **({SIGNED: True} if signed else {})}, own_parts
 
 
-def _has_negative_scales(weight: QuantizedTensor) -> bool:
-    """Whether a reader would take the weight for damaged, unless the folder says that it is not."""
-    return weight.encoding in _COMPRESSED and bool((weight.parts()["scale"] < 0).any())
+def _has_negative_scales(weights: Iterable[Tensor | QuantizedTensor]) -> bool:
+    """Whether a reader would take any of them for damaged, unless the folder says that they are not."""
+    return any(
+        bool((weight.parts()["scale"] < 0).any())
+        for weight in weights
+        if isinstance(weight, QuantizedTensor) and weight.encoding in _COMPRESSED
+    )
 
 
 def own_entry(encoding: str, overrides: Mapping[str, str]) -> dict[str, Any]:

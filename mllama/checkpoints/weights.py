@@ -18,11 +18,16 @@ from mllama.checkpoints.expected import Config
 from mllama.checkpoints.filling import fill
 from mllama.checkpoints.gguf.checkpoint import GgufCheckpoint
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS
-from mllama.checkpoints.matching import CONFIGS, DTYPES, MatchedCheckpoint, match_checkpoint
+from mllama.checkpoints.matching import CONFIGS, DTYPES, match_checkpoint
 from mllama.checkpoints.meta_files import MetaCheckpoint
 from mllama.checkpoints.planning import require_fit
 from mllama.checkpoints.published_call import Wanted, check_other_arguments, quantization_of_call
-from mllama.checkpoints.quantizing import Choice, choose_encodings, part_of, stored_by_encoding
+from mllama.checkpoints.quantizing import (
+    choice_of_rank,
+    choose_encodings,
+    columns_together,
+    stored_by_encoding,
+)
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
@@ -139,7 +144,9 @@ def load_pretrained(
         logger.warning("%s: %s", matched.folder, line)
     share = None
     if ranks is not None:
-        share, choice = _take_part(matched, choice, chosen, ranks)
+        share = Share(ranks, Split(model, ranks.size, columns_together(matched, choice.encodings)))
+        share.take(model)
+        choice = choice_of_rank(choice, matched, chosen, share.split, ranks.rank)
     require_fit(
         matched,
         choice,
@@ -226,19 +233,10 @@ def describe_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
         "semantics": matched.model.semantics.name,
         "semantics_reason": matched.reason,
-        "ranks": possible_sizes(matched.model, choice.encodings),
+        "ranks": possible_sizes(matched.model, columns_together(matched, choice.encodings)),
         **stored_by_encoding(matched, dtype),
         **loaded,
     }
-
-
-def _take_part(
-    matched: MatchedCheckpoint, choice: Choice, dtype: torch.dtype, ranks: Ranks
-) -> tuple[Share, Choice]:
-    """Turn the matched model into this rank's part. Raises: CannotSplit."""
-    share = Share(ranks, Split(matched.model, ranks.size, choice.encodings))
-    share.take(matched.model)
-    return share, part_of(choice, matched, dtype, share.cuts)
 
 
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -279,7 +277,7 @@ class PlanSource:
     Attributes:
         config: of the model; of a rank's part it says over how many the model is split.
         dtype: of activations, caches, and what is not quantised.
-        nbytes: of all weights; of a rank's part.
+        nbytes: of all weights, of several ranks that share them on the one that has most.
         encoding: of the quantised ones; None if there is none.
         stored: the same where they are stored so already; else None.
     """
@@ -300,11 +298,13 @@ def plan_source(
     dtype: str | None = None,
     quantization: str | None = None,
     quantization_overrides: Mapping[str, str] | None = None,
-    ranks: Ranks | None = None,
+    tensor_parallel: int = 1,
 ) -> PlanSource:
     """What a memory plan of a checkpoint starts from, from the headers of the files only, as it is loaded
-    with these arguments; over ranks what the plan of this one does.
+    with these arguments.
 
+    Args:
+        tensor_parallel: how many ranks share the model; its configuration says so then.
     Raises: as :func:`load_pretrained`.
     """
     matched = match_checkpoint(cls, name_or_path, "auto", "auto", given=config, projector=projector)
@@ -319,13 +319,18 @@ def plan_source(
     choice = choose_encodings(
         matched, Wanted(quantization), quantization_overrides, dequantize=False, dtype=chosen
     )
-    if ranks is not None:
-        _, choice = _take_part(matched, choice, chosen, ranks)
+    nbytes = choice.nbytes
+    if tensor_parallel > 1:
+        units = columns_together(matched, choice.encodings)
+        split = Split(matched.model, tensor_parallel, units)
+        every = (choice_of_rank(choice, matched, chosen, split, r) for r in range(tensor_parallel))
+        nbytes = max(own.nbytes for own in every)
+        matched.model.config.get_text_config().tensor_parallel_size = tensor_parallel
     encoding = None if choice.quantization is None else choice.quantization.encoding
     return PlanSource(
         matched.model.config,
         str(chosen).removeprefix("torch."),
-        choice.nbytes,
+        nbytes,
         encoding,
         encoding if matched.found else None,
     )

@@ -204,6 +204,7 @@ def planned_source(options: argparse.Namespace, folder: str) -> PlanSource:
     """What a plan of :func:`load_model`'s model starts from, before that is loaded. Raises: as there."""
     _check_serialized(options, folder)
     weights, described = weights_of(options, folder)
+    ranks = Ranks.of(options.tensor_parallel)
     return plan_source(
         MllamaForConditionalGeneration,
         weights,
@@ -212,7 +213,7 @@ def planned_source(options: argparse.Namespace, folder: str) -> PlanSource:
         dtype=dtype_of(options),
         quantization=options.quantization_encoding,
         quantization_overrides=overrides_of(options) or None,
-        ranks=Ranks.of(options.tensor_parallel),
+        tensor_parallel=1 if ranks is None else ranks.size,
     )
 
 

@@ -75,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a card, with its unit: 24GB is 24 x 2^30 bytes (default: what is free on this machine's)",
     )
+    group.add_argument(
+        "--tensor-parallel",
+        dest="ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="devices that share the model, each with such a memory; the sizes are those of one",
+    )
     add_device_argument(group, "whose free memory counts (default: cuda if there is one)")
     group.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
@@ -88,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         "batch": options.max_batch_size,
         "images": options.images,
         "overrides": overrides or None,
+        "tensor_parallel": options.ranks,
         "dtype": dtype,
         "device": _device(options).type if options.memory is None else "cuda",
     }
@@ -129,6 +138,7 @@ def _source(
             projector=options.projector,
             quantization=options.quantization_encoding,
             quantization_overrides=overrides or None,
+            tensor_parallel=options.ranks,
         )
         nbytes = None if found.stored is None else found.nbytes
         return found.config, found.stored, nbytes, found.dtype

@@ -10,7 +10,13 @@ from typing import Any
 from mllama.engine.pages import PAGE_SIZE
 from mllama.engine.plan import Limits
 from mllama.engine.step import power_of_two
-from mllama.quantization.workspace import GRAPHS, projected_bytes, text_workspace, vision_workspace
+from mllama.quantization.workspace import (
+    GRAPHS,
+    logit_copies,
+    projected_bytes,
+    text_workspace,
+    vision_workspace,
+)
 from mllama.stores import KeyValueStore
 
 # What a prompt may take of a step besides the tokens that are decoded.
@@ -188,19 +194,19 @@ def _workspace(
 ) -> tuple[int, int]:
     """Bytes of a step, whose pictures pass the tower before its text is read, and of captured ones."""
     text = config.get_text_config()
-    tokens, rows = limits.max_batch_tokens, limits.max_batch_size
+    tokens, rows, ranks = limits.max_batch_tokens, limits.max_batch_size, text.tensor_parallel_size
 
     def of_text(count: int) -> int:
         values = text_workspace(
-            text, count, itemsize, quantized=quantized, on_gpu=on_gpu, part=count
+            text, count, itemsize, quantized=quantized, on_gpu=on_gpu, part=count, ranks=ranks
         )
-        return values + rows * text.vocab_size * (itemsize + _CHOICE)
+        return values + rows * text.vocab_size * (logit_copies(ranks) * itemsize + _CHOICE)
 
     workspace = of_text(tokens)
     if (vision := getattr(config, "vision_config", None)) is not None:
         pictures = limits.max_new_pictures
         states = projected_bytes(config, pictures * vision.max_num_tiles, itemsize)
-        tower = vision_workspace(vision, pictures, itemsize, on_gpu=on_gpu)
+        tower = vision_workspace(vision, pictures, itemsize, on_gpu=on_gpu, ranks=ranks)
         workspace = max(workspace, tower + states)
     return workspace, GRAPHS + of_text(power_of_two(rows)) if on_gpu else 0
 

@@ -70,8 +70,26 @@ class Ranks:
         return _Summed.apply(x, self.group)
 
     def side_by_side(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
+        """x (..., own size) of all ranks as (..., sum of sizes), in their order.
+
+        Raises: ValueError for another size than this rank's.
+        """
+        if x.shape[-1] != sizes[self.rank]:
+            raise ValueError(
+                f"rank {self.rank} of a split model has {sizes[self.rank]} of {sum(sizes)} outputs, and a "
+                f"module gives {x.shape[-1]}: it was made for the whole"
+            )
         return _SideBySide.apply(x, self.group, tuple(sizes))
+
+    def send(self, x: Tensor, rank: int) -> None:
+        """Make x, contiguous and of one shape and dtype on all ranks, what it is on one of them."""
+        dist.broadcast(x, src=dist.get_global_rank(self.group, rank), group=self.group)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on any rank."""
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self.group)
+        return any(every)
 
     def agreed(self, value: Any) -> Any:
         """What the first rank has given, on all of them; it is pickled."""

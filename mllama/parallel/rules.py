@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor
+
+from mllama_kernels.quantized_tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,15 @@ class Cut:
     end: int
     is_zero: bool = False
 
-    def __call__(self, whole: Tensor) -> Tensor:
-        """The part, a view; zeros are new."""
+    @overload
+    def __call__(self, whole: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, whole: QuantizedTensor) -> QuantizedTensor: ...
+    def __call__(self, whole: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        """The part: of a tensor a view, but for zeros; of a quantised weight as it gives rows and columns."""
+        if isinstance(whole, QuantizedTensor):
+            part_of = whole.columns if self.dim else whole.rows
+            return part_of(self.begin, self.end)
         part = whole.narrow(self.dim, self.begin, self.end - self.begin)
         return torch.zeros_like(part) if self.is_zero else part
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from mllama.linear import Projection, projections_of
 from mllama.parallel.ranks import Ranks
 from mllama.parallel.rules import ColumnParallel, Cut, RowParallel, spans
-from mllama_kernels.encodings import ENCODINGS
 
 
 class CannotSplit(ValueError):
@@ -24,7 +23,8 @@ class Split:
     Args:
         model: without weights: its parameters on the meta device, with their whole shapes.
         size: how many ranks.
-        encodings: by state-dict name, of the weights that will be quantised.
+        units: by state-dict name, of the weights that will be quantised, the columns that are stored
+            together.
     Raises: CannotSplit naming what does not divide, with the numbers.
 
     Attributes:
@@ -32,27 +32,35 @@ class Split:
         size: how many ranks.
     """
 
-    def __init__(self, model: nn.Module, size: int, encodings: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, size: int, units: Mapping[str, int]) -> None:
         self.cuts: dict[str, tuple[Cut, ...]] = {}
         self.size = size
         for path, block in model.named_modules():
             own = {name: p for p in projections_of(block) for name in p.names if p.rule is not None}
-            units = _feature_units(path, own, encodings, block)
+            features = _features_together(path, own, units)
             for name, projection in own.items():
                 parameters = dict(getattr(block, name).named_parameters())
                 place = _within(path, name)
                 rule = projection.rule
                 if isinstance(rule, ColumnParallel):
-                    cuts = self._column_cuts(place, name, rule, parameters["weight"], units)
+                    cuts = self._column_cuts(place, name, rule, parameters["weight"], features)
                     self.cuts |= {_within(place, of): cuts for of in parameters}
                 elif isinstance(rule, RowParallel):
-                    cuts = self._row_cuts(place, rule, parameters["weight"], units, encodings)
+                    cuts = self._row_cuts(place, rule, parameters["weight"], features, units)
                     self.cuts[_within(place, "weight")] = cuts
                     if "bias" in parameters:
                         rows = parameters["bias"].shape[0]
                         self.cuts[_within(place, "bias")] = tuple(
                             Cut(0, 0, rows, is_zero=rank > 0) for rank in range(size)
                         )
+
+    def part_shape(self, name: str, whole: Sequence[int], rank: int) -> tuple[int, ...]:
+        """Of a parameter on a rank."""
+        sizes = list(whole)
+        if name in self.cuts:
+            cut = self.cuts[name][rank]
+            sizes[cut.dim] = cut.end - cut.begin
+        return tuple(sizes)
 
     def _column_cuts(
         self, place: str, name: str, rule: ColumnParallel, weight: Any, unit: int
@@ -64,12 +72,12 @@ class Split:
             raise CannotSplit(self._refusal(units, rule.what, place))
         found = spans(units, self.size, repeats)
         if found is None:
-            raise CannotSplit(self._refusal(units, rule.what, place))
+            raise CannotSplit(self._refusal(units, _in_parts(units, unit, rule.what), place))
         each = rows // units
         return tuple(Cut(0, begin * each, end * each) for begin, end in found)
 
     def _row_cuts(
-        self, place: str, rule: RowParallel, weight: Any, unit: int, encodings: Mapping[str, str]
+        self, place: str, rule: RowParallel, weight: Any, unit: int, stored: Mapping[str, int]
     ) -> tuple[Cut, ...]:
         columns = weight.shape[1]
         units = columns // unit if rule.units is None else rule.units
@@ -77,16 +85,15 @@ class Split:
             raise CannotSplit(self._refusal(units, rule.what, place))
         found = spans(units, self.size)
         if found is None:
-            raise CannotSplit(self._refusal(units, f"parts of {unit} {rule.what}", place))
+            raise CannotSplit(self._refusal(units, _in_parts(units, unit, rule.what), place))
         each = columns // units
-        encoding = encodings.get(_within(place, "weight"))
-        block = block_columns(encoding, columns) if encoding is not None else 1
-        for begin, end in found:
-            if begin * each % block or end * each % block:
+        block = stored.get(_within(place, "weight"), 1)
+        for _, end in found:
+            if end * each % block:
                 raise CannotSplit(
                     f"{self.size} ranks would divide the {columns} columns of {place}.weight at "
-                    f"{begin * each if begin * each % block else end * each}, within a block of {block} that "
-                    f"{encoding} has: take fewer ranks, or another encoding for it"
+                    f"{end * each}, within one of the blocks of {block} that it is quantised in: take fewer "
+                    "ranks, or another encoding for it"
                 )
         return tuple(Cut(1, begin * each, end * each) for begin, end in found)
 
@@ -111,6 +118,13 @@ class Share:
         self.ranks, self.split = ranks, split
         self.cuts = {name: cuts[ranks.rank] for name, cuts in split.cuts.items()}
         self.head_rows: int | None = None
+
+    def whole_shape(self, name: str, own: Sequence[int]) -> tuple[int, ...]:
+        """Of a parameter on all ranks together, by what it is here."""
+        sizes = list(own)
+        if (cuts := self.split.cuts.get(name)) is not None:
+            sizes[cuts[0].dim] = cuts[-1].end
+        return tuple(sizes)
 
     def take(self, model: nn.Module) -> None:
         """Give the model, which has no weights yet, the sizes of this rank, and its exchange with others."""
@@ -145,21 +159,16 @@ class Share:
             self.head_rows = sum(sizes)
 
 
-def block_columns(encoding: str, columns: int) -> int:
-    """How many columns are encoded together, between which a weight can be cut."""
-    return ENCODINGS[encoding].block
-
-
-def _feature_units(
-    path: str, own: Mapping[str, Projection], encodings: Mapping[str, str], block: nn.Module
-) -> int:
+def _features_together(path: str, own: Mapping[str, Projection], stored: Mapping[str, int]) -> int:
     """In parts of how many features a block without heads is split: its row parallel weight's blocks."""
     for name, projection in own.items():
         if isinstance(projection.rule, RowParallel) and projection.rule.units is None:
-            place = _within(path, f"{name}.weight")
-            if place in encodings:
-                return block_columns(encodings[place], getattr(block, name).weight.shape[1])
+            return stored.get(_within(path, f"{name}.weight"), 1)
     return 1
+
+
+def _in_parts(count: int, unit: int, what: str) -> str:
+    return what if unit == 1 else f"block{'s' if count > 1 else ''} of {unit} {what}"
 
 
 def _within(path: str, name: str) -> str:

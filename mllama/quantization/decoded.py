@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllama.parallel.split import Share
 from mllama.quantized_modules import WholeWeights
 from mllama_kernels.quantized_tensor import QuantizedTensor
 
@@ -16,7 +17,8 @@ def decoded_copy(model: Any, dtype: torch.dtype, backend: str) -> Any:
     """A model with the decoded weights of another, on its device and in evaluation mode.
 
     Args:
-        model: one of the model classes; a plain one is copied.
+        model: one of the model classes; a plain one is copied. Of one that is split over ranks the copy is
+            split alike.
         dtype: of the copy.
         backend: of the copy.
     """
@@ -32,9 +34,13 @@ def decoded_copy(model: Any, dtype: torch.dtype, backend: str) -> Any:
             copy.set_input_embeddings(
                 nn.Embedding(embedding.num_embeddings, embedding.embedding_dim)
             )
-        if head is not None:
+        if model.share is not None:
+            Share(model.share.ranks, model.share.split).take(copy)
+        elif head is not None:
             copy.set_output_embeddings(nn.Linear(head.in_features, head.out_features, bias=False))
-    copy.load_state_dict(state, assign=True)
+    for name, value in state.items():  # of a split model parts, which a state dict has none of
+        path, _, own = name.rpartition(".")
+        copy.get_submodule(path).register_parameter(own, nn.Parameter(value))
     copy.ops.settle(model.device)
     return copy.requires_grad_(False).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from mllama.quantization.workspace import (
     text_workspace,
     vision_workspace,
 )
+from mllama.shapes import Shapes
 from mllama.wording import quoted
 from mllama_kernels.encodings import ENCODINGS
 
@@ -48,7 +50,8 @@ def named_config(name: str) -> MllamaConfig | None:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a model that answers so many prompts at once.
+    """Bytes of a model that answers so many prompts at once; of several ranks that share it, those of the one
+    that takes most.
 
     Attributes:
         encoding: of the weights, or their dtype.
@@ -56,6 +59,7 @@ class MemoryPlan:
         batch: prompts that are answered at once; they are read one after another.
         weights, self_kv, cross_kv, workspace, graphs: what takes how much; self_kv is of the texts, cross_kv
             of the images.
+        tensor_parallel: how many ranks.
     """
 
     encoding: str
@@ -66,6 +70,7 @@ class MemoryPlan:
     cross_kv: int
     workspace: int
     graphs: int
+    tensor_parallel: int = 1
 
     @property
     def total(self) -> int:
@@ -87,6 +92,7 @@ def plan(
     dtype: str = "bfloat16",
     weights: int | None = None,
     device: str = "cuda",
+    tensor_parallel: int | None = None,
 ) -> MemoryPlan:
     """What a model takes.
 
@@ -99,8 +105,10 @@ def plan(
         tiles: of each image that the cache holds.
         overrides: as for `from_pretrained`.
         dtype: of activations, caches, and what is not quantised.
-        weights: their bytes, where they are known already.
+        weights: their bytes, where they are known already; of one rank.
         device: "cpu", or any other for a GPU, where decode steps are captured and libraries have a workspace.
+        tensor_parallel: how many ranks share the model; None: as many as its configuration says, 1 of a model
+            that is not loaded.
     Raises: ValueError for what cannot be.
     """
     if isinstance(config, str):
@@ -112,21 +120,24 @@ def plan(
         raise ValueError(unknown("encoding", encoding, (*MODEL_ENCODINGS, *PLAIN)))
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype must be one of {list(_ITEMSIZE)}, got {quoted(dtype)}")
-    _check_counts(config, context, batch, images, tiles)
+    text, vision = copy.copy(config.text_config), config.vision_config
+    ranks = text.tensor_parallel_size if tensor_parallel is None else tensor_parallel
+    _check_counts(config, context, batch, images, tiles, ranks)
+    text.tensor_parallel_size = ranks
     dtype = encoding if encoding in PLAIN and weights is None else dtype
     itemsize = _ITEMSIZE[dtype]
-    text, vision = config.text_config, config.vision_config
     if weights is None:
-        weights = weight_bytes(config, encoding, overrides, dtype)
-    head = 2 * text.num_key_value_heads * text.head_dim * itemsize
+        weights = weight_bytes(config, encoding, overrides, dtype, ranks)
+    head = 2 * text.local_key_value_heads * text.head_dim * itemsize
     crossed, attended = len(text.cross_attention_layers), len(text.self_attention_layers)
     on_gpu = device != "cpu"
     workspace = text_workspace(
-        text, context, itemsize, quantized=encoding not in PLAIN, on_gpu=on_gpu
+        text, context, itemsize, quantized=encoding not in PLAIN, on_gpu=on_gpu, ranks=ranks
     )
     if images:
         workspace += projected_bytes(config, images * tiles, itemsize)
-        workspace = max(workspace, vision_workspace(vision, images, itemsize, on_gpu=on_gpu))
+        tower = vision_workspace(vision, images, itemsize, on_gpu=on_gpu, ranks=ranks)
+        workspace = max(workspace, tower)
         workspace += pixel_bytes(vision, images)
     return MemoryPlan(
         encoding=encoding,
@@ -137,6 +148,7 @@ def plan(
         cross_kv=batch * images * tiles * vision.num_patches * crossed * head,
         workspace=workspace,
         graphs=GRAPHS if on_gpu else 0,
+        tensor_parallel=ranks,
     )
 
 
@@ -145,8 +157,12 @@ def weight_bytes(
     encoding: str,
     overrides: Mapping[str, str] | None = None,
     dtype: str = "bfloat16",
+    tensor_parallel: int = 1,
 ) -> int:
-    """Bytes of all parameters. Raises: ValueError as :func:`mllama.quantization.policy.assign`."""
+    """Bytes of all parameters, of several ranks on the one that has most.
+
+    Raises: ValueError as :func:`mllama.quantization.policy.assign`, and for ranks that cannot share it.
+    """
     layout = KeyLayout(_CLASS)
     shapes = expected_shapes(config, layout)
     chosen: Mapping[str, str] = {}
@@ -155,10 +171,36 @@ def weight_bytes(
     elif overrides:
         raise ValueError(f"overrides go with an encoding that quantises, {encoding} does not")
     itemsize = _ITEMSIZE[dtype]
-    return sum(
-        ENCODINGS[chosen[name]].nbytes(*shape) if name in chosen else math.prod(shape) * itemsize
-        for name, shape in shapes.items()
+    every: list[Shapes] = [shapes]
+    if tensor_parallel > 1:
+        every = _shapes_of_ranks(config, shapes, chosen, tensor_parallel)
+    return max(
+        sum(
+            ENCODINGS[chosen[name]].nbytes(*shape)
+            if name in chosen
+            else math.prod(shape) * itemsize
+            for name, shape in own.items()
+        )
+        for own in every
     )
+
+
+def _shapes_of_ranks(
+    config: MllamaConfig, shapes: Shapes, encodings: Mapping[str, str], size: int
+) -> list[Shapes]:
+    """Those of the parameters on each rank, as the modules say, which are built without weights."""
+    from mllama.checkpoints.matching import without_weights  # these plan by this module
+    from mllama.model import MllamaForConditionalGeneration
+    from mllama.parallel.split import Split
+
+    with without_weights():
+        model = MllamaForConditionalGeneration(config)
+    units = {name: ENCODINGS[encoding].block for name, encoding in encodings.items()}
+    split = Split(model, size, units)
+    return [
+        {name: split.part_shape(name, shape, rank) for name, shape in shapes.items()}
+        for rank in range(size)
+    ]
 
 
 def longest_context(
@@ -169,7 +211,8 @@ def longest_context(
     if "weights" not in options:
         overrides, dtype = options.get("overrides"), options.get("dtype", "bfloat16")
         size_of = encoding if encoding in PLAIN else dtype
-        options["weights"] = weight_bytes(config, encoding, overrides, size_of)
+        ranks = options.get("tensor_parallel") or config.text_config.tensor_parallel_size
+        options["weights"] = weight_bytes(config, encoding, overrides, size_of, ranks)
     low, high = 0, config.text_config.max_position_embeddings // _PAGE
     missing = plan(config, encoding, _PAGE, **options).total - free
     while low < high:
@@ -266,13 +309,16 @@ def _context_with(
     return longest_context(config, made.encoding, free, **given)[0]
 
 
-def _check_counts(config: MllamaConfig, context: int, batch: int, images: int, tiles: int) -> None:
+def _check_counts(
+    config: MllamaConfig, context: int, batch: int, images: int, tiles: int, ranks: int
+) -> None:
     most = config.text_config.max_position_embeddings
     for name, value, low, high in (
         ("context", context, 1, most),
         ("batch", batch, 1, 2**20),
         ("images", images, 0, 2**20),
         ("tiles", tiles, 1, config.vision_config.max_num_tiles),
+        ("tensor_parallel", ranks, 1, config.text_config.num_attention_heads),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(

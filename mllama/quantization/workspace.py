@@ -28,16 +28,22 @@ def text_workspace(
     quantized: bool,
     on_gpu: bool,
     part: int = PART,
+    ranks: int = 1,
 ) -> int:
     """Bytes while the layers read so many tokens, ``part`` of them together: gate and up beside the stream,
     its norm and the embeddings, and then either what a product makes of its operands or what the activation
-    gives."""
-    width, inner = config.hidden_size, config.intermediate_size
+    gives. Of ``ranks`` that share the model each has a part of the MLP."""
+    width, inner = config.hidden_size, -(-config.intermediate_size // ranks)
     rows = min(tokens, part)
-    values = rows * (2 * inner + 3 * width) + config.vocab_size
+    values = rows * (2 * inner + 3 * width) + logit_copies(ranks) * config.vocab_size
     product = _SLAB if on_gpu else min(rows, _REENCODED_ROWS) * width * _REENCODED
     product = min(product, 2 * inner * width * itemsize) if quantized else 0
     return values * itemsize + max(rows * inner * itemsize, product) + _library(on_gpu)
+
+
+def logit_copies(ranks: int) -> int:
+    """How many there are of logits at once: several ranks gather their parts, and put them side by side."""
+    return 1 if ranks == 1 else 3
 
 
 def projected_bytes(config: MllamaConfig, tiles: int, itemsize: int) -> int:
@@ -52,14 +58,15 @@ def pixel_bytes(config: MllamaVisionConfig, images: int) -> int:
 
 
 def vision_workspace(
-    config: MllamaVisionConfig, images: int, itemsize: int, *, on_gpu: bool
+    config: MllamaVisionConfig, images: int, itemsize: int, *, on_gpu: bool, ranks: int = 1
 ) -> int:
     """Bytes while the vision tower reads so many images at once: their pixels in the model's dtype and the
-    taps, beside the taps stacked and joined to the stream, or beside one layer's MLP."""
+    taps, beside the taps stacked and joined to the stream, or beside one layer's MLP, of which each of
+    ``ranks`` has a part."""
     tokens = -(-config.num_patches // _PAD) * _PAD * config.max_num_tiles * images
     width, taps = config.hidden_size, len(config.intermediate_layers_indices)
     joined = width * (1 + taps) + config.vision_output_dim
-    layer = 2 * width + 2 * config.intermediate_size
+    layer = 2 * width + 2 * -(-config.intermediate_size // ranks)
     pixels = 0 if itemsize == _PIXEL else pixel_bytes(config, images) // _PIXEL * itemsize
     return pixels + tokens * (width * taps + max(joined, layer)) * itemsize + _library(on_gpu)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def lora_options(
     modules = dict(model.named_modules())
     problems = [
         *tensors.problems,
-        *_misfits(modules, entries, tensors),
+        *_misfits(model, modules, entries, tensors),
         *_strays(model, modules, entries, tensors),
     ]
     names = list(modules)
@@ -157,11 +157,19 @@ def _rank(parts: dict[str, tuple[int, ...]]) -> int | None:
     return shape[0] if shape else None
 
 
-def _expected(module: nn.Module, rank: int, entries: dict[str, Any]) -> Shapes | None:
+def _whole_shape(model: Any, name: str, own: Sequence[int]) -> tuple[int, ...]:
+    """Of a parameter by what it is here, perhaps a part of it."""
+    return tuple(own) if model.share is None else model.share.whole_shape(name, own)
+
+
+def _expected(
+    model: nn.Module, name: str, module: nn.Module, rank: int, entries: dict[str, Any]
+) -> Shapes | None:
     """The shapes of an adapter of one module; None for a kind that has none."""
     if isinstance(module, nn.Linear):
-        shapes = {"A.weight": (rank, module.in_features), "B.weight": (module.out_features, rank)}
-        out = module.out_features
+        own = module.out_features, module.in_features
+        out, width = _whole_shape(model, f"{name}.weight", own)
+        shapes = {"A.weight": (rank, width), "B.weight": (out, rank)}
     elif isinstance(module, nn.Embedding):
         out = module.embedding_dim
         shapes = {"embedding_A": (rank, module.num_embeddings), "embedding_B": (out, rank)}
@@ -176,7 +184,9 @@ def _expected(module: nn.Module, rank: int, entries: dict[str, Any]) -> Shapes |
     return {f"lora_{name}": shape for name, shape in shapes.items()}
 
 
-def _misfits(modules: dict[str, nn.Module], entries: dict[str, Any], tensors: Tensors) -> list[str]:
+def _misfits(
+    model: nn.Module, modules: dict[str, nn.Module], entries: dict[str, Any], tensors: Tensors
+) -> list[str]:
     """What is wrong with the tensors of the modules."""
     without_place, absent, wrong = [], [], []
     for name, parts in tensors.by_module.items():
@@ -185,7 +195,8 @@ def _misfits(modules: dict[str, nn.Module], entries: dict[str, Any], tensors: Te
         rank = _rank(parts)
         if entries["use_dora"] and isinstance(modules.get(name), Quantized):
             wrong.append(f"{name} is quantised, and DoRA needs its weight: use dequantize=True")
-        expected = _expected(modules[name], rank or 1, entries) if name in modules else None
+        module = modules.get(name)
+        expected = module and _expected(model, name, module, rank or 1, entries)
         if expected is None:
             without_place += [f"{name}.{part}" for part in parts]
             continue
@@ -209,7 +220,7 @@ def _strays(
     model: nn.Module, modules: Iterable[str], entries: dict[str, Any], tensors: Tensors
 ) -> list[str]:
     """What is wrong with the tensors that are stored as a whole."""
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    parameters = {n: _whole_shape(model, n, p.shape) for n, p in model.named_parameters()}
     endings = tuple(entries["modules_to_save"] or ())
     saved = tuple(f"{name}." for name in modules if endings and name.endswith(endings))
     absent = [n for n in parameters if n.startswith(saved) and n not in tensors.others and saved]

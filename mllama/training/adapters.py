@@ -10,7 +10,7 @@ from torch import nn
 
 from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.safetensors_header import BadHeader, read_header
-from mllama.quantized_modules import Quantized
+from mllama.quantized_modules import Quantized, WholeWeights
 from mllama.wording import quoted, reason, shown
 
 from .adapter_config import checked_entries
@@ -94,7 +94,8 @@ def _merge(peft: ModuleType, model: nn.Module, folder: Path, tensors: Tensors, c
     wrapped = peft.PeftModel.from_pretrained(model, folder, config=config)
     # By itself PEFT would ask the hub for the base model that the configuration names, to tell whether the
     # embedding that is adapted belongs to the adapter; it is loaded where the file has it.
-    state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    own = wrapped.state_dict(destination=WholeWeights())
+    state = peft.get_peft_model_state_dict(wrapped, own, save_embedding_layers=False)
     own = {name for name in tensors.names if not name.endswith(".base_layer.weight")}
     if unknown := sorted(own ^ state.keys()):
         raise ValueError(shown(unknown[0]))

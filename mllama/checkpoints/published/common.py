@@ -107,14 +107,16 @@ def encoded(
     nbytes: int,
     parts: tuple[str, ...],
     make: Callable[[Parts], Parts],
+    group: int = 0,
 ) -> StoredWeight:
-    """A weight that keeps its bits: ``make`` turns the stored tensors into the encoding's parts."""
+    """A weight that keeps its bits: ``make`` turns the stored tensors into the encoding's parts; ``group`` is
+    that of int4."""
 
     def weight(tensors: Parts) -> QuantizedTensor:
         return QuantizedTensor.from_parts(encoding, make(tensors), pack=False)
 
     name, kind = stored.tensors[named_by].stored_name, stored.tensors[named_by].dtype_name
-    info = TensorInfo(name, "", shape, None, kind, encoding, nbytes)
+    info = TensorInfo(name, "", shape, None, kind, encoding, nbytes, group)
     return StoredWeight(info, parts, weight)
 
 

@@ -135,7 +135,7 @@ class _Layout:
         group = kernel_group(columns // self.groups)
         if self.order is None and self.bits == 4 and group is not None:
             nbytes = int4_bytes(self.shape, group, stored.tensors[self.scale].dtype_name)
-            return encoded(stored, self.packed, "int4", self.shape, nbytes, parts, self.int4)
+            return encoded(stored, self.packed, "int4", self.shape, nbytes, parts, self.int4, group)
         if self.order is None and self.bits == 8 and self.groups == 1 and self.zero is None:
             nbytes = rows * columns + 4 * rows
             return encoded(stored, self.packed, "int8", self.shape, nbytes, parts, self.int8)

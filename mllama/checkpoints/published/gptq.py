@@ -162,7 +162,8 @@ class _Layout:
         group = kernel_group(self.shape[1] // self.groups)
         if self.order is None and self.bits == 4 and group is not None:
             nbytes = int4_bytes(self.shape, group, stored.tensors[scales].dtype_name)
-            return encoded(stored, named_by, "int4", self.shape, nbytes, self.names, self.int4)
+            parts, make = self.names, self.int4
+            return encoded(stored, named_by, "int4", self.shape, nbytes, parts, make, group)
         if self.order is not None:
             reason = "columns that were quantised in another order (desc_act)"
         else:
