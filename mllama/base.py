@@ -19,7 +19,7 @@ from mllama.checkpoints.placement import resolve_device
 from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
-from mllama.parallel.split import Share
+from mllama.parallel.split import Share, require_whole
 from mllama.quantization.policy import Quantization
 from mllama.quantized_modules import Quantized
 from mllama.semantics import Semantics, SemanticsLike, resolve_semantics
@@ -186,10 +186,12 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole.
 
-        Raises: TypeError for a model with quantised weights, which hold what was loaded.
+        Raises: TypeError for a model with quantised weights, which hold what was loaded, and for one that
+            is split over ranks, which would draw other numbers.
         """
         if self._is_part:
             return
+        require_whole(self, "init_weights()")
         if any(isinstance(module, Quantized) for module in self.modules()):
             raise TypeError("quantised weights cannot be drawn anew: load with dequantize=True")
         std = getattr(self.config, "text_config", self.config).initializer_range

@@ -276,7 +276,7 @@ class Projection:
             )
             return self.together(shares, products)
         for linear in self.linears:
-            if kinds.get(linear) not in (nn.Linear, QuantizedLinear):
+            if kinds.get(linear) not in (nn.Linear, QuantizedLinear) or _FSDP_MARK in vars(linear):
                 self.require_whole(linear)
         outputs = [
             linear_by(ops, x, linear.weight, linear.bias)
@@ -288,13 +288,22 @@ class Projection:
 
     def require_whole(self, module: nn.Module) -> None:
         """Raises: TypeError if the projection is split: then the module, with a hook or a forward of its own,
-        would see the features or heads of one rank only."""
-        if self.is_split:
+        would see the features or heads of one rank only, and FSDP take the parts of several for one weight;
+        and in an exported program."""
+        if not self.is_split:
+            return
+        if torch.compiler.is_exporting():
             raise TypeError(
-                f"{type(module).__name__} beside {', '.join(self.names)} has a hook or a forward of its own; "
-                "in a model that is split over ranks (tensor_parallel) it would see a part of the features: "
-                "put it on the attention or MLP as a whole, or load the model without tensor_parallel"
+                "a model that is split over ranks (tensor_parallel) cannot be exported: a program has no "
+                "other ranks"
             )
+        own = [name for name in self.names if self._children[name] is module]
+        what = f"beside {', '.join(self.names)}" if not own else f"at {own[0]}"
+        raise TypeError(
+            f"{type(module).__name__} {what} has a hook, a forward of its own or FSDP around it; in a "
+            "model that is split over ranks (tensor_parallel) those would see a part of the features: put "
+            "them on the attention or MLP as a whole, or load the model without tensor_parallel"
+        )
 
     def split(self, y: Product) -> tuple[Tensor, ...]:
         """The product (..., sum of the outputs) as one view per linear, in their order."""

@@ -29,7 +29,7 @@ class SurfaceMixin:
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters there are, quantised weights by what they stand for: all, those that are
-        trained, those outside of any `nn.Embedding`."""
+        trained, those outside of any `nn.Embedding`; of a split model those of this rank."""
         module: nn.Module = self  # type: ignore[assignment]
         left_out = {
             f"{name}.weight"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mllama.config_fields import integer, value_problem
 from mllama.layers import init_normal
+from mllama.parallel.split import require_whole
 from mllama.quantized_modules import Quantized
 from mllama.shapes import EXTRA_ROWS
 
@@ -88,8 +89,10 @@ class VocabularyMixin:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another module in the place of the head. Its number of classes may differ.
 
-        Raises: ValueError for one that takes vectors of another width; TypeError for a model without head.
+        Raises: ValueError for one that takes vectors of another width; TypeError for a model without head, or
+            that is split over ranks.
         """
+        require_whole(self, "set_output_embeddings()")
         if self.get_output_embeddings() is None:
             raise TypeError(f"{type(self).__name__} has no head")
         _check_width("the head", getattr(new_embeddings, "in_features", None), self.config)
@@ -116,11 +119,13 @@ class VocabularyMixin:
             mean_resizing: draw new rows around the mean of the old ones; False: as in a fresh model.
         Returns: the embedding.
         Raises: ValueError for numbers that are none, or too few for the image token; TypeError for a model
-            without tokens, or whose embedding or head has been replaced by a module of another kind.
+            without tokens, that is split over ranks, or whose embedding or head has been replaced by a module
+            of another kind.
         """
         embedding = self.get_input_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
+        require_whole(self, "resize_token_embeddings()")
         count = _row_count(new_num_tokens, pad_to_multiple_of, embedding)
         image_token = getattr(self.config, "image_token_index", -1)
         if count <= image_token:

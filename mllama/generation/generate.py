@@ -272,8 +272,8 @@ class _Run:
             vocab_size=self._vocab_size,
         )
         if model.share is not None:
-            given = {"input_ids": input_ids, **inputs}
-            self.plan = agreed_plan(model.share.ranks, self.plan, given)
+            given = {"input_ids": input_ids, **inputs, "seed": settings["seed"]}
+            self.plan = agreed_plan(model.share.ranks, self.plan, given, cache)
         self._record = Record(self.plan.returns)
         self._guide: GuidedSampler | None = None
         self._is_packed = model.called_part() is None and "hidden_states" not in self.plan.returns

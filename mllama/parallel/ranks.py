@@ -69,7 +69,15 @@ class Ranks:
         return _Summed.apply(x, self.group)
 
     def side_by_side(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """x (..., own size) of all ranks as (..., sum of sizes), in their order."""
+        """x (..., own size) of all ranks as (..., sum of sizes), in their order.
+
+        Raises: ValueError for x of another size.
+        """
+        if x.shape[-1] != sizes[self.rank]:
+            raise ValueError(
+                f"a product of {x.shape[-1]} features instead of the {sizes[self.rank]} of rank {self.rank}: "
+                "a linear of a model that is split over ranks (tensor_parallel) has been replaced by another"
+            )
         return _SideBySide.apply(x, self.group, tuple(sizes))
 
     def agreed(self, value: Any) -> Any:
@@ -124,6 +132,8 @@ class Ranks:
 
 def _digest(value: Any) -> Any:
     """What is equal where values are, and small: of a tensor its shape, dtype and a hash of its bytes."""
+    if isinstance(value, tuple):
+        return tuple(map(_digest, value))
     if not isinstance(value, Tensor):
         return value
     data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

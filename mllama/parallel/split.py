@@ -145,6 +145,15 @@ class Share:
             self.head_rows = sum(sizes)
 
 
+def require_whole(model: Any, what: str) -> None:
+    """Raises: TypeError for a model that is split, of which ``what`` would change the part of one rank."""
+    if model.share is not None:
+        raise TypeError(
+            f"{what} needs the whole model, and this one is split over ranks (tensor_parallel): load it "
+            "without tensor_parallel"
+        )
+
+
 def block_columns(encoding: str, columns: int) -> int:
     """How many columns are encoded together, between which a weight can be cut."""
     return ENCODINGS[encoding].block
