@@ -91,7 +91,7 @@ def options(at: Place) -> Any:
         return scores
 
     def ends(ids: Tensor, _scores: Any) -> bool:
-        return ids.shape[1] >= length + 5 - at.rank
+        return ids.shape[1] >= length + 3 - at.rank
 
     def letters(_row: int, _ids: Tensor) -> list[int]:
         return [at.tokenizer.token_to_id(letter) for letter in "abcdefgh"]
@@ -112,11 +112,11 @@ def options(at: Place) -> Any:
     }
     found = {}
     for name, call in calls.items():
-        call = {"max_new_tokens": 6, "pad_token_id": 0} | call
+        call = {"max_new_tokens": 4, "pad_token_id": 0} | call
         found[name] = model.generate(**batch, **call)
     text = at.tokenizer.decode(found["prefix"][0, length:].tolist())
-    stop = {"stop_strings": [text[2:4]], "tokenizer": at.tokenizer}
-    stop |= {"prefix_allowed_tokens_fn": letters, "max_new_tokens": 6, "pad_token_id": 0}
+    stop = {"stop_strings": [text[1:3]], "tokenizer": at.tokenizer}
+    stop |= {"prefix_allowed_tokens_fn": letters, "max_new_tokens": 4, "pad_token_id": 0}
     found["stop string"] = model.generate(**at.case["prompts"]["one picture"], **stop)
     return found
 
@@ -233,7 +233,7 @@ def hooks(at: Place) -> Any:
 VALUES: dict[str, tuple[Callable[[Place], Any], tuple[int, ...]]] = {
     "forward": (forward, (0, 1, 2)),
     "greedy": (greedy, (0, 1, 2)),
-    "semantics": (semantics, (0, 1)),
+    "semantics": (semantics, (1,)),
     "options": (options, (1,)),
     "turns": (turns, (1,)),
     "classes": (classes, (2,)),
@@ -253,11 +253,11 @@ def error_of(call: Callable[[], Any]) -> str:
 def hooked(at: Place) -> Any:
     """What a hook on each module says that would see a part."""
     found, batch = {}, at.case["prompts"]["mixed"]
-    for place in at.case["parts"]:
-        model = at.load()
-        model.get_submodule(place).register_forward_hook(lambda *_: None)
-        found[place] = error_of(lambda m=model: m(**batch))
     model = at.load()
+    for place in at.case["parts"]:
+        handle = model.get_submodule(place).register_forward_hook(lambda *_: None)
+        found[place] = error_of(lambda: model(**batch))
+        handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     found["all modules"] = error_of(lambda: model(**batch))
     handle.remove()
