@@ -352,13 +352,16 @@ class Projection:
                 linear.weight = nn.Parameter(empty, linear.weight.requires_grad)
 
     def _check_sizes(self, weights: list[Tensor]) -> None:
-        """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends."""
-        got = [weight.shape[0] for weight in weights]
-        if any(n * self.sizes[0] != got[0] * size for n, size in zip(got, self.sizes)):
-            names, expected = ", ".join(self.names), list(self.sizes)
-            raise ValueError(
-                f"{names} must give {expected} features, or as many in proportion; got {got}"
+        """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends, and of a
+        split model for those of another rank or the whole."""
+        got, expected = [weight.shape[0] for weight in weights], list(self.sizes)
+        in_proportion = all(n * expected[0] == got[0] * size for n, size in zip(got, expected))
+        if not in_proportion or (self.is_split and got != expected):
+            names, or_more = (
+                ", ".join(self.names),
+                "" if self.is_split else ", or as many in proportion",
             )
+            raise ValueError(f"{names} must give {expected} features{or_more}; got {got}")
 
     def parameter_names(self) -> list[str]:
         """Of all its linears, as :meth:`load_weight` knows them."""

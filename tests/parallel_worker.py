@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import mllama
+import mllama.memory as memory_of_devices
 from mllama import MllamaForConditionalGeneration as Model
 
 SEMANTICS = (
@@ -299,6 +300,14 @@ def changed(at: Place) -> Any:
         with torch.no_grad():
             other.model.language_model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     found["not finite"] = error_of(lambda: other.generate(**batch))
+    attention = wrapped.model.language_model.layers[at.case["cross"]].cross_attn
+    for module in wrapped.modules():
+        del vars(module)["_is_fsdp_managed_module"]
+    for name in ("k_proj", "v_proj"):
+        whole = nn.Linear(attention.k_proj.in_features, 4 * attention.head_dim, bias=False)
+        setattr(attention, name, whole)
+    picture = at.case["prompts"]["one picture"]
+    found["assigned keys"] = error_of(lambda: wrapped(**picture, use_cache=False))
     head = nn.Linear(other.lm_head.in_features, rows, bias=False)
     other.lm_head = head
     found["assigned head"] = error_of(lambda: other(**batch))
@@ -332,7 +341,13 @@ def unlike(at: Place) -> Any:
     model.generate(**text, **kept, max_new_tokens=2)
     if at.rank == 0:
         kept["past_key_values"].reset()
-    return {
+    found = {}
+    free = memory_of_devices.free_bytes
+    if at.rank == 1:
+        memory_of_devices.free_bytes = lambda _device: 5
+    found["room"] = error_of(lambda: model.generate(**text, max_new_tokens=900))
+    memory_of_devices.free_bytes = free
+    return found | {
         "prompt": error_of(lambda: model.generate(**own, max_new_tokens=2)),
         "pixels": error_of(lambda: model.generate(**pixels, max_new_tokens=2)),
         "missing": error_of(lambda: model.generate(**(text if at.rank else batch))),
