@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from benchmarks.scenario import (
     products,
     scenarios,
 )
-from benchmarks.shapes import HKV, TILE, TILES, VOCAB, D
+from benchmarks.shapes import TILE, TILES, VOCAB
 from benchmarks.timing import Spread, interleave, ratios, significant
+from mllama.parallel.rules import Cut
 from mllama.quantized_modules import Quantized
 
 PEER = "transformers sdpa"
@@ -45,11 +47,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 @torch.no_grad()
-def fill(model: nn.Module) -> None:
+def fill(model: nn.Module, wholes: Mapping[str, tuple[Tensor, Cut]] = MappingProxyType({})) -> None:
     """Random weights, made where they lie, under which activations stay near one and gates are open.
 
     One block of normal numbers is repeated: drawing ten billion would take longer than measuring. Its
     length divides no dimension, so no two rows of a matrix are alike.
+
+    Args:
+        wholes: by name, of parameters of which a model that is split over ranks has a part: the whole one, as
+            a tensor on the meta device, and which part it is.
     """
     first = next(model.parameters())
     block = torch.randn(2**22 - 3, device=first.device)
@@ -60,11 +66,25 @@ def fill(model: nn.Module) -> None:
         elif "gate" in last:
             parameter.fill_(0.5)
         else:
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
+            whole, cut = wholes.get(name, (parameter, Cut(0, 0, 0)))
+            fan_in = whole[0].numel() if whole.dim() > 1 else whole.numel()
             scale = 0.5 if "embed" in name else fan_in**-0.5
             values = (block * scale).to(parameter.dtype)
-            for piece in parameter.view(-1).split(len(values)):
-                piece.copy_(values[: len(piece)])
+            if cut.dim == 0:  # one piece of the whole
+                _repeat(values, parameter, cut.begin * whole[0].numel())
+            else:
+                values = _repeat(values, parameter.new_empty(whole.shape))
+                parameter.copy_(cut(values))
+
+
+def _repeat(values: Tensor, target: Tensor, begin: int = 0) -> Tensor:
+    """The endless repetition of the values from ``begin`` on, in a contiguous target."""
+    flat, at = target.view(-1), 0
+    while at < len(flat):
+        piece = values[(begin + at) % len(values) :][: len(flat) - at]
+        flat[at : at + len(piece)] = piece
+        at += len(piece)
+    return target
 
 
 def build(
@@ -225,7 +245,8 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def bytes_per_step(model: Any, scenario: Scenario) -> int:
-    """What one decoding step must read: the weights it uses, and the keys and values of every row."""
+    """What one decoding step must read: the weights it uses, and the keys and values of every row; of a model
+    that is split over ranks what this one reads."""
     text = getattr(model.config, "text_config", model.config)
     tower = getattr(model.model, "language_model", model.model)
     unused = ("embed_tokens", "cross_attn.k_proj", "cross_attn.v_proj", "cross_attn.k_norm")
@@ -240,7 +261,15 @@ def bytes_per_step(model: Any, scenario: Scenario) -> int:
     context = scenario.prompt + scenario.new // 2
     keys = context * len(text.self_attention_layers)
     keys += scenario.image_tokens * len(text.cross_attention_layers)
-    return weights + scenario.batch * keys * 2 * HKV * D * model.dtype.itemsize
+    return (
+        weights
+        + scenario.batch
+        * keys
+        * 2
+        * text.local_key_value_heads
+        * text.head_dim
+        * model.dtype.itemsize
+    )
 
 
 def runs_flops(model: Any, scenario: Scenario) -> int:

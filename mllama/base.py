@@ -20,7 +20,7 @@ from mllama.checkpoints.placement import resolve_device
 from mllama.checkpoints.published_call import check_save_arguments
 from mllama.config import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
 from mllama.layers import Recomputing, init_normal
-from mllama.parallel.split import Share
+from mllama.parallel.split import Share, require_whole
 from mllama.parallel.states import gathered, is_stored_with_adapters, outlined
 from mllama.quantization.policy import Quantization
 from mllama.quantized_modules import Quantized, WholeWeights
@@ -188,16 +188,12 @@ class MllamaPreTrainedModel(AdaptedMixin, VocabularyMixin, SurfaceMixin, nn.Modu
     def init_weights(self) -> None:
         """Draw all parameters anew as `transformers` does; a part leaves it to the whole.
 
-        Raises: TypeError for a model with quantised weights, which hold what was loaded; ValueError for one
-            that is split over ranks.
+        Raises: TypeError for a model with quantised weights, which hold what was loaded, and for one that
+            is split over ranks, which would draw other numbers.
         """
         if self._is_part:
             return
-        if self.share is not None:
-            raise ValueError(
-                "the weights of a model that is split over ranks (tensor_parallel) cannot be drawn anew, as "
-                "no two ranks would draw the same: draw them in one process, save and load"
-            )
+        require_whole(self, "init_weights()")
         if any(isinstance(module, Quantized) for module in self.modules()):
             raise TypeError("quantised weights cannot be drawn anew: load with dequantize=True")
         std = getattr(self.config, "text_config", self.config).initializer_range

@@ -276,7 +276,8 @@ class Projection:
             )
             return self.together(shares, products)
         for linear in self.linears:
-            if self.is_split and kinds.get(linear) not in (nn.Linear, QuantizedLinear):
+            is_known = kinds.get(linear) in (nn.Linear, QuantizedLinear)
+            if self.is_split and (not is_known or _FSDP_MARK in vars(linear)):
                 if not is_bare_lora(linear):
                     self.require_whole(linear)
         outputs = [
@@ -289,13 +290,22 @@ class Projection:
 
     def require_whole(self, module: nn.Module) -> None:
         """Raises: TypeError if the projection is split: then the module, with a hook or a forward of its own,
-        would see the features or heads of one rank only."""
-        if self.is_split:
+        would see the features or heads of one rank only, and FSDP take the parts of several for one weight;
+        and in an exported program."""
+        if not self.is_split:
+            return
+        if torch.compiler.is_exporting():
             raise TypeError(
-                f"{type(module).__name__} beside {', '.join(self.names)} has a hook or a forward of its own; "
-                "in a model that is split over ranks (tensor_parallel) it would see a part of the features: "
-                "put it on the attention or MLP as a whole, or load the model without tensor_parallel"
+                "a model that is split over ranks (tensor_parallel) cannot be exported: a program has no "
+                "other ranks"
             )
+        own = [name for name in self.names if self._children[name] is module]
+        what = f"beside {', '.join(self.names)}" if not own else f"at {own[0]}"
+        raise TypeError(
+            f"{type(module).__name__} {what} has a hook, a forward of its own or FSDP around it; in a "
+            "model that is split over ranks (tensor_parallel) those would see a part of the features: put "
+            "them on the attention or MLP as a whole, or load the model without tensor_parallel"
+        )
 
     def split(self, y: Product) -> tuple[Tensor, ...]:
         """The product (..., sum of the outputs) as one view per linear, in their order."""
@@ -344,13 +354,16 @@ class Projection:
                 linear.weight = nn.Parameter(empty, linear.weight.requires_grad)
 
     def _check_sizes(self, weights: list[Tensor]) -> None:
-        """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends."""
-        got = [weight.shape[0] for weight in weights]
-        if any(n * self.sizes[0] != got[0] * size for n, size in zip(got, self.sizes)):
-            names, expected = ", ".join(self.names), list(self.sizes)
-            raise ValueError(
-                f"{names} must give {expected} features, or as many in proportion; got {got}"
+        """Raises: ValueError for outputs that would be divided elsewhere than where one linear ends, and of a
+        split model for those of another rank or the whole."""
+        got, expected = [weight.shape[0] for weight in weights], list(self.sizes)
+        in_proportion = all(n * expected[0] == got[0] * size for n, size in zip(got, expected))
+        if not in_proportion or (self.is_split and got != expected):
+            names, or_more = (
+                ", ".join(self.names),
+                "" if self.is_split else ", or as many in proportion",
             )
+            raise ValueError(f"{names} must give {expected} features{or_more}; got {got}")
 
     def parameter_names(self) -> list[str]:
         """Of all its linears, as :meth:`load_weight` knows them."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mllama.config_fields import integer, value_problem
 from mllama.layers import init_normal
-from mllama.parallel.split import Share
+from mllama.parallel.split import Share, require_whole
 from mllama.quantized_modules import Quantized
 from mllama.shapes import EXTRA_ROWS
 
@@ -90,21 +90,14 @@ class VocabularyMixin:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another module in the place of the head. Its number of classes may differ.
 
-        Raises: ValueError for one that takes vectors of another width, and for a model that is split over
-            ranks; TypeError for a model without head.
+        Raises: ValueError for one that takes vectors of another width; TypeError for a model without head, or
+            that is split over ranks.
         """
+        require_whole(self, "set_output_embeddings()")
         if self.get_output_embeddings() is None:
             raise TypeError(f"{type(self).__name__} has no head")
-        self._require_whole("the head is replaced")
         _check_width("the head", getattr(new_embeddings, "in_features", None), self.config)
         self.lm_head = new_embeddings
-
-    def _require_whole(self, what: str) -> None:
-        if self.share is not None:
-            raise ValueError(
-                f"{what} in one process: a model split over ranks (tensor_parallel) has parts of the head: "
-                "save what comes out, and load that"
-            )
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the head has weights of its own."""
@@ -126,14 +119,14 @@ class VocabularyMixin:
             pad_to_multiple_of: round up to a multiple of this.
             mean_resizing: draw new rows around the mean of the old ones; False: as in a fresh model.
         Returns: the embedding.
-        Raises: ValueError for numbers that are none, or too few for the image token, and for a model that is
-            split over ranks; TypeError for a model
-            without tokens, or whose embedding or head has been replaced by a module of another kind.
+        Raises: ValueError for numbers that are none, or too few for the image token; TypeError for a model
+            without tokens, that is split over ranks, or whose embedding or head has been replaced by a module
+            of another kind.
         """
         embedding = self.get_input_embeddings()
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
-        self._require_whole("the vocabulary is resized")
+        require_whole(self, "resize_token_embeddings()")
         count = _row_count(new_num_tokens, pad_to_multiple_of, embedding)
         image_token = getattr(self.config, "image_token_index", -1)
         if count <= image_token:
@@ -169,7 +162,7 @@ class VocabularyMixin:
     ) -> nn.Module:
         """A head with other classes at the end, for :meth:`set_output_embeddings`; the documented way to give
         the head a row for the image token. Arguments as in `transformers`."""
-        self._require_whole("the head is resized")
+        require_whole(self, "resizing the head")
         if transposed:
             raise ValueError("transposed can only be False: a head's rows are its classes")
         _check_plain(old_lm_head)

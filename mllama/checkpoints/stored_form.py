@@ -50,7 +50,7 @@ def stored_form(
     encodings = {n: w.encoding for n, w in weights.items() if isinstance(w, QuantizedTensor)}
     signed = _has_negative_scales(weights.values())
     if gathering is not None:
-        signed = gathering.share.ranks.any(signed)
+        signed = any(gathering.share.ranks.gathered(signed))
     entry, write = chosen_form(encodings, weights, model.quantization, signed=signed)
     items = []
     for name, weight in weights.items():

@@ -31,8 +31,10 @@ _capturing = threading.Lock()
 
 def captures(model: Any, tensor: Tensor) -> bool:
     """Whether steps on a tensor's device are replayed as graphs; ops in plain PyTorch read lengths on the
-    host."""
-    return model.cuda_graph and tensor.is_cuda and not model.ops.plain_ops(model.device)
+    host, as ranks do that share a model over gloo."""
+    if not (model.cuda_graph and tensor.is_cuda) or model.ops.plain_ops(model.device):
+        return False
+    return model.share is None or model.share.ranks.can_be_captured
 
 
 @dataclass

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import torch
+from torch import Tensor
+
+from mllama.cache import MllamaCache
 from mllama.generation.config import GenerationPlan
 from mllama.parallel.ranks import Ranks
 
@@ -19,12 +24,67 @@ _OBJECTS = (
 )
 
 
-def agreed_plan(ranks: Ranks, plan: GenerationPlan, inputs: Mapping[str, Any]) -> GenerationPlan:
-    """The plan with the first rank's seeds, which were drawn on each by itself.
+class Run(Protocol):
+    """A call that has been checked, and has run nothing yet.
 
-    Raises: ValueError on all ranks if they were given different prompts, images or options.
+    Attributes:
+        plan: what it will do.
+        given: what the caller gave besides what is in the plan, by name.
     """
-    own = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    options = {name: repr(value) for name, value in own.items() if name not in _OBJECTS}
-    ranks.require_same({**inputs, **options})
-    return replace(plan, seeds=ranks.agreed(plan.seeds))
+
+    plan: GenerationPlan
+    given: Mapping[str, Any]
+
+
+_Run = TypeVar("_Run", bound=Run)
+
+
+def agreed_run(ranks: Ranks, make: Callable[[], _Run]) -> _Run:
+    """The run that each rank makes, with the first one's seeds, which were drawn on each by itself.
+
+    Raises: on all ranks, before any waits for another, what ``make`` has raised, a ValueError where that was
+        on another rank, as for want of memory; a ValueError if they were given different prompts, images,
+        options or caches.
+    """
+    run, failure = None, None
+    try:
+        run = make()
+        said: Any = _digests(run), run.plan.seeds
+    except Exception as error:
+        failure, said = error, f"{type(error).__name__}: {error}"
+    every = ranks.gathered(said)
+    if run is None or failure is not None:
+        raise failure
+    for rank, one in enumerate(every):
+        if isinstance(one, str):
+            raise ValueError(f"on rank {rank} {one}")
+    for name in dict.fromkeys(name for digests, _ in every for name in digests):
+        values = [digests.get(name) for digests, _ in every]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{name} is not the same on ranks 0 and {other}: all ranks of a split model run the same "
+                "code on the same inputs"
+            )
+    run.plan = replace(run.plan, seeds=every[0][1])
+    return run
+
+
+def _digests(run: Run) -> dict[str, Any]:
+    """What is equal where prompts, images, options and caches are, by name."""
+    options = {f.name: repr(getattr(run.plan, f.name)) for f in fields(run.plan)}
+    given = {name: _digest(value) for name, value in run.given.items()}
+    return {**given, **{name: value for name, value in options.items() if name not in _OBJECTS}}
+
+
+def _digest(value: Any) -> Any:
+    """Of a tensor its shape, dtype and a hash of its bytes; of a cache what decides how much of a prompt is
+    read with it."""
+    if isinstance(value, MllamaCache):
+        texts = value.texts and torch.tensor([token for text in value.texts for token in text])
+        held = (value.lengths, value.next_position, value.tile_table, texts)
+        return value.columns, *map(_digest, held)
+    if not isinstance(value, Tensor):
+        return value
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return tuple(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -179,7 +179,7 @@ def _returns(settings: Settings) -> frozenset[str]:
     wanted = frozenset(name for name in names if settings[f"output_{name}"])
     if wanted and not settings["return_dict_in_generate"]:
         flags = [f"output_{name}" for name in names if name in wanted]
-        warnings.warn(f"{flags} need return_dict_in_generate=True: ignored", stacklevel=5)
+        warnings.warn(f"{flags} need return_dict_in_generate=True: ignored", stacklevel=6)
         return frozenset()
     return wanted
 
@@ -217,7 +217,7 @@ def _min_new_tokens(settings: Settings, prompt_length: int, new_tokens: int) -> 
         count = max(length - prompt_length, 0)
     if count > new_tokens:
         # No warning has a number of the caller's in it: Python remembers each text forever.
-        warnings.warn("more new tokens are asked for at least than at most", stacklevel=5)
+        warnings.warn("more new tokens are asked for at least than at most", stacklevel=6)
     return count
 
 
@@ -240,7 +240,7 @@ def _sampling(settings: Settings, warn: bool = True) -> SamplingConfig:
         if name in settings.chosen and values[name] not in (neutral, fallback.get(name))
     ]
     if idle and warn and not is_greedy:
-        warnings.warn(f"{', '.join(idle)} without do_sample=True: decoding is greedy", stacklevel=5)
+        warnings.warn(f"{', '.join(idle)} without do_sample=True: decoding is greedy", stacklevel=6)
     return SamplingConfig(repetition_penalty=checked.repetition_penalty)
 
 

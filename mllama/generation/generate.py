@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from mllama.cache import MllamaCache
 from mllama.engine.graphs import KeptSteps, captures
 from mllama.engine.lending import KeptStore, Need
-from mllama.generation.agreement import agreed_plan
+from mllama.generation.agreement import agreed_run
 from mllama.generation.borrowing import borrowed_cache, need_of, require_borrowed_room
 from mllama.generation.config import (
     GenerationConfig,
@@ -153,7 +154,7 @@ class GenerationMixin:
             and what is expected; RuntimeError if the logits of a row are not finite.
         """
         check_streamer(streamer)
-        run = _Run(self, input_ids, past_key_values, generation_config, inputs_and_options)
+        run = self._run(input_ids, past_key_values, generation_config, inputs_and_options)
         if streamer is not None:
             streamer.put(run.prompt.input_ids.cpu())
         try:
@@ -196,10 +197,14 @@ class GenerationMixin:
         options = {name: value for name, value in given if name not in _OF_GENERATE}
         options |= dict.fromkeys(_OF_GENERATE - {"streamer"}) | {"tokenizer": tokenizer}
         options.setdefault("num_return_sequences", None)  # the checkpoint's is for generate()
-        run = _Run(self, input_ids, past_key_values, generation_config, options, text=True)
+        run = self._run(input_ids, past_key_values, generation_config, options, text=True)
         if run.prompt.batch_size != 1:
             raise ValueError(f"stream() takes one row of input_ids, got {run.prompt.batch_size}")
         return self._pieces(run)
+
+    def _run(self, *arguments: Any, text: bool = False) -> _Run:
+        make = partial(_Run, self, *arguments, text=text)
+        return make() if self.share is None else agreed_run(self.share.ranks, make)
 
     @torch.no_grad()
     def _pieces(self, run: _Run) -> Iterator[str]:
@@ -271,9 +276,8 @@ class _Run:
             max_text_length=config.max_position_embeddings,
             vocab_size=self._vocab_size,
         )
-        if model.share is not None:
-            given = {"input_ids": input_ids, **inputs}
-            self.plan = agreed_plan(model.share.ranks, self.plan, given)
+        self.given = {"input_ids": input_ids, **inputs, "seed": settings["seed"]}
+        self.given["past_key_values"] = cache
         self._record = Record(self.plan.returns)
         self._guide: GuidedSampler | None = None
         self._is_packed = model.called_part() is None and "hidden_states" not in self.plan.returns

@@ -212,7 +212,7 @@ def settle(
             raise ValueError(f"give {few_} or {length_}, not both")
     if unknown := _unknown(checkpoint):
         warnings.warn(
-            f"the model's generation_config has unknown {quoted(unknown)}: ignored", stacklevel=4
+            f"the model's generation_config has unknown {quoted(unknown)}: ignored", stacklevel=5
         )
     merged: dict[str, Any] = {}
     for layer in ({k: v for k, v in checkpoint.items() if v is not None}, config, options):

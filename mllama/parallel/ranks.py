@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +75,8 @@ class Ranks:
         """
         if x.shape[-1] != sizes[self.rank]:
             raise ValueError(
-                f"rank {self.rank} of a split model has {sizes[self.rank]} of {sum(sizes)} outputs, and a "
-                f"module gives {x.shape[-1]}: it was made for the whole"
+                f"a product of {x.shape[-1]} features instead of the {sizes[self.rank]} of rank {self.rank}: "
+                "a linear of a model that is split over ranks (tensor_parallel) has been replaced by another"
             )
         return _SideBySide.apply(x, self.group, tuple(sizes))
 
@@ -85,11 +84,11 @@ class Ranks:
         """Make x, contiguous and of one shape and dtype on all ranks, what it is on one of them."""
         dist.broadcast(x, src=dist.get_global_rank(self.group, rank), group=self.group)
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true on any rank."""
+    def gathered(self, value: Any) -> list[Any]:
+        """What each of them has given, on all of them; it is pickled."""
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, value, group=self.group)
-        return any(every)
+        return every
 
     def agreed(self, value: Any) -> Any:
         """What the first rank has given, on all of them; it is pickled."""
@@ -105,8 +104,7 @@ class Ranks:
         """
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, (socket.gethostname(), str(device)), group=self.group)
+        every = self.gathered((socket.gethostname(), str(device)))
         kinds = sorted({name.partition(":")[0] for _, name in every})
         if len(kinds) > 1:
             raise ValueError(
@@ -119,34 +117,16 @@ class Ranks:
                     "each a GPU of its own"
                 )
 
-    def require_same(self, given: Mapping[str, Any]) -> None:
-        """Raises: ValueError on all ranks, naming the first argument that is not the same on all of them."""
-        own = {name: _digest(value) for name, value in given.items()}
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, own, group=self.group)
-        names = dict.fromkeys(name for one in every for name in one)
-        for name in names:
-            kinds = [one.get(name) for one in every]
-            if (
-                other := next((r for r, kind in enumerate(kinds) if kind != kinds[0]), None)
-            ) is not None:
-                raise ValueError(
-                    f"{name} is not the same on ranks 0 and {other}: all ranks of a split model run the same "
-                    "code on the same inputs"
-                )
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph takes in what they exchange: that of NCCL is work of the device, and that of
+        gloo goes through the host."""
+        return "cuda:nccl" in dist.get_backend_config(self.group)
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "a model that is split over ranks cannot be pickled or copied: its parts are in other processes"
         )
-
-
-def _digest(value: Any) -> Any:
-    """What is equal where values are, and small: of a tensor its shape, dtype and a hash of its bytes."""
-    if not isinstance(value, Tensor):
-        return value
-    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return tuple(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 _NO_GRADIENT = (

@@ -159,6 +159,15 @@ class Share:
             self.head_rows = sum(sizes)
 
 
+def require_whole(model: Any, what: str) -> None:
+    """Raises: TypeError for a model that is split, of which ``what`` would change the part of one rank."""
+    if model.share is not None:
+        raise TypeError(
+            f"{what} needs the whole model, and this one is split over ranks (tensor_parallel): load it "
+            "without tensor_parallel"
+        )
+
+
 def _features_together(path: str, own: Mapping[str, Projection], stored: Mapping[str, int]) -> int:
     """In parts of how many features a block without heads is split: its row parallel weight's blocks."""
     for name, projection in own.items():
