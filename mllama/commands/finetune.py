@@ -140,6 +140,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with Ranks.started(options.device) as ranks:
+        with ranks.together():
+            training = _checked(options)
+        return _run(options, training, ranks)
+
+
+def _checked(options: argparse.Namespace) -> TrainingOptions:
+    """What is asked for. Raises: whatever is wrong with it as such, before the data is read."""
     names = [field.name for field in dataclasses.fields(TrainingOptions)]
     training = TrainingOptions(**{name: getattr(options, name) for name in names})
     require_trainer()
@@ -151,12 +159,9 @@ def run(options: argparse.Namespace) -> int:
             "trained"
         )
     check_report_to(options.report_to)
-    (
-        dtype_of(options),
-        overrides_of(options),
-    )  # what is wrong with them is said before the data is read
-    with Ranks.started(options.device) as ranks:
-        return _run(options, training, ranks)
+    dtype_of(options)
+    overrides_of(options)
+    return training
 
 
 def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -> int:
@@ -215,7 +220,7 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
     _say(
         ranks,
         f"{count} conversations{rows}, {trainer.steps} steps, {trained:,} trained parameters, backend "
-        f"{what_runs(model)}",
+        f"{what_runs(model)}{trainer.among}",
     )
     trainer.run()
     if training.lora_rank:

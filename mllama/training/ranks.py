@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from mllama.checkpoints.placement import resolve_device
 from mllama.wording import quoted, reason
 
 _T = TypeVar("_T")
+_WORD_SECONDS = 2  # for the first rank to say why: the launcher ends it when another has ended
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,16 @@ class Ranks:
             chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
             yield cls(0, 1, resolve_device(chosen, None))
             return
-        place = _own_device(device)
+        try:
+            place = _own_device(device)
+        except ValueError:
+            if os.environ.get("RANK") != "0":
+                _leave()
+            raise
         backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+        if os.environ.get("RANK") != "0":
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
         is_own = not dist.is_initialized()
         if is_own:
             if place.type == "cuda":
@@ -85,7 +97,7 @@ class Ranks:
             dist.all_gather_object(said, None if failure is None else reason(failure))
             failed = [(rank, text) for rank, text in enumerate(said) if text is not None]
             if failed and not self.is_first:
-                raise SystemExit(1)
+                _leave()
             if failed and failure is None:
                 raise ValueError(f"rank {failed[0][0]}: {failed[0][1]}")
         if failure is not None:
@@ -123,8 +135,13 @@ def _own_device(device: str | None) -> torch.device:
             f"every rank has a device of its own, {quoted(kind)} is one for all: give --device cuda (or "
             "nothing), and choose GPUs by CUDA_VISIBLE_DEVICES"
         )
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        here = os.environ.get("LOCAL_WORLD_SIZE", "?")
+    here, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > count:
         raise ValueError(f"{here} ranks on this machine need a GPU each; it has {count}")
-    return torch.device("cuda", number)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _leave() -> NoReturn:
+    """End a rank that has nothing to say."""
+    time.sleep(_WORD_SECONDS)
+    raise SystemExit(1)

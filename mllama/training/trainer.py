@@ -152,6 +152,20 @@ class FineTuner(transformers.Trainer):
             if self._log is not None:
                 self._log.close()
 
+    @property
+    def among(self) -> str:
+        """What several ranks do, and that they were another number, for a reader."""
+        size = self._ranks.size
+        kind = "sharded (FSDP2)" if self._learned.is_sharded else "data parallel (DDP)"
+        text = f", {kind} over {size} ranks" if size > 1 else ""
+        before = size if self._state is None else self._state.ranks
+        if before != size:
+            text += (
+                f"; goes on after step {self._done} of {before} ranks with {size}, and ends with the same "
+                "losses up to rounding"
+            )
+        return text
+
     def restore_random(self) -> None:
         """Let the random numbers of a resumed run go on."""
         if self._state is not None:
@@ -277,7 +291,6 @@ def _arguments(device: torch.device, **options: Any) -> transformers.TrainingArg
             average_tokens_across_devices=False,  # `compute_loss` does
             # A rank whose rows have no images does not use the cross-attention layers.
             ddp_find_unused_parameters=True,
-            ddp_broadcast_buffers=False,
         )
         vars(arguments)["_setup_devices"] = arguments.device if device.type == "cpu" else device
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or it would compute on all of them in DataParallel
