@@ -33,18 +33,20 @@ Loss = dict[str, Any]
 # Rows without images and with, of few targets and of many: groups of four, and one alone.
 ANSWERS = ("blue", "a small red cross, and a blue one", "two", "b", "green")
 WITH_IMAGE = (True, True, False, False, True)
+ADAPTERS, FEW = ["--lora-rank", "2", "--learning-rate", "0.01"], ["--max-steps", "3"]
+WHOLE = ["--lora-rank", "0", "--learning-rate", "1e-4"]
 STEPS = {
-    "adapters": ["--lora-rank", "2", "--learning-rate", "0.01"],
-    "adapters, images too": ["--lora-rank", "2", "--lora-vision", "--gradient-checkpointing"],
-    "quantised": ["--lora-rank", "2", "--quantization-encoding", "q8_0"],
-    "packed": ["--lora-rank", "2", "--packing", "--max-length", "64"],
-    "all weights": ["--lora-rank", "0", "--learning-rate", "1e-4"],
-    "all weights, recomputed": ["--lora-rank", "0", "--gradient-checkpointing", "--max-steps", "4"],
+    "adapters": ADAPTERS,
+    "adapters, images too": [*ADAPTERS, *FEW, "--lora-vision", "--gradient-checkpointing"],
+    "quantised": [*ADAPTERS, *FEW, "--quantization-encoding", "q8_0"],
+    "packed": [*ADAPTERS, *FEW, "--packing", "--max-length", "64"],
+    "all weights": WHOLE,
+    "all weights, recomputed": [*WHOLE, *FEW, "--gradient-checkpointing"],
 }
-RESUMED = {
-    "adapters": ["--lora-rank", "2", "--lora-dropout", "0.3", "--max-steps", "6"],
-    "all weights": ["--lora-rank", "0", "--max-steps", "6"],
-}
+# Before the first state, between two, while one is written, and after the last.
+STOPS = ("step 1", "step 3", "state 4", "step 4")
+BRIEF = ["--max-steps", "4", "--save-every", "2"]
+RESUMED = {"adapters": [*ADAPTERS, *BRIEF, "--lora-dropout", "0.3"], "all weights": [*WHOLE, *BRIEF]}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def options(folder: Path, output: str, rows: int, *more: str) -> list[str]:
     named = ["--model", MODEL, "--data", str(folder / "data.jsonl")]
     named += ["--eval-data", str(folder / "data.jsonl"), "--output", str(folder / output)]
     named += ["--device", "cpu", "--dtype", "float32", "--batch-size", str(rows)]
-    return [*named, "--accumulate", "2", "--save-every", "2", "--max-steps", "20", *more]
+    return [*named, "--accumulate", "2", "--save-every", "20", "--max-steps", "20", *more]
 
 
 def alone(folder: Path, output: str, rows: int, *more: str) -> Path:
@@ -102,7 +104,7 @@ def two(folder: Path) -> dict[str, list[list[Any]]]:
     for name, more in RESUMED.items():
         runs[f"whole {name}"] = {"options": options(folder, f"whole {name}", 2, *more)}
         killed = options(folder, f"killed {name}", 2, *more)
-        for number, stop in enumerate(("step 1", "step 3", "state 4", "step 6")):
+        for number, stop in enumerate(STOPS):
             resume = ["--resume"] * bool(number)
             runs[f"stopped {name} {stop}"] = {"options": [*killed, *resume], "stop": stop}
         runs[f"killed {name}"] = {"options": [*killed, "--resume"]}
@@ -111,8 +113,9 @@ def two(folder: Path) -> dict[str, list[list[Any]]]:
             runs[f"left to {number} {name}"] = {"options": left, "stop": "step 3"}
     plain = options(folder, "refused", 2, "--lora-rank", "2")
     runs["both wrong"] = {"options": [*plain, "--warmup", "2"]}
-    runs["one wrong"] = {"options": plain, "on_last": ["--data", str(folder / "gone.jsonl")]}
-    runs["a device for all"] = {"options": [*plain, "--device", "cuda:1"]}
+    runs["one wrong"] = {"options": [*plain], "on_last": ["--data", str(folder / "gone.jsonl")]}
+    plain[plain.index("cpu")] = "cuda:1"
+    runs["a device for all"] = {"options": plain}
     found = launched(folder, 2, list(runs.values()))
     return {name: [rank[i] for rank in found] for i, name in enumerate(runs)}
 
@@ -122,7 +125,7 @@ def four(folder: Path, two: Any) -> dict[str, list[list[Any]]]:
     """What four ranks did, of which one has a row in each step, or goes on with what two began."""
     runs: dict[str, dict[str, Any]] = {}
     for name in ("adapters", "all weights"):
-        more = [*STEPS[name], "--max-steps", "5"]
+        more = [*STEPS[name], *FEW]
         runs[name] = {"options": options(folder, f"four {name}", 1, *more)}
         left = options(folder, f"left to 4 {name}", 2, *RESUMED[name], "--lora-dropout", "0")
         runs[f"left to 4 {name}"] = {"options": [*left, "--resume"]}
@@ -168,14 +171,13 @@ def test_two_ranks_do_what_one_does_with_both_batches(name: str, folder: Path, t
 @pytest.mark.parametrize("name", ["adapters", "all weights"])
 def test_four_ranks_of_which_some_have_nothing(name: str, folder: Path, four: Any) -> None:
     assert [code for code, _ in four[name]] == [0] * 4, four[name]
-    expected = alone(folder, f"one of four {name}", 4, *STEPS[name], "--max-steps", "5")
+    expected = alone(folder, f"one of four {name}", 4, *STEPS[name], *FEW)
     assert_equal_up_to_rounding(folder / f"four {name}", expected)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_killed_run_ends_with_the_bits_of_another(name: str, folder: Path, two: Any) -> None:
-    """Before the first state, between two, while one is written, and after the last."""
-    for stop in ("step 1", "step 3", "state 4", "step 6"):
+    for stop in STOPS:
         assert [code for code, _ in two[f"stopped {name} {stop}"]] == ["stopped"] * 2
     assert [code for code, _ in two[f"killed {name}"]] == [0, 0], two[f"killed {name}"]
     whole, killed = folder / f"whole {name}", folder / f"killed {name}"
@@ -254,7 +256,7 @@ def test_sigkill_of_all_at_any_moment(folder: Path) -> None:
     assert group.wait() == -signal.SIGKILL, "it was to be killed on its way"
     time.sleep(0.5)
     whole = options(folder, "whole for good", 2, *more)
-    for arguments in (command, [*command[:7], *whole]):
+    for arguments in (command, [*command[:8], *whole]):
         subprocess.run(arguments, env=environment, check=True, timeout=200)
     assert entries(killed) == entries(folder / "whole for good")
     one, other = weights(killed), weights(folder / "whole for good")

@@ -35,7 +35,7 @@ from .state_folders import half_written, remove_others
 
 _COUNTS = "trainer_state.json"
 _MAX_COUNTS_BYTES = 2**16
-_FILE = re.compile(r"rank-0-of-(\d{1,5})\.safetensors")
+_FILE = re.compile(r"rank-0-of-([1-9]\d{0,4})\.safetensors")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, by parameter
 # How torch's state of random numbers begins: seed, words that are left, whether seeded, the following word.
 _TWISTER, _TWISTER_WORDS = struct.Struct("=QiiQ"), 624
@@ -139,9 +139,9 @@ class State:
 
         Raises: ValueError when it is damaged, of another model, or of another kind of optimizer.
         """
-        pieces = range(self.ranks if learned.is_sharded or not self._is_whole() else 1)
         try:
-            files = [_File(self._file(rank)) for rank in pieces]
+            pieces = 1 if self._is_whole() else self.ranks
+            files = [_File(self._file(rank)) for rank in range(pieces)]
             averages: dict[str, dict[str, Tensor]] = {}
             for name, parameter in learned.parameters.items():
                 averages[name] = self._averages(files, name, parameter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -144,7 +145,9 @@ class FineTuner(transformers.Trainer):
             self._log_ranks()
         self._began = time.monotonic()
         try:
-            with _deterministic():
+            with _deterministic(), warnings.catch_warnings():
+                # FSDP warns of sums in place on what a layer gives, which the model does not do.
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
                 if self._done < self.steps:
                     self.train(resume_from_checkpoint=self._state and str(self._state.path))
         finally:
@@ -217,6 +220,8 @@ class FineTuner(transformers.Trainer):
             with self.compute_loss_context_manager():
                 total += self.compute_loss(self.model, inputs, num_items_in_batch=targets).item()
         self.model.train()
+        if self._learned.is_sharded:  # without a backward pass some weights stay whole
+            self.model.reshard()
         metrics = {"eval_loss": self._ranks.sum(total) / self._ranks.size}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
