@@ -1,9 +1,9 @@
 """One process of several that fine-tune: `torchrun finetune_worker.py RUNS FOLDER`.
 
-RUNS is a file of JSON, a list of runs, each `{"options": [...], "stop": ..., "on_rank": [...]}`: options of
+RUNS is a file of JSON, a list of runs, each `{"options": [...], "stop": ..., "on_last": [...]}`: options of
 `mllama finetune`; "step N" to stop all ranks once the log has that step, or "state N" while its state is
-written; and options for the last rank alone. FOLDER gets `ended-RANK.json`: of each run its exit code, and
-what it has printed.
+written; and options for the last rank alone. A run `{"script": {...}}` is a Trainer's of somebody's own.
+FOLDER gets `ended-RANK.json`: of each run its exit code, and what it has printed, or its losses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from mllama import cli
+import transformers
+from transformers.trainer_callback import PrinterCallback
+
+from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
+from mllama.demo import checkpoint_path
 from mllama.training import ranks, state
+from mllama.training.batches import collate
+from mllama.training.encoding import read_examples
 from mllama.training.trainer import FineTuner
 
 
@@ -53,7 +59,38 @@ def stopping(where: str | None) -> Any:
         yield
 
 
+def own_script(data: str, output: str, rows: int) -> list[float]:
+    """The losses of a plain Trainer on all weights of the demo model."""
+    processor = MllamaProcessor.from_pretrained(checkpoint_path())
+    arguments = transformers.TrainingArguments(
+        output_dir=output,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=1e-4,
+        optim="sgd",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    model = MllamaForConditionalGeneration.from_pretrained(checkpoint_path(), dtype="float32")
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=read_examples(Path(data), processor, 1000)[:4],
+        data_collator=lambda examples: collate(processor, examples),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def ended(run: dict[str, Any]) -> list[Any]:
+    if "script" in run:
+        return [0, own_script(**run["script"])]
     is_last = dist.get_rank() == dist.get_world_size() - 1
     options = [*run["options"], *(run.get("on_last", []) if is_last else [])]
     printed = io.StringIO()

@@ -187,6 +187,9 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
             asked = _asked(options, training)
             opened = RunFolder(options.output, asked, options.resume, ranks.size)
     folder = ranks.from_first(opened)
+    with ranks.together():
+        if not folder.path.is_dir():
+            raise ValueError(f"{folder.path} is not there: all ranks write to the same folder")
     if folder.is_finished:
         _say(ranks, f"the run in {options.output} is finished")
         return 0
@@ -199,7 +202,7 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
     if is_sharded:
         from mllama.training.sharding import shard
 
-        shard(model, ranks)
+        shard(model, ranks, autocast)
     learner = add_adapters(model, training, options.model) if training.lora_rank else model
     from mllama.training.trainer import FineTuner
 
@@ -211,7 +214,7 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
         training,
         ranks,
         folder,
-        autocast=autocast,
+        autocast=None if is_sharded else autocast,
         is_sharded=is_sharded,
         report_to=options.report_to,
     )
@@ -309,11 +312,14 @@ def _require_fit(
     free, batch = free_bytes(device), Batch.of(examples, training.batch_size)
     if free is None or source.dtype not in DTYPES:  # the second is refused when it is loaded
         return
+    if device.type == "cpu":
+        free //= ranks.on_this_host
     given = (source.config, source.weights, source.dtype, batch, training)
-    made = training_plan(*given, device.type)
+    pieces = 1 if training.lora_rank else ranks.size
+    made = training_plan(*given, device.type, pieces=pieces)
     if made.total > free:
         is_plain = source.encoding is None and options.quantization_encoding in (None, *PLAIN)
-        text = refusal(made, free, device, *given, can_quantize=is_plain)
+        text = refusal(made, free, device, *given, can_quantize=is_plain, pieces=pieces)
         raise ValueError(f"{text}; --force trains all the same")
 
 

@@ -28,7 +28,7 @@ def check_report_to(names: Sequence[str]) -> None:
     there = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            known = listed(sorted(INTEGRATION_TO_CALLBACK))
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
             raise ValueError(f"--report-to must be one of {known}; got {quoted(name)}")
         if name not in there:
             raise ValueError(

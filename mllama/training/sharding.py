@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mllama.checkpoints.key_layout import KeyLayout, class_name
@@ -33,18 +33,23 @@ _LAYERS = (
 _FILE_BYTES = 5 * 10**9
 
 
-def shard(model: nn.Module, ranks: Ranks) -> None:
+def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
     """Leave of each weight this rank's rows, in float32 on its device, in place.
 
     A layer at a time is made float32, moved and cut; until then the model may be on the host.
+
+    Args:
+        dtype: that whole layers are in while they compute; None: float32. Autocast would keep a copy of each
+            in it until the backward pass.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [m for m in model.modules() if isinstance(m, _LAYERS)]:
-        fully_shard(module.float(), mesh=mesh)
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.float()
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     model._is_accelerate_prepared = True  # or accelerate would wrap it in DDP, and refuse to
 
 
