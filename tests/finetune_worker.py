@@ -1,9 +1,10 @@
 """One process of several that fine-tune: `torchrun finetune_worker.py RUNS FOLDER`.
 
 RUNS is a file of JSON, a list of runs, each `{"options": [...], "stop": ..., "on_last": [...]}`: options of
-`mllama finetune`; "step N" to stop all ranks once the log has that step, or "state N" while its state is
-written; and options for the last rank alone. A run `{"script": {...}}` is a Trainer's of somebody's own.
-FOLDER gets `ended-RANK.json`: of each run its exit code, and what it has printed, or its losses.
+`mllama finetune`; where to stop all ranks, "step N" once the log has that step, "state N" while its state is
+written, "saved N" after that; and options for the last rank alone. A run `{"script": {...}}` is a Trainer's
+of somebody's own. FOLDER gets `ended-RANK.json`: of each run its exit code, and what it has printed, or its
+losses.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-
 import transformers
 from transformers.trainer_callback import PrinterCallback
 
@@ -38,10 +38,15 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def stopping(where: str | None) -> Any:
     kind, _, step = (where or " ").partition(" ")
-    log, save_file = FineTuner.log, state.save_file
+    log, save, save_file = FineTuner.log, FineTuner._save_checkpoint, state.save_file
 
     def log_and_stop(self: FineTuner, *arguments: Any, **options: Any) -> None:
         log(self, *arguments, **options)
+        if self.state.global_step == int(step):
+            raise Stopped
+
+    def save_and_stop(self: FineTuner, *arguments: Any) -> None:
+        save(self, *arguments)
         if self.state.global_step == int(step):
             raise Stopped
 
@@ -54,6 +59,8 @@ def stopping(where: str | None) -> Any:
     with contextlib.ExitStack() as patches:
         if kind == "step":
             patches.enter_context(patch.object(FineTuner, "log", log_and_stop))
+        if kind == "saved":
+            patches.enter_context(patch.object(FineTuner, "_save_checkpoint", save_and_stop))
         if kind == "state":
             patches.enter_context(patch.object(state, "save_file", write_half))
         yield

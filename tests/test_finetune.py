@@ -573,7 +573,7 @@ def test_a_state_is_written_whole_or_not_at_all(monkeypatch: Any, tmp_path: Path
     assert model.weight.equal(expected)
     remove_others(tmp_path, tmp_path / "state-5")
     assert [path.name for path in tmp_path.iterdir()] == ["state-5"]
-    with pytest.raises(ValueError, match="state-5 cannot be resumed from: .*shape"):
+    with pytest.raises(ValueError, match=r"state-5 cannot be resumed from: .*shape"):
         State(tmp_path / "state-5", COUNTS).load(learned(torch.nn.Linear(3, 4)), ALONE)
     with pytest.raises(ValueError, match="state of another run"):
         State(tmp_path / "state-5", {"max_steps": 8})

@@ -1,4 +1,4 @@
-"""Options of `mllama finetune` beyond the steps themselves: rows of several conversations, schedules, loggers."""
+"""`mllama finetune`: rows of several conversations, schedules, loggers, and the shares of ranks."""
 
 from __future__ import annotations
 
@@ -150,14 +150,14 @@ def test_schedules(name: str, data: Path) -> None:
 
 
 def test_a_logger_that_is_not_there(capsys: Any, monkeypatch: Any, data: Path) -> None:
-    there = lambda: ["tensorboard"]  # noqa: E731
-    monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", there)
-    for name, said in {
+    finder = "get_available_reporting_integrations"
+    monkeypatch.setattr(transformers.integrations, finder, lambda: ["tensorboard"])
+    for name, message in {
         "paper": "--report-to must be one of .*tensorboard.*; got 'paper'",
         "wandb": r"--report-to wandb: it is not installed \(there is: tensorboard\)",
     }.items():
         assert finetune(data, data.parent / "out", "--report-to", name) == 1
-        assert re.search(said, capsys.readouterr().err) and not (data.parent / "out").exists()
+        assert re.search(message, capsys.readouterr().err) and not (data.parent / "out").exists()
 
 
 @pytest.mark.skipif(

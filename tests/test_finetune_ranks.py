@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,9 +46,12 @@ STEPS = {
     "all weights, bfloat16": [*WHOLE, *FEW, "--dtype", "bfloat16"],
 }
 # Before the first state, between two, while one is written, and after the last.
-STOPS = ("step 1", "step 3", "state 4", "step 4")
+STOPS = ("step 1", "step 3", "state 4", "saved 4")
 BRIEF = ["--max-steps", "4", "--save-every", "2"]
-RESUMED = {"adapters": [*ADAPTERS, *BRIEF, "--lora-dropout", "0.3"], "all weights": [*WHOLE, *BRIEF]}
+RESUMED = {
+    "adapters": [*ADAPTERS, *BRIEF, "--lora-dropout", "0.3"],
+    "all weights": [*WHOLE, *BRIEF],
+}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +164,9 @@ def assert_equal_up_to_rounding(
     a, b = weights(found), weights(expected)
     assert a.keys() == b.keys()
     for name, weight in a.items():
-        assert (weight.float() - b[name].float()).norm() <= of_weights * b[name].float().norm(), name
+        assert (weight.float() - b[name].float()).norm() <= of_weights * b[name].float().norm(), (
+            name
+        )
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -253,24 +259,32 @@ def test_a_sharded_run_leaves_a_checkpoint(folder: Path, two: Any) -> None:
     assert model.dtype == torch.float32 and (output / "tokenizer.json").exists()
 
 
-def test_sigkill_of_all_at_any_moment(folder: Path) -> None:
-    more = ["--lora-rank", "2", "--lora-dropout", "0.3", "--max-steps", "8", "--save-every", "1"]
-    killed = folder / "killed for good"
-    command = [*LAUNCH, "2", "-m", "mllama", "finetune"]
-    command += options(folder, "killed for good", 2, *more, "--resume")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    group = subprocess.Popen(command, env=environment, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while group.poll() is None and time.monotonic() < deadline:
-        if len(read_log(killed / "log.jsonl")) >= 4:
-            os.killpg(group.pid, signal.SIGKILL)
+def started(ranks: int, options: list[str]) -> list[subprocess.Popen[bytes]]:
+    """The command on so many ranks, as torchrun starts them, but for its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mllama", "finetune", *options]
+    return [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(ranks)
+    ]
+
+
+def test_sigkill_of_all_at_any_moment(folder: Path, two: Any) -> None:
+    killed, more = folder / "killed for good", RESUMED["adapters"]
+    asked = [*options(folder, "killed for good", 2, *more), "--resume"]
+    group, deadline = started(2, asked), time.monotonic() + 200
+    while group[0].poll() is None and time.monotonic() < deadline:
+        if sum("loss" in entry for entry in read_log(killed / "log.jsonl")) >= 3:
+            for process in group:
+                process.kill()
             break
         time.sleep(0.002)
-    assert group.wait() == -signal.SIGKILL, "it was to be killed on its way"
-    time.sleep(0.5)
-    whole = options(folder, "whole for good", 2, *more)
-    for arguments in (command, [*command[:8], *whole]):
-        subprocess.run(arguments, env=environment, check=True, timeout=200)
-    assert entries(killed) == entries(folder / "whole for good")
-    one, other = weights(killed), weights(folder / "whole for good")
-    assert all(one[n].equal(other[n]) for n in one)
+    assert [process.wait() for process in group] == [-signal.SIGKILL] * 2
+    assert [process.wait(timeout=200) for process in started(2, asked)] == [0, 0]
+    assert entries(killed) == entries(folder / "whole adapters")
+    one, other = weights(killed), weights(folder / "whole adapters")
+    assert all(one[name].equal(other[name]) for name in one)

@@ -133,7 +133,9 @@ case("no file", lambda folder, state: (folder / F).unlink())
 case("file of 0 ranks", renamed("rank-0-of-0.safetensors"))
 case("file of two ranks", renamed("rank-0-of-2.safetensors"))
 case("file of many", renamed("rank-0-of-99999.safetensors"))
-case("two first files", lambda folder, state: shutil.copy(folder / F, folder / S / "rank-0-of-2.safetensors") and None)
+def twice(folder, state):
+    shutil.copy(folder / F, folder / S / "rank-0-of-2.safetensors")
+case("two first files", twice)
 case("cut", cut)
 case("pickle", lambda folder, state: torch.save(state, folder / F))
 case("nan", parameter(lambda p: p * float("nan")))
@@ -147,7 +149,10 @@ case("more parameters", lambda folder, state: state.update({"parameter.x": torch
 case("exp_avg nan", tensors("exp_avg", lambda t: t * float("nan")))
 case("exp_avg_sq below 0", tensors("exp_avg_sq", lambda t: t - 1))
 case("exp_avg lacks", lambda folder, state: bool(state.pop(first(state, "exp_avg")) is not None))
-case("more averages", lambda folder, state: state.update({"max" + first(state, "exp_avg"): torch.zeros(3)}) is None)
+def more_averages(folder, state):
+    state["max_" + first(state, "exp_avg")] = torch.zeros(3)
+    return True
+case("more averages", more_averages)
 case("averages of another shape", tensors("exp_avg", lambda t: t.T.contiguous()))
 case("averages' step nan", tensors("step", lambda t: t * float("nan")))
 case("averages' step below 0", tensors("step", lambda t: t - 10))

@@ -206,18 +206,19 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
     learner = add_adapters(model, training, options.model) if training.lora_rank else model
     from mllama.training.trainer import FineTuner
 
-    trainer = FineTuner(
-        learner.train(),
-        processor,
-        examples,
-        held_out,
-        training,
-        ranks,
-        folder,
-        autocast=None if is_sharded else autocast,
-        is_sharded=is_sharded,
-        report_to=options.report_to,
-    )
+    with ranks.together():
+        trainer = FineTuner(
+            learner.train(),
+            processor,
+            examples,
+            held_out,
+            training,
+            ranks,
+            folder,
+            autocast=None if is_sharded else autocast,
+            is_sharded=is_sharded,
+            report_to=options.report_to,
+        )
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     rows = f" in {len(examples)} rows" if training.packing else ""
     _say(
@@ -235,7 +236,9 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
         dtype = autocast or torch.float32
         save_whole(model, folder.path, dtype, ranks, processor.save_pretrained)
     if ranks.is_first:
-        remove_others(folder.path, None)  # only now: until the result is whole, a resumed run writes it again
+        remove_others(
+            folder.path, None
+        )  # only now: until the result is whole, a resumed run writes it again
     _say(ranks, f"written to {folder.path}")
     return 0
 

@@ -46,9 +46,7 @@ class RunFolder:
         for something else, or holds links; OSError when the folder cannot be written.
     """
 
-    def __init__(
-        self, path: Path, asked: Mapping[str, Any], resume: bool, ranks: int = 1
-    ) -> None:
+    def __init__(self, path: Path, asked: Mapping[str, Any], resume: bool, ranks: int = 1) -> None:
         self.path, self.ranks = path, ranks
         self.log = path / "log.jsonl"
         record = path / "run.json"

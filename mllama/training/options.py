@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from .optimizer import half_cosine
 
-SCHEDULES: dict[str, Callable[[float], float]] = {  # what the rate is multiplied by after the warm-up
+SCHEDULES: dict[
+    str, Callable[[float], float]
+] = {  # what the rate is multiplied by after the warm-up
     "cosine": half_cosine,
     "linear": lambda share: 1 - share,
     "constant": lambda share: 1.0,
@@ -27,7 +29,7 @@ class TrainingOptions:
         lora_vision: adapters in the vision tower too.
         epochs: passes over the data; ``max_steps`` instead of them if it is not 0.
         batch_size: examples that a rank computes at once; ``accumulate`` such batches make a step.
-        packing: rows of ``max_length`` tokens, each of as many conversations as fit, in place of the examples.
+        packing: rows of ``max_length`` tokens, each of as many conversations as fit, are the examples.
         learning_rate: its peak; 0: 2e-4 for adapters, 1e-5 for all weights.
         warmup: share of the steps in which it rises.
         schedule: how it falls to 0 then, one of SCHEDULES; "constant": it does not.

@@ -38,7 +38,7 @@ class Ranks:
     @classmethod
     @contextmanager
     def started(cls, device: str | None) -> Iterator[Ranks]:
-        """The ranks that the environment tells of, as torchrun writes it, connected for as long as this lasts.
+        """The ranks that the environment tells of, as torchrun writes it, connected while this lasts.
 
         Args:
             device: cpu, cuda, or with one process a GPU by its number; None: cuda if there is one.
@@ -121,8 +121,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Return once all ranks are here."""
-        if self.size > 1:
-            dist.barrier()
+        self.sum(0)
 
 
 def _own_device(device: str | None) -> torch.device:

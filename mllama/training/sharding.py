@@ -28,7 +28,6 @@ _LAYERS = (
     MllamaSelfAttentionDecoderLayer,
     MllamaCrossAttentionDecoderLayer,
     MllamaVisionEncoderLayer,
-    nn.Embedding,  # the head stays with the rest: it is read, not called, for a loss without logits
 )
 _FILE_BYTES = 5 * 10**9
 
@@ -44,7 +43,9 @@ def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in [m for m in model.modules() if isinstance(m, _LAYERS)]:
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
+    # What is read and not called has to stay with the rest: the head, for a loss without logits.
+    for module in [*layers, model.get_input_embeddings()]:
         fully_shard(module.float(), mesh=mesh, mp_policy=policy)
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):

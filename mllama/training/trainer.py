@@ -58,6 +58,7 @@ class FineTuner(transformers.Trainer):
     Attributes:
         steps: how many the run has.
         parallel: what several ranks do: "ddp", each has all weights, or "fsdp2", each has a piece of them.
+    Raises: ValueError for a state in the folder that is damaged or of another run.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class FineTuner(transformers.Trainer):
             optimizer, lambda step: options.factor(step, self.steps), last_epoch=self._done - 1
         )
         arguments = _arguments(
-            ranks.device,
+            ranks,
             output_dir=str(folder.path),
             max_steps=self.steps,
             logging_steps=1,
@@ -118,28 +119,30 @@ class FineTuner(transformers.Trainer):
             max_grad_norm=options.max_grad_norm,
             seed=options.seed % 2**32,
             report_to=list(report_to),
-            use_cache=getattr(model.config, "use_cache", True),  # Trainer writes it into the model's
+            use_cache=getattr(
+                model.config, "use_cache", True
+            ),  # Trainer writes it into the model's
         )
+        self._progress = progress = _Progress(self)
         super().__init__(
             model,
             arguments,
             train_dataset=range(self._epoch_batches),
             eval_dataset=list(held_out) or None,
             optimizers=(optimizer, schedule),
-            callbacks=[_Progress(self)],
+            callbacks=[progress],
         )
         self.remove_callback(PrinterCallback)
         # What dropout draws is another thing on every rank, and the same in every run.
         torch.manual_seed(options.seed + 1_000_003 * ranks.rank)
+        if self._state is not None:
+            self._state.load(self._learned, ranks)
 
     def run(self) -> None:
         """Take the steps that are still to be taken; afterwards the state of the last one is saved.
 
-        Raises: ValueError for a state that is damaged; RuntimeError when a loss or gradient is not
-            finite; the state before it is there.
+        Raises: RuntimeError when a loss or gradient is not finite; the state before it is there.
         """
-        if self._state is not None:
-            self._state.load(self._learned, self._ranks)
         if self._ranks.is_first:
             self._log = Log(self._folder.log, self._done)
             self._log_ranks()
@@ -152,6 +155,7 @@ class FineTuner(transformers.Trainer):
                     self.train(resume_from_checkpoint=self._state and str(self._state.path))
         finally:
             self._ahead.close()
+            self._progress.close()
             if self._log is not None:
                 self._log.close()
 
@@ -234,10 +238,11 @@ class FineTuner(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step = self.state.global_step
         if "loss" in logs and not math.isfinite(logs["loss"] + logs["grad_norm"]):
-            raise RuntimeError(
-                f"step {step} has loss {logs['loss']} and gradient norm {logs['grad_norm']}; nothing of "
-                "it is kept: try a lower learning rate"
-            )
+            with self._ranks.together():
+                raise RuntimeError(
+                    f"step {step} has loss {logs['loss']} and gradient norm {logs['grad_norm']}; nothing "
+                    "of it is kept: try a lower learning rate"
+                )
         if self._log is not None and "loss" in logs:
             self._log.write(
                 step=step,
@@ -278,15 +283,18 @@ class _Progress(transformers.TrainerCallback):
             self._bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
             self._bar.update(1)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-def _arguments(device: torch.device, **options: Any) -> transformers.TrainingArguments:
+def _arguments(ranks: Ranks, **options: Any) -> transformers.TrainingArguments:
     """Those of the Trainer, for one device of this process, whatever else the machine has."""
+    device = ranks.device
     chosen = {"ACCELERATE_TORCH_DEVICE": str(device)} if device.type == "cuda" else {}
     with patch.dict(os.environ, chosen):
+        if ranks.size == 1:  # also where torchrun has started it
+            os.environ.pop("LOCAL_RANK", None)
         arguments = transformers.TrainingArguments(
             **options,
             use_cpu=device.type == "cpu",
@@ -298,6 +306,8 @@ def _arguments(device: torch.device, **options: Any) -> transformers.TrainingArg
             ddp_find_unused_parameters=True,
         )
         vars(arguments)["_setup_devices"] = arguments.device if device.type == "cpu" else device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or it would compute on all of them in DataParallel
     return arguments
 
