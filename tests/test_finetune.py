@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,17 @@ from safetensors.torch import load_file, save_file
 from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
 from mllama.demo import checkpoint_path, sample_picture
 from mllama.loss import IGNORED
-from mllama.training.batches import Order, batches, collate, grouped
+from mllama.training import state
+from mllama.training.batches import Order, collate
 from mllama.training.conversations import DataError, read_conversations
 from mllama.training.encoding import encode, read_examples
+from mllama.training.folder import RunFolder
 from mllama.training.log import Log, read_log
-from mllama.training.loop import Trainer
 from mllama.training.options import TrainingOptions
-from mllama.training.state import load_state, save_state
+from mllama.training.ranks import Ranks
+from mllama.training.state import Learned, State, save_state
+from mllama.training.state_folders import newest, remove_others
+from mllama.training.trainer import FineTuner
 
 MODEL = str(checkpoint_path())
 QUESTION, ANSWER = "What do you see?", "blue"  # whatever the image shows
@@ -183,8 +188,6 @@ def test_a_batch_of_rows_with_and_without_images(processor: MllamaProcessor, dat
     assert not both["cross_attention_mask"][1].any()
     assert both["labels"][1, length:].eq(IGNORED).all()
     assert "pixel_values" not in collate(processor, [text])
-    made = list(batches(processor, grouped(examples, 4)))
-    assert [len(batch["input_ids"]) for batch in made] == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -336,16 +339,18 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def trained(data: Path, processor: MllamaProcessor, **options: Any) -> dict[str, torch.Tensor]:
-    """The gates after a few steps of plain descent in them."""
+    """The gates after two steps in them alone."""
     model = MllamaForConditionalGeneration.from_pretrained(
         MODEL, dtype=torch.float32, backend="reference"
     )
     model.requires_grad_(False)
     gates = {n: p.requires_grad_() for n, p in model.named_parameters() if p.shape == (1,)}
-    chosen = TrainingOptions(**{"lora_rank": 0, "learning_rate": 1e-2} | options)
-    trainer = Trainer(model.train(), processor, read_examples(data, processor, 1000), [], chosen)
-    for step in range(2):
-        trainer._step(step)
+    chosen = TrainingOptions(**{"lora_rank": 0, "learning_rate": 1e-2, "max_steps": 2} | options)
+    examples = read_examples(data, processor, 1000)
+    name = f"run {options['batch_size']} {options['accumulate']}"
+    folder = RunFolder(data.parent / name, {}, resume=False)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    FineTuner(model.train(), processor, examples, [], chosen, ranks, folder).run()
     return gates
 
 
@@ -363,8 +368,12 @@ def test_accumulated_batches_are_one_batch(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys: Any, monkeypatch: Any, data: Path) -> None:
-    original = Trainer._loss
-    monkeypatch.setattr(Trainer, "_loss", lambda *args: original(*args) * float("nan"))
+    original = FineTuner.compute_loss
+
+    def spoiled(*args: Any, **options: Any) -> torch.Tensor:
+        return original(*args, **options) * float("nan")
+
+    monkeypatch.setattr(FineTuner, "compute_loss", spoiled)
     assert finetune(data, data.parent / "out", "--max-steps", "2") == 1
     assert "step 1 has loss nan" in capsys.readouterr().err
 
@@ -382,7 +391,7 @@ def test_an_adapter_is_learned_and_used(capsys: Any, data: Path) -> None:
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
     assert [e["step"] for e in measured] == [7, 14]
     assert measured[1]["eval_loss"] < steps[0]["loss"] / 2
-    assert not (output / "state.pt").exists() and not list(output.glob("*.partial"))
+    assert not list(output.glob("state*")) and not list(output.glob("*.partial"))
     vision = [name for name in adapter(output) if "vision_model" in name]
     assert vision and len(vision) < len(adapter(output))
     ask = ["generate", "--model", MODEL, "--image", image, "--prompt", QUESTION, "--greedy"]
@@ -435,7 +444,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         assert not (killed / "adapter_model.safetensors").exists()
         with (killed / "log.jsonl").open("a") as log:
             log.write('{"step": 99, "lo')
-    (killed / "state.pt.1234.partial").write_bytes(b"half of it")
+    (killed / "run.json.1234.partial").write_bytes(b"half of it")
+    (killed / "state-9.partial").mkdir()
+    (killed / "state-9.partial" / "rank-0-of-1.safetensors").write_bytes(b"half of it")
     assert finetune(data, killed, *options, "--resume") == 0
     assert_same_run(whole, killed)
     assert {p.name for p in killed.iterdir()} == {p.name for p in whole.iterdir()}
@@ -530,26 +541,47 @@ def test_a_folder_has_one_run(capsys: Any, data: Path) -> None:
     assert "holds a model or an adapter" in capsys.readouterr().err
 
 
-def test_a_state_is_written_whole_or_not_at_all(monkeypatch: Any, tmp_path: Path) -> None:
-    model, path = torch.nn.Linear(3, 2), tmp_path / "state.pt"
+COUNTS = {"max_steps": 9}
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def learned(model: torch.nn.Module) -> Learned:
     optimizer = torch.optim.AdamW(model.parameters())
-    save_state(path, 5, model, optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return Learned(model, optimizer, is_sharded=False)
+
+
+def test_a_state_is_written_whole_or_not_at_all(monkeypatch: Any, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    given = learned(model)
+    save_state(tmp_path, 5, {**COUNTS, "global_step": 5}, given, ALONE)
     expected = model.weight.detach().clone()
 
-    def half(state: Any, new: Path) -> None:
+    def half(tensors: Any, new: Path) -> None:
         new.write_bytes(b"half of it")
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
+        patch.setattr(state, "save_file", half)
         with pytest.raises(Killed):
-            save_state(path, 6, model, optimizer)
+            save_state(tmp_path, 6, {**COUNTS, "global_step": 6}, given, ALONE)
     with torch.no_grad():
         model.weight.zero_()
-    assert load_state(path, model, optimizer) == 5 and model.weight.equal(expected)
-    with pytest.raises(ValueError, match="the state of another model"):
-        other = torch.nn.Linear(3, 4)
-        load_state(path, other, torch.optim.AdamW(other.parameters()))
+    assert newest(tmp_path) == tmp_path / "state-5"
+    State(tmp_path / "state-5", COUNTS).load(given, ALONE)
+    assert model.weight.equal(expected)
+    remove_others(tmp_path, tmp_path / "state-5")
+    assert [path.name for path in tmp_path.iterdir()] == ["state-5"]
+    with pytest.raises(ValueError, match=r"state-5 cannot be resumed from: .*shape"):
+        State(tmp_path / "state-5", COUNTS).load(learned(torch.nn.Linear(3, 4)), ALONE)
+    with pytest.raises(ValueError, match="state of another run"):
+        State(tmp_path / "state-5", {"max_steps": 8})
+    removing = tmp_path / "state-5"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (path / "trainer_state.json").unlink())
+        remove_others(tmp_path, None)
+    assert not removing.exists() and newest(tmp_path) is None, "half removed is none"
 
 
 @pytest.mark.parametrize(

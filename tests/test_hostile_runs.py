@@ -12,7 +12,8 @@ import contextlib, io, json, os, pathlib, shutil, sys, tempfile
 import torch
 from mllama import cli
 from mllama.demo import checkpoint_path
-from mllama.training import loop
+from safetensors.torch import load_file, save_file
+from mllama.training import trainer
 W = pathlib.Path(tempfile.mkdtemp())
 data = W / "data.jsonl"
 turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -28,20 +29,21 @@ def run(folder, *more):
                          str(folder), "--device", "cpu", "--backend", "reference", "--max-steps", "2",
                          "--save-every", "1", "--lora-rank", "2", *more])
     return code, err.getvalue()
-save_state = loop.save_state
+save_state = trainer.save_state
 def stopped(*arguments):
     save_state(*arguments)
     raise KeyboardInterrupt
-loop.save_state = stopped
+trainer.save_state = stopped
 assert run(W / "base")[0] == 130
-loop.save_state = save_state
+trainer.save_state = save_state
+S, F, C = "state-1", "state-1/rank-0-of-1.safetensors", "state-1/trainer_state.json"
 def case(name, change):
     folder = W / name.replace("/", "_")
     shutil.copytree(W / "base", folder)
-    state = torch.load(folder / "state.pt", weights_only=True)
+    state = load_file(folder / F)
     changed = change(folder, state)
     if changed:
-        torch.save(state, folder / "state.pt")
+        save_file({k: t.contiguous() for k, t in state.items()}, folder / F)
     code, err = run(folder, "--resume")
     intact = all(p.read_text() == "precious" for p in victim.iterdir()) and len(os.listdir(victim)) == 2
     print("case", json.dumps([name, code, err[-3000:], intact]), flush=True)
@@ -57,7 +59,7 @@ def _cases(code: str) -> dict[str, tuple[int, str, bool]]:
 
 def test_links_are_not_written_through() -> None:
     found = _cases("""
-names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "state.pt", "run.json",
+names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", F, "run.json", C,
          "tokenizer_config.json", "config.json", "x.partial"]
 for name in names:
     def link(folder, state, name=name):
@@ -74,10 +76,14 @@ def deeper(folder, state):
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "a.jinja").symlink_to(victim / "precious")
 case("deeper", deeper)
+def linked_state(folder, state):
+    shutil.move(folder / S, folder / "away")
+    (folder / S).symlink_to(folder / "away")
+case("state", linked_state)
 case("pipe", lambda folder, state: os.mkfifo(folder / "README.md"))
 case("a folder for a file", lambda folder, state: (folder / "y.partial").mkdir())
 """)
-    assert len(found) == 14
+    assert len(found) == 16
     for name, (code, err, intact) in found.items():
         assert intact, name
         if name == "a folder for a file":
@@ -88,65 +94,87 @@ case("a folder for a file", lambda folder, state: (folder / "y.partial").mkdir()
 
 def test_states_that_no_run_has() -> None:
     found = _cases("""
-def parameters(change):
+def first(state, kind):
+    return next(name for name in sorted(state) if name.startswith(kind + "."))
+def tensors(kind, change):
     def do(folder, state):
-        name = next(iter(state["parameters"]))
-        state["parameters"][name] = change(state["parameters"][name])
+        name = first(state, kind)
+        state[name] = change(state[name])
         return True
     return do
-def moments(**changes):
+def counts(change, text=None):
     def do(folder, state):
-        first = state["optimizer"]["state"][0]
-        for key, change in changes.items():
-            first[key] = change(first[key]) if key in first else change(None)
-        return True
+        found = json.loads((folder / C).read_text())
+        (folder / C).write_text(text or json.dumps({**found, **change}))
     return do
-def entry(**changes):
-    return lambda folder, state: state.update(changes) is None
 def rng(place, value):
     def do(folder, state):
         left = torch.tensor(list(value), dtype=torch.uint8)
         state["rng"][place : place + len(left)] = left
         return True
     return do
-def order(change):
-    def do(folder, state):
-        for group in state["optimizer"]["param_groups"]:
-            group["params"] = change(group["params"])
-        return True
-    return do
+def renamed(to):
+    return lambda folder, state: (folder / F).rename(folder / S / to) and None
+def cut(folder, state):
+    (folder / F).write_bytes((folder / F).read_bytes()[:-10])
+parameter = lambda change: tensors("parameter", change)
 case("genuine", lambda folder, state: False)
-case("step -1", entry(step=-1))
-case("step 10**15", entry(step=10**15))
-case("step True", entry(step=True))
-case("nan", parameters(lambda p: p * float("nan")))
-case("inf", parameters(lambda p: p + float("inf")))
-case("complex", parameters(lambda p: p.to(torch.complex64)))
-case("int8", parameters(lambda p: p.to(torch.int8)))
-case("float64", parameters(lambda p: p.double()))
-case("exp_avg str", moments(exp_avg=lambda t: "x"))
-case("exp_avg nan", moments(exp_avg=lambda t: t * float("nan")))
-case("exp_avg_sq below 0", moments(exp_avg_sq=lambda t: t - 1))
-case("exp_avg lacks", lambda folder, state: bool(state["optimizer"]["state"][0].pop("exp_avg") is not None))
-case("more averages", moments(max_exp_avg_sq=lambda t: torch.zeros(3)))
-case("averages of another shape", moments(exp_avg=lambda t: t.T.contiguous()))
-case("averages' step nan", moments(step=lambda t: t * float("nan")))
-case("averages' step below 0", moments(step=lambda t: t - 10))
-case("averages' steps", moments(step=lambda t: torch.ones(5)))
-case("optimizer list", entry(optimizer=[]))
-case("optimizer str", entry(optimizer="x"))
-case("order", order(lambda p: p[::-1]))
-case("order twice", order(lambda p: [0] * len(p)))
-case("rng short", entry(rng=torch.zeros(3, dtype=torch.uint8)))
-case("rng float", entry(rng=torch.zeros(5056)))
-case("rng str", entry(rng="x"))
-case("rng zeros", entry(rng=torch.zeros(5056, dtype=torch.uint8)))
+case("step -1", counts({"global_step": -1}))
+case("step 10**15", counts({"global_step": 10**15}))
+case("step True", counts({"global_step": True}))
+case("step of another folder", counts({"global_step": 2}))
+case("counts of another run", counts({"max_steps": 10}))
+case("more counts", counts({"stateful_callbacks": {"x": {"args": {}}}}))
+case("no object", counts({}, "[]"))
+case("no JSON", counts({}, "{"))
+case("deep JSON", counts({}, "[" * 10**5))
+case("no counts", lambda folder, state: (folder / C).unlink())
+case("no file", lambda folder, state: (folder / F).unlink())
+case("file of 0 ranks", renamed("rank-0-of-0.safetensors"))
+case("file of two ranks", renamed("rank-0-of-2.safetensors"))
+case("file of many", renamed("rank-0-of-99999.safetensors"))
+def twice(folder, state):
+    shutil.copy(folder / F, folder / S / "rank-0-of-2.safetensors")
+case("two first files", twice)
+case("cut", cut)
+case("pickle", lambda folder, state: torch.save(state, folder / F))
+case("nan", parameter(lambda p: p * float("nan")))
+case("inf", parameter(lambda p: p + float("inf")))
+case("complex", parameter(lambda p: p.to(torch.complex64)))
+case("int8", parameter(lambda p: p.to(torch.int8)))
+case("float64", parameter(lambda p: p.double()))
+case("of another shape", parameter(lambda p: p[:1]))
+case("parameter lacks", lambda folder, state: bool(state.pop(first(state, "parameter")) is not None))
+case("more parameters", lambda folder, state: state.update({"parameter.x": torch.zeros(2)}) is None)
+case("exp_avg nan", tensors("exp_avg", lambda t: t * float("nan")))
+case("exp_avg_sq below 0", tensors("exp_avg_sq", lambda t: t - 1))
+case("exp_avg lacks", lambda folder, state: bool(state.pop(first(state, "exp_avg")) is not None))
+def more_averages(folder, state):
+    state["max_" + first(state, "exp_avg")] = torch.zeros(3)
+    return True
+case("more averages", more_averages)
+case("averages of another shape", tensors("exp_avg", lambda t: t.T.contiguous()))
+case("averages' step nan", tensors("step", lambda t: t * float("nan")))
+case("averages' step below 0", tensors("step", lambda t: t - 10))
+case("averages' steps", tensors("step", lambda t: torch.ones(5)))
+case("rng lacks", lambda folder, state: bool(state.pop("rng") is not None))
+case("rng short", lambda folder, state: state.update(rng=torch.zeros(3, dtype=torch.uint8)) is None)
+case("rng float", lambda folder, state: state.update(rng=torch.zeros(5056)) is None)
+case("rng zeros", lambda folder, state: state.update(rng=torch.zeros(5056, dtype=torch.uint8)) is None)
 case("rng that reads past its words", lambda folder, state: rng(8, b"\\x70\\2\\0\\0")(folder, state)
      and rng(16, b"\\x70\\2\\0\\0\\0\\0\\0\\0")(folder, state))
+def ranks(value):
+    def do(folder, state):
+        asked = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**asked, "ranks": value}))
+    return do
+for value in (0, -1, 10**9, 1.0, True, None, "1"):
+    case(f"ranks {value!r}", ranks(value))
 """)
-    assert len(found) == 27 and found.pop("genuine")[0] == 0
+    assert len(found) == 46 and found.pop("genuine")[0] == 0
     for name, (code, err, _) in found.items():
-        assert code == 1 and ("state.pt" in err or "is another one" in err), (name, err)
+        where = "run.json" if name.startswith("ranks") else "state-1"
+        assert code == 1 and where in err, (name, err)
         assert "unexpected" not in err and "Traceback" not in err, (name, err)
         assert len(err) < 1000, (name, err)
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 CORE = {"torch", "safetensors", "tokenizers", "PIL", "numpy", "jinja2", "tqdm"}
 EXTRAS = {  # by folder: what is installed by an extra, for those who import that folder
     "transformers": {"transformers"},
+    "training": {"transformers"},
     "grammar": {"llguidance"},
     "server": {
         *{"fastapi", "starlette", "pydantic", "typing_extensions"},

@@ -136,8 +136,8 @@ def test_a_run_that_does_not_fit_is_refused_with_what_does(
 ) -> None:
     room, plans = [10**6], []
 
-    def recorded(*given: Any) -> TrainingPlan:
-        plans.append(training_plan(*given))
+    def recorded(*given: Any, **options: Any) -> TrainingPlan:
+        plans.append(training_plan(*given, **options))
         return plans[-1]
 
     monkeypatch.setattr(command, "free_bytes", lambda device: room[-1])

@@ -74,6 +74,13 @@ def _replace(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
     return None
 
 
+def class_name(model: object) -> str:
+    """The class of a model, without the one that `fully_shard` puts before it."""
+    kind = type(model)
+    sharded, *own = kind.__bases__
+    return own[0].__name__ if sharded.__name__ == "FSDPModule" and own else kind.__name__
+
+
 def canonical_name(name: str) -> str:
     """The in-memory name (of the whole model) of a tensor stored under any known layout.
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mllama.checkpoints.durable import flush
-from mllama.checkpoints.key_layout import KeyLayout
+from mllama.checkpoints.key_layout import KeyLayout, class_name
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 from mllama.checkpoints.stored_form import Item, joined_parts, stored_form
 from mllama.parallel.ranks import Ranks
@@ -73,7 +73,7 @@ def save_pretrained(
         vocabulary that could not be loaded again; TypeError for a model of another class; RuntimeError where
         the first rank could not write.
     """
-    layout = KeyLayout(type(model).__name__)
+    layout = KeyLayout(class_name(model))
     limit = _parse_size(max_shard_size)
     state = _whole_state(model, state_dict)
     plain = (t.dtype for t in state.values() if isinstance(t, Tensor) and t.is_floating_point())
@@ -291,4 +291,4 @@ def _config_json(model: nn.Module, stored: torch.dtype) -> dict[str, Any]:
     config = _fresh(model.config.to_dict())
     dtype = str(stored).removeprefix("torch.")
     # Each generation of transformers reads one of the two.
-    return {**config, "architectures": [type(model).__name__], "dtype": dtype, "torch_dtype": dtype}
+    return {**config, "architectures": [class_name(model)], "dtype": dtype, "torch_dtype": dtype}

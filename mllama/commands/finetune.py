@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
-from mllama.checkpoints.placement import resolve_device
 from mllama.checkpoints.weights import plan_source
 from mllama.commands.common import add_execution_arguments, what_runs
 from mllama.commands.loading import (
@@ -35,9 +34,12 @@ from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.conversations import DataError
 from mllama.training.encoding import Example, read_examples
 from mllama.training.folder import RunFolder, fingerprint
-from mllama.training.loop import Trainer
 from mllama.training.memory import Batch, refusal, training_plan
-from mllama.training.options import TrainingOptions
+from mllama.training.options import SCHEDULES, TrainingOptions
+from mllama.training.packing import packed
+from mllama.training.ranks import Ranks
+from mllama.training.reporting import check_report_to, require_trainer
+from mllama.training.state_folders import remove_others
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The fields of TrainingOptions, in the order a reader needs them.
@@ -45,14 +47,16 @@ _TRAINING = {
     "length and batches": {
         "epochs": "passes over the data",
         "max_steps": "optimiser steps instead of epochs; 0: epochs",
-        "batch_size": "conversations computed at once",
-        "accumulate": "batches per optimiser step",
+        "batch_size": "conversations (with --packing: rows) that a rank computes at once",
+        "accumulate": "batches of every rank per optimiser step",
+        "packing": "fill rows of --max-length tokens with as many conversations as fit",
         "max_length": "refuse conversations of more tokens; 0: what the model takes",
         "gradient_checkpointing": "compute layers twice to save memory",
     },
     "optimiser": {
         "learning_rate": "its peak; 0: 2e-4 for adapters, 1e-5 for all weights",
-        "warmup": "share of the steps in which the rate rises; then it falls along a cosine",
+        "warmup": "share of the steps in which the rate rises",
+        "schedule": "how it falls to 0 then; constant: it does not",
         "weight_decay": "of matrices",
         "max_grad_norm": "longer gradients are scaled down to it; 0: never",
     },
@@ -102,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that the data's images have to be inside of (default: that of each data file)",
     )
+    group.add_argument(
+        "--report-to",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a logger beside log.jsonl, such as tensorboard or wandb; may be repeated",
+    )
     add_quantization_arguments(group)
     group.add_argument(
         "--force", action="store_true", help="train also where the memory plan says it does not fit"
@@ -118,6 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 kind = {"action": "store_true"}
             elif default is True:
                 kind = {"action": argparse.BooleanOptionalAction}
+            elif name == "schedule":
+                kind = {"choices": tuple(SCHEDULES)}
             group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
     add_execution_arguments(
         parser,
@@ -128,8 +141,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with Ranks.started(options.device) as ranks:
+        with ranks.together():
+            training = _checked(options)
+        return _run(options, training, ranks)
+
+
+def _checked(options: argparse.Namespace) -> TrainingOptions:
+    """What is asked for. Raises: whatever is wrong with it as such, before the data is read."""
     names = [field.name for field in dataclasses.fields(TrainingOptions)]
     training = TrainingOptions(**{name: getattr(options, name) for name in names})
+    require_trainer()
     if training.lora_rank:
         require_peft()
     elif options.quantization_encoding not in (None, *PLAIN):
@@ -137,47 +159,94 @@ def run(options: argparse.Namespace) -> int:
             "--lora-rank 0 trains all weights, and --quantization-encoding makes weights that cannot be "
             "trained"
         )
-    (
-        dtype_of(options),
-        overrides_of(options),
-    )  # what is wrong with them is said before the data is read
-    processor = MllamaProcessor.from_pretrained(options.model, projector=options.projector)
-    source = _Source.of(options)
-    if not training.lora_rank and source.encoding is not None:
-        raise ValueError(
-            f"the weights are quantised ({source.encoding}) and cannot be trained: --lora-rank trains "
-            "adapters on them"
-        )
-    most = source.config.text_config.max_position_embeddings
-    limit = min(training.max_length or most, most)
-    examples, held_out = _read(options, training, processor, limit)
-    if not options.force:
-        _require_fit(options, training, source, examples)
-    folder = RunFolder(options.output, _asked(options, training), options.resume)
+    check_report_to(options.report_to)
+    dtype_of(options)
+    overrides_of(options)
+    return training
+
+
+def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -> int:
+    with ranks.together():
+        processor = MllamaProcessor.from_pretrained(options.model, projector=options.projector)
+        source = _Source.of(options)
+        if not training.lora_rank and source.encoding is not None:
+            raise ValueError(
+                f"the weights are quantised ({source.encoding}) and cannot be trained: --lora-rank trains "
+                "adapters on them"
+            )
+        most = source.config.text_config.max_position_embeddings
+        limit = min(training.max_length or most, most)
+        examples, held_out = _read(options, training, processor, limit)
+        count = len(examples)
+        if training.packing:
+            examples = packed(examples, limit)
+        if not options.force:
+            _require_fit(options, training, source, examples, ranks)
+    opened: RunFolder | None = None
+    with ranks.together():
+        if ranks.is_first:
+            asked = _asked(options, training)
+            opened = RunFolder(options.output, asked, options.resume, ranks.size)
+    folder = ranks.from_first(opened)
+    with ranks.together():
+        if not folder.path.is_dir():
+            raise ValueError(f"{folder.path} is not there: all ranks write to the same folder")
     if folder.is_finished:
-        print(f"the run in {options.output} is finished", file=sys.stderr)
+        _say(ranks, f"the run in {options.output} is finished")
         return 0
-    torch.manual_seed(training.seed)
-    model, autocast = _load(options, training)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    is_sharded = ranks.size > 1 and not training.lora_rank
+    with ranks.together():
+        torch.manual_seed(training.seed)
+        model, autocast = _load(options, training, ranks)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+    if is_sharded:
+        from mllama.training.sharding import shard
+
+        shard(model, ranks, autocast)
     learner = add_adapters(model, training, options.model) if training.lora_rank else model
-    count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    trainer = Trainer(learner.train(), processor, examples, held_out, training, autocast)
-    print(
-        f"{len(examples)} conversations, {trainer.steps} steps, {count:,} trained parameters, backend "
-        f"{what_runs(model)}",
-        file=sys.stderr,
+    from mllama.training.trainer import FineTuner
+
+    with ranks.together():
+        trainer = FineTuner(
+            learner.train(),
+            processor,
+            examples,
+            held_out,
+            training,
+            ranks,
+            folder,
+            autocast=None if is_sharded else autocast,
+            is_sharded=is_sharded,
+            report_to=options.report_to,
+        )
+    trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    rows = f" in {len(examples)} rows" if training.packing else ""
+    _say(
+        ranks,
+        f"{count} conversations{rows}, {trainer.steps} steps, {trained:,} trained parameters, backend "
+        f"{what_runs(model)}{trainer.among}",
     )
-    trainer.run(folder)
+    trainer.run()
     if training.lora_rank:
-        save_adapter(learner, folder.path)
+        if ranks.is_first:
+            save_adapter(learner, folder.path)
     else:
-        model.to(autocast or torch.float32).save_pretrained(folder.path)
-        processor.save_pretrained(folder.path)
-    folder.state.unlink()  # only now: until the result is whole, a resumed run writes it again
-    print(f"written to {folder.path}", file=sys.stderr)
+        from mllama.training.sharding import save_whole
+
+        dtype = autocast or torch.float32
+        save_whole(model, folder.path, dtype, ranks, processor.save_pretrained)
+    if ranks.is_first:
+        remove_others(
+            folder.path, None
+        )  # only now: until the result is whole, a resumed run writes it again
+    _say(ranks, f"written to {folder.path}")
     return 0
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.is_first:
+        print(text, file=sys.stderr)
 
 
 def _read(
@@ -239,20 +308,22 @@ def _require_fit(
     training: TrainingOptions,
     source: _Source,
     examples: list[Example],
+    ranks: Ranks,
 ) -> None:
     """Raises: ValueError where the device has not the room to train in, with what is missing and the nearest
     choice that fits."""
-    device = resolve_device(
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu"), None
-    )
+    device = ranks.device
     free, batch = free_bytes(device), Batch.of(examples, training.batch_size)
     if free is None or source.dtype not in DTYPES:  # the second is refused when it is loaded
         return
+    if device.type == "cpu":
+        free //= ranks.on_this_host
     given = (source.config, source.weights, source.dtype, batch, training)
-    made = training_plan(*given, device.type)
+    pieces = 1 if training.lora_rank else ranks.size
+    made = training_plan(*given, device.type, pieces=pieces)
     if made.total > free:
         is_plain = source.encoding is None and options.quantization_encoding in (None, *PLAIN)
-        text = refusal(made, free, device, *given, can_quantize=is_plain)
+        text = refusal(made, free, device, *given, can_quantize=is_plain, pieces=pieces)
         raise ValueError(f"{text}; --force trains all the same")
 
 
@@ -268,15 +339,17 @@ def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, 
 
 
 def _load(
-    options: argparse.Namespace, training: TrainingOptions
+    options: argparse.Namespace, training: TrainingOptions, ranks: Ranks
 ) -> tuple[MllamaForConditionalGeneration, torch.dtype | None]:
-    """The model in its dtype, or where all weights are trained in float32 with the dtype to compute in."""
+    """The model in its dtype, or where all weights are trained in float32 with the dtype to compute in; on
+    the host and as it is stored where it is to be cut in pieces."""
     whole = training.lora_rank == 0
+    is_cut = whole and ranks.size > 1
     encoding = options.quantization_encoding
     model = MllamaForConditionalGeneration.from_pretrained(
         options.model,
         dtype=dtype_of(options),
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device="cpu" if is_cut else ranks.device,
         backend=options.backend,
         semantics=options.semantics,
         quantization=None if encoding in PLAIN else encoding,
@@ -289,4 +362,4 @@ def _load(
     if not whole or model.dtype == torch.float32:
         return model, None
     dtype = model.dtype
-    return model.float(), dtype
+    return model if is_cut else model.float(), dtype

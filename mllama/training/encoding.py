@@ -25,15 +25,17 @@ class Example:
     Attributes:
         line: of the data file.
         input_ids, labels: of equal length; labels are IGNORED but on the assistant's tokens.
-        images: in the order of the image tokens.
+        images: in the order of the image tokens; what is no path is open already.
         folder: that those have to be inside of.
+        texts: the tokens of each, where it has several conversations; else empty.
     """
 
     line: int
     input_ids: list[int]
     labels: list[int]
-    images: list[Path]
+    images: list[Any]
     folder: Path
+    texts: tuple[int, ...] = ()
 
 
 def read_examples(

@@ -53,7 +53,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Bytes that the steps of a run take.
+    """Bytes that the steps of a run take, on each rank.
 
     Attributes:
         weights: of the model; where they are trained as a whole in float32, with their copies in the dtype of
@@ -83,10 +83,13 @@ def training_plan(
     batch: Batch,
     options: TrainingOptions,
     device: str = "cuda",
+    *,
+    pieces: int = 1,
 ) -> TrainingPlan:
     """What a run takes.
 
     Args:
+        pieces: ranks that have one of every weight each, where all weights are trained.
         weights: bytes of the model as it is loaded; of a run that trains them all, in ``dtype``.
         dtype: that is computed in: float32, bfloat16 or float16.
         device: as for :func:`mllama.plan`.
@@ -98,6 +101,10 @@ def training_plan(
         trained = weights // itemsize
         weights = trained * (_FLOAT + (itemsize if itemsize != _FLOAT else 0))
     activations, workspace = _step(config, itemsize, batch, options, device != "cpu")
+    if pieces > 1:
+        trained = -(-trained // pieces)
+        weights = trained * _FLOAT
+        workspace += _gathered(config, itemsize)
     return TrainingPlan(
         weights=weights,
         adapters=adapters,
@@ -107,6 +114,16 @@ def training_plan(
         # The optimizer's own temporaries come when activations have gone.
         workspace=max(workspace, trained * _FLOAT - activations),
     )
+
+
+def _gathered(config: MllamaConfig, itemsize: int) -> int:
+    """Bytes of what a rank holds whole for a while, of weights that are in pieces: the head and the projector
+    with their gradients, and beside a layer with its gradients the next one."""
+    text = config.text_config
+    layers = text.num_hidden_layers
+    layer = sum(wide * out * count for wide, out, count in _linears(config, vision=False)) // layers
+    rest = text.hidden_size * (text.vocab_size + config.vision_config.vision_output_dim)
+    return rest * (itemsize + _FLOAT) + layer * (2 * itemsize + _FLOAT)
 
 
 def _linears(config: MllamaConfig, vision: bool) -> list[tuple[int, int, int]]:
@@ -238,11 +255,12 @@ def refusal(
     batch: Batch,
     options: TrainingOptions,
     can_quantize: bool,
+    pieces: int = 1,
 ) -> str:
     """Why a plan does not fit, with what is missing and the nearest choice that fits.
 
     Args:
-        config, weights, dtype, batch, options: those of the plan.
+        config, weights, dtype, batch, options, pieces: those of the plan.
         can_quantize: whether the weights may be loaded in another encoding.
     """
     parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in vars(made).items() if value)
@@ -253,7 +271,8 @@ def refusal(
 
     def fits(**changed: Any) -> bool:
         given: dict[str, Any] = {"weights": weights, "batch": batch, "options": options, **changed}
-        return training_plan(config, dtype=dtype, device=where.type, **given).total <= free
+        made = training_plan(config, dtype=dtype, device=where.type, pieces=pieces, **given)
+        return made.total <= free
 
     one = dataclasses.replace(batch, rows=1)
     recomputing = dataclasses.replace(options, gradient_checkpointing=True)

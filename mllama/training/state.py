@@ -1,114 +1,280 @@
-"""The state of a run between two steps, in one file that is replaced in one moment."""
+"""The state of a run between two steps: a folder that is there as a whole or not at all.
+
+state-STEP/trainer_state.json            what `transformers`' Trainer has counted
+state-STEP/rank-R-of-N.safetensors       what is trained, AdamW's averages, random numbers
+
+Where all ranks have the same weights, those are in the file of the first. Where each has a piece of every
+weight, its file has that, and another number of ranks reads the rows it needs from several files. A state
+may be somebody else's: it holds tensors and numbers only, and none of them is believed.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from mllama.checkpoints.durable import replace_file
-from mllama.checkpoints.torch_files import load
+from mllama.checkpoints.durable import flush
+from mllama.checkpoints.safetensors_header import BadHeader, read_header
+from mllama.files import read_text
+from mllama.strict_json import parse_json
 from mllama.wording import reason, shown
 
-_ENTRIES = {"step", "parameters", "optimizer", "rng", "cuda_rng"}
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW, by parameter
+from .ranks import Ranks
+from .sharding import local, made_like
+from .state_folders import half_written, remove_others
+
+_COUNTS = "trainer_state.json"
+_MAX_COUNTS_BYTES = 2**16
+_FILE = re.compile(r"rank-0-of-([1-9]\d{0,4})\.safetensors")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, by parameter
 # How torch's state of random numbers begins: seed, words that are left, whether seeded, the following word.
 _TWISTER, _TWISTER_WORDS = struct.Struct("=QiiQ"), 624
 
 
-def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that the steps after the first ``step`` depend on."""
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    state = {
-        "step": step,
-        "parameters": trained,
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    replace_file(path, lambda new: torch.save(state, new))
+@dataclass(frozen=True)
+class Learned:
+    """What is trained, and by what.
 
-
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state in the place of the present one.
-
-    Returns: how many steps it has taken.
-    Raises: ValueError when it is damaged, of another model, or holds more than tensors and plain containers.
+    Attributes:
+        model: its trained parameters are those that require a gradient.
+        is_sharded: whether a rank holds a piece of each of them.
     """
-    state = load(path)
-    where = shown(str(path))
-    if not isinstance(state, dict) or state.keys() != _ENTRIES or type(state["step"]) is not int:
-        raise ValueError(f"{where} is no state of a run")
-    if state["step"] < 0 or not _is_rng(state["rng"]):
-        raise ValueError(f"{where} is damaged: it has a step or random numbers that no run has")
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if _outlines(state["parameters"]) != _outlines(trained):
-        raise ValueError(f"{where} is the state of another model; its parameters differ")
-    if not all(tensor.isfinite().all() for tensor in state["parameters"].values()):
-        raise ValueError(f"{where} is damaged: it has parameters that are not finite")
-    before, order = _hyperparameters(optimizer), _order(optimizer.state_dict())
-    try:
-        if _order(state["optimizer"]) != order:
-            raise ValueError("its optimizer has its parameters in another order")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-    except Exception as error:  # whatever a state of another kind makes the optimizer do
-        raise ValueError(f"{where} cannot be resumed from: {reason(error)}") from None
-    if _hyperparameters(optimizer) != before:  # `asked` is the same, so these are
-        raise ValueError(f"{where} is the state of another run; its optimizer's options differ")
-    _check_moments(where, optimizer)
-    return state["step"]
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    is_sharded: bool
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
 
-def _outlines(tensors: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
-    """Shapes and dtypes by name; None for what is no dictionary of tensors."""
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-        return None
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+def save_state(
+    folder: Path, step: int, counts: Mapping[str, int], learned: Learned, ranks: Ranks
+) -> None:
+    """Write everything that the steps after the first ``step`` depend on. All ranks call this together.
 
-
-def _is_rng(state: Any) -> bool:
-    """Whether this is a state of torch's Mersenne twister whose place lies within its words.
-
-    Torch checks the two numbers that make the place one by one, and reads past the words where their sum is
-    too large.
+    Args:
+        folder: of the run, which all ranks see.
+        counts: what the Trainer reads again.
     """
-    size = len(torch.get_rng_state())
-    if not torch.is_tensor(state) or state.dtype != torch.uint8 or tuple(state.shape) != (size,):
-        return False
-    _, left, _, following = _TWISTER.unpack_from(state.numpy().tobytes())
-    return left > 0 and left + following <= _TWISTER_WORDS + 1
+    path = folder / f"state-{step}"
+    partial = half_written(path)
+    if ranks.is_first:
+        partial.mkdir()
+        (partial / _COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+        flush(partial / _COUNTS)
+    ranks.wait()
+    own = partial / f"rank-{ranks.rank}-of-{ranks.size}.safetensors"
+    save_file(_tensors(learned, ranks), own)
+    flush(own)
+    ranks.wait()
+    if ranks.is_first:
+        flush(partial)
+        partial.rename(path)
+        flush(folder)
+        remove_others(folder, path)
 
 
-def _order(optimizer: dict[str, Any]) -> list[Any]:
-    """The places of the parameters in the groups of an optimizer's state."""
-    return [group["params"] for group in optimizer["param_groups"]]
+def _tensors(learned: Learned, ranks: Ranks) -> dict[str, Tensor]:
+    tensors = {"rng": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
+    if learned.is_sharded or ranks.is_first:
+        for name, parameter in learned.parameters.items():
+            tensors[f"parameter.{name}"] = _stored(parameter)
+            averages = learned.optimizer.state.get(parameter, {})
+            tensors |= {f"{moment}.{name}": _stored(t) for moment, t in averages.items()}
+    return tensors
 
 
-def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each group of parameters what never changes; the rate is set anew at every step."""
-    left_out = ("params", "lr")
-    return [{k: v for k, v in g.items() if k not in left_out} for g in optimizer.param_groups]
+def _stored(tensor: Tensor) -> Tensor:
+    return local(tensor.detach()).cpu().contiguous()
 
 
-def _check_moments(where: str, optimizer: torch.optim.Optimizer) -> None:
-    """Raises: ValueError where an average of gradients is none of its parameter's."""
-    for parameter, averages in optimizer.state.items():
-        if not averages:  # it had no gradient yet
-            continue
-        if averages.keys() != _MOMENTS or not all(map(torch.is_tensor, averages.values())):
-            raise ValueError(f"{where} is the state of another optimizer")
-        shapes = {tuple(averages[name].shape) for name in _MOMENTS - {"step"}}
-        if shapes != {tuple(parameter.shape)} or averages["step"].dim():
-            raise ValueError(f"{where} is the state of another model; its optimizer's differs")
-        finite = all(tensor.isfinite().all() for tensor in averages.values())
-        if not finite or averages["step"] < 0 or (averages["exp_avg_sq"] < 0).any():
-            raise ValueError(f"{where} is damaged: it has averages of gradients that cannot be")
+class State:
+    """One that was written, by this number of ranks or by another.
+
+    Args:
+        path: of its folder.
+        counts: those that the run would write itself, but for ``global_step``.
+    Attributes:
+        step: how many steps it has taken.
+        ranks: how many have written it.
+    Raises: ValueError for one that is damaged or of another run.
+    """
+
+    def __init__(self, path: Path, counts: Mapping[str, int]) -> None:
+        self.path = path
+        self._where = shown(str(path))
+        try:
+            found = parse_json(read_text(path / _COUNTS, _MAX_COUNTS_BYTES))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._where} is damaged: {_COUNTS}: {reason(error)}") from None
+        step = found.get("global_step") if isinstance(found, dict) else None
+        if type(step) is not int or not 0 < step <= counts["max_steps"]:
+            raise ValueError(f"{self._where} is damaged: it has a step that the run does not have")
+        if found != {**counts, "global_step": step} or path.name != f"state-{step}":
+            raise ValueError(f"{self._where} is the state of another run; what it counts differs")
+        self.step = step
+        written = [m for p in path.iterdir() if (m := _FILE.fullmatch(p.name))]
+        if len(written) != 1:
+            raise ValueError(f"{self._where} is damaged: it has no file of its first rank")
+        self.ranks = int(written[0][1])
+
+    def load(self, learned: Learned, ranks: Ranks) -> None:
+        """Put it in the place of the present one.
+
+        Where other numbers of ranks have written it, random numbers go on as they are.
+
+        Raises: ValueError when it is damaged, of another model, or of another kind of optimizer.
+        """
+        try:
+            pieces = 1 if self._is_whole() else self.ranks
+            files = [_File(self._file(rank)) for rank in range(pieces)]
+            averages: dict[str, dict[str, Tensor]] = {}
+            for name, parameter in learned.parameters.items():
+                averages[name] = self._averages(files, name, parameter)
+                value = _read(files, f"parameter.{name}", parameter)
+                if not value.isfinite().all():
+                    raise ValueError("it has parameters that are not finite")
+                local(parameter.detach()).copy_(value)
+            extra = set().union(*(f.names for f in files)) - self._expected(learned, averages)
+            if extra:
+                raise ValueError(f"it is of another model, with {shown(min(extra))}")
+            for name, parameter in learned.parameters.items():
+                if averages[name]:
+                    learned.optimizer.state[parameter] = averages[name]
+        except (BadHeader, SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{self._where} cannot be resumed from: {reason(error)}") from None
+        if ranks.size == self.ranks:
+            self._check_random(ranks)
+
+    def restore_random(self, ranks: Ranks) -> None:
+        """Let random numbers go on as they would have. Nothing happens with another number of ranks."""
+        if ranks.size != self.ranks:
+            return
+        with safe_open(self._file(ranks.rank), "pt") as file:
+            torch.set_rng_state(file.get_tensor("rng"))
+            if ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(file.get_tensor("cuda_rng"), ranks.device)
+
+    def _file(self, rank: int) -> Path:
+        return self.path / f"rank-{rank}-of-{self.ranks}.safetensors"
+
+    def _is_whole(self) -> bool:
+        """Whether the first rank's file has all of what is trained."""
+        if self.ranks == 1:
+            return True
+        names = read_header(self._file(1)).tensors
+        return not any(name.startswith("parameter.") for name in names)
+
+    def _expected(self, learned: Learned, averages: dict[str, dict[str, Tensor]]) -> set[str]:
+        names = {"rng", "cuda_rng"} | {f"parameter.{name}" for name in learned.parameters}
+        return names | {f"{moment}.{name}" for name, own in averages.items() for moment in own}
+
+    def _averages(
+        self, files: list[_File], name: str, parameter: nn.Parameter
+    ) -> dict[str, Tensor]:
+        """AdamW's of one parameter; none where it had no gradient yet."""
+        there = {m for m in _MOMENTS for f in files if f"{m}.{name}" in f.names}
+        if not there:
+            return {}
+        if there != set(_MOMENTS):
+            raise ValueError("it is of another optimizer")
+        step = _read(files, f"step.{name}", torch.zeros(()))
+        first, second = (_read(files, f"{m}.{name}", parameter) for m in _MOMENTS[1:])
+        finite = all(tensor.isfinite().all() for tensor in (step, first, second))
+        if not finite or step < 0 or (second < 0).any():
+            raise ValueError("it has averages of gradients that cannot be")
+        shaped: list[Callable[[Tensor], Tensor]] = [lambda t: t, *[made_like(parameter)] * 2]
+        return {m: f(t) for m, f, t in zip(_MOMENTS, shaped, (step, first, second))}
+
+    def _check_random(self, ranks: Ranks) -> None:
+        """Raises: ValueError for random numbers that no run has.
+
+        Torch checks the two numbers that make the place one by one, and reads past the words where their sum
+        is too large.
+        """
+        kinds = {"rng": torch.get_rng_state()}
+        if ranks.device.type == "cuda":
+            kinds["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
+        try:
+            file = _File(self._file(ranks.rank))
+            found = {name: file.rows(name, tuple(like.shape), like.dtype, 0, len(like))
+                     for name, like in kinds.items()}  # fmt: skip
+        except (BadHeader, SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{self._where} is damaged: {reason(error)}") from None
+        _, left, _, following = _TWISTER.unpack_from(found["rng"].numpy().tobytes())
+        if left <= 0 or left + following > _TWISTER_WORDS + 1:
+            raise ValueError(f"{self._where} is damaged: it has random numbers that no run has")
+
+
+class _File:
+    """The tensors of one rank's file, by its checked header."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        if header.problem is not None:
+            raise ValueError(header.problem)
+        self.names = header.tensors
+        self._path = path
+
+    def rows(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, begin: int, end: int
+    ) -> Tensor:
+        """Rows of a tensor, which has to have this shape and dtype; all of one without dimensions."""
+        if name not in self.names:
+            raise ValueError(f"{shown(self._path.name)} lacks {shown(name)}")
+        with safe_open(self._path, "pt") as file:
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                raise ValueError(f"{shown(name)} has the shape {stored.get_shape()}, not {shape}")
+            tensor = stored[begin:end] if shape else file.get_tensor(name)
+        if tensor.dtype != dtype:
+            raise ValueError(f"{shown(name)} is {tensor.dtype}, not {dtype}")
+        return tensor
+
+
+def _read(files: list[_File], name: str, like: Tensor) -> Tensor:
+    """What of a tensor this rank holds, from files of which each has a piece of its rows."""
+    whole, dtype = tuple(like.shape), like.dtype
+    if not whole:
+        return files[0].rows(name, whole, dtype, 0, 0)
+    begin, end = rows_of(like)
+    parts = []
+    for number, file in enumerate(files):
+        first, last = piece(whole[0], number, len(files))
+        parts.append(
+            file.rows(
+                name,
+                (last - first, *whole[1:]),
+                dtype,
+                min(max(begin - first, 0), last - first),
+                min(max(end - first, 0), last - first),
+            )
+        )
+    return torch.cat(parts)
+
+
+def piece(rows: int, number: int, of: int) -> tuple[int, int]:
+    """Where the rows of a piece of a tensor begin and end, as torch cuts it."""
+    size = -(-rows // of)
+    return min(number * size, rows), min((number + 1) * size, rows)
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """Where the rows begin and end that this rank holds."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return 0, tensor.shape[0]
+    return piece(tensor.shape[0], mesh.get_local_rank(), mesh.size())
