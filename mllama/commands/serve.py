@@ -6,14 +6,12 @@ import argparse
 import os
 import re
 import sys
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from mllama import MllamaForConditionalGeneration
 from mllama.commands.common import (
     add_checkpoint_arguments,
     add_execution_arguments,
-    add_max_length_argument,
     checkpoint_of,
     load_processor,
     load_weights,
@@ -21,9 +19,9 @@ from mllama.commands.common import (
     what_runs,
 )
 from mllama.commands.engines import (
+    add_answer_arguments,
     add_batching_arguments,
     add_name_argument,
-    add_request_arguments,
     application,
     compiler_of,
     plan_of,
@@ -37,7 +35,6 @@ from mllama.commands.loading import (
     dtype_of,
     overrides_of,
 )
-from mllama.commands.plan import memory
 from mllama.commands.usage import UsageError
 from mllama.wording import quoted, shown
 
@@ -88,24 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in which running answers may finish when the server ends",
     )
     group = parser.add_argument_group("requests")
-    add_max_length_argument(group)
-    group.add_argument(
-        "--max-new-tokens",
-        type=_length,
-        default=-1,
-        metavar="N",
-        help="the longest answer, and the length where a request names none; -1: the rest of the context",
-    )
-    group.add_argument(
-        "--top-k",
-        type=positive,
-        metavar="K",
-        help="for requests that name none; 1 is greedy (default: the checkpoint's)",
-    )
-    add_request_arguments(group)
-    group.add_argument(
-        "--max-body", type=memory, default="32MB", metavar="SIZE", help="most bytes of a request"
-    )
+    add_answer_arguments(group)
     group = parser.add_argument_group("batching")
     add_batching_arguments(group)
     group.add_argument(
@@ -181,13 +161,11 @@ def settings_of(options: argparse.Namespace, checkpoint: str) -> Settings:
             )
     return Settings(
         **request_settings(options, checkpoint),
-        version=version("mllama-kernels"),
         api_keys=keys,
         host=options.host,
         port=options.port,
         allowed_hosts=tuple(options.allow_host),
         allowed_origins=tuple(options.allow_origin),
-        max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
         body=BodyBounds(max_bytes=options.max_body),
         drain_seconds=options.drain_timeout,
     )
@@ -223,11 +201,4 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text}")
-    return value
-
-
-def _length(text: str) -> int:
-    value = int(text)
-    if value < 1 and value != -1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or -1, got {text}")
     return value
