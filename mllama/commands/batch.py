@@ -28,9 +28,9 @@ from mllama.progress import bar
 from mllama.wording import quoted, shown
 
 # Requests that are open, to each that is decoded: pictures of the next are opened meanwhile.
-_AHEAD = 2
+AHEAD = 2
 # Answers that wait are those of requests that are open, of which there are few.
-_ANY_NUMBER = 2**31
+ANY_NUMBER = 2**31
 
 
 def add_batch_arguments(group: argparse._ArgumentGroup) -> None:
@@ -63,7 +63,7 @@ def run_batch(options: argparse.Namespace) -> int:
         raise UsageError(f"--top-k must be above zero, got {options.top_k}")
     _check_writable(options.output)
     require_extra()
-    from mllama.server.batches import Ask, answer_batch, answered, read_batch
+    from mllama.server.batches import Ask, answer_batch, answered, is_answered, read_batch
     from mllama.server.settings import Settings
 
     checkpoint = checkpoint_of(options)
@@ -86,7 +86,7 @@ def run_batch(options: argparse.Namespace) -> int:
     _say(f"answering {count - len(kept):,} of {count:,} requests")
     failed = 0
     with (
-        answering(options, checkpoint, settings, _ANY_NUMBER, _say) as (app, engine),
+        answering(options, checkpoint, settings, ANY_NUMBER, _say) as (app, engine),
         _written(options.output, list(kept.values())) as write,
         bar("requests", count, "request", initial=len(kept)) as progress,
     ):
@@ -94,7 +94,7 @@ def run_batch(options: argparse.Namespace) -> int:
         def note(line: dict[str, Any]) -> None:
             nonlocal failed
             write(line)
-            failed += line["response"] is None or line["response"]["status_code"] != 200
+            failed += not is_answered(line)
             progress.update()
 
         lines = (
@@ -105,7 +105,7 @@ def run_batch(options: argparse.Namespace) -> int:
 
         async def answer() -> None:
             try:
-                await answer_batch(app, lines, note, _AHEAD * options.max_batch_size)
+                await answer_batch(app, lines, note, AHEAD * options.max_batch_size)
             finally:
                 engine.close()  # here, so that its last news come to a loop that is open
 

@@ -17,14 +17,14 @@ def add_device_argument(group: argparse._ActionsContainer, help: str) -> None:
         "--device",
         "--devices",
         dest="device",
-        type=_device,
+        type=device_of,
         action=_Same,
         metavar="DEVICE",
         help=help,
     )
 
 
-def _device(text: str) -> str:
+def device_of(text: str) -> str:
     """An argparse type: the name of a device as torch writes it."""
     if "," in text:
         raise argparse.ArgumentTypeError(

@@ -118,17 +118,22 @@ def add_batching_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def check_batching(options: argparse.Namespace) -> None:
+    """Raises: UsageError for options of `add_batching_arguments` that contradict each other."""
+    if options.max_batch_tokens is not None and options.max_batch_tokens < options.max_batch_size:
+        raise UsageError(
+            f"--max-batch-tokens {options.max_batch_tokens} is less than --max-batch-size "
+            f"{options.max_batch_size}: each of the answers decoded together takes a token of a step"
+        )
+
+
 def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], None]) -> EnginePlan:
     """What model and engine take, told before anything is loaded.
 
     Raises: ValueError with the numbers where that is more than is free, unless --force is given; as
         `from_pretrained` for what it would not load.
     """
-    if options.max_batch_tokens is not None and options.max_batch_tokens < options.max_batch_size:
-        raise UsageError(
-            f"--max-batch-tokens {options.max_batch_tokens} is less than --max-batch-size "
-            f"{options.max_batch_size}: each of the answers decoded together takes a token of a step"
-        )
+    check_batching(options)
     source = planned_source(options, source_of(options, checkpoint))
     check_length(options, source.config)
     device = resolve_device(
@@ -214,6 +219,16 @@ def compiler_of(
     return GrammarCompiler(vocabulary)
 
 
+def prepare_forms(compiler: GrammarCompiler, say: Callable[[str], None]) -> None:
+    """Make ready what the first answer of a form would wait for; where that cannot be, say so."""
+    from mllama.grammar.forms import GrammarError
+
+    try:
+        compiler.prepare()
+    except GrammarError as error:
+        say(f"{error}; response_format and enforced calls are refused")
+
+
 def application(
     engine: ServedEngine,
     settings: Settings,
@@ -248,11 +263,12 @@ def answering(
     plan = plan_of(options, checkpoint, say)
     model = load_weights(checkpoint, options, options.adapter)
     say(f"ready: {what_runs(model)}")
+    compiler = compiler_of(processor, lambda: model)
+    prepare_forms(compiler, say)
     with (
         start_engine(model, processor, options, plan, max_queue) as engine,
         closing(AsyncEngine(engine)) as served,
     ):
-        compiler = compiler_of(processor, lambda: model)
         yield application(served, settings, processor, compiler), engine
 
 

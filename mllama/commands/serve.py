@@ -25,6 +25,7 @@ from mllama.commands.engines import (
     application,
     compiler_of,
     plan_of,
+    prepare_forms,
     request_settings,
     require_extra,
     start_engine,
@@ -103,7 +104,6 @@ def run(options: argparse.Namespace) -> int:
     dtype_of(options)  # contradictions are told before anything is loaded
     overrides_of(options)
     require_extra()
-    from mllama.grammar.forms import GrammarError
     from mllama.server.deferred import Deferred
     from mllama.server.listening import bind, serve
     from mllama.server.serving import AsyncEngine
@@ -120,10 +120,7 @@ def run(options: argparse.Namespace) -> int:
 
     def make() -> AsyncEngine:
         loaded.append(model := load_weights(checkpoint, options, options.adapter))
-        try:
-            compiler.prepare()
-        except GrammarError as error:
-            _say(f"{error}; response_format and enforced calls are refused")
+        prepare_forms(compiler, _say)
         return AsyncEngine(start_engine(model, processor, options, plan, options.max_queue))
 
     engine = Deferred(make, lambda: _say(f"ready: {what_runs(loaded[0])}"))

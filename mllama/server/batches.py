@@ -94,13 +94,18 @@ def answered(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             try:
                 entry = parse_json(line.decode("utf-8"))
-                if (entry["response"] or {}).get("status_code") == 200:
+                if is_answered(entry):
                     found[entry["custom_id"]] = entry
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise ValueError(f"line {number} is not one of an output") from None
     except (FileRefused, ValueError) as error:
         raise ValueError(f"{shown(str(path))} cannot be gone on with: {error}") from None
     return found
+
+
+def is_answered(entry: Mapping[str, Any]) -> bool:
+    """Whether a line of an output has what its request asked for."""
+    return (entry["response"] or {}).get("status_code") == 200
 
 
 async def answer_batch(
