@@ -50,10 +50,13 @@ if TYPE_CHECKING:
 
 # Of lines that are open in an engine: answers of one are written when all of its lines have one.
 _BLOCKS = 8
+_READERS = 4  # files that are read at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("batch")
+    add_checkpoint_arguments(group := parser.add_argument_group("model"))
+    add_name_argument(group)
+    group = parser.add_argument_group("files")
     group.add_argument(
         "--input",
         required=True,
@@ -72,12 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep what --output has of answers, and ask for the others",
     )
-    group.add_argument("--replicas", type=positive, default=1, metavar="N", help="engines")
-    add_ray_arguments(group)
-    add_checkpoint_arguments(group := parser.add_argument_group("model"))
-    add_name_argument(group)
     add_answer_arguments(parser.add_argument_group("requests"))
     add_batching_arguments(parser.add_argument_group("batching"))
+    group = parser.add_argument_group("engines")
+    group.add_argument("--replicas", type=positive, default=1, metavar="N", help="engines")
+    add_ray_arguments(group)
     add_loading_arguments(group := parser.add_argument_group("weights"))
     add_weight_path_argument(group)
     add_execution_arguments(parser)
@@ -96,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     bounds = BodyBounds(max_bytes=options.max_body)
     settings = Settings(**request_settings(options, checkpoint), body=bounds)
     with cluster(options):
+        _check_cores(options)
         lines = _lines(files, system, options, settings)
         if options.resume and not lines.take(1):
             say("all requests are answered already")
@@ -106,6 +109,18 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         say(f"{failed:,} of {count:,} requests were not answered: their lines say why")
     return 1 if failed else 0
+
+
+def _check_cores(options: argparse.Namespace) -> None:
+    """Raises: ValueError where engines leave no core that reads files, for which they would wait for ever."""
+    import ray
+
+    cores, each = ray.cluster_resources().get("CPU", 0), options.cpus_per_replica
+    if options.replicas * each + 1 > cores:
+        raise ValueError(
+            f"{options.replicas} engines of {each:g} cores, and one core that reads, are more than the "
+            f"{cores:g} of the cluster: fewer --replicas or --cpus-per-replica leave one"
+        )
 
 
 def _found(pattern: str) -> tuple[list[str], FileSystem]:
@@ -164,20 +179,25 @@ def _lines(
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     size = max(1, AHEAD * options.max_batch_size // _BLOCKS)
-    rows = ray.data.from_items(files, override_num_blocks=len(files))
-    lines = rows.flat_map(_read, fn_args=(system, settings.body.max_bytes))
+    lines = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+        _read,
+        fn_args=(system, settings.body.max_bytes),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=_READERS),
+    )
     return lines.repartition(target_num_rows_per_block=size)
 
 
-def _read(file: dict[str, Any], system: FileSystem, max_body: int) -> Iterator[dict[str, Any]]:
+def _read(file: Table, system: FileSystem, max_body: int) -> Iterator[dict[str, list[Any]]]:
     """The lines of a file that are not answered yet. Raises: ValueError where others are."""
     from mllama.server.batches import Wrong, asked_in
 
-    path, done = file["path"], set(file["done"])
+    path, done = file["path"][0].as_py(), set(file["done"][0].as_py())
     with io.BufferedReader(system.open_input_stream(path)) as stream:
         for line in asked_in(stream, max_body):
             if isinstance(line, Wrong) or line.custom_id not in done:
-                yield {"name": Path(path).name, "line": pickle.dumps(line)}
+                yield {"name": [Path(path).name], "line": [pickle.dumps(line)]}
             else:
                 done.remove(line.custom_id)
     if done:

@@ -74,6 +74,10 @@ def cluster(options: argparse.Namespace) -> Iterator[None]:
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     was_started = ray.is_initialized()
+    if was_started and options.address:
+        raise UsageError(
+            f"--address {quoted(options.address)}: this process is in a cluster already"
+        )
     if not was_started:
         ray.init(address, **new)
     try:

@@ -9,7 +9,8 @@ import threading
 from typing import Any
 
 from mllama.commands import serve
-from mllama.commands.common import checkpoint_of
+from mllama.commands.common import add_execution_arguments, checkpoint_of
+from mllama.commands.loading import add_loading_arguments, add_weight_path_argument
 from mllama.commands.ray_options import (
     NAME,
     add_ray_arguments,
@@ -27,7 +28,8 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fleet")
+    serve.add_server_arguments(parser)
+    group = parser.add_argument_group("replicas")
     group.add_argument(
         "--replicas",
         type=_replicas,
@@ -36,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many; or N-M, between which so many run that --max-batch-size requests are open in each",
     )
     add_ray_arguments(group)
-    serve.add_arguments(parser)
+    add_loading_arguments(group := parser.add_argument_group("weights"))
+    add_weight_path_argument(group)
+    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

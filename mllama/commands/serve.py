@@ -46,6 +46,14 @@ _KEYS = "MLLAMA_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_server_arguments(parser)
+    add_loading_arguments(group := parser.add_argument_group("weights"))
+    add_weight_path_argument(group)
+    add_execution_arguments(parser)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model is served to whom, and how much of it at once."""
     add_checkpoint_arguments(group := parser.add_argument_group("model"))
     add_name_argument(group)
     group.add_argument(
@@ -95,9 +103,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that wait; more are refused with 429 (default: 4 times --max-batch-size)",
     )
-    add_loading_arguments(group := parser.add_argument_group("weights"))
-    add_weight_path_argument(group)
-    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
