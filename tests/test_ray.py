@@ -51,7 +51,7 @@ def cluster() -> Iterator[str]:
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     ray.init(
         "local",
-        num_cpus=6,
+        num_cpus=4,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,
@@ -390,7 +390,7 @@ def test_files_that_cannot_be_are_named(cluster, capsys, tmp_path):
         written(tmp_path / name, asked("a"))
     assert "would both be answered in a file asked.jsonl" in said(str(tmp_path / "*" / "*.jsonl"))
     one = str(tmp_path / "one" / "asked.jsonl")
-    assert "6 engines of 1 cores, and one core that reads" in said(one, "--replicas", "6")
+    assert "4 engines of 1 cores, and one core that reads" in said(one, "--replicas", "4")
     (tmp_path / "out" / "asked.jsonl").write_text(
         json.dumps({"custom_id": "z", "response": {"status_code": 200}}) + "\n"
     )

@@ -184,7 +184,7 @@ def _lines(
         fn_args=(system, settings.body.max_bytes),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=_READERS),
+        compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(files))),
     )
     return lines.repartition(target_num_rows_per_block=size)
 
