@@ -8,7 +8,7 @@ import io
 import logging
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -34,6 +34,7 @@ from mllama.commands.ray_options import (
     check_options,
     check_ray,
     cluster,
+    last_line,
     placed,
     say,
 )
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = checkpoint_of(options)
     bounds = BodyBounds(max_bytes=options.max_body)
     settings = Settings(**request_settings(options, checkpoint), body=bounds)
-    with cluster(options):
+    with cluster(options), _told():
         _check_cores(options)
         lines = _lines(files, system, options, settings)
         if options.resume and not lines.take(1):
@@ -109,6 +110,22 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         say(f"{failed:,} of {count:,} requests were not answered: their lines say why")
     return 1 if failed else 0
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises: RuntimeError in the words of an error that a reader or an engine had."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        cause: BaseException = error.cause
+        while cause.__cause__ is not None:  # Ray's wrapping of it
+            cause = cause.__cause__
+        raise RuntimeError(str(cause).split("\n")[0]) from None
+    except RayError as error:
+        raise RuntimeError(last_line(str(error))) from None
 
 
 def _check_cores(options: argparse.Namespace) -> None:

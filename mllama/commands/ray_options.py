@@ -124,6 +124,12 @@ def placed(options: argparse.Namespace, num_devices: int, num_cpus: float) -> di
     return {"num_cpus": num_cpus, "num_gpus": num_devices if kind == "cuda" else 0}
 
 
+def last_line(text: str) -> str:
+    """Of a traceback that Ray tells: the error and its words."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else text
+
+
 def say(line: str) -> None:
     print(f"mllama ray: {line}", file=sys.stderr, flush=True)
 

@@ -17,6 +17,7 @@ from mllama.commands.ray_options import (
     check_options,
     check_ray,
     cluster,
+    last_line,
     placed,
     say,
 )
@@ -92,8 +93,7 @@ def _run(application: Any) -> None:
         ray.serve.run(application, name=NAME)
     except RuntimeError as error:
         said = ray.serve.status().applications[NAME].deployments[NAME].message
-        lines = [line for line in said.splitlines() if line.strip()]
-        raise RuntimeError(f"no replica could be made: {lines[-1] if lines else error}") from None
+        raise RuntimeError(f"no replica could be made: {last_line(said) or error}") from None
 
 
 def _replicas(text: str) -> int | tuple[int, int]:
