@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "image and prompt to text, streamed",
     "chat": "talk with a model about images",
     "serve": "answer requests of OpenAI's clients, and show a page to try it",
+    "ray": "many engines: replicas of the server, or files of requests",
     "finetune": "train adapters, or all weights, on conversations about images",
     "quantize": "write a checkpoint with weights of 8, 6 or 4 bits",
     "verify": "check the kernels on this machine, with your checkpoint",

@@ -22,16 +22,21 @@ def read_lines(path: str | os.PathLike, max_bytes: int) -> Iterator[bytes | None
     Raises: FileRefused as `open_regular`; OSError where reading fails.
     """
     with open_regular(path) as file:
-        first = True
-        while line := file.readline(max_bytes + 2):
-            is_whole = line.endswith(b"\n")
-            if len(line) > max_bytes + is_whole:
-                if not is_whole:
-                    _skip(file)
-                yield None
-            else:
-                yield line.removeprefix(b"\xef\xbb\xbf") if first else line
-            first = False
+        yield from lines_of(file, max_bytes)
+
+
+def lines_of(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
+    """As :func:`read_lines`, of a file that is open at its beginning."""
+    first = True
+    while line := file.readline(max_bytes + 2):
+        is_whole = line.endswith(b"\n")
+        if len(line) > max_bytes + is_whole:
+            if not is_whole:
+                _skip(file)
+            yield None
+        else:
+            yield line.removeprefix(b"\xef\xbb\xbf") if first else line
+        first = False
 
 
 def _skip(file: BinaryIO) -> None:

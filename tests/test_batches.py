@@ -19,7 +19,7 @@ from grammar_helpers import demo_compiler
 from server_helpers import EchoEngine
 
 from mllama import cli
-from mllama.commands import batch, engines
+from mllama.commands import engines
 from mllama.demo import sample_picture
 from mllama.server.app import create_app
 from mllama.server.batches import Ask, Wrong, answer_batch, answered, read_batch
@@ -202,7 +202,7 @@ def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     ],
 )
 def test_options_without_effect_exit_with_2(capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr(batch, "load_weights", None)
+    monkeypatch.setattr(engines, "load_weights", None)
     code, out, err = run(capsys, *arguments.split())
     assert code == 2 and out == "" and said in err
 
@@ -215,7 +215,7 @@ def test_a_prompt_or_a_file(arguments):
 
 
 def test_files_are_looked_at_before_the_model_is_loaded(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(batch, "load_weights", None)
+    monkeypatch.setattr(engines, "load_weights", None)
     path = written(tmp_path, asked("a"))
     code, _, err = run(capsys, "--batch", str(tmp_path / "none.jsonl"))
     assert code == 1 and "none.jsonl cannot be read" in err
@@ -229,7 +229,7 @@ def test_files_are_looked_at_before_the_model_is_loaded(capsys, monkeypatch, tmp
 
 
 def test_too_little_memory_is_refused_with_the_numbers(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(batch, "load_weights", None)
+    monkeypatch.setattr(engines, "load_weights", None)
     monkeypatch.setattr(engines, "free_bytes", lambda device: 10**6)
     code, _, err = run(capsys, "--batch", str(written(tmp_path, asked("a"))))
     assert code == 1 and "GB are missing" in err and "--force loads it all the same" in err

@@ -8,25 +8,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mllama.checkpoints.durable import replace_file
-from mllama.commands.common import checkpoint_of, load_processor, load_weights, what_runs
+from mllama.commands.common import checkpoint_of
 from mllama.commands.engines import (
     add_batching_arguments,
     add_name_argument,
     add_request_arguments,
-    application,
-    compiler_of,
+    answering,
     follow_engine,
     follows,
-    plan_of,
     request_settings,
     require_extra,
-    start_engine,
 )
 from mllama.commands.loading import dtype_of, overrides_of
 from mllama.commands.usage import UsageError
@@ -34,9 +30,9 @@ from mllama.progress import bar
 from mllama.wording import quoted, shown
 
 # Requests that are open, to each that is decoded: pictures of the next are opened meanwhile.
-_AHEAD = 2
+AHEAD = 2
 # Answers that wait are those of requests that are open, of which there are few.
-_ANY_NUMBER = 2**31
+ANY_NUMBER = 2**31
 
 
 def add_batch_arguments(group: argparse._ArgumentGroup) -> None:
@@ -69,16 +65,11 @@ def run_batch(options: argparse.Namespace) -> int:
         raise UsageError(f"--top-k must be above zero, got {options.top_k}")
     _check_writable(options.output)
     require_extra()
-    from mllama.server.batches import Ask, answer_batch, answered, read_batch
-    from mllama.server.serving import AsyncEngine
+    from mllama.server.batches import Ask, answer_batch, answered, is_answered, read_batch
     from mllama.server.settings import Settings
 
     checkpoint = checkpoint_of(options)
-    settings = Settings(
-        **request_settings(options, checkpoint),
-        version=version("mllama-kernels"),
-        max_new_tokens=options.max_new_tokens,
-    )
+    settings = Settings(**request_settings(options, checkpoint))
     kept = answered(options.output) if options.resume and options.output.exists() else {}
     count, ids = 0, set()
     for line in read_batch(options.batch, settings.body.max_bytes):
@@ -96,14 +87,10 @@ def run_batch(options: argparse.Namespace) -> int:
         return 0
     if follows(options):
         return follow_engine(options, checkpoint)
-    processor = load_processor(checkpoint, options)
-    plan = plan_of(options, checkpoint, _say)
-    model = load_weights(checkpoint, options, options.adapter)
-    _say(f"answering {count - len(kept):,} of {count:,} requests: {what_runs(model)}")
+    _say(f"answering {count - len(kept):,} of {count:,} requests")
     failed = 0
     with (
-        start_engine(model, processor, options, plan, _ANY_NUMBER) as engine,
-        closing(AsyncEngine(engine)) as served,
+        answering(options, checkpoint, settings, ANY_NUMBER, _say) as (app, engine),
         _written(options.output, list(kept.values())) as write,
         bar("requests", count, "request", initial=len(kept)) as progress,
     ):
@@ -111,10 +98,9 @@ def run_batch(options: argparse.Namespace) -> int:
         def note(line: dict[str, Any]) -> None:
             nonlocal failed
             write(line)
-            failed += line["response"] is None or line["response"]["status_code"] != 200
+            failed += not is_answered(line)
             progress.update()
 
-        app = application(served, settings, processor, compiler_of(processor, lambda: model))
         lines = (
             line
             for line in read_batch(options.batch, settings.body.max_bytes)
@@ -123,7 +109,7 @@ def run_batch(options: argparse.Namespace) -> int:
 
         async def answer() -> None:
             try:
-                await answer_batch(app, lines, note, _AHEAD * options.max_batch_size)
+                await answer_batch(app, lines, note, AHEAD * options.max_batch_size)
             finally:
                 engine.close()  # here, so that its last news come to a loop that is open
 
@@ -149,19 +135,24 @@ def _written(
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that appends a line to a file, which begins with those that are kept, or to stdout."""
     if path is None:
-        yield lambda line: print(_line(line), end="", flush=True)
+        yield lambda line: print(as_line(line), end="", flush=True)
         return
-    replace_file(path, lambda new: new.write_text("".join(map(_line, kept)), encoding="utf-8"))
+    keep_lines(path, kept)
     with path.open("a", encoding="utf-8") as file:
 
         def write(line: dict[str, Any]) -> None:
-            file.write(_line(line))
+            file.write(as_line(line))
             file.flush()
 
         yield write
 
 
-def _line(entry: dict[str, Any]) -> str:
+def keep_lines(path: Path, kept: list[dict[str, Any]]) -> None:
+    """Make a file of an output's lines, in the place of one that has others."""
+    replace_file(path, lambda new: new.write_text("".join(map(as_line, kept)), encoding="utf-8"))
+
+
+def as_line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
 
 

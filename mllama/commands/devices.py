@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +20,16 @@ def add_device_argument(group: argparse._ActionsContainer, help: str, instead: s
     Args:
         instead: what to do for several.
     """
+    _add(group, functools.partial(device_of, instead=instead), help)
 
-    def one(text: str) -> str:
-        if "," in text:
-            raise argparse.ArgumentTypeError(
-                f"must be one device, such as cpu, gpu, gpu-0 or cuda:1; got {quoted(text)}{instead}"
-            )
-        return _device(text)
 
-    _add(group, one, help)
+def device_of(text: str, instead: str = "") -> str:
+    """An argparse type: one device. ``instead``: see :func:`add_device_argument`."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(
+            f"must be one device, such as cpu, gpu, gpu-0 or cuda:1; got {quoted(text)}{instead}"
+        )
+    return _device(text)
 
 
 def add_devices_argument(group: argparse._ActionsContainer) -> None:

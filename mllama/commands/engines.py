@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,13 @@ import torch
 
 from mllama import Engine, MllamaForConditionalGeneration, MllamaProcessor, follow
 from mllama.checkpoints.placement import resolve_device
-from mllama.commands.common import load_weights, positive
+from mllama.commands.common import (
+    add_max_length_argument,
+    load_processor,
+    load_weights,
+    positive,
+    what_runs,
+)
 from mllama.commands.loading import check_length, planned_source, source_of
 from mllama.commands.plan import memory
 from mllama.commands.usage import UsageError
@@ -41,6 +49,28 @@ def add_name_argument(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME",
         help="the model's name in requests; may be repeated (default: the folder's, or the hub id)",
+    )
+
+
+def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
+    """How long answers are, and what requests may bring, where all of it is said for a server."""
+    add_max_length_argument(group)
+    group.add_argument(
+        "--max-new-tokens",
+        type=_length,
+        default=-1,
+        metavar="N",
+        help="the longest answer, and the length where a request names none; -1: the rest of the context",
+    )
+    group.add_argument(
+        "--top-k",
+        type=positive,
+        metavar="K",
+        help="for requests that name none; 1 is greedy (default: the checkpoint's)",
+    )
+    add_request_arguments(group)
+    group.add_argument(
+        "--max-body", type=memory, default="32MB", metavar="SIZE", help="most bytes of a request"
     )
 
 
@@ -93,17 +123,22 @@ def add_batching_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def check_batching(options: argparse.Namespace) -> None:
+    """Raises: UsageError for options of `add_batching_arguments` that contradict each other."""
+    if options.max_batch_tokens is not None and options.max_batch_tokens < options.max_batch_size:
+        raise UsageError(
+            f"--max-batch-tokens {options.max_batch_tokens} is less than --max-batch-size "
+            f"{options.max_batch_size}: each of the answers decoded together takes a token of a step"
+        )
+
+
 def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], None]) -> EnginePlan:
     """What model and engine take, told before anything is loaded.
 
     Raises: ValueError with the numbers where that is more than is free, unless --force is given; as
         `from_pretrained` for what it would not load.
     """
-    if options.max_batch_tokens is not None and options.max_batch_tokens < options.max_batch_size:
-        raise UsageError(
-            f"--max-batch-tokens {options.max_batch_tokens} is less than --max-batch-size "
-            f"{options.max_batch_size}: each of the answers decoded together takes a token of a step"
-        )
+    check_batching(options)
     source = planned_source(options, source_of(options, checkpoint))
     check_length(options, source.config)
     device = resolve_device(
@@ -211,6 +246,16 @@ def compiler_of(
     return GrammarCompiler(vocabulary)
 
 
+def prepare_forms(compiler: GrammarCompiler, say: Callable[[str], None]) -> None:
+    """Make ready what the first answer of a form would wait for; where that cannot be, say so."""
+    from mllama.grammar.forms import GrammarError
+
+    try:
+        compiler.prepare()
+    except GrammarError as error:
+        say(f"{error}; response_format and enforced calls are refused")
+
+
 def application(
     engine: ServedEngine,
     settings: Settings,
@@ -227,6 +272,33 @@ def application(
     return create_app(engine, settings, compiler, writes)
 
 
+@contextmanager
+def answering(
+    options: argparse.Namespace,
+    checkpoint: str,
+    settings: Settings,
+    max_queue: int | None,
+    say: Callable[[str], None],
+) -> Iterator[tuple[FastAPI, Engine]]:
+    """The application before an engine that is ready, and that engine, which ends with the context.
+
+    Raises: as `plan_of` and `load_weights`.
+    """
+    from mllama.server.serving import AsyncEngine
+
+    processor = load_processor(checkpoint, options)
+    plan = plan_of(options, checkpoint, say)
+    model = load_weights(checkpoint, options, options.adapter)
+    say(f"ready: {what_runs(model)}")
+    compiler = compiler_of(processor, lambda: model)
+    prepare_forms(compiler, say)
+    with (
+        start_engine(model, processor, options, plan, max_queue) as engine,
+        closing(AsyncEngine(engine)) as served,
+    ):
+        yield application(served, settings, processor, compiler), engine
+
+
 def request_settings(options: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
     """What a server has to know of requests, under the names of its settings."""
     return {
@@ -234,7 +306,9 @@ def request_settings(options: argparse.Namespace, checkpoint: str) -> dict[str, 
         "image_hosts": tuple(options.allow_image_host),
         "max_images": options.max_images,
         "system_with_images": options.system_with_images,
+        "max_new_tokens": None if options.max_new_tokens == -1 else options.max_new_tokens,
         "top_k": options.top_k,
+        "version": version("mllama-kernels"),
     }
 
 
@@ -263,3 +337,10 @@ def _described(plan: EnginePlan, device: torch.device, free: int | None, config:
 
 def _bytes(text: str) -> int:
     return int(text) if text.isdecimal() else memory(text)
+
+
+def _length(text: str) -> int:
+    value = int(text)
+    if value < 1 and value != -1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, or -1, got {text}")
+    return value

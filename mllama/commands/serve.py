@@ -6,14 +6,12 @@ import argparse
 import os
 import re
 import sys
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from mllama import Engine, MllamaForConditionalGeneration
 from mllama.commands.common import (
     add_checkpoint_arguments,
     add_execution_arguments,
-    add_max_length_argument,
     checkpoint_of,
     load_processor,
     load_weights,
@@ -21,14 +19,15 @@ from mllama.commands.common import (
     what_runs,
 )
 from mllama.commands.engines import (
+    add_answer_arguments,
     add_batching_arguments,
     add_name_argument,
-    add_request_arguments,
     application,
     compiler_of,
     follow_engine,
     follows,
     plan_of,
+    prepare_forms,
     request_settings,
     require_extra,
     start_engine,
@@ -39,7 +38,6 @@ from mllama.commands.loading import (
     dtype_of,
     overrides_of,
 )
-from mllama.commands.plan import memory
 from mllama.commands.usage import UsageError
 from mllama.wording import quoted, shown
 
@@ -50,6 +48,14 @@ _KEYS = "MLLAMA_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_server_arguments(parser)
+    add_loading_arguments(group := parser.add_argument_group("weights"))
+    add_weight_path_argument(group)
+    add_execution_arguments(parser)
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model is served to whom, and how much of it at once."""
     add_checkpoint_arguments(group := parser.add_argument_group("model"))
     add_name_argument(group)
     group.add_argument(
@@ -90,24 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds in which running answers may finish when the server ends",
     )
     group = parser.add_argument_group("requests")
-    add_max_length_argument(group)
-    group.add_argument(
-        "--max-new-tokens",
-        type=_length,
-        default=-1,
-        metavar="N",
-        help="the longest answer, and the length where a request names none; -1: the rest of the context",
-    )
-    group.add_argument(
-        "--top-k",
-        type=positive,
-        metavar="K",
-        help="for requests that name none; 1 is greedy (default: the checkpoint's)",
-    )
-    add_request_arguments(group)
-    group.add_argument(
-        "--max-body", type=memory, default="32MB", metavar="SIZE", help="most bytes of a request"
-    )
+    add_answer_arguments(group)
     group = parser.add_argument_group("batching")
     add_batching_arguments(group)
     group.add_argument(
@@ -116,16 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that wait; more are refused with 429 (default: 4 times --max-batch-size)",
     )
-    add_loading_arguments(group := parser.add_argument_group("weights"))
-    add_weight_path_argument(group)
-    add_execution_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     dtype_of(options)  # contradictions are told before anything is loaded
     overrides_of(options)
     require_extra()
-    from mllama.grammar.forms import GrammarError
     from mllama.server.deferred import Deferred
     from mllama.server.listening import bind, serve
     from mllama.server.serving import AsyncEngine
@@ -145,10 +130,7 @@ def run(options: argparse.Namespace) -> int:
 
     def make() -> AsyncEngine:
         loaded.append(model := load_weights(checkpoint, options, options.adapter))
-        try:
-            compiler.prepare()
-        except GrammarError as error:
-            _say(f"{error}; response_format and enforced calls are refused")
+        prepare_forms(compiler, _say)
         started.append(start_engine(model, processor, options, plan, options.max_queue))
         return AsyncEngine(started[0])
 
@@ -191,13 +173,11 @@ def settings_of(options: argparse.Namespace, checkpoint: str) -> Settings:
             )
     return Settings(
         **request_settings(options, checkpoint),
-        version=version("mllama-kernels"),
         api_keys=keys,
         host=options.host,
         port=options.port,
         allowed_hosts=tuple(options.allow_host),
         allowed_origins=tuple(options.allow_origin),
-        max_new_tokens=None if options.max_new_tokens == -1 else options.max_new_tokens,
         body=BodyBounds(max_bytes=options.max_body),
         drain_seconds=options.drain_timeout,
     )
@@ -233,11 +213,4 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text}")
-    return value
-
-
-def _length(text: str) -> int:
-    value = int(text)
-    if value < 1 and value != -1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, or -1, got {text}")
     return value

@@ -33,6 +33,8 @@ from mllama.memory import free_bytes
 from mllama.stores import KeyValueStore
 from mllama.wording import quoted
 
+# Answers that may wait, to each that is computed, where nobody says how many.
+QUEUE_PER_ANSWER = 4
 _OPEN = either(NOTHING, integer(1))
 _ARGUMENTS = {
     "max_batch_size": integer(1),
@@ -164,9 +166,9 @@ class Engine:
                 followers.end(str(error))
             raise
         delay = 1 if model.device.type == "cuda" else 0
-        self.loop = Loop(
-            self._scheduler, runner, 4 * max_batch_size if max_queue is None else max_queue, delay
-        )
+        if max_queue is None:
+            max_queue = QUEUE_PER_ANSWER * max_batch_size
+        self.loop = Loop(self._scheduler, runner, max_queue, delay)
         self.loop.start()
         weakref.finalize(self, self.loop.close)  # waits: the interpreter may not end under a step
 

@@ -14,13 +14,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx2
 from fastapi import FastAPI
 
-from mllama.files import FileRefused
-from mllama.json_lines import read_lines
+from mllama.files import FileRefused, open_regular
+from mllama.json_lines import lines_of, read_lines
 from mllama.server.errors import json_shown
 from mllama.strict_json import parse_json
 from mllama.wording import shown
@@ -57,8 +57,19 @@ def read_batch(path: Path, max_body: int) -> Iterator[Ask | Wrong]:
         max_body: bytes of a request.
     Raises: ValueError naming a file that cannot be read.
     """
+    try:
+        with open_regular(path) as file:
+            yield from asked_in(file, max_body)
+    except (FileRefused, OSError) as error:
+        raise ValueError(f"{shown(str(path))} cannot be read: {error}") from None
+
+
+def asked_in(file: BinaryIO, max_body: int) -> Iterator[Ask | Wrong]:
+    """As :func:`read_batch`, of a file that is open at its beginning."""
     known: dict[str, int] = {}
-    for number, line in _numbered(path, max_body):
+    for number, line in enumerate(lines_of(file, max_body + _ENVELOPE), start=1):
+        if line is not None and not line.strip():
+            continue
         custom_id = None
         try:
             entry = _entry(line, max_body)
@@ -83,13 +94,18 @@ def answered(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             try:
                 entry = parse_json(line.decode("utf-8"))
-                if (entry["response"] or {}).get("status_code") == 200:
+                if is_answered(entry):
                     found[entry["custom_id"]] = entry
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise ValueError(f"line {number} is not one of an output") from None
     except (FileRefused, ValueError) as error:
         raise ValueError(f"{shown(str(path))} cannot be gone on with: {error}") from None
     return found
+
+
+def is_answered(entry: Mapping[str, Any]) -> bool:
+    """Whether a line of an output has what its request asked for."""
+    return (entry["response"] or {}).get("status_code") == 200
 
 
 async def answer_batch(
@@ -153,16 +169,6 @@ def _line(custom_id: str | None, response: Any, error: Any) -> dict[str, Any]:
         "response": response,
         "error": error,
     }
-
-
-def _numbered(path: Path, max_body: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, None for one that is too long, with their numbers."""
-    try:
-        for number, line in enumerate(read_lines(path, max_body + _ENVELOPE), start=1):
-            if line is None or line.strip():
-                yield number, line
-    except (FileRefused, OSError) as error:
-        raise ValueError(f"{shown(str(path))} cannot be read: {error}") from None
 
 
 def _entry(line: bytes | None, max_body: int) -> Mapping[str, Any]:
