@@ -285,7 +285,9 @@ def test_a_rank_that_hangs_is_named(ended):
 def test_a_rank_without_the_room_is_refused_with_what_all_need_and_have(ended):
     code, out, err = ended["1:poor"]
     head, names, *rows = told(err)
-    assert code == 1 and out == "" and "does not fit on rank 1" in head and "--force" in head
+    assert (
+        code == 1 and out == "" and "rank 1 of 2 on cpu has 0.00 GB" in head and "--force" in head
+    )
     assert names.split() == ["rank", "device", "needs", "has", "free"]
     assert re.fullmatch(r" +0  cpu  +[\d.]+ MB  +[\d.]+ GB", rows[0])
     assert re.fullmatch(r" +1  cpu  +[\d.]+ MB  +0\.5 MB  [\d.]+ MB are missing", rows[1])
