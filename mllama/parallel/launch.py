@@ -63,7 +63,7 @@ def launch(command: Sequence[str], count: int, timeout: float) -> Outcome:
     """
     # Its lines tell of every signal that a rank is sent.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    before = {number: signal.getsignal(number) for number in (*_HANDED_ON, signal.SIGQUIT)}
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (*_HANDED_ON, signal.SIGQUIT)}
     watch = None
     with _store() as port, tempfile.TemporaryDirectory(prefix="mllama-ranks-") as folder:
         try:
