@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this PyTorch has no gloo",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heeded() -> Iterator[None]:
+    """Signals count, also where the tests run in the background of a shell, which lets SIGINT be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def started(*arguments: str, fate: str = "", **options: Any) -> subprocess.Popen[str]:
@@ -83,6 +92,7 @@ def outcome(monkeypatch, script: str, timeout: float = 60.0, settle: float = 1.0
     [
         ("", Outcome(0)),
         ("sys.exit(3)", Outcome(3)),  # as a command does that has said why
+        ("rank or sys.exit(5)", Outcome(5)),
         ("fail('no such file')", Outcome(1, "no such file")),
         ("rank and fail('NaN')\ntime.sleep(60)", Outcome(1, "rank 1: NaN")),
         (
@@ -275,7 +285,9 @@ def test_a_rank_that_hangs_is_named(ended):
 def test_a_rank_without_the_room_is_refused_with_what_all_need_and_have(ended):
     code, out, err = ended["1:poor"]
     head, names, *rows = told(err)
-    assert code == 1 and out == "" and "does not fit on rank 1" in head and "--force" in head
+    assert (
+        code == 1 and out == "" and "rank 1 of 2 on cpu has 0.00 GB" in head and "--force" in head
+    )
     assert names.split() == ["rank", "device", "needs", "has", "free"]
     assert re.fullmatch(r" +0  cpu  +[\d.]+ MB  +[\d.]+ GB", rows[0])
     assert re.fullmatch(r" +1  cpu  +[\d.]+ MB  +0\.5 MB  [\d.]+ MB are missing", rows[1])
@@ -283,7 +295,7 @@ def test_a_rank_without_the_room_is_refused_with_what_all_need_and_have(ended):
 
 
 @pytest.fixture
-def talks(request) -> list[subprocess.Popen[str]]:
+def talks(request) -> Iterator[list[subprocess.Popen[str]]]:
     """Conversations over two ranks that have answered once."""
     command = ["chat", "--greedy", "--max-new-tokens", "3", "--devices", "cpu,cpu"]
     made = [started(*MODULE, *command, stdin=subprocess.PIPE) for _ in range(request.param)]

@@ -14,6 +14,7 @@ from mllama.memory import free_bytes
 from mllama.parallel.ranks import Ranks
 from mllama.parallel.room import require_rooms
 from mllama.quantization.plan import plan, refusal
+from mllama.wording import size
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FORCE = "force=True (--force) loads it all the same"
@@ -49,42 +50,55 @@ def require_fit(
                 f"{' and '.join(given)} are planned for the whole model, MllamaForConditionalGeneration, not "
                 f"for {type(matched.model).__name__}"
             )
-        if not force and ranks is not None:
-            require_rooms(ranks, device, choice.nbytes, _FORCE)
-        elif not force:
-            check_room(device, choice.nbytes)
+        if not force:
+            _check_weights(device, choice.nbytes, ranks)
         return
     tokens = _LEAST if context is None else context
     if isinstance(tokens, int):
         tokens = min(tokens, config.text_config.max_position_embeddings)
     encoding = str(name) if choice.quantization is None else choice.quantization.encoding
-    is_cuda = device.type == "cuda"
     shared: dict[str, Any] = {
         "dtype": name or "float32",
         "device": device.type,
         "images": 1 if images is None else images,
     }
     made = plan(config, encoding, tokens, weights=choice.nbytes, **shared)
-    if ranks is not None:
-        if not force:
-            needs = choice.nbytes if name is None else made.total
-            require_rooms(ranks, device, needs, _FORCE)
-        return
-    free = free_bytes(device)
-    if force or free is None:
+    if force:
         return
     if name is None:  # of float64 there are no plans
-        check_room(device, choice.nbytes)
-    elif made.total > free:
-        quantization, stored = choice.quantization, choice.stored_nbytes
+        _check_weights(device, choice.nbytes, ranks)
+        return
+    quantization, stored = choice.quantization, choice.stored_nbytes
+
+    def refused(free: int, where: str) -> str:
         text = refusal(
             made,
             config,
             free,
-            str(device),
+            where,
             is_stored=stored is not None,
             as_stored=stored if quantization is None else None,
             overrides=None if quantization is None else quantization.overrides,
             **shared,
         )
-        raise ValueError(f"{text}; {_FORCE}" + (f"; {ONE_DEVICE}" if is_cuda else ""))
+        return f"{text}; {_FORCE}"
+
+    if ranks is not None:
+        require_rooms(ranks, device, made.total, refused)
+    elif (free := free_bytes(device)) is not None and made.total > free:
+        is_cuda = device.type == "cuda"
+        raise ValueError(refused(free, str(device)) + (f"; {ONE_DEVICE}" if is_cuda else ""))
+
+
+def _check_weights(device: torch.device, nbytes: int, ranks: Ranks | None) -> None:
+    """Raises: ValueError for a device without the room for weights, of which there is no plan."""
+    if ranks is None:
+        check_room(device, nbytes)
+        return
+
+    def refused(free: int, where: str) -> str:
+        return (
+            f"the part of the model takes {size(nbytes)}, {where} has {size(free)} free; {_FORCE}"
+        )
+
+    require_rooms(ranks, device, nbytes, refused)

@@ -166,7 +166,9 @@ def plan_of(options: argparse.Namespace, checkpoint: str, say: Callable[[str], N
         say(line)
     instead = "--force loads it all the same"
     if not options.force and ranks is not None:
-        require_rooms(ranks, device, plan.total, instead)
+        require_rooms(
+            ranks, device, plan.total, lambda free, where: plan.refusal(free, where, instead)
+        )
     elif not options.force:
         plan.require_fit(free, str(device), instead)
     return plan

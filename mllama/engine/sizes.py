@@ -80,8 +80,11 @@ class EnginePlan:
             free: bytes; None where nobody knows.
             instead: what to do about it, besides a shorter context.
         """
-        if free is None or self.total <= free:
-            return
+        if free is not None and self.total > free:
+            raise ValueError(self.refusal(free, where, instead))
+
+    def refusal(self, free: int, where: str, instead: str) -> str:
+        """What :meth:`require_fit` says."""
         parts = {
             "weights": self.weights,
             f"{self.sizes.num_pages} pages of {PAGE_SIZE} tokens": self.pages,
@@ -95,7 +98,7 @@ class EnginePlan:
             shorter = "no context fits"
         elif self.longest >= asked:
             shorter = "fewer pages and image tiles fit"
-        raise ValueError(
+        return (
             f"a context of {asked} tokens takes {_gb(self.total)} GB ({listed}), {where} has {_gb(free)} GB "
             f"free: {_gb(self.total - free)} GB are missing; {shorter}"
             + (f"; {instead}" if instead else "")

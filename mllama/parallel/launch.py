@@ -63,7 +63,7 @@ def launch(command: Sequence[str], count: int, timeout: float) -> Outcome:
     """
     # Its lines tell of every signal that a rank is sent.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    before = {number: signal.getsignal(number) for number in (*_HANDED_ON, signal.SIGQUIT)}
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (*_HANDED_ON, signal.SIGQUIT)}
     watch = None
     with _store() as port, tempfile.TemporaryDirectory(prefix="mllama-ranks-") as folder:
         try:
@@ -206,9 +206,9 @@ class Watch:
         cause = failed[0]
         code = max(cause.code, 1)
         ends = {(end.code, end.report) for end in self._ended.values()}
-        if cause.report == "" or (len(ends) == 1 and len(self._ended) == len(self._pids)):
-            return Outcome(code, cause.report or "")  # as one process
-        return Outcome(code, self._told(cause))
+        is_one = len(ends) == 1 and len(self._ended) == len(self._pids)  # as one process
+        has_said = cause.report == "" or (cause is first and cause.code > 0 and not cause.report)
+        return Outcome(code, (cause.report or "") if is_one or has_said else self._told(cause))
 
     def _told(self, cause: _End) -> str:
         running = [rank for rank in self._pids if rank not in self._ended]
@@ -239,4 +239,4 @@ def _is_stopped(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return stat.rpartition(") ")[2][:1] in ("T", "t")
+    return stat.rpartition(") ")[2].startswith("T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,17 +79,18 @@ def table(rooms: list[Room]) -> str:
     return "\n".join(lines)
 
 
-def require_rooms(ranks: Ranks, device: torch.device, needs: int, instead: str) -> None:
+def require_rooms(
+    ranks: Ranks, device: torch.device, needs: int, refusal: Callable[[int, str], str]
+) -> None:
     """Refuse what does not fit on some rank, on all of them.
 
     Args:
         needs: bytes of this rank.
-        instead: what to do about it.
-    Raises: ValueError with the table.
+        refusal: what to say of a rank that has so many bytes free, and of its name.
+    Raises: ValueError with that, of the rank that misses most, and the table.
     """
     every = rooms(ranks, device, needs, own_free_bytes(device, ranks))
-    if short := [room.rank for room in every if room.missing]:
-        which = ", ".join(map(str, short))
-        raise ValueError(
-            f"the model over {ranks.size} ranks does not fit on rank {which}; {instead}\n{table(every)}"
-        )
+    worst = max(every, key=lambda room: room.missing)
+    if worst.free is not None and worst.missing:
+        text = refusal(worst.free, f"rank {worst.rank} of {ranks.size} on {worst.device}")
+        raise ValueError(f"{text}\n{table(every)}")
