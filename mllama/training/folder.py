@@ -111,11 +111,9 @@ def _compare(record: Path, asked: Mapping[str, Any]) -> int:
         earlier = parse_json(read_text(record, _MAX_RECORD_BYTES), constants=True)
         if not isinstance(earlier, dict):
             raise ValueError("it is no JSON object")
-        ranks = earlier.pop(_RANKS, None)
-        if type(ranks) is not int or not 0 < ranks <= _MOST_RANKS:
-            raise ValueError(f"it has {quoted(ranks)} ranks")
     except ValueError as error:
         raise ValueError(f"{shown(str(record))} is damaged: {error}") from None
+    ranks = earlier.pop(_RANKS, None)
     differ = [
         f"{shown(name)} was {quoted(earlier.get(name))}, now {quoted(asked.get(name))}"
         for name in sorted(earlier.keys() | asked.keys())
@@ -125,4 +123,6 @@ def _compare(record: Path, asked: Mapping[str, Any]) -> int:
         more = f" and {len(differ) - _LISTED} more" if len(differ) > _LISTED else ""
         listed = "; ".join(differ[:_LISTED]) + more
         raise ValueError(f"{shown(str(record.parent))} was made by another run: {listed}")
+    if type(ranks) is not int or not 0 < ranks <= _MOST_RANKS:
+        raise ValueError(f"{shown(str(record))} is damaged: it has {quoted(ranks)} ranks")
     return ranks

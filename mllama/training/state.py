@@ -210,8 +210,10 @@ class State:
             kinds["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
         try:
             file = _File(self._file(ranks.rank))
-            found = {name: file.rows(name, tuple(like.shape), like.dtype, 0, len(like))
-                     for name, like in kinds.items()}  # fmt: skip
+            found = {
+                name: file.rows(name, tuple(like.shape), like.dtype, 0, len(like))
+                for name, like in kinds.items()
+            }
         except (BadHeader, SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{self._where} is damaged: {reason(error)}") from None
         _, left, _, following = _TWISTER.unpack_from(found["rng"].numpy().tobytes())
