@@ -78,6 +78,7 @@ def cluster() -> Iterator[str]:
         ({"api_key": ["a b"]}, "a key must be ASCII without blanks"),
         ({"num_replicas": 0}, "replicas must be a number, or the least and the most; got 0"),
         ({"num_replicas": [3, 2]}, r"got \[3, 2\]"),
+        ({"devices_per_replica": 2}, "2 devices for an engine: --devices must be one device"),
         ({"cpus_per_replica": 0}, "an engine needs a device and a core; got 1 and 0"),
         ({"dtype": "float32", "quantization_encoding": "bfloat16"}, "contradict each other"),
     ],

@@ -179,7 +179,8 @@ def _kept(paths: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
     files = []
     for path, output in zip(paths, outputs):
         kept = answered(output) if output in there else {}
-        keep_lines(output, list(kept.values()))
+        if output in there:  # without what was cut off, and what is asked again
+            keep_lines(output, list(kept.values()))
         files.append({"path": path, "done": list(kept)})
     return files
 
