@@ -368,6 +368,7 @@ def memory(at: Place) -> Any:
         "cache": cache.nbytes,
         "weights": model.get_memory_footprint(),
         "parameters": model.num_parameters(),
+        "own parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stored": (config.to_dict(), model.config.to_dict()),
         "whole cache": mllama.MllamaCache(
             copy.deepcopy(config), 2, dtype=model.dtype, device="cpu", max_tokens=40

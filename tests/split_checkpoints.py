@@ -62,8 +62,9 @@ def write_checkpoint(
 
 
 class _Alone(Ranks):
-    def require_own_device(self, device: torch.device) -> None:
-        """There is nobody else."""
+    def gathered(self, value: Any) -> list[Any]:
+        """The others are like it."""
+        return [value] * self.size
 
 
 def alone(rank: int, size: int) -> Ranks:

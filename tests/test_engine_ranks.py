@@ -191,7 +191,7 @@ def test_who_is_first_has_the_engine(ranks):
 
 def test_what_is_planned_for_a_rank_is_its_part(ranks):
     part = ranks.split(small_model())
-    source = plan_source(type(part), ranks.model_folder, ranks=part.share.ranks)
+    source = plan_source(type(part), ranks.model_folder, tensor_parallel=2)
     assert source.nbytes == sum(parameter.nbytes for parameter in part.parameters())
     meta = KeyValueStore(source.config.get_text_config(), dtype=torch.float32, device="meta")
     with started(part) as engine:

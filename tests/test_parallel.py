@@ -277,7 +277,8 @@ def test_each_rank_has_its_part_of_the_memory(folder: Path, ranks: list[dict[str
             assert (alone["heads"], found["heads"]) == (heads, own)
             assert found["page"] * heads == alone["page"] * own
             assert found["cache"] * heads == alone["cache"] * own
-            assert found["weights"] == 4 * found["parameters"] < alone["weights"]
+            assert found["weights"] == 4 * found["own parameters"] < alone["weights"]
+            assert found["parameters"] == alone["parameters"] == alone["own parameters"]
             assert found["stored"] == alone["stored"]  # nothing of the split is
 
 

@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from mllama.memory import free_bytes
 from mllama.parallel.ranks import Ranks
 from mllama.wording import size
-
-_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,8 @@ def own_free_bytes(device: torch.device, ranks: Ranks | None) -> int | None:
 def rooms(ranks: Ranks, device: torch.device, needs: int, free: int | None) -> list[Room]:
     """What every rank needs and has, on all of them. They ask and go on together: none loads while another
     still looks at what is free."""
-    index = device.index if device.type == "cuda" else _UNKNOWN
-    own = torch.tensor([needs, _UNKNOWN if free is None else free, index], device=device)
-    every = [torch.empty_like(own) for _ in range(ranks.size)]
-    dist.all_gather(every, own, group=ranks.group)
-    return [
-        Room(
-            rank,
-            device.type if index == _UNKNOWN else f"{device.type}:{index}",
-            needs,
-            None if free == _UNKNOWN else free,
-        )
-        for rank, (needs, free, index) in enumerate(torch.stack(every).tolist())
-    ]
+    every = ranks.gathered((str(device), needs, free))
+    return [Room(rank, *own) for rank, own in enumerate(every)]
 
 
 def least_free_bytes(ranks: Ranks, device: torch.device) -> int | None:
