@@ -192,7 +192,9 @@ def test_who_is_first_has_the_engine(ranks):
 def test_what_is_planned_for_a_rank_is_its_part(ranks):
     part = ranks.split(small_model())
     source = plan_source(type(part), ranks.model_folder, tensor_parallel=2)
-    assert source.nbytes == sum(parameter.nbytes for parameter in part.parameters())
+    own = sum(parameter.nbytes for parameter in part.parameters())
+    row = part.lm_head.weight[0].nbytes  # of an odd vocabulary one rank has a row more
+    assert source.nbytes - own in (0, row)
     meta = KeyValueStore(source.config.get_text_config(), dtype=torch.float32, device="meta")
     with started(part) as engine:
         assert engine.loop._runner.forward.store.page_nbytes() == meta.page_nbytes()

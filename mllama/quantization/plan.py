@@ -268,6 +268,8 @@ def _nearest(
 ) -> str:
     """The first that fits of a shorter context, fewer images, the weights as they are stored, and a smaller
     encoding: of this checkpoint where it can be loaded in one, else of the one that it was made of."""
+    from mllama.parallel.split import CannotSplit
+
     shorter, _ = longest_context(config, made.encoding, free, weights=made.weights, **options)
     if shorter:
         return f"a context of {shorter:,} fits"
@@ -294,7 +296,10 @@ def _nearest(
     for encoding in BY_SIZE[begin:]:
         if encoding in PLAIN:
             continue
-        context, _ = longest_context(config, encoding, free, **own)
+        try:
+            context, _ = longest_context(config, encoding, free, **own)
+        except CannotSplit:  # its blocks are too long for so many ranks
+            continue
         if context:
             original = "its weights stay as they are stored; of the original, " if is_stored else ""
             up_to = f"a context of up to {min(context, made.context):,}"
