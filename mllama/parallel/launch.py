@@ -30,7 +30,7 @@ _HOST = "127.0.0.1"
 _LOOK = 0.05  # seconds between two looks at the ranks
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)  # of gloo, NCCL and the store
 # Seconds that the others have to end by themselves, once a rank has: a server answers those who wait.
-_SETTLE = 6.0
+_SETTLE = 4.0
 _AT_ONCE = 1.0  # that the first has for the second signal
 _TERMINATE = 2  # from SIGTERM to SIGKILL
 # What a person or a system tells a command.
