@@ -118,6 +118,13 @@ def options(at: Place) -> Any:
     text = at.tokenizer.decode(found["prefix"][0, length:].tolist())
     stop = {"stop_strings": [text[1:3]], "tokenizer": at.tokenizer}
     stop |= {"prefix_allowed_tokens_fn": letters, "max_new_tokens": 4, "pad_token_id": 0}
+    kept = {"return_dict_in_generate": True, "output_hidden_states": True, "output_scores": True}
+    output = model.generate(**batch, max_new_tokens=2, pad_token_id=0, **kept)
+    found["kept"] = (output.hidden_states, output.scores)
+    streamed = model.stream(
+        **at.case["prompts"]["text"], tokenizer=at.tokenizer, max_new_tokens=4, seed=2, **sampled
+    )
+    found["streamed"] = torch.tensor(list("".join(streamed).encode()))
     found["stop string"] = model.generate(**at.case["prompts"]["one picture"], **stop)
     return found
 
@@ -352,6 +359,9 @@ def unlike(at: Place) -> Any:
         "pixels": error_of(lambda: model.generate(**pixels, max_new_tokens=2)),
         "missing": error_of(lambda: model.generate(**(text if at.rank else batch))),
         "number": error_of(lambda: model.generate(**batch, max_new_tokens=2 + at.rank)),
+        "functions": error_of(
+            lambda: model.generate(**batch, stopping_criteria=[lambda *_: True] * (at.rank == 0))
+        ),
         "seed": error_of(lambda: model.generate(**batch, **seeds)),
         "cache": error_of(lambda: model.generate(**batch, **(cache if at.rank else {}))),
         "kept text": error_of(lambda: model.generate(**text, **kept)),
@@ -370,7 +380,7 @@ def memory(at: Place) -> Any:
         "parameters": model.num_parameters(),
         "own parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stored": (config.to_dict(), model.config.to_dict()),
-        "whole cache": mllama.MllamaCache(
+        "of a copied configuration": mllama.MllamaCache(
             copy.deepcopy(config), 2, dtype=model.dtype, device="cpu", max_tokens=40
         ).nbytes,
     }

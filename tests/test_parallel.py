@@ -256,7 +256,7 @@ def test_there_are_no_gradients(ranks: list[dict[str, Any]]) -> None:
 def test_ranks_that_were_given_different_things_all_say_so(ranks: list[dict[str, Any]]) -> None:
     names = {"prompt": "input_ids", "pixels": "pixel_values", "missing": "input_ids"}
     names |= {"number": "max_new_tokens", "seed": "seed", "cache": "past_key_values"}
-    names |= {"kept text": "past_key_values"}
+    names |= {"kept text": "past_key_values", "functions": "stopping_criteria"}
     for rank, (found,) in enumerate(of_all(ranks, "unlike")):
         room = found.pop("room")
         assert room.startswith(
@@ -277,6 +277,7 @@ def test_each_rank_has_its_part_of_the_memory(folder: Path, ranks: list[dict[str
             assert (alone["heads"], found["heads"]) == (heads, own)
             assert found["page"] * heads == alone["page"] * own
             assert found["cache"] * heads == alone["cache"] * own
+            assert found["of a copied configuration"] == found["cache"]
             assert found["weights"] == 4 * found["own parameters"] < alone["weights"]
             assert found["parameters"] == alone["parameters"] == alone["own parameters"]
             assert found["stored"] == alone["stored"]  # nothing of the split is

@@ -14,14 +14,8 @@ from mllama.cache import MllamaCache
 from mllama.generation.config import GenerationPlan
 from mllama.parallel.ranks import Ranks
 
-# Of a plan what may be another object on each rank.
-_OBJECTS = (
-    "seeds",
-    "tokenizer",
-    "prefix_allowed_tokens_fn",
-    "logits_processor",
-    "stopping_criteria",
-)
+# Of a plan what may be another object on each rank, if only it is there on all.
+_OBJECTS = ("tokenizer", "prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria")
 
 
 class Run(Protocol):
@@ -72,9 +66,11 @@ def agreed_run(ranks: Ranks, make: Callable[[], _Run]) -> _Run:
 
 def _digests(run: Run) -> dict[str, Any]:
     """What is equal where prompts, images, options and caches are, by name."""
-    options = {f.name: repr(getattr(run.plan, f.name)) for f in fields(run.plan)}
-    given = {name: _digest(value) for name, value in run.given.items()}
-    return {**given, **{name: value for name, value in options.items() if name not in _OBJECTS}}
+    options = {f.name: getattr(run.plan, f.name) for f in fields(run.plan) if f.name != "seeds"}
+    for name in _OBJECTS:
+        given = options[name]
+        options[name] = len(given) if isinstance(given, tuple) else given is not None
+    return {**{name: _digest(value) for name, value in run.given.items()}, **options}
 
 
 def _digest(value: Any) -> Any:
