@@ -95,7 +95,7 @@ def launched(folder: Path, ranks: int, runs: list[dict[str, Any]]) -> list[list[
         [*LAUNCH, str(ranks), script, str(given), str(work)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=400,
+        timeout=550,
     )
     return [json.loads((work / f"ended-{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -276,7 +276,7 @@ def started(ranks: int, options: list[str]) -> list[subprocess.Popen[bytes]]:
 def test_sigkill_of_all_at_any_moment(folder: Path, two: Any) -> None:
     killed, more = folder / "killed for good", RESUMED["adapters"]
     asked = [*options(folder, "killed for good", 2, *more), "--resume"]
-    group, deadline = started(2, asked), time.monotonic() + 200
+    group, deadline = started(2, asked), time.monotonic() + 300
     while group[0].poll() is None and time.monotonic() < deadline:
         if sum("loss" in entry for entry in read_log(killed / "log.jsonl")) >= 3:
             for process in group:
@@ -284,7 +284,7 @@ def test_sigkill_of_all_at_any_moment(folder: Path, two: Any) -> None:
             break
         time.sleep(0.002)
     assert [process.wait() for process in group] == [-signal.SIGKILL] * 2
-    assert [process.wait(timeout=200) for process in started(2, asked)] == [0, 0]
+    assert [process.wait(timeout=300) for process in started(2, asked)] == [0, 0]
     assert entries(killed) == entries(folder / "whole adapters")
     one, other = weights(killed), weights(folder / "whole adapters")
     assert all(one[name].equal(other[name]) for name in one)
