@@ -274,7 +274,7 @@ def test_a_replica_that_is_killed_is_replaced_while_the_other_answers(fleet):
         time.sleep(1)
         os.kill(killed := min(before), signal.SIGKILL)
         assert all(count.result() for count in counts)  # a request that failed raises here
-    eventually(lambda: len(fleet.pids() - {killed}) == 2, 60)
+    eventually(lambda: len(fleet.pids() - {killed}) == 2, 300)
     assert before - {killed} < fleet.pids()
 
 
@@ -286,7 +286,7 @@ def test_it_ends_when_its_answers_have(fleet):
     next(chunks)
     fleet.process.send_signal(signal.SIGTERM)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
-    assert fleet.process.wait(60) == 0, fleet.log.read_text()
+    assert fleet.process.wait(300) == 0, fleet.log.read_text()
     assert not fleet.pids()
 
 
