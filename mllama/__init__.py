@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mllama.config import MllamaTextConfig as MllamaTextConfig
     from mllama.config import MllamaVisionConfig as MllamaVisionConfig
     from mllama.engine.engine import Engine as Engine
+    from mllama.engine.following import follow as follow
     from mllama.engine.interface import Options as Options
     from mllama.generation.config import GenerationConfig as GenerationConfig
     from mllama.generation.streaming import TextStreamer as TextStreamer
@@ -43,6 +44,7 @@ _MODULES = {
     "Options": "mllama.engine.interface",
     "Semantics": "mllama.semantics",
     "TextStreamer": "mllama.generation.streaming",
+    "follow": "mllama.engine.following",
     "plan": "mllama.quantization.plan",
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import two_ranks
 from generation_helpers import END, byte_tokenizer
 from model_helpers import RATIOS, Shape, randomise
 
@@ -161,6 +163,13 @@ def choices_near(job: Job, index: int, before: list[int], logits: torch.Tensor) 
     return set(chosen.tokens.tolist())
 
 
+def engine_of(model, processor, **options) -> Engine:
+    """An engine; where MLLAMA_TEST_RANKS is 2, of a copy that is split over this process and another."""
+    if os.environ.get("MLLAMA_TEST_RANKS", "1") == "2":
+        model = two_ranks.shared().split(model)
+    return Engine(model, processor, **options)
+
+
 class Engines:
     """Engines of one model, closed at the end."""
 
@@ -168,7 +177,7 @@ class Engines:
         self.model, self.engines = model, []
 
     def start(self, **options) -> Engine:
-        engine = Engine(self.model, byte_tokenizer(), **options)
+        engine = engine_of(self.model, byte_tokenizer(), **options)
         self.engines.append(engine)
         return engine
 

@@ -379,7 +379,7 @@ def test_what_pages_and_slots_held_before_does_not_matter(semantics, engines, se
     """Those of a request whose numbers were not finite are another's next."""
     rng, model = random.Random(seed), small_model(semantics)
     engine = engines(model).start(num_pages=12, num_slots=12, max_batch_size=4)
-    store = engine.loop._runner._store
+    store = engine.loop._runner.forward.store
     for values in (store.page_values, store.tile_values):
         values.fill_(float("nan"))
     options = Options(max_tokens=6, repetition_penalty=1.0)

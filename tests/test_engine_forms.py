@@ -13,6 +13,7 @@ pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
 
 import jsonschema
+from engine_helpers import engine_of
 from grammar_helpers import demo_compiler
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor
@@ -39,7 +40,7 @@ def engine() -> Iterator[Engine]:
     folder = checkpoint_path()
     model = MllamaForConditionalGeneration.from_pretrained(folder, device="cpu")
     processor = MllamaProcessor.from_pretrained(folder)
-    with Engine(model, processor, max_batch_size=4, max_length=512) as made:
+    with engine_of(model, processor, max_batch_size=4, max_length=512) as made:
         yield made
 
 

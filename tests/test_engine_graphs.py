@@ -22,7 +22,7 @@ from engine_helpers import (
 )
 from recorded_graphs import stand_in
 
-from mllama.engine import jobs, runner
+from mllama.engine import forward, jobs
 from mllama.engine.interface import Options
 from mllama.engine.pages import SCRATCH_PAGE
 from mllama.engine.prompts import Prompt
@@ -31,7 +31,7 @@ from mllama.engine.step import StepShape
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(runner, "captures", lambda model, store: True)
+    monkeypatch.setattr(forward, "captures", lambda model, store: True)
     monkeypatch.setattr(jobs, "Answer", Recorder)
     return stand_in(monkeypatch)
 
@@ -68,7 +68,7 @@ def test_answers_are_those_of_each_request_alone(semantics, delay, recorded, see
             wait(lambda client=client: client.has_ended)
             assert_same(job, *alone(model, prompt, options))
         made, replays = len(recorded.made), sum(graph.replays for graph in recorded.made)
-        shapes = {*engine.loop._runner._graphs._steps}
+        shapes = {*engine.loop._runner.forward.graphs.steps}
         _, client = put(engine, Prompt((5, 6, 7)), replace(common, max_tokens=9), "alone")
         wait(lambda: client.has_ended)
         assert sum(graph.replays for graph in prepared) >= len(prepared) + 8
@@ -85,13 +85,13 @@ def test_rows_that_are_left_write_to_the_scratch_page_alone(recorded):
     engines = Engines(model)
     try:
         engine = engines.start(num_pages=20, num_slots=4, prefix_reuse=False)
-        store = engine.loop._runner._store
+        store = engine.loop._runner.forward.store
         store.page_values.fill_(7.0)  # once the steps are captured
         options = Options(max_tokens=12, ignore_eos=True)
         prompts = [Prompt(tuple(range(3 + i, 20 + i))) for i in range(3)]
         clients = [put(engine, p, options, str(i))[1] for i, p in enumerate(prompts)]
         wait(lambda: all(client.has_ended for client in clients))
-        assert StepShape(4, 64, 0) in engine.loop._runner._graphs._steps
+        assert StepShape(4, 64, 0) in engine.loop._runner.forward.graphs.steps
     finally:
         engines.close()
     is_written = (store.page_values != 7.0).any(dim=-1).any(dim=3).any(dim=0).any(dim=0)
@@ -110,4 +110,4 @@ def test_rows_that_are_left_write_to_the_scratch_page_alone(recorded):
     ],
 )
 def test_buckets(shape, expected):
-    assert runner.bucket(shape) == StepShape(*expected)
+    assert forward.bucket(shape) == StepShape(*expected)

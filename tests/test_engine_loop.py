@@ -17,6 +17,7 @@ from engine_helpers import (
     Failing,
     byte_tokenizer,
     check_given_back,
+    engine_of,
     put,
     small_model,
     wait,
@@ -171,7 +172,7 @@ def test_a_stop_string_that_no_answer_can_have_harms_nobody(model):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens([AddedToken("<|image|>", special=True)])
     assert tokenizer.token_to_id("<|image|>") == IMAGE
-    with Engine(model, tokenizer, num_pages=20, num_slots=4) as engine:
+    with engine_of(model, tokenizer, num_pages=20, num_slots=4) as engine:
         options = Options(max_tokens=6, min_tokens=4, stop=("<|image|>",), ignore_eos=True)
         texts = engine.submit_prompt(PROMPT, options)
         list(texts)
@@ -180,7 +181,7 @@ def test_a_stop_string_that_no_answer_can_have_harms_nobody(model):
 
 def test_parts_of_characters_are_told_as_bytes(model):
     tokenizer = byte_tokenizer()
-    with Engine(model, tokenizer, num_pages=20, num_slots=4) as engine:
+    with engine_of(model, tokenizer, num_pages=20, num_slots=4) as engine:
         options = Options(max_tokens=60, top_logprobs=0, temperature=2.0, seed=4, ignore_eos=True)
         texts = engine.submit_prompt(PROMPT, options)
         said = "".join(texts)
@@ -206,7 +207,7 @@ def test_the_end_of_an_engine_is_not_taken_back(engines):
 
 
 def test_an_engine_lives_as_long_as_somebody_reads(model):
-    texts = Engine(model, byte_tokenizer(), num_pages=20, num_slots=4).submit_prompt(
+    texts = engine_of(model, byte_tokenizer(), num_pages=20, num_slots=4).submit_prompt(
         PROMPT, Options(max_tokens=30, ignore_eos=True)
     )
     gc.collect()
@@ -221,7 +222,7 @@ def test_an_engine_lives_as_long_as_somebody_reads(model):
 def test_a_process_may_end_while_an_engine_works():
     script = (
         "from test_engine_loop import *\n"
-        "engine = Engine(small_model(), byte_tokenizer(), num_pages=20, num_slots=4)\n"
+        "engine = engine_of(small_model(), byte_tokenizer(), num_pages=20, num_slots=4)\n"
         "texts = engine.submit_prompt(PROMPT, ENDLESS)\n"
         "next(texts)\n"
     )

@@ -7,11 +7,10 @@ import io
 import uuid
 
 import pytest
-from engine_helpers import wait
+from engine_helpers import engine_of, wait
 
 import mllama
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
-from mllama.engine.engine import Engine
 from mllama.engine.interface import Options, Overloaded, Piece, Refused, Unavailable, WorkFailed
 from mllama.engine.prompts import prepare_chat, prepare_chat_with, prepare_picture
 from mllama.server import serving
@@ -24,7 +23,7 @@ from mllama.server.serving import AsyncEngine
 def engine():
     model = mllama.MllamaForConditionalGeneration.from_pretrained(checkpoint_path())
     processor = mllama.MllamaProcessor.from_pretrained(checkpoint_path())
-    with Engine(model, processor, num_pages=200, num_slots=64) as engine:
+    with engine_of(model, processor, num_pages=200, num_slots=64) as engine:
         yield engine
 
 
@@ -290,7 +289,7 @@ def test_an_event_loop_that_is_closed_ends_its_requests(engine, served):
 def test_the_end_of_an_engine_is_told():
     model = mllama.MllamaForConditionalGeneration.from_pretrained(checkpoint_path())
     processor = mllama.MllamaProcessor.from_pretrained(checkpoint_path())
-    engine = Engine(model, processor, num_pages=100, num_slots=16)
+    engine = engine_of(model, processor, num_pages=100, num_slots=16)
     served = AsyncEngine(engine)
 
     async def run():

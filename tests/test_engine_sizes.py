@@ -80,9 +80,9 @@ def test_an_engine_allocates_what_was_planned(monkeypatch: pytest.MonkeyPatch) -
     stores: list[KeyValueStore] = []
 
     class Recorder(Runner):
-        def __init__(self, model: Any, store: KeyValueStore) -> None:
+        def __init__(self, model: Any, store: KeyValueStore, *others: Any) -> None:
             stores.append(store)
-            super().__init__(model, store)
+            super().__init__(model, store, *others)
 
     monkeypatch.setattr(engine_module, "Runner", Recorder)
     with Engine(model, byte_tokenizer(), **options):

@@ -6,10 +6,13 @@ import queue
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from mllama.config_fields import FLAG, NOTHING, TEXT, either, integer, value_problem
 from mllama.engine.answers import Vocabulary
+from mllama.engine.following import Followers
+from mllama.engine.forward import store_of
 from mllama.engine.interface import (
     Constraint,
     Options,
@@ -25,7 +28,7 @@ from mllama.engine.prefix import Scope
 from mllama.engine.prompts import Prompt, prepare_chat
 from mllama.engine.runner import Runner
 from mllama.engine.scheduler import Scheduler
-from mllama.engine.sizes import plan_engine
+from mllama.engine.sizes import EnginePlan, plan_engine
 from mllama.memory import free_bytes
 from mllama.stores import KeyValueStore
 from mllama.wording import quoted
@@ -80,7 +83,11 @@ class Engine:
         adapter: the identity of the adapter that the model has, empty for none.
         force: go on also where there seems to be too little memory.
 
-    Raises: ValueError for an argument that cannot be, and with the numbers where memory does not suffice.
+    Of a model that is split over ranks (``tensor_parallel``) the first has the engine, and the others call
+    :func:`mllama.follow`.
+
+    Raises: ValueError for an argument that cannot be, on another rank than the first, and with the numbers
+        where memory does not suffice.
     """
 
     def __init__(
@@ -117,47 +124,46 @@ class Engine:
             "adapter": adapter,
             "force": force,
         }
-        if problems := [p for name in given for p in value_problem(name, _ARGUMENTS[name], given)]:
-            raise ValueError("; ".join(problems))
-        store = KeyValueStore(
-            model.config.get_text_config(), dtype=model.dtype, device=model.device
-        )
-        free = free_bytes(model.device)
-        plan = plan_engine(
-            model.config,
-            store,
-            free,
-            model.device.type,
-            quantized=model.quantization is not None,
-            max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
-            max_prefills=max_ce_batch_size,
-            max_new_pictures=max_new_pictures,
-            max_length=max_length,
-            max_images=max_images,
-            num_pages=num_pages,
-            num_slots=num_slots,
-        )
-        if not force:
-            plan.require_fit(free, str(model.device), "force=True goes on all the same")
-        sizes = plan.sizes
-        store.add_pages(sizes.num_pages + 1)
-        store.resize_tiles(sizes.num_slots, sizes.tokens_per_tile, kept=0)
-        self._pages = PagePool(sizes.num_pages + 1)
-        self._tiles = TilePool(sizes.num_slots, sizes.slot_bytes, image_cache_bytes)
-        self._scheduler = Scheduler(
-            sizes.limits,
-            self._pages,
-            self._tiles,
-            Scope(str(model.dtype), adapter, model.semantics),
-            prefix_reuse=prefix_reuse,
-        )
-        self.processor = processor
-        self._vocabulary = Vocabulary.of(processor)
-        self._facts = ModelFacts.of(model, sizes.limits.max_length)
+        followers = Followers.of(model)
+        try:
+            if problems := [
+                p for name in given for p in value_problem(name, _ARGUMENTS[name], given)
+            ]:
+                raise ValueError("; ".join(problems))
+            plan = _planned(
+                model,
+                followers,
+                force,
+                max_batch_size=max_batch_size,
+                max_batch_tokens=max_batch_tokens,
+                max_prefills=max_ce_batch_size,
+                max_new_pictures=max_new_pictures,
+                max_length=max_length,
+                max_images=max_images,
+                num_pages=num_pages,
+                num_slots=num_slots,
+            )
+            sizes = plan.sizes
+            self._pages = PagePool(sizes.num_pages + 1)
+            self._tiles = TilePool(sizes.num_slots, sizes.slot_bytes, image_cache_bytes)
+            self._scheduler = Scheduler(
+                sizes.limits,
+                self._pages,
+                self._tiles,
+                Scope(str(model.dtype), adapter, model.semantics),
+                prefix_reuse=prefix_reuse,
+            )
+            self.processor = processor
+            self._vocabulary = Vocabulary.of(processor)
+            self._facts = ModelFacts.of(model, sizes.limits.max_length)
+            with nullcontext() if followers is None else followers.preparing(sizes, max_batch_size):
+                runner = Runner(model, store_of(model, sizes), followers)
+                runner.forward.prepare(max_batch_size)
+        except Exception as error:
+            if followers is not None:
+                followers.end(str(error))
+            raise
         delay = 1 if model.device.type == "cuda" else 0
-        runner = Runner(model, store)
-        runner.prepare(max_batch_size)
         self.loop = Loop(
             self._scheduler, runner, 4 * max_batch_size if max_queue is None else max_queue, delay
         )
@@ -253,6 +259,23 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _planned(model: Any, followers: Followers | None, force: bool, **arguments: Any) -> EnginePlan:
+    """As plan_engine(), by the memory of the rank that has least. Raises: ValueError."""
+    free = free_bytes(model.device) if followers is None else followers.free
+    store = KeyValueStore(model.config.get_text_config(), dtype=model.dtype, device=model.device)
+    plan = plan_engine(
+        model.config,
+        store,
+        free,
+        model.device.type,
+        quantized=model.quantization is not None,
+        **arguments,
+    )
+    if not force:
+        plan.require_fit(free, str(model.device), "force=True goes on all the same")
+    return plan
 
 
 class Box:

@@ -12,6 +12,7 @@ from functools import partial
 
 from mllama.engine.answers import Answer
 from mllama.engine.counts import Counts
+from mllama.engine.following import OutOfStep
 from mllama.engine.interface import Overloaded, Piece, State, Unavailable, Usage, WorkFailed
 from mllama.engine.jobs import Job, Outbox
 from mllama.engine.plan import Plan
@@ -129,20 +130,25 @@ class Loop:
                 if self._scheduler.has_work or self._in_flight:
                     self._step()
                 self._hand_over()
+        except OutOfStep as error:
+            _LOG.error("the engine has ended: %s", error)
         except Exception:  # of the scheduler's own; nothing is known to hold any more
             _LOG.exception("the engine has ended")
         finally:
             with self._lock:
                 self._state = "dead"
             self._end_all(WorkFailed("the engine has ended"))
+            self._runner.close()
 
     def _take_inbox(self) -> None:
         """All that is there; the first is waited for where there is nothing else to do."""
         is_idle = not self._scheduler.has_work and not self._in_flight
         while True:
             try:
-                order = self._inbox.get(block=is_idle)
+                order = self._inbox.get(is_idle, self._runner.idle_seconds)
             except queue.Empty:
+                if is_idle:
+                    self._runner.stay()
                 return
             order()
             is_idle = False
@@ -155,6 +161,8 @@ class Loop:
             self._note_started(begin)
             try:
                 self._in_flight.append((plan, self._runner.launch(plan)))
+            except OutOfStep:
+                raise
             except Exception as error:
                 # Where one before it has failed as well, it is void already.
                 if all(self._accept(*self._in_flight.popleft()) for _ in [*self._in_flight]):

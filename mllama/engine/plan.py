@@ -104,3 +104,14 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         return not self.rows and not self.encodes
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether it reads what the step before has sampled."""
+        return any(row.tokens[-1] == PENDING for row in self.rows)
+
+
+def places_of(plan: Plan) -> dict[int, int]:
+    """By sequence, the place of its token among those that a step samples."""
+    sampled = [row.sequence for row in plan.rows if row.sample_step is not None]
+    return {sequence: place for place, sequence in enumerate(sampled)}

@@ -1,24 +1,21 @@
-"""Runs plans on a model: the tower over new pictures, one forward over all tokens, the choice of the next."""
+"""Runs plans: the forward, which other ranks compute too, and the choice of the next tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mllama.engine.batch import Batch, pack
-from mllama.engine.graphs import Aside, CapturedStep, captures
-from mllama.engine.pages import PAGE_SIZE
-from mllama.engine.plan import PENDING, Encode, Plan, Row
+from mllama.engine.following import Followers
+from mllama.engine.forward import Forward
+from mllama.engine.plan import PENDING, Plan, Row, places_of
 from mllama.engine.prompts import PreparedPicture
 from mllama.engine.sampling import Chosen, Counted, Likelihood, Sampling, choose
-from mllama.engine.step import DecodeRows, StepShape, power_of_two
 from mllama.generation.sampling import INVALID_TOKEN
-from mllama.stores import KeyValueStore, PagedRows
+from mllama.stores import KeyValueStore
 
 
 @dataclass(frozen=True)
@@ -39,17 +36,17 @@ class Launched:
 
     Args:
         chosen: what was sampled, None where nothing was.
-        sequences: whose tokens they are.
+        places: of each sequence among the tokens.
         told: those of them whose log-probabilities are asked for.
 
     Attributes:
-        places: of each sequence among the tokens.
+        chosen, places: the same.
     """
 
     def __init__(
-        self, chosen: Chosen | None, sequences: Sequence[int] = (), told: Sequence[int] = ()
+        self, chosen: Chosen | None, places: Mapping[int, int], told: Sequence[int] = ()
     ) -> None:
-        self.chosen, self.places = chosen, {id_: i for i, id_ in enumerate(sequences)}
+        self.chosen, self.places = chosen, places
         self._told, self._event = told, None
         if chosen is None:
             return
@@ -90,29 +87,34 @@ class Runner:
     Args:
         model: with a language head.
         store: where keys and values go.
+        followers: the other ranks of a model that is split.
     Raises: TypeError for a model some part of which would not be called, though somebody has changed it.
     """
 
-    def __init__(self, model: Any, store: KeyValueStore) -> None:
-        self._model, self._store = model, store
-        if (changed := model.called_part()) is not None:
-            name, part = changed
-            raise TypeError(
-                f"the engine does not call the {name} itself: a hook, or a forward of its own, on this "
-                f"{type(part).__name__} would have no effect; put it on the layers"
-            )
+    def __init__(
+        self, model: Any, store: KeyValueStore, followers: Followers | None = None
+    ) -> None:
+        self.forward, self._followers = Forward(model, store), followers
+        self._ops, self._device = model.ops, store.page_values.device
         self._vocab_size = model.head_rows
-        self._is_real = np.zeros(store.num_slots, bool)
         self._counted: dict[int, Counted] = {}
         self._pictures: dict[int, Sequence[PreparedPicture]] = {}
-        self._latest = Launched(None)
-        self._graphs = _Graphs(model, store) if captures(model, store.page_values) else None
+        self._latest = Launched(None, {})
 
-    def prepare(self, most_rows: int) -> None:
-        """Do what need not wait for the first requests."""
-        if self._graphs is not None:
-            with torch.no_grad():
-                self._graphs.prepare(most_rows)
+    @property
+    def idle_seconds(self) -> float | None:
+        """After which stay() is to be called where nothing is launched; None: never."""
+        return None if self._followers is None else self._followers.idle_seconds
+
+    def stay(self) -> None:
+        """Let the other ranks know that this one is there, and see that they are. Raises: OutOfStep."""
+        if self._followers is not None:
+            self._followers.stay()
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        if self._followers is not None:
+            self._followers.end()
 
     def add(
         self,
@@ -123,9 +125,8 @@ class Runner:
         answer: Sequence[int] = (),
     ) -> None:
         """Know a sequence until remove(), by its id; added again it is known by its text of then."""
-        device = self._store.page_values.device
         self._pictures[sequence] = pictures
-        self._counted[sequence] = Counted(sampling, prompt, answer, self._vocab_size, device)
+        self._counted[sequence] = Counted(sampling, prompt, answer, self._vocab_size, self._device)
 
     def remove(self, sequence: int) -> None:
         self._pictures.pop(sequence, None)
@@ -133,29 +134,36 @@ class Runner:
 
     @torch.no_grad()
     def launch(self, plan: Plan) -> Launched:
-        """Give a step to the device, after the one before."""
-        if plan.encodes:
-            self._encode(plan.encodes)
-        launched = Launched(None)
-        if plan.rows:
-            logits = self._logits(plan)
-            rows = [row for row in plan.rows if row.sample_step is not None]
-            if rows:
-                self._accept(rows)
-                counted = [self._counted[row.sequence] for row in rows]
-                chosen = choose(self._model.ops, logits, counted, [row.sample_step for row in rows])
-                told = [
-                    row.sequence
-                    for row, own in zip(rows, counted)
-                    if own.sampling.top_logprobs is not None
-                ]
-                launched = Launched(chosen, [row.sequence for row in rows], told)
+        """Give a step to the device, after the one before. Raises: OutOfStep."""
+        logits = self._logits(plan)
+        rows = [row for row in plan.rows if row.sample_step is not None]
+        launched = Launched(None, {})
+        if logits is not None and rows:
+            self._accept(rows)
+            counted = [self._counted[row.sequence] for row in rows]
+            chosen = choose(self._ops, logits, counted, [row.sample_step for row in rows])
+            told = [
+                row.sequence
+                for row, own in zip(rows, counted)
+                if own.sampling.top_logprobs is not None
+            ]
+            launched = Launched(chosen, places_of(plan), told)
         self._latest = launched
         return launched
 
     def run(self, plan: Plan) -> dict[int, int | None]:
         """The tokens of a step by the ids of its sequences, None where the logits are not finite."""
         return self.launch(plan).read().tokens
+
+    def _logits(self, plan: Plan) -> Tensor | None:
+        """(S, V) of the tokens whose next ones are sampled; None where no text is read."""
+        pictures = [self._pictures[encode.sequence][encode.index] for encode in plan.encodes]
+        before = self._latest
+        sampled = None if before.chosen is None else before.chosen.tokens
+        if self._followers is None:
+            return self.forward.run(plan, pictures, sampled, before.places)
+        with self._followers.computing(plan, pictures, sampled):
+            return self.forward.run(plan, pictures, sampled, before.places)
 
     def _accept(self, rows: Sequence[Row]) -> None:
         """Let the answers that are held to a form know their latest tokens; those still on the device are
@@ -169,89 +177,3 @@ class Runner:
                     token = int(chosen.tokens[self._latest.places[row.sequence]])
                 if token != INVALID_TOKEN:
                     held.accept(token, row.sample_step)
-
-    def _logits(self, plan: Plan) -> Tensor:
-        """(S, V) of the tokens whose next ones are sampled."""
-        before = self._latest
-        batch = pack(
-            plan,
-            self._store,
-            self._model.semantics,
-            self._is_real,
-            before.chosen.tokens if before.chosen is not None else None,
-            before.places,
-        )
-        if self._graphs is not None and len(batch.ids) == len(batch.last) == len(plan.rows):
-            return self._graphs.logits(batch)
-        return self._model.packed_logits(batch.ids, batch.packed, batch.last)
-
-    def _encode(self, encodes: Sequence[Encode]) -> None:
-        """The tower over new pictures together, and their keys and values to their slots."""
-        device = self._store.page_values.device
-        pictures = [self._pictures[encode.sequence][encode.index] for encode in encodes]
-        tiles = self._model.model.encode_images(
-            torch.stack([p.pixels for p in pictures]).unsqueeze(1).to(device),
-            torch.tensor([[p.aspect_ratio_id] for p in pictures], device=device),
-            torch.stack([p.tile_mask for p in pictures]).unsqueeze(1).to(device),
-        )
-        slots = [slot for encode in encodes for slot in encode.slots]
-        if len(slots) != len(tiles.states):
-            raise RuntimeError(f"{len(tiles.states)} tiles were encoded for {len(slots)} slots")
-        none = torch.empty(0, 0, dtype=torch.int32, device=device)
-        rows = PagedRows(self._store, none, none, torch.tensor(slots, device=device))
-        self._model.text_tower.store_tiles(tiles.states, rows)
-        for encode, picture in zip(encodes, pictures):
-            kept = picture.tile_mask != 0
-            real = kept if len(encode.slots) == len(kept) else kept[kept]
-            self._is_real[list(encode.slots)] = real.numpy()
-
-
-class _Graphs:
-    """The steps in which every sequence decodes a token, captured for each number of rows, pages and tiles.
-
-    The model is not looked at again: in an engine nobody changes it.
-    """
-
-    def __init__(self, model: Any, store: KeyValueStore) -> None:
-        self._model, self._store = model, store
-        self._aside = Aside.shared(store.page_values.device)
-        self._steps: dict[StepShape, CapturedStep] = {}
-
-    def prepare(self, most_rows: int) -> None:
-        """Capture the usual steps, which takes the device a while, before anybody waits for it."""
-        shape = bucket(StepShape(1, 1, 1 if self._store.num_slots else 0))
-        while shape.rows < 2 * most_rows:
-            for tiles in {0, shape.tiles}:
-                step = self._step(shape._replace(tiles=tiles))
-                while not step.is_settled:  # its rows are all at the scratch page
-                    step(self._model, self._store)
-            shape = shape._replace(rows=2 * shape.rows)
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(S, V), which the next step overwrites."""
-        rows = DecodeRows.of_tokens(batch.ids, batch.packed)
-        step = self._step(bucket(rows.shape))
-        step.rows.load(rows)
-        return step(self._model, self._store)[: len(batch.ids)]
-
-    def _step(self, shape: StepShape) -> CapturedStep:
-        if shape not in self._steps:
-            rows = DecodeRows.buffers(shape, self._store.page_values.device)
-            self._steps[shape] = CapturedStep(rows, aside=self._aside)
-        return self._steps[shape]
-
-
-# Tokens of a sequence up to which decode attention splits its keys alike (csrc/cuda/attention/decode.h).
-_SPLIT_ALIKE = (4096, 32768)
-# Of a picture there are no more, and those that a sequence lacks cost nothing.
-_FEWEST_TILES = 4
-
-
-def bucket(shape: StepShape) -> StepShape:
-    """What a step is captured for: powers of two rows and tiles, and one of few numbers of pages."""
-    pages = next(
-        (tokens // PAGE_SIZE for tokens in _SPLIT_ALIKE if shape.pages * PAGE_SIZE <= tokens),
-        power_of_two(shape.pages),
-    )
-    tiles = shape.tiles and max(_FEWEST_TILES, power_of_two(shape.tiles))
-    return StepShape(power_of_two(shape.rows), pages, tiles)
