@@ -36,7 +36,7 @@ class Pair:
     """
 
     def __init__(self, folder: Path, seconds: float = 60) -> None:
-        self._folder, self._count = folder, 0
+        self._folder, self._seconds, self._count = folder, seconds, 0
         self._pipe, theirs = _NURSERY.Pipe()
         self.other = _NURSERY.Process(target=_follow_all, args=(folder, seconds, theirs))
         self.other.start()
@@ -50,7 +50,7 @@ class Pair:
         model.save_pretrained(folder)
         options = {"semantics": model.semantics, "dtype": model.dtype, "backend": model.backend}
         self._pipe.send((type(model), folder, options))
-        copy = _part(type(model), folder, options)
+        copy = _part(self._seconds, type(model), folder, options)
         copy.generation_config = model.generation_config
         return copy
 
@@ -93,9 +93,10 @@ def _join(folder: Path, rank: int, seconds: float) -> None:
     )
 
 
-def _part(cls: _Class, folder: Path, options: dict[str, Any]) -> Any:
+def _part(seconds: float, cls: _Class, folder: Path, options: dict[str, Any]) -> Any:
     """Of a model, which has a process group of its own: engines of several may be open at once."""
-    group = dist.new_group([0, 1], use_local_synchronization=True)
+    wait = timedelta(seconds=seconds)
+    group = dist.new_group([0, 1], timeout=wait, use_local_synchronization=True)
     return cls.from_pretrained(folder, tensor_parallel=group, **options)
 
 
@@ -105,7 +106,7 @@ def _follow_all(folder: Path, seconds: float, pipe: Any) -> None:
 
     def run(made: threading.Event, *given: Any) -> None:
         try:
-            model = _part(*given)
+            model = _part(seconds, *given)
             made.set()
             mllama.follow(model)
         except Exception as error:

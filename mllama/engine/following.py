@@ -131,6 +131,7 @@ class Followers:
         """Say that there is nothing to compute, and see that they are there. Raises: OutOfStep."""
         with self._together():
             self._channel.send(Stay())
+            self._channel.meet()
 
     def end(self, reason: str | None = None) -> None:
         """Let them go, unless one is gone, or nobody knows what it is at: that they see by themselves."""
@@ -175,6 +176,8 @@ def follow(model: Any) -> None:
             raise OutOfStep(
                 f"the first rank does not say any longer what to do: {error}"
             ) from error
+        if isinstance(message, Stay):
+            channel.meet()
         if isinstance(message, End):
             break
         if isinstance(message, Begin):

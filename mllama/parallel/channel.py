@@ -69,6 +69,10 @@ class Channel:
             self._pass_on(tensor)
         return message, tensors
 
+    def meet(self) -> None:
+        """Wait until all ranks are here: what is sent says nothing of whether it is received."""
+        dist.all_reduce(torch.zeros(1), group=self._group)
+
     def _pass_on(self, tensor: Tensor) -> None:
         if tensor.numel():
             dist.broadcast(tensor.view(-1).view(torch.uint8), group=self._group, group_src=0)
