@@ -28,9 +28,29 @@ NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload([__name__, "mllama.server.app", "mllama.engine.engine"])
 
 
+def _ranks() -> list[dict[str, str]]:
+    """What the environment says to each rank, as torchrun would; of one process nothing."""
+    size = os.environ.get("MLLAMA_TEST_RANKS", "1")
+    if size == "1":
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = str(found.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting}
+        for rank in range(int(size))
+    ]
+
+
 def _run(
-    arguments: list[str], log: Path, limits: dict[str, Any], sabotage: Callable[[], None] | None
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    limits: dict[str, Any],
+    sabotage: Callable[[], None] | None,
 ) -> None:
+    os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -42,7 +62,7 @@ def _run(
 
 
 class Child:
-    """A server that is ready.
+    """A server that is ready; over so many ranks as MLLAMA_TEST_RANKS says.
 
     Args:
         log: where its words go; other processes may have written there.
@@ -60,8 +80,13 @@ class Child:
     ) -> None:
         self._log, self._start = log, log.stat().st_size if log.exists() else 0
         words = ["--port", str(port), *arguments]
-        self._process = NURSERY.Process(target=_run, args=(words, log, limits or {}, sabotage))
-        self._process.start()
+        self._ranks = [
+            NURSERY.Process(target=_run, args=(words, log, rank, limits or {}, sabotage))
+            for rank in _ranks()
+        ]
+        for process in self._ranks:
+            process.start()
+        self._process = self._ranks[0]
         try:
             self.url = self._address()
         except BaseException:
@@ -89,13 +114,17 @@ class Child:
         return data[self._start :].decode()
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit code; None where it is still running."""
+        """The exit code; None where it is still running. Other ranks have ended with it."""
         self._process.join(seconds)
+        for other in self._ranks[1:] if self._process.exitcode is not None else ():
+            other.join(10)
+            assert other.exitcode is not None, self.log
         return self._process.exitcode
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.join()
+        for process in self._ranks:
+            process.kill()
+            process.join()
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

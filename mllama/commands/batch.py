@@ -21,6 +21,8 @@ from mllama.commands.engines import (
     add_request_arguments,
     application,
     compiler_of,
+    follow_engine,
+    follows,
     plan_of,
     request_settings,
     require_extra,
@@ -92,6 +94,8 @@ def run_batch(options: argparse.Namespace) -> int:
     if len(kept) == count:
         _say(f"all of {count:,} requests are answered already")
         return 0
+    if follows(options):
+        return follow_engine(options, checkpoint)
     processor = load_processor(checkpoint, options)
     plan = plan_of(options, checkpoint, _say)
     model = load_weights(checkpoint, options, options.adapter)

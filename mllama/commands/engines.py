@@ -4,21 +4,23 @@ the application that reads requests and shapes answers."""
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllama import Engine, MllamaForConditionalGeneration, MllamaProcessor
+from mllama import Engine, MllamaForConditionalGeneration, MllamaProcessor, follow
 from mllama.checkpoints.placement import resolve_device
-from mllama.commands.common import positive
+from mllama.commands.common import load_weights, positive
 from mllama.commands.loading import check_length, planned_source, source_of
 from mllama.commands.plan import memory
 from mllama.commands.usage import UsageError
 from mllama.engine.pages import PAGE_SIZE
 from mllama.engine.sizes import EnginePlan, plan_engine
 from mllama.memory import free_bytes
+from mllama.parallel.member import Member
 from mllama.parallel.ranks import Ranks
 from mllama.parallel.room import least_free_bytes, require_rooms
 from mllama.stores import KeyValueStore
@@ -161,6 +163,26 @@ def start_engine(
         adapter="" if options.adapter is None else str(options.adapter),
         force=True,  # what was free has been looked at
     )
+
+
+def follows(options: argparse.Namespace) -> bool:
+    """Whether this process is a rank that computes along with the engine of the first."""
+    ranks = Ranks.of(options.tensor_parallel)
+    return ranks is not None and ranks.rank > 0
+
+
+def follow_engine(options: argparse.Namespace, checkpoint: str) -> int:
+    """What such a process does while the first plans, loads and answers. Returns: the exit code."""
+    member = Member.of_environment()
+    if member is not None and not member.is_ours:
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # torchrun tells all; the first ends the others
+            signal.signal(number, signal.SIG_IGN)
+    plan_of(options, checkpoint, lambda line: None)
+    follow(load_weights(checkpoint, options, options.adapter))
+    return 0
 
 
 def require_extra() -> None:

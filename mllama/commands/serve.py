@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from mllama import MllamaForConditionalGeneration
+from mllama import Engine, MllamaForConditionalGeneration
 from mllama.commands.common import (
     add_checkpoint_arguments,
     add_execution_arguments,
@@ -26,6 +26,8 @@ from mllama.commands.engines import (
     add_request_arguments,
     application,
     compiler_of,
+    follow_engine,
+    follows,
     plan_of,
     request_settings,
     require_extra,
@@ -129,6 +131,8 @@ def run(options: argparse.Namespace) -> int:
     from mllama.server.serving import AsyncEngine
 
     checkpoint = checkpoint_of(options)
+    if follows(options):
+        return follow_engine(options, checkpoint)
     settings = settings_of(options, checkpoint)
     for line in warnings_of(options, settings):
         _say(line)
@@ -136,6 +140,7 @@ def run(options: argparse.Namespace) -> int:
     processor = load_processor(checkpoint, options)
     plan = plan_of(options, checkpoint, _say)
     loaded: list[MllamaForConditionalGeneration] = []
+    started: list[Engine] = []
     compiler = compiler_of(processor, lambda: loaded[0])
 
     def make() -> AsyncEngine:
@@ -144,7 +149,8 @@ def run(options: argparse.Namespace) -> int:
             compiler.prepare()
         except GrammarError as error:
             _say(f"{error}; response_format and enforced calls are refused")
-        return AsyncEngine(start_engine(model, processor, options, plan, options.max_queue))
+        started.append(start_engine(model, processor, options, plan, options.max_queue))
+        return AsyncEngine(started[0])
 
     engine = Deferred(make, lambda: _say(f"ready: {what_runs(loaded[0])}"))
     app = application(engine, settings, processor, compiler)
@@ -160,6 +166,10 @@ def run(options: argparse.Namespace) -> int:
     if engine.health() == "loading":
         # The thread that loads cannot be ended, and the interpreter would end under it.
         os._exit(code)
+    for each in started:
+        each.close()
+        if each.loop.lost is not None:
+            raise each.loop.lost
     return code
 
 

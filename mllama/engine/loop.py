@@ -40,6 +40,7 @@ class Loop:
 
     Attributes:
         counts: what has been done.
+        lost: why other ranks are, which has ended it.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Loop:
         self._scheduler, self._runner, self._delay = scheduler, runner, delay
         self._max_queue = max_queue
         self.counts = Counts()
+        self.lost: OutOfStep | None = None
         self._state: State = "ready"
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[str, Job] = {}  # those in the inbox too
@@ -131,6 +133,7 @@ class Loop:
                     self._step()
                 self._hand_over()
         except OutOfStep as error:
+            self.lost = error
             _LOG.error("the engine has ended: %s", error)
         except Exception:  # of the scheduler's own; nothing is known to hold any more
             _LOG.exception("the engine has ended")
