@@ -28,18 +28,16 @@ NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload([__name__, "mllama.server.app", "mllama.engine.engine"])
 
 
-def _ranks() -> list[dict[str, str]]:
+def _ranks(size: int) -> list[dict[str, str]]:
     """What the environment says to each rank, as torchrun would; of one process nothing."""
-    size = os.environ.get("MLLAMA_TEST_RANKS", "1")
-    if size == "1":
+    if size == 1:
         return [{}]
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting}
-        for rank in range(int(size))
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting} for rank in range(size)
     ]
 
 
@@ -62,12 +60,13 @@ def _run(
 
 
 class Child:
-    """A server that is ready; over so many ranks as MLLAMA_TEST_RANKS says.
+    """A server that is ready.
 
     Args:
         log: where its words go; other processes may have written there.
         limits: of its settings, in the place of those that no option sets.
         sabotage: called in the process before the command: a function of a module.
+        ranks: that it runs on, each a process; by default what MLLAMA_TEST_RANKS says, or one.
     """
 
     def __init__(
@@ -77,16 +76,17 @@ class Child:
         port: int = 0,
         limits: dict[str, Any] | None = None,
         sabotage: Callable[[], None] | None = None,
+        ranks: int | None = None,
     ) -> None:
         self._log, self._start = log, log.stat().st_size if log.exists() else 0
         words = ["--port", str(port), *arguments]
         self._ranks = [
             NURSERY.Process(target=_run, args=(words, log, rank, limits or {}, sabotage))
-            for rank in _ranks()
+            for rank in _ranks(ranks or int(os.environ.get("MLLAMA_TEST_RANKS", "1")))
         ]
         for process in self._ranks:
             process.start()
-        self._process = self._ranks[0]
+        self._process, *self.others = self._ranks
         try:
             self.url = self._address()
         except BaseException:
@@ -116,7 +116,7 @@ class Child:
     def wait(self, seconds: float = 120) -> int | None:
         """The exit code; None where it is still running. Other ranks have ended with it."""
         self._process.join(seconds)
-        for other in self._ranks[1:] if self._process.exitcode is not None else ():
+        for other in self.others if self._process.exitcode is not None else ():
             other.join(10)
             assert other.exitcode is not None, self.log
         return self._process.exitcode
