@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from engine_helpers import (
     IMAGE,
     Engine,
@@ -24,19 +25,21 @@ from engine_helpers import (
 from two_ranks import pair
 
 import mllama
+from mllama.checkpoints.weights import plan_source
 from mllama.engine import jobs
 from mllama.engine.interface import Options
 from mllama.engine.prompts import Prompt
 from mllama.generation.sampling import row_seeds
 from mllama.parallel import channel
 from mllama.parallel.channel import Channel
+from mllama.stores import KeyValueStore
 
 COMMON = Options(max_tokens=12, ignore_eos=True, repetition_penalty=1.0)
 # One of the two decodes a token that is on the device only; both sample on the first rank alone.
 DELAYS = [0, 1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ranks():
     with pair() as made:
         yield made
@@ -158,14 +161,20 @@ def test_a_cancelled_request_and_a_failed_choice_leave_the_ranks_together(ranks,
 
 def test_a_long_plan_is_told_in_parts(sent, ranks):
     model, options = small_model(), replace(COMMON, max_tokens=2)
-    prompts = [Prompt((3 + i, *(3 + j % 200 for j in range(400)))) for i in range(20)]
-    with started(ranks.split(model), num_pages=400, max_batch_tokens=12000) as engine:
+    prompts = [Prompt((3 + i, *(3 + j % 200 for j in range(900)))) for i in range(34)]
+    sizes = {
+        "num_pages": 600,
+        "max_batch_tokens": 32000,
+        "max_batch_size": 34,
+        "max_ce_batch_size": 34,
+    }
+    with started(ranks.split(model), **sizes) as engine:
         asked = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
-        for prompt, (job, client) in zip(prompts, asked):
-            wait(lambda client=client: client.has_ended)
+        wait(lambda: all(client.has_ended for _, client in asked))
+        for prompt, (job, _) in list(zip(prompts, asked))[-2:]:
             assert_same(job, *alone(model, prompt, options))
     assert ranks.ended() is None
-    assert max(len(pickle.dumps(message)) for message, _ in sent) > 1.5 * channel._FRAME
+    assert max(len(pickle.dumps(message)) for message, _ in sent) > channel._FRAME
 
 
 def test_who_is_first_has_the_engine(ranks):
@@ -177,6 +186,16 @@ def test_who_is_first_has_the_engine(ranks):
         mllama.follow(part)
     with started(part):
         pass
+    assert ranks.ended() is None
+
+
+def test_what_is_planned_for_a_rank_is_its_part(ranks):
+    part = ranks.split(small_model())
+    source = plan_source(type(part), ranks.model_folder, ranks=part.share.ranks)
+    assert source.nbytes == sum(parameter.nbytes for parameter in part.parameters())
+    meta = KeyValueStore(source.config.get_text_config(), dtype=torch.float32, device="meta")
+    with started(part) as engine:
+        assert engine.loop._runner.forward.store.page_nbytes() == meta.page_nbytes()
     assert ranks.ended() is None
 
 

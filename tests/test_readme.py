@@ -33,6 +33,7 @@ BLOCKS = {
     for name, text in PAGES.items()
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     if "import OpenAI" not in block  # which needs a server: `tests/test_serve.py` runs it
+    and "tensor_parallel" not in block  # which needs two ranks: `tests/test_serve_ranks.py` does
 }
 FOLDERS = "csrc|mllama|mllama_kernels|tests|benchmarks|docs|tools"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS}|\.ci)/[\w./<>*-]*[\w>*/]")

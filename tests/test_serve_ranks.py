@@ -157,3 +157,38 @@ def children(pid: int) -> list[int]:
     return [
         int(word) for word in text.split() if b"RANK=" in Path(f"/proc/{word}/environ").read_bytes()
     ]
+
+
+def test_the_example_runs_under_torchrun_and_files_of_requests_are_answered(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "follow(" in b]
+    (tmp_path / "example.py").write_text(block)
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for i, body in enumerate(asked())
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = ["generate", "--batch", "asked.jsonl", "--output", "answered.jsonl"]
+    commands = {
+        "example": ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "example.py"],
+        "batch": ["mllama", *batch, "--devices", "cpu,cpu"],
+    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, command in commands.items()
+    }
+    for name, process in started.items():
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err
+        assert bool(out.strip()) == (name == "example")
+    answered = [json.loads(line) for line in (tmp_path / "answered.jsonl").read_text().splitlines()]
+    assert sorted(line["custom_id"] for line in answered) == sorted(map(str, range(len(lines))))
+    assert all(line["response"]["status_code"] == 200 for line in answered)

@@ -33,10 +33,12 @@ class Pair:
 
     Attributes:
         other: the process that is the second.
+        model_folder: of the model that was split last.
     """
 
     def __init__(self, folder: Path, seconds: float = 60) -> None:
         self._folder, self._seconds, self._count = folder, seconds, 0
+        self.model_folder: Path | None = None
         self._pipe, theirs = _NURSERY.Pipe()
         self.other = _NURSERY.Process(target=_follow_all, args=(folder, seconds, theirs))
         self.other.start()
@@ -46,7 +48,7 @@ class Pair:
     def split(self, model: Any) -> Any:
         """A copy of a model that is split over both, the second rank following."""
         self._count += 1
-        folder = self._folder / f"model{self._count}"
+        folder = self.model_folder = self._folder / f"model{self._count}"
         model.save_pretrained(folder)
         options = {"semantics": model.semantics, "dtype": model.dtype, "backend": model.backend}
         self._pipe.send((type(model), folder, options))

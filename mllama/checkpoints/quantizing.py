@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.matching import MatchedCheckpoint
 from mllama.checkpoints.own_format import METHOD
 from mllama.checkpoints.published_call import Wanted
+from mllama.parallel.rules import Cut
 from mllama.quantization.policy import (
     MODEL_ENCODINGS,
     Quantization,
@@ -220,15 +222,30 @@ def _skipped(matched: MatchedCheckpoint, modules: Iterable[str]) -> set[str]:
     return names
 
 
-def _nbytes(matched: MatchedCheckpoint, encodings: Mapping[str, str], dtype: torch.dtype) -> int:
+def part_of(
+    choice: Choice, matched: MatchedCheckpoint, dtype: torch.dtype, cuts: Mapping[str, Cut]
+) -> Choice:
+    """The choice of one rank of a model that is split, whose parts these are: its bytes are its own."""
+    return replace(choice, nbytes=_nbytes(matched, choice.encodings, dtype, cuts))
+
+
+def _nbytes(
+    matched: MatchedCheckpoint,
+    encodings: Mapping[str, str],
+    dtype: torch.dtype,
+    cuts: Mapping[str, Cut] = MappingProxyType({}),
+) -> int:
     total = 0
     for name, shape in matched.shapes.items():
         info = matched.checkpoint.tensors[matched.sources[name]]
         encoding = encodings.get(name)
         if encoding is None:
-            total += math.prod(shape) * dtype.itemsize
+            nbytes = math.prod(shape) * dtype.itemsize
         elif info.encoding == encoding:
-            total += info.nbytes
+            nbytes = info.nbytes
         else:
-            total += ENCODINGS[encoding].nbytes(*shape)
+            nbytes = ENCODINGS[encoding].nbytes(*shape)
+        if (cut := cuts.get(name)) is not None:
+            nbytes = nbytes * (cut.end - cut.begin) // shape[cut.dim]
+        total += nbytes
     return total

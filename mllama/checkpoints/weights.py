@@ -18,11 +18,11 @@ from mllama.checkpoints.expected import Config
 from mllama.checkpoints.filling import fill
 from mllama.checkpoints.gguf.checkpoint import GgufCheckpoint
 from mllama.checkpoints.hub import DOWNLOAD_OPTIONS
-from mllama.checkpoints.matching import CONFIGS, DTYPES, match_checkpoint
+from mllama.checkpoints.matching import CONFIGS, DTYPES, MatchedCheckpoint, match_checkpoint
 from mllama.checkpoints.meta_files import MetaCheckpoint
 from mllama.checkpoints.planning import require_fit
 from mllama.checkpoints.published_call import Wanted, check_other_arguments, quantization_of_call
-from mllama.checkpoints.quantizing import choose_encodings, stored_by_encoding
+from mllama.checkpoints.quantizing import Choice, choose_encodings, part_of, stored_by_encoding
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
@@ -139,8 +139,7 @@ def load_pretrained(
         logger.warning("%s: %s", matched.folder, line)
     share = None
     if ranks is not None:
-        share = Share(ranks, Split(model, ranks.size, choice.encodings))
-        share.take(model)
+        share, choice = _take_part(matched, choice, chosen, ranks)
     require_fit(
         matched,
         choice,
@@ -233,6 +232,15 @@ def describe_checkpoint(
     }
 
 
+def _take_part(
+    matched: MatchedCheckpoint, choice: Choice, dtype: torch.dtype, ranks: Ranks
+) -> tuple[Share, Choice]:
+    """Turn the matched model into this rank's part. Raises: CannotSplit."""
+    share = Share(ranks, Split(matched.model, ranks.size, choice.encodings))
+    share.take(matched.model)
+    return share, part_of(choice, matched, dtype, share.cuts)
+
+
 def _parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name not in DTYPES:
@@ -269,9 +277,9 @@ class PlanSource:
     """A model that is still to be loaded.
 
     Attributes:
-        config: of the model.
+        config: of the model; of a rank's part it says over how many the model is split.
         dtype: of activations, caches, and what is not quantised.
-        nbytes: of all weights.
+        nbytes: of all weights; of a rank's part.
         encoding: of the quantised ones; None if there is none.
         stored: the same where they are stored so already; else None.
     """
@@ -292,9 +300,10 @@ def plan_source(
     dtype: str | None = None,
     quantization: str | None = None,
     quantization_overrides: Mapping[str, str] | None = None,
+    ranks: Ranks | None = None,
 ) -> PlanSource:
     """What a memory plan of a checkpoint starts from, from the headers of the files only, as it is loaded
-    with these arguments.
+    with these arguments; over ranks what the plan of this one does.
 
     Raises: as :func:`load_pretrained`.
     """
@@ -310,9 +319,11 @@ def plan_source(
     choice = choose_encodings(
         matched, Wanted(quantization), quantization_overrides, dequantize=False, dtype=chosen
     )
+    if ranks is not None:
+        _, choice = _take_part(matched, choice, chosen, ranks)
     encoding = None if choice.quantization is None else choice.quantization.encoding
     return PlanSource(
-        matched.config,
+        matched.model.config,
         str(chosen).removeprefix("torch."),
         choice.nbytes,
         encoding,

@@ -19,6 +19,7 @@ from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 from mllama.checkpoints.saving import save_pretrained
 from mllama.checkpoints.weights import PlanSource, describe_checkpoint, plan_source
 from mllama.commands.usage import UsageError
+from mllama.parallel.ranks import Ranks
 from mllama.quantization.policy import MODEL_ENCODINGS, PLAIN
 from mllama.wording import quoted, shown
 
@@ -211,6 +212,7 @@ def planned_source(options: argparse.Namespace, folder: str) -> PlanSource:
         dtype=dtype_of(options),
         quantization=options.quantization_encoding,
         quantization_overrides=overrides_of(options) or None,
+        ranks=Ranks.of(options.tensor_parallel),
     )
 
 

@@ -138,6 +138,7 @@ class Followers:
         if self._is_open:
             with suppress(OutOfStep), self._together():
                 self._channel.send(End(reason))
+                self._channel.meet()  # a connection that is closed takes along what is not read yet
         self._is_open = False
 
     @contextmanager
@@ -179,6 +180,8 @@ def follow(model: Any) -> None:
         if isinstance(message, Stay):
             channel.meet()
         if isinstance(message, End):
+            with suppress(RuntimeError):  # the first rank has seen that all are here, and goes
+                channel.meet()
             break
         if isinstance(message, Begin):
             forward = Forward(model, store_of(model, message.sizes))
