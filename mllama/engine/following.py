@@ -31,6 +31,7 @@ class Begin:
     """What the ranks make before the first step.
 
     Attributes:
+        sizes: of the store.
         most_rows: sequences that decode together.
     """
 
@@ -43,6 +44,7 @@ class Step:
     """A step that all compute; the pixels of its new pictures come beside it.
 
     Attributes:
+        plan: of the step.
         shapes: of the pictures that it encodes, the aspect-ratio ids and tile masks.
     """
 
@@ -152,6 +154,7 @@ class Followers:
             raise
 
 
+@torch.no_grad()
 def follow(model: Any) -> None:
     """Compute what the engine of the first rank plans, until it is closed: on every rank but the first, where
     that calls `mllama.Engine(model, ...)`.
@@ -177,16 +180,16 @@ def follow(model: Any) -> None:
             raise OutOfStep(
                 f"the first rank does not say any longer what to do: {error}"
             ) from error
-        if isinstance(message, Stay):
-            channel.meet()
         if isinstance(message, End):
             with suppress(RuntimeError):  # the first rank has seen that all are here, and goes
                 channel.meet()
             break
-        if isinstance(message, Begin):
+        if isinstance(message, Stay):
+            channel.meet()
+        elif isinstance(message, Begin):
             forward = Forward(model, store_of(model, message.sizes))
             forward.prepare(message.most_rows)
-        if isinstance(message, Step):
+        elif isinstance(message, Step):
             assert forward is not None
             sampled = None
             if message.plan.has_pending:

@@ -50,7 +50,6 @@ class Forward:
         if self.graphs is not None:
             self.graphs.prepare(most_rows)
 
-    @torch.no_grad()
     def run(
         self,
         plan: Plan,
@@ -58,7 +57,8 @@ class Forward:
         sampled: Tensor | None,
         places: Mapping[int, int],
     ) -> Tensor | None:
-        """A step: logits (S, V) of the tokens whose next ones are sampled; None where no text is read.
+        """A step, without gradients: logits (S, V) of the tokens whose next ones are sampled; None where no
+        text is read.
 
         Args:
             pictures: those that the plan encodes.
