@@ -111,7 +111,7 @@ def test_what_a_person_should_know_is_told():
         "--drain-timeout inf",
         "--max-body 5",
         "--device cpu --devices gpu",
-        "--devices gpu-0,gpu-1",
+        "--devices gpu-0,gpu-0",
         "--system-with-images ignore",
     ],
 )
