@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 import torch
 from gguf_writer import as_type, write_split, write_unified
+from meta_writer import write_original
 from published_folders import FOLDERS, write_folder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from split_checkpoints import alone, check_ranks, load, weights_of, write_checkpoint
 from torch import Tensor
 
 from mllama import MllamaForConditionalGeneration
-from mllama.checkpoints import planning, weights
+from mllama.checkpoints import meta_params, planning, weights
+from mllama.checkpoints.checkpoint import read_json
 from mllama.checkpoints.weights import plan_source
+from mllama.memory import return_freed
 from mllama.parallel.split import CannotSplit
 from mllama.quantization.plan import MemoryPlan
 from mllama.stores import KeyValueStore
 
 SIZES = (2, 4)
+_STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +143,60 @@ def test_what_is_planned_is_what_a_rank_loads(
         source = plan_source(MllamaForConditionalGeneration, tmp_path, tensor_parallel=size)
         assert source.nbytes == pytest.approx(most, rel=0.01)
         assert source.config.text_config.local_key_value_heads == max(1, 2 // size)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 110 MB, of which no tensor has 4, in every layout."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("deep")
+    text = {"num_hidden_layers": 8, "cross_attention_layers": [1], "intermediate_size": 1792}
+    write_checkpoint(folder / "safetensors", text=text, vision={"intermediate_size": 512})
+    weights = load_file(folder / "safetensors" / "model.safetensors")
+    write_original(folder / "Meta", weights, read_json(folder / "safetensors" / "config.json"), 2)
+    write_unified(folder / "safetensors", folder / "GGUF")
+    return folder
+
+
+@pytest.mark.skipif(
+    not _STATUS.exists() or "RssAnon" not in _STATUS.read_text(),
+    reason="the system does not tell how much of a process is in no file",
+)
+@pytest.mark.parametrize("layout", ["safetensors", "GGUF", "Meta"])
+def test_a_rank_holds_its_share_and_a_tensor(deep: Path, monkeypatch: Any, layout: str) -> None:
+    """What is mapped is the files', whoever reads them; the rest is the part that stays and what it is cut
+    out of."""
+    monkeypatch.setattr(meta_params, "_VISION_LAYERS", 2)
+    monkeypatch.setattr(meta_params, "_GLOBAL_LAYERS", 1)
+    monkeypatch.setattr(meta_params, "_TAPS", [0, 1])
+    seen: list[int] = []
+    largest = 0
+    fill = weights.fill
+
+    def watched(model: Any, checkpoint: Any, *rest: Any, **options: Any) -> None:
+        nonlocal largest
+        largest = max(info.nbytes for info in checkpoint.tensors.values())
+        read = checkpoint.read
+
+        def reading(names: Any) -> Any:
+            for pair in read(names):
+                seen.append(_anonymous_bytes())
+                yield pair
+                seen.append(_anonymous_bytes())
+
+        monkeypatch.setattr(checkpoint, "read", reading)
+        fill(model, checkpoint, *rest, **options)
+
+    monkeypatch.setattr(weights, "fill", watched)
+    return_freed()
+    before = _anonymous_bytes()
+    model = load(deep / layout, alone(1, 4))
+    share = model.get_memory_footprint()
+    whole = 4 * (share - model.get_input_embeddings().weight.nbytes)
+    # A tensor as it is stored, joined and cut, and what the allocator keeps of those before.
+    assert max(seen) - before < share + 8 * largest < 0.6 * whole
+
+
+def _anonymous_bytes() -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
+    return 1024 * int(line.split()[1])
