@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
 from mllama.demo import checkpoint_path
+from mllama.parallel.member import Member
 from mllama.training import ranks, state
 from mllama.training.batches import collate
 from mllama.training.encoding import read_examples
@@ -104,7 +105,9 @@ def ended(run: dict[str, Any]) -> list[Any]:
     code: Any = None
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         try:
-            with stopping(run.get("stop")):
+            # A rank whose command fails ends its process, which has more to run here.
+            alone = patch.object(Member, "of_environment", lambda: None)
+            with stopping(run.get("stop")), alone:
                 code = cli.main(["finetune", *options])
         except SystemExit as stop:
             code = stop.code

@@ -185,7 +185,7 @@ class TestDevices(_TwoGpus):
 
     @pytest.mark.parametrize("device_map", [{"a": 0, "b": 1}, {"a": 0, "b": "cpu"}])
     def test_several_are_refused(self, device_map: Any) -> None:
-        with pytest.raises(ValueError, match=r"names 2 devices: .*accelerate"):
+        with pytest.raises(ValueError, match=r"names 2 devices: .*tensor_parallel=True"):
             placement.resolve_device(None, device_map)
 
     @pytest.mark.parametrize(("device", "device_map"), [("cpu", "auto"), ("cuda:0", {"": 1})])
@@ -196,7 +196,7 @@ class TestDevices(_TwoGpus):
     def test_a_gpu_without_the_room(self) -> None:
         placement.check_room(torch.device("cuda", 0), 4 * 10**9)
         with pytest.raises(
-            ValueError, match=r"takes 22.0 GB, cuda:0 has 4.0 GB free; .*accelerate"
+            ValueError, match=r"takes 22.0 GB, cuda:0 has 4.0 GB free; .*tensor_parallel=True"
         ):
             placement.check_room(torch.device("cuda", 0), 22 * 10**9)
 

@@ -114,7 +114,7 @@ def test_limits_follow_the_options():
 def test_the_file_for_serve_deploy_is_one():
     from ray.serve.schema import ServeDeploySchema
 
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (block,) = re.findall(r"```yaml\n(http_options.*?)```", PAGE, re.DOTALL)
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(block)).applications
     assert application.import_path == f"{app.__module__}:{app.__name__}"
     made = app(application.args)
