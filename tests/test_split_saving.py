@@ -131,7 +131,7 @@ def test_what_is_refused(ranks: Any) -> None:
         for name in ("DoRA", "DoRA used"):
             assert "takes LoRA alone beside what is in parts" in one[name]
             assert "o_proj.lora_magnitude_vector" in one[name]
-        assert "Linear beside down_proj has" in one["LoHa"]
+        assert "Linear at down_proj has" in one["LoHa"]
         assert "cannot be pickled or copied" in one["copied"]
         assert "cannot be pickled or copied" in one["pickled"]
     assert first["written"].startswith("FileExistsError")
