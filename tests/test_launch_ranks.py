@@ -57,7 +57,11 @@ def started(*arguments: str, fate: str = "", **options: Any) -> subprocess.Popen
     )
 
 
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OF_RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+_ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 def told(err: str) -> list[str]:
@@ -406,10 +410,15 @@ def test_devices_under_torchrun(monkeypatch, named, gpus, device):
 @pytest.mark.parametrize(
     ("environment", "named"),
     [
-        ({"RANK": "0"}, "LOCAL_RANK and LOCAL_WORLD_SIZE of the environment is not set"),
+        ({"RANK": "0", **_ADDRESS}, "but no LOCAL_RANK and no LOCAL_WORLD_SIZE: start"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "but no MASTER_ADDR and no"),
         (
-            {"RANK": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+            {"RANK": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", **_ADDRESS},
             "must number the ranks, got RANK='x'",
+        ),
+        (
+            {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **_ADDRESS},
+            "rank 5 of 2, and 1 of 2 on this machine",
         ),
     ],
 )

@@ -22,6 +22,7 @@ _REPORT = "TORCHELASTIC_ERROR_FILE"
 _OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # where they meet
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,20 @@ class Member:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return None
         texts = [os.environ.get(name) for name in _NAMES]
-        missing = [name for name, text in zip(_NAMES, texts) if text is None]
-        if missing:
+        if missing := [name for name in (*_NAMES, *_ADDRESS) if name not in os.environ]:
             raise ValueError(
-                f"WORLD_SIZE is {quoted(texts[1])}, but {' and '.join(missing)} of the environment is not "
-                "set: start the ranks with torchrun, or with --devices"
+                f"the environment has WORLD_SIZE={quoted(texts[1])}, but no {' and no '.join(missing)}: start "
+                "the ranks with torchrun, or unset WORLD_SIZE"
             )
         if not all(text is not None and text.isdecimal() for text in texts):
             values = ", ".join(f"{name}={quoted(text)}" for name, text in zip(_NAMES, texts))
             raise ValueError(f"the environment must number the ranks, got {values}")
         rank, size, local_rank, local_size = (int(text or 0) for text in texts)
+        if not (rank < size and local_rank < local_size <= size):
+            raise ValueError(
+                f"the environment has rank {rank} of {size}, and {local_rank} of {local_size} on this machine: "
+                "ranks are numbered from 0; start them with torchrun, or unset WORLD_SIZE"
+            )
         is_ours = os.environ.get(LAUNCHER) == str(os.getppid())
         return cls(rank, size, local_rank, local_size, is_ours)
 
