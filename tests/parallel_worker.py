@@ -354,7 +354,17 @@ def unlike(at: Place) -> Any:
         memory_of_devices.free_bytes = lambda _device: 5
     found["room"] = error_of(lambda: model.generate(**text, max_new_tokens=900))
     memory_of_devices.free_bytes = free
+    name = at.case["name"]
+    if at.rank == 1:
+        other = at.load(tensor_parallel=False)
+        with torch.no_grad():
+            other.model.language_model.norm.weight.mul_(1.5)
+        other.save_pretrained(at.folder / (name := "other weights"))
     return found | {
+        "dtype": error_of(lambda: at.load(dtype=("bfloat16", "float32")[min(at.rank, 1)])),
+        "encoding": error_of(lambda: at.load(quantization=("q8_0", None)[min(at.rank, 1)])),
+        "semantics": error_of(lambda: at.load(semantics=SEMANTICS[min(at.rank, 1)])),
+        "weights": error_of(lambda: at.load(name=name)),
         "prompt": error_of(lambda: model.generate(**own, max_new_tokens=2)),
         "pixels": error_of(lambda: model.generate(**pixels, max_new_tokens=2)),
         "missing": error_of(lambda: model.generate(**(text if at.rank else batch))),

@@ -257,6 +257,8 @@ def test_ranks_that_were_given_different_things_all_say_so(ranks: list[dict[str,
     names = {"prompt": "input_ids", "pixels": "pixel_values", "missing": "input_ids"}
     names |= {"number": "max_new_tokens", "seed": "seed", "cache": "past_key_values"}
     names |= {"kept text": "past_key_values", "functions": "stopping_criteria"}
+    names |= {"dtype": "dtype", "encoding": "the encoding of the weights"}
+    names |= {"semantics": "semantics", "weights": "the weights of norms in the checkpoint"}
     for rank, (found,) in enumerate(of_all(ranks, "unlike")):
         room = found.pop("room")
         assert room.startswith(

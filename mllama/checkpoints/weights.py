@@ -31,6 +31,7 @@ from mllama.checkpoints.quantizing import (
 from mllama.checkpoints.saving import save_pretrained
 from mllama.generation.config import GenerationConfig
 from mllama.parallel.ranks import Ranks
+from mllama.parallel.sameness import digest, require_same
 from mllama.parallel.sizes import possible_sizes
 from mllama.parallel.split import Share, Split
 from mllama.quantization.policy import PLAIN
@@ -143,7 +144,9 @@ def load_pretrained(
     for line in choice.notes:
         logger.warning("%s: %s", matched.folder, line)
     share = None
+    model.ops.settle(device)
     if ranks is not None:
+        require_same(ranks.gathered(_common(model, chosen, choice.encodings)))
         share = Share(ranks, Split(model, ranks.size, columns_together(matched, choice.encodings)))
         share.take(model)
         choice = choice_of_rank(choice, matched, chosen, share.split, ranks.rank)
@@ -157,7 +160,6 @@ def load_pretrained(
         force=force,
         ranks=ranks,
     )
-    model.ops.settle(device)
     # Whatever the caller is inside of: a default device is not where files are read to.
     with torch.inference_mode(False), torch.device("cpu"):
         fill(
@@ -169,6 +171,8 @@ def load_pretrained(
             device=device,
             cuts=share.cuts if share is not None else {},
         )
+    if share is not None:
+        require_same(share.ranks.gathered(_norms(model, share)))
     model.quantization = choice.quantization
     model.semantics_reason = matched.reason
     model.name_or_path = model.config.name_or_path = os.fspath(name_or_path)
@@ -180,6 +184,25 @@ def load_pretrained(
         generation_config = generation_config.to_diff_dict()  # without all that is a mere default
     model.generation_config = generation_config
     return model.eval()
+
+
+def _common(model: Any, dtype: torch.dtype, encodings: Mapping[str, str]) -> dict[str, Any]:
+    """What ranks must have in common before they load, lest they fail in a collective, or compute parts of
+    different models."""
+    return {
+        "semantics": str(model.semantics),
+        "the configuration": model.config.to_dict(),
+        "dtype": str(dtype),
+        "the encoding of the weights": dict(encodings),
+        "backend": sorted(model.ops.plain_ops(model.ops.device)),
+    }
+
+
+def _norms(model: nn.Module, share: Share) -> dict[str, Any]:
+    """Of what each rank holds as a whole that which is small: other weights have other norms."""
+    whole = (item for item in model.named_parameters() if item[0] not in share.cuts)
+    norms = {name: digest(parameter) for name, parameter in whole if parameter.dim() == 1}
+    return {"the weights of norms in the checkpoint": norms}
 
 
 def one_dtype(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar
@@ -13,6 +12,7 @@ from torch import Tensor
 from mllama.cache import MllamaCache
 from mllama.generation.config import GenerationPlan
 from mllama.parallel.ranks import Ranks
+from mllama.parallel.sameness import digest, require_same
 
 # Of a plan what may be another object on each rank, if only it is there on all.
 _OBJECTS = ("tokenizer", "prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria")
@@ -52,14 +52,7 @@ def agreed_run(ranks: Ranks, make: Callable[[], _Run]) -> _Run:
     for rank, one in enumerate(every):
         if isinstance(one, str):
             raise ValueError(f"on rank {rank} {one}")
-    for name in dict.fromkeys(name for digests, _ in every for name in digests):
-        values = [digests.get(name) for digests, _ in every]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"{name} is not the same on ranks 0 and {other}: all ranks of a split model run the same "
-                "code on the same inputs"
-            )
+    require_same([digests for digests, _ in every])
     run.plan = replace(run.plan, seeds=every[0][1])
     return run
 
@@ -74,13 +67,10 @@ def _digests(run: Run) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> Any:
-    """Of a tensor its shape, dtype and a hash of its bytes; of a cache what decides how much of a prompt is
+    """Of a tensor its digest; of a cache what decides how much of a prompt is
     read with it."""
     if isinstance(value, MllamaCache):
         texts = value.texts and torch.tensor([token for text in value.texts for token in text])
         held = (value.lengths, value.next_position, value.tile_table, texts)
         return value.columns, *map(_digest, held)
-    if not isinstance(value, Tensor):
-        return value
-    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return tuple(value.shape), str(value.dtype), hashlib.blake2b(data, digest_size=16).hexdigest()
+    return digest(value) if isinstance(value, Tensor) else value

@@ -49,8 +49,8 @@ class Member:
         texts = [os.environ.get(name) for name in _NAMES]
         if missing := [name for name in (*_NAMES, *_ADDRESS) if name not in os.environ]:
             raise ValueError(
-                f"the environment has WORLD_SIZE={quoted(texts[1])}, but no {' and no '.join(missing)}: start "
-                "the ranks with torchrun, or unset WORLD_SIZE"
+                f"the environment has WORLD_SIZE={quoted(texts[1])}, but no {' and no '.join(missing)}: "
+                "start the ranks with torchrun, or unset WORLD_SIZE"
             )
         if not all(text is not None and text.isdecimal() for text in texts):
             values = ", ".join(f"{name}={quoted(text)}" for name, text in zip(_NAMES, texts))
@@ -58,8 +58,8 @@ class Member:
         rank, size, local_rank, local_size = (int(text or 0) for text in texts)
         if not (rank < size and local_rank < local_size <= size):
             raise ValueError(
-                f"the environment has rank {rank} of {size}, and {local_rank} of {local_size} on this machine: "
-                "ranks are numbered from 0; start them with torchrun, or unset WORLD_SIZE"
+                f"the environment has rank {rank} of {size}, and {local_rank} of {local_size} on this "
+                "machine: ranks are numbered from 0; start them with torchrun, or unset WORLD_SIZE"
             )
         is_ours = os.environ.get(LAUNCHER) == str(os.getppid())
         return cls(rank, size, local_rank, local_size, is_ours)
