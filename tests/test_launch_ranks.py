@@ -350,6 +350,8 @@ def environment(pid: int) -> list[bytes]:
         ("generate", "gpu,gpu", "a GPU with its number"),
         ("generate", "cpu,", "a GPU with its number"),
         ("generate", "gpu-0,tpu-1", "a GPU with its number"),
+        ("generate", "", "must name a device, got ''"),
+        ("quantize", " ", "must name a device, got ' '"),
         ("finetune", "cpu,cpu", "must be one device"),
         ("quantize", "gpu-0,gpu-1", "must be one device"),
     ],

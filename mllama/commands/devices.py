@@ -63,6 +63,8 @@ def _add(group: argparse._ActionsContainer, parse: Callable[[str], Any], help: s
 
 def _device(text: str) -> str:
     """The name of a device as torch writes it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a device, got {quoted(text)}")
     match = _GPU.fullmatch(text.strip())
     if match is None:
         return text
@@ -73,7 +75,7 @@ def _devices(text: str) -> str | tuple[str, ...]:
     """An argparse type: one device, or all of several."""
     if "," not in text:
         return _device(text)
-    names = tuple(_device(part).strip() for part in text.split(","))
+    names = tuple(_device(part).strip() if part.strip() else "" for part in text.split(","))
     for name in names:
         if not _NUMBERED.fullmatch(name):
             raise argparse.ArgumentTypeError(
