@@ -46,7 +46,8 @@ def answering_on_ray(
                 _check(engine)
 
             yield app, engine, check
-        dist.destroy_process_group()
+        if engine.loop.lost is None:  # NCCL waits for all there
+            dist.destroy_process_group()
 
 
 def _check(engine: Engine) -> None:
