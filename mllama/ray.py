@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mllama.commands import serve
 from mllama.commands.common import checkpoint_of
-from mllama.commands.engines import answering
-from mllama.commands.ray_options import NAME, check_options, placed, say
+from mllama.commands.ranks import ALONE
+from mllama.commands.ray_engine import answering_on_ray
+from mllama.commands.ray_options import NAME, check_options, placed
 from mllama.commands.usage import UsageError
 from mllama.engine.engine import QUEUE_PER_ANSWER
 from mllama.wording import quoted
@@ -41,7 +42,8 @@ def serve_app(
         model: folder, GGUF file or hub id, the same on every node; None: the demo model.
         num_replicas: how many; or the least and the most, between which so many run that `max_batch_size`
             requests are open in each.
-        devices_per_replica: GPUs of each, on one node; with `device="cpu"` processes.
+        devices_per_replica: GPUs of each, on one node, over which its model is split; with `device="cpu"`
+            processes.
         cpus_per_replica: cores that Ray sets aside for each, and threads of its kernels.
         serve_options: those of `mllama serve`, such as `max_batch_size=16`, with a list for what may be
             repeated. `device` is "cpu" or "gpu" (default: "gpu" where the cluster has one). `host` and `port`
@@ -60,8 +62,9 @@ def serve_app(
             if one is not None and one is not False:
                 words.append(flag if one is True else f"{flag}={one}")
     serve.add_arguments(parser := _Parser(allow_abbrev=False, add_help=False))
+    parser.set_defaults(**ALONE)
     options = parser.parse_args(words)
-    check_options(options)
+    check_options(options, devices_per_replica)
     checkpoint = checkpoint_of(options)
     settings = serve.settings_of(options, checkpoint)
     resources = placed(options, devices_per_replica, cpus_per_replica)
@@ -106,16 +109,15 @@ class Replica:
 
     def __init__(self, options: argparse.Namespace, checkpoint: str, settings: Settings) -> None:
         self._open = ExitStack()
-        made = answering(options, checkpoint, settings, options.max_queue, say)
-        self._app, self._engine = self._open.enter_context(made)
+        made = answering_on_ray(options, checkpoint, settings, options.max_queue)
+        self._app, _, self._check = self._open.enter_context(made)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     def check_health(self) -> None:
-        """Raises: RuntimeError where the engine has failed, which has Ray replace the replica."""
-        if (state := self._engine.loop.state) != "ready":
-            raise RuntimeError(f"the engine is {state}")
+        """Raises: RuntimeError where the engine or a rank has failed, which has Ray replace the replica."""
+        self._check()
 
     def __del__(self) -> None:
         self._open.close()

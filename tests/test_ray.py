@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from test_batches import asked, written
 
 from mllama import MllamaForConditionalGeneration, MllamaProcessor, cli
 from mllama.commands import ray_serve
+from mllama.commands.ray_options import NAME
 from mllama.commands.usage import UsageError
 from mllama.demo import checkpoint_path, sample_picture
 from mllama.ray import app, serve_app
@@ -78,7 +79,9 @@ def cluster() -> Iterator[str]:
         ({"api_key": ["a b"]}, "a key must be ASCII without blanks"),
         ({"num_replicas": 0}, "replicas must be a number, or the least and the most; got 0"),
         ({"num_replicas": [3, 2]}, r"got \[3, 2\]"),
-        ({"devices_per_replica": 2}, "2 devices for an engine: --devices must be one device"),
+        ({"devices_per_replica": 0}, "an engine needs a device and a core; got 0 and 1"),
+        ({"device": "cpu,cpu"}, "--device must be cpu or gpu, Ray says which; got 'cpu,cpu'"),
+        ({"collective_timeout": 9}, "--collective-timeout goes with several devices for each"),
         ({"cpus_per_replica": 0}, "an engine needs a device and a core; got 1 and 0"),
         ({"dtype": "float32", "quantization_encoding": "bfloat16"}, "contradict each other"),
     ],
@@ -139,6 +142,8 @@ def test_without_ray_a_command_says_what_to_install(capsys, monkeypatch, action)
     [
         ("serve --port 0", "--port 0 is not for Ray"),
         ("serve --device gpu-1", "--device must be cpu or gpu"),
+        ("serve --devices cpu,cpu", "--device must be cpu or gpu"),
+        ("serve --collective-timeout 9", "goes with several devices for each engine"),
         ("serve --max-batch-tokens 4", "--max-batch-tokens 4 is less than"),
         ("serve --address 127.0.0.1:1 --dashboard", "--dashboard is not for the cluster at"),
         ("batch --input x --output y --device gpu-1", "--device must be cpu or gpu"),
@@ -159,6 +164,23 @@ def test_replicas_are_a_number_or_a_range(text):
 # Replicas
 
 
+def processes(fits: Callable[[bytes], bool], token: str) -> set[int]:
+    """Those of a cluster, of all on the machine, whose command line fits."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if fits((folder / "cmdline").read_bytes()):
+                if token.encode() in (folder / "environ").read_bytes():
+                    found.add(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def replicas(token: str) -> set[int]:
+    return processes(lambda command: command.startswith(b"ray::ServeReplica:mllama"), token)
+
+
 class Fleet:
     """`mllama ray serve` with two replicas of the demo model, in a process of its own."""
 
@@ -177,16 +199,7 @@ class Fleet:
         return OpenAI(base_url=self.url + "/v1", api_key=KEY, max_retries=max_retries, timeout=120)
 
     def pids(self) -> set[int]:
-        """Of the replicas, among those of other clusters on the machine."""
-        found = set()
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica:mllama"):
-                    if self._token.encode() in (folder / "environ").read_bytes():
-                        found.add(int(folder.name))
-            except OSError:  # it has ended
-                continue
-        return found
+        return replicas(self._token)
 
     def metrics(self) -> dict[str, float]:
         """Of the replica that answers."""
@@ -290,6 +303,47 @@ def test_it_ends_when_its_answers_have(fleet):
     assert not fleet.pids()
 
 
+# Ranks of a replica
+
+
+def ranks(token: str) -> set[int]:
+    """The processes that replicas have started as ranks."""
+    return processes(lambda command: b"spawn_main" in command, token)
+
+
+def test_a_rank_and_its_replica_end_together(cluster):
+    """A replica of two ranks answers as one process, and another takes its place where a rank is gone."""
+    from ray import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    made = serve_app(devices_per_replica=2, device="cpu", max_length=512, api_key=[KEY])
+    serve.run(made, name=NAME)
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=120)
+        expected = generated(SEEDS[:2])
+
+        def answer(seed: int) -> str:
+            asked = client.chat.completions.create(
+                model=MODEL, messages=about(seed), temperature=0, max_tokens=60
+            )
+            return asked.choices[0].message.content
+
+        assert {str(seed): answer(seed) for seed in SEEDS[:2]} == expected
+        ((first,), (rank,)) = replicas(cluster), ranks(cluster)
+        os.kill(rank, signal.SIGKILL)
+        eventually(lambda: first not in replicas(cluster), 120)
+        eventually(lambda: serve.status().applications[NAME].status == "RUNNING", 120)
+        assert answer(SEEDS[0]) == expected[str(SEEDS[0])]
+        ((second,), (rank,)) = replicas(cluster), ranks(cluster)
+        os.kill(second, signal.SIGKILL)  # which has no time to end it
+        eventually(lambda: rank not in ranks(cluster))
+    finally:
+        serve.shutdown()
+    eventually(lambda: not replicas(cluster) and not ranks(cluster), 60)
+
+
 # Files
 
 
@@ -306,7 +360,7 @@ def pictures(folder: Path) -> tuple[Path, list[int]]:
     return asked_in, seeds
 
 
-def generated(seeds: list[int]) -> dict[str, str]:
+def generated(seeds: Sequence[int]) -> dict[str, str]:
     """What `generate` answers."""
     folder = checkpoint_path()
     model = MllamaForConditionalGeneration.from_pretrained(folder)

@@ -17,6 +17,8 @@ from mllama.parallel.member import Member
 
 # A command that makes its own group of ranks.
 _TRAINS = "finetune"
+# A command whose engines are processes elsewhere, each with ranks of its own.
+_PLACES = "ray"
 # What a command finds in its options where it is one process.
 ALONE: dict[str, Any] = {"tensor_parallel": False, "meeting": None}
 
@@ -41,7 +43,8 @@ def run(options: argparse.Namespace, member: Member | None, arguments: Sequence[
         arguments: of the command line; None: those of the process.
     Raises: RanksFailed; UsageError for devices that cannot be; as the command.
     """
-    is_split = hasattr(options, "collective_timeout")  # `devices.add_devices_argument`
+    # `devices.add_devices_argument`
+    is_split = hasattr(options, "collective_timeout") and options.command != _PLACES
     if member is None:
         if is_split and isinstance(options.device, tuple):
             return _started(options, arguments)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import io
 import logging
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,10 +26,10 @@ from mllama.commands.engines import (
     add_answer_arguments,
     add_batching_arguments,
     add_name_argument,
-    answering,
     request_settings,
 )
 from mllama.commands.loading import add_loading_arguments, add_weight_path_argument
+from mllama.commands.ray_engine import answering_on_ray
 from mllama.commands.ray_options import (
     add_ray_arguments,
     check_options,
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The exit code: 1 where some request was not answered."""
     check_ray()
-    check_options(options)
+    check_options(options, options.devices_per_replica)
     from mllama.server.body import BodyBounds
     from mllama.server.settings import Settings
 
@@ -248,8 +249,8 @@ class Answers:
 
     def __init__(self, options: argparse.Namespace, checkpoint: str, settings: Settings) -> None:
         self._open = ExitStack()
-        made = answering(options, checkpoint, settings, ANY_NUMBER, say)
-        self._app, _ = self._open.enter_context(made)
+        made = answering_on_ray(options, checkpoint, settings, ANY_NUMBER)
+        self._app, self._engine, _ = self._open.enter_context(made)
 
     async def __call__(self, block: Table) -> dict[str, list[Any]]:
         from mllama.server.batches import answer_batch, is_answered
@@ -265,6 +266,8 @@ class Answers:
             await answer_batch(self._app, [pickle.loads(line)], note, 1)
 
         await asyncio.gather(*(answer(row["name"], row["line"]) for row in block.to_pylist()))
+        if self._engine.loop.lost is not None:  # with a rank; Ray starts another, and asks again
+            os._exit(1)
         return answers
 
     def __del__(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mllama.commands.common import positive
-from mllama.commands.devices import device_of
 from mllama.commands.engines import check_batching, require_extra
 from mllama.commands.loading import dtype_of, overrides_of, source_of
 from mllama.commands.usage import UsageError
@@ -36,7 +35,7 @@ def add_ray_arguments(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="GPUs of each engine, on one node",
+        help="GPUs of each engine, on one node, over which its model is split",
     )
     group.add_argument(
         "--cpus-per-replica",
@@ -87,7 +86,7 @@ def cluster(options: argparse.Namespace) -> Iterator[None]:
             ray.shutdown()
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace, num_devices: int) -> None:
     """Raises: UsageError for options that no engine on Ray takes, or that contradict each other."""
     require_extra()
     dtype_of(options)
@@ -97,9 +96,10 @@ def check_options(options: argparse.Namespace) -> None:
     if options.save_to_serialized_model_path is not None:
         raise UsageError("--save-to-serialized-model-path is not for many: use mllama quantize")
     if options.device not in (None, "cpu", "cuda"):
-        raise UsageError(
-            f"--device must be cpu or gpu, Ray says which; got {quoted(options.device)}"
-        )
+        named = options.device if isinstance(options.device, str) else ",".join(options.device)
+        raise UsageError(f"--device must be cpu or gpu, Ray says which; got {quoted(named)}")
+    if num_devices == 1 and options.collective_timeout is not None:
+        raise UsageError("--collective-timeout goes with several devices for each engine")
 
 
 def placed(options: argparse.Namespace, num_devices: int, num_cpus: float) -> dict[str, float]:
@@ -116,11 +116,8 @@ def placed(options: argparse.Namespace, num_devices: int, num_cpus: float) -> di
         if not ray.is_initialized():
             raise UsageError("Ray does not run yet: call ray.init(), or say whether cpu or gpu")
         kind = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
-    names = ["cpu" if kind == "cpu" else f"gpu-{i}" for i in range(num_devices)]
-    try:
-        options.device = device_of(",".join(names))
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{num_devices} devices for an engine: --devices {error}") from None
+    names = ["cpu" if kind == "cpu" else f"cuda:{i}" for i in range(num_devices)]
+    options.device = names[0] if num_devices == 1 else tuple(names)
     return {"num_cpus": num_cpus, "num_gpus": num_devices if kind == "cuda" else 0}
 
 

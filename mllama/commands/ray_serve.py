@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_ray()
-    check_options(options)
+    check_options(options, options.devices_per_replica)
     if options.port == 0:
         raise UsageError("--port 0 is not for Ray, which listens on the same port of every node")
     import ray.serve

@@ -65,13 +65,13 @@ def launch(command: Sequence[str], count: int, timeout: float) -> Outcome:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (*_HANDED_ON, signal.SIGQUIT)}
     watch = None
-    with _store() as port, tempfile.TemporaryDirectory(prefix="mllama-ranks-") as folder:
+    with meeting_place() as port, tempfile.TemporaryDirectory(prefix="mllama-ranks-") as folder:
         try:
             context = start_processes(
                 name="mllama",
                 entrypoint=command[0],
                 args={rank: tuple(command[1:]) for rank in range(count)},
-                envs={rank: _environment(rank, count, port) for rank in range(count)},
+                envs={rank: environment(rank, count, port) for rank in range(count)},
                 logs_specs=DefaultLogsSpecs(folder),
             )
             watch = Watch(context, timeout)
@@ -89,7 +89,7 @@ def launch(command: Sequence[str], count: int, timeout: float) -> Outcome:
 
 
 @contextmanager
-def _store() -> Iterator[int]:
+def meeting_place() -> Iterator[int]:
     """What the ranks meet through, on a free port that nobody beyond this machine reaches."""
     listener = socket.create_server((_HOST, 0))
     port = listener.getsockname()[1]
@@ -102,7 +102,8 @@ def _store() -> Iterator[int]:
         del store
 
 
-def _environment(rank: int, count: int, port: int) -> dict[str, str]:
+def environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What says to a process that it is a rank, of so many that meet on a port; this one has started it."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -114,7 +115,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": _HOST,
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # it is here, not in the first rank
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank has to make the store
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
         LAUNCHER: str(os.getpid()),
@@ -212,20 +213,27 @@ class Watch:
 
     def _told(self, cause: _End) -> str:
         running = [rank for rank in self._pids if rank not in self._ended]
-        if cause.code < 0:
-            name = signal.Signals(-cause.code).name
-            hint = {"SIGKILL": " (by somebody, or by the system for want of memory)"}.get(name, "")
-            if name == "SIGABRT" and running:
-                hint = f", as NCCL does where others do not come to a collective: {_ranks(running)} running"
-            return f"rank {cause.rank} was ended by {name}{hint}"
-        if cause.report is None:
-            return f"rank {cause.rank} ended with exit code {cause.code}"
-        if running and _LATE.search(cause.report):
+        text = told(cause.rank, cause.code, cause.report)
+        if cause.code == -signal.SIGABRT and running:
+            hint = "as NCCL does where others do not come to a collective"
+            return f"{text}, {hint}: {_ranks(running)} running"
+        if running and cause.code > 0 and _LATE.search(cause.report or ""):
             return (
                 f"{_ranks(running)} running, but did not come to a collective within {self._timeout:g} s "
                 "(--collective-timeout)"
             )
-        return f"rank {cause.rank}: {cause.report}"
+        return text
+
+
+def told(rank: int, code: int, report: str | None) -> str:
+    """How a rank has ended: its exit code, negative for a signal, and what it has reported."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = {"SIGKILL": " (by somebody, or by the system for want of memory)"}.get(name, "")
+        return f"rank {rank} was ended by {name}{hint}"
+    if report is None:
+        return f"rank {rank} ended with exit code {code}"
+    return f"rank {rank}: {report}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

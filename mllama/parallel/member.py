@@ -1,4 +1,4 @@
-"""This process as one of several ranks that `torchrun`, or `parallel/launch.py`, has started."""
+"""This process as one of several ranks that `torchrun`, or a module beside this one, has started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mllama.wording import quoted
 # The process that has started the ranks, where that is ours; it looks at what they report.
 LAUNCHER = "MLLAMA_LAUNCHER"
 # Where a rank says why it failed: of torch's launchers.
-_REPORT = "TORCHELASTIC_ERROR_FILE"
+REPORT = "TORCHELASTIC_ERROR_FILE"
 _OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -32,7 +32,7 @@ class Member:
     Attributes:
         rank: among all, of which there are ``size``.
         local_rank: among those of this machine, of which there are ``local_size``.
-        is_ours: whether `parallel/launch.py` has started it.
+        is_ours: whether `parallel/launch.py` or `parallel/beside.py` has started it.
     """
 
     rank: int
@@ -96,7 +96,7 @@ class Member:
             text: for a person, to whom our launcher speaks for all ranks.
             errors: where that goes otherwise.
         """
-        if path := os.environ.get(_REPORT):
+        if path := os.environ.get(REPORT):
             extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
             report = {"message": {"message": reason, "extraInfo": extra}}
             Path(path).write_text(json.dumps(report), encoding="utf-8")
