@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 failed, 2 misused, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
 from jinja2 import TemplateError
 
@@ -56,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         member = Member.of_environment()
         if member is not None:
             member.end_with_parent()
-        options = build_parser().parse_args(arguments)
+        with _first_alone(member):
+            options = build_parser().parse_args(arguments)
     except (
         ValueError
     ) as error:  # MLLAMA_KERNELS_* of the environment, read when the kernels are loaded, and ranks
@@ -78,6 +82,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(text, file=errors)
         return code
     member.fail(code, reason, text, errors)
+
+
+@contextlib.contextmanager
+def _first_alone(member: Member | None) -> Iterator[None]:
+    """What all of several ranks would print, as of arguments that are wrong, is printed by the first."""
+    if member is None or member.rank == 0:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _log(is_verbose: bool, member: Member | None) -> None:

@@ -262,6 +262,14 @@ def test_two_ranks_answer_as_one_process(capsys, image):
         assert err.count("--model") == 1
 
 
+def test_wrong_arguments_are_told_once():
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = started(*run, *MODULE, "generate", "--max-new-tokens", "none")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("usage: mllama generate") == 1
+    assert err.count("argument --max-new-tokens") == 1
+
+
 @pytest.fixture(scope="module")
 def ended(image) -> dict[str, tuple[int, str, str]]:
     """Exit code, stdout and stderr of commands with a rank that meets its fate."""

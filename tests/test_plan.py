@@ -414,3 +414,15 @@ def test_ranks_that_cannot_share_a_model() -> None:
         plan("11b", "q8_0", 64, tensor_parallel=3)
     with pytest.raises(ValueError, match=r"tensor_parallel must be an integer from 1 to 32, got 0"):
         plan("11b", "q8_0", 64, tensor_parallel=0)
+
+
+def test_the_table_names_the_encodings_that_ranks_cannot_share(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = str(checkpoint_path())
+    assert cli.main(["plan", "--model", model, "--tensor-parallel", "2", "--memory", "1GB"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "2 ranks cannot share the 1 block of 256 features" in lines["q4_k"]
+    assert lines["bfloat16"].endswith("2,048") and lines["q8_0"].endswith("2,048")
+    assert cli.main(["plan", "--model", model, "--tensor-parallel", "3", "--memory", "1GB"]) == 1
+    assert "3 ranks cannot share the 2 heads" in capsys.readouterr().err

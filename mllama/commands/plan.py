@@ -22,6 +22,7 @@ from mllama.commands.loading import (
 from mllama.commands.usage import UsageError
 from mllama.config import MllamaConfig
 from mllama.memory import free_bytes
+from mllama.parallel.split import CannotSplit
 from mllama.quantization.plan import (
     BY_SIZE,
     longest_context,
@@ -166,10 +167,16 @@ def _device(options: argparse.Namespace) -> torch.device:
 def _table(
     options: argparse.Namespace, config: MllamaConfig, free: int, shared: dict[str, Any]
 ) -> int:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for encoding in BY_SIZE:
         own = {**shared, "overrides": None} if encoding in PLAIN else shared
-        longest, missing = longest_context(config, encoding, free, **own)
+        try:
+            longest, missing = longest_context(config, encoding, free, **own)
+        except CannotSplit as error:
+            if encoding in PLAIN:  # then none can be
+                raise
+            rows.append({"encoding": encoding, "refused": str(error)})
+            continue
         weights = plan(config, encoding, 1, **own).weights
         rows.append(
             {
@@ -187,6 +194,9 @@ def _table(
     )
     print(f"{'encoding':10} {'weights':>11} {'longest context':>16}")
     for row in rows:
+        if "refused" in row:
+            print(f"{row['encoding']:10} {row['refused']}")
+            continue
         fits = f"{row['longest_context']:,}"
         if not row["longest_context"]:
             fits = f"{row['missing'] / 1e9:.1f} GB short"
