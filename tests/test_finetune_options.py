@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,17 @@ import pytest
 import torch
 import transformers.integrations
 from model_helpers import BACKENDS
-from test_finetune import MODEL, conversation, data, finetune, losses, one_thread, said, write
+from test_finetune import (
+    MODEL,
+    assert_same_run,
+    conversation,
+    data,
+    finetune,
+    losses,
+    one_thread,
+    said,
+    write,
+)
 
 from mllama import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
 from mllama.loss import IGNORED
@@ -130,6 +141,32 @@ def test_pieces_take_less() -> None:
     whole, half = training_plan(*given), training_plan(*given, pieces=2)
     assert half.gradients == whole.gradients / 2 and half.optimizer == whole.optimizer / 2
     assert half.weights < whole.weights / 2 and half.workspace > 0
+
+
+# The environment
+
+
+def test_the_environment_changes_nothing(capsys: Any, monkeypatch: Any, data: Path) -> None:
+    """Where `accelerate launch` or a job's template has set what `accelerate` reads."""
+    variables = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    }
+    sender = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    monkeypatch.setitem(sender, "kubeflow", None)  # raises when it is made
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://127.0.0.1:9")
+    asked = ("--max-steps", "2", "--eval-data", str(data))
+    assert finetune(data, data.parent / "plain", *asked) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert finetune(data, data.parent / "told", *asked) == 0
+    assert re.search(f"warning: not used: .*{min(variables)}", capsys.readouterr().err)
+    assert_same_run(data.parent / "plain", data.parent / "told")
+    assert {name: os.environ[name] for name in variables} == variables
 
 
 # Rates and loggers

@@ -33,6 +33,7 @@ from mllama.quantization.policy import PLAIN
 from mllama.training.adapters import add_adapters, require_peft, save_adapter
 from mllama.training.conversations import DataError
 from mllama.training.encoding import Example, read_examples
+from mllama.training.environment import without_accelerate_variables
 from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.memory import Batch, refusal, training_plan
 from mllama.training.options import SCHEDULES, TrainingOptions
@@ -144,7 +145,8 @@ def run(options: argparse.Namespace) -> int:
     with Ranks.started(options.device) as ranks:
         with ranks.together():
             training = _checked(options)
-        return _run(options, training, ranks)
+        with without_accelerate_variables(ranks.is_first):
+            return _run(options, training, ranks)
 
 
 def _checked(options: argparse.Namespace) -> TrainingOptions:

@@ -305,6 +305,7 @@ def _arguments(ranks: Ranks, **options: Any) -> transformers.TrainingArguments:
             # A rank whose rows have no images does not use the cross-attention layers.
             ddp_find_unused_parameters=True,
         )
+        arguments.report_to = options["report_to"]  # without one that the environment adds
         vars(arguments)["_setup_devices"] = arguments.device if device.type == "cpu" else device
     if device.type == "cuda":
         torch.cuda.set_device(device)
