@@ -349,7 +349,8 @@ def test_text_that_cannot_be_written_ends_its_request_alone(engines):
 def test_three_failures_one_after_another_are_the_end(engines):
     engine = engines(small_model()).start(**ROOMY, max_batch_size=1)
     Failing(engine, 3)
-    clients = [put(engine, ask(), Options(max_tokens=5), str(i))[1] for i in range(4)]
+    with engine.loop._lock:  # all four are there before the first fails
+        clients = [put(engine, ask(), Options(max_tokens=5), str(i))[1] for i in range(4)]
     wait(lambda: all(client.has_ended for client in clients))
     assert all(isinstance(client.pieces[-1], WorkFailed) for client in clients)
     wait(lambda: engine.loop.state == "dead")
