@@ -28,7 +28,7 @@ from mllama.training.encoding import encode, read_examples
 from mllama.training.folder import RunFolder
 from mllama.training.log import Log, read_log
 from mllama.training.options import TrainingOptions
-from mllama.training.ranks import Ranks
+from mllama.training.ranks import TrainingRanks
 from mllama.training.state import Learned, State, save_state
 from mllama.training.state_folders import newest, remove_others
 from mllama.training.trainer import FineTuner
@@ -349,7 +349,7 @@ def trained(data: Path, processor: MllamaProcessor, **options: Any) -> dict[str,
     examples = read_examples(data, processor, 1000)
     name = f"run {options['batch_size']} {options['accumulate']}"
     folder = RunFolder(data.parent / name, {}, resume=False)
-    ranks = Ranks(0, 1, torch.device("cpu"))
+    ranks = TrainingRanks(0, 1, torch.device("cpu"))
     FineTuner(model.train(), processor, examples, [], chosen, ranks, folder).run()
     return gates
 
@@ -542,7 +542,7 @@ def test_a_folder_has_one_run(capsys: Any, data: Path) -> None:
 
 
 COUNTS = {"max_steps": 9}
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = TrainingRanks(0, 1, torch.device("cpu"))
 
 
 def learned(model: torch.nn.Module) -> Learned:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mllama.wording import reason, shown
 
 
 def flush(path: Path) -> None:
@@ -17,6 +23,14 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, marked as torch's. Raises: OSError naming it, as for a full disk."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{shown(str(path))} could not be written: {reason(error)}") from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllama.checkpoints.durable import flush
+from mllama.checkpoints.durable import flush, save_file
 from mllama.checkpoints.key_layout import KeyLayout, class_name
 from mllama.checkpoints.safetensors_files import INDEX, SINGLE
 from mllama.checkpoints.stored_form import Item, joined_parts, stored_form
@@ -165,7 +164,7 @@ def write_folder(
             numbered = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             name = SINGLE if len(shards) == 1 else numbered
             content = {key: t.detach().contiguous() for item in shard for key, t in item.make()}
-            save_file(content, staging.path(name), metadata={"format": "pt"})
+            save_file(content, staging.path(name))
             weight_map |= dict.fromkeys(content, name)
             total += sum(t.numel() * t.element_size() for t in content.values())
         if last == INDEX:

@@ -38,7 +38,7 @@ from mllama.training.folder import RunFolder, fingerprint
 from mllama.training.memory import Batch, refusal, training_plan
 from mllama.training.options import SCHEDULES, TrainingOptions
 from mllama.training.packing import packed
-from mllama.training.ranks import Ranks
+from mllama.training.ranks import TrainingRanks
 from mllama.training.reporting import check_report_to, require_trainer
 from mllama.training.state_folders import remove_others
 
@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    with Ranks.started(options.device) as ranks:
+    with TrainingRanks.started(options.device) as ranks:
         with ranks.together():
             training = _checked(options)
         with without_accelerate_variables(ranks.is_first):
@@ -167,7 +167,7 @@ def _checked(options: argparse.Namespace) -> TrainingOptions:
     return training
 
 
-def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -> int:
+def _run(options: argparse.Namespace, training: TrainingOptions, ranks: TrainingRanks) -> int:
     with ranks.together():
         processor = MllamaProcessor.from_pretrained(options.model, projector=options.projector)
         source = _Source.of(options)
@@ -246,7 +246,7 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Ranks) -
     return 0
 
 
-def _say(ranks: Ranks, text: str) -> None:
+def _say(ranks: TrainingRanks, text: str) -> None:
     if ranks.is_first:
         print(text, file=sys.stderr)
 
@@ -310,7 +310,7 @@ def _require_fit(
     training: TrainingOptions,
     source: _Source,
     examples: list[Example],
-    ranks: Ranks,
+    ranks: TrainingRanks,
 ) -> None:
     """Raises: ValueError where the device has not the room to train in, with what is missing and the nearest
     choice that fits."""
@@ -341,7 +341,7 @@ def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, 
 
 
 def _load(
-    options: argparse.Namespace, training: TrainingOptions, ranks: Ranks
+    options: argparse.Namespace, training: TrainingOptions, ranks: TrainingRanks
 ) -> tuple[MllamaForConditionalGeneration, torch.dtype | None]:
     """The model in its dtype, or where all weights are trained in float32 with the dtype to compute in; on
     the host and as it is stored where it is to be cut in pieces."""

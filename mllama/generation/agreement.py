@@ -67,8 +67,7 @@ def _digests(run: Run) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> Any:
-    """Of a tensor its digest; of a cache what decides how much of a prompt is
-    read with it."""
+    """Of a tensor its digest; of a cache what decides how much of a prompt is read with it."""
     if isinstance(value, MllamaCache):
         texts = value.texts and torch.tensor([token for text in value.texts for token in text])
         held = (value.lengths, value.next_position, value.tile_table, texts)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mllama.checkpoints.durable import replace_file
+from mllama.checkpoints.durable import replace_file, save_file
 from mllama.checkpoints.gguf.container import BadGguf, GgufFile, is_gguf
 from mllama.checkpoints.gguf.names import dialect_of, place_of
 from mllama.checkpoints.gguf.values import plain

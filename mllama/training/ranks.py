@@ -15,14 +15,17 @@ import torch
 import torch.distributed as dist
 
 from mllama.checkpoints.placement import resolve_device
+from mllama.parallel.group import make_default_group
 from mllama.wording import quoted, reason
 
 _T = TypeVar("_T")
+# Seconds that ranks wait for one that writes or evaluates more than they do.
+_TIMEOUT = 1800.0
 _WORD_SECONDS = 2  # for the first rank to say why: the launcher ends it when another has ended
 
 
 @dataclass(frozen=True)
-class Ranks:
+class TrainingRanks:
     """This process among all of a run.
 
     Attributes:
@@ -37,7 +40,7 @@ class Ranks:
 
     @classmethod
     @contextmanager
-    def started(cls, device: str | None) -> Iterator[Ranks]:
+    def started(cls, device: str | None) -> Iterator[TrainingRanks]:
         """The ranks that the environment tells of, as torchrun writes it, connected while this lasts.
 
         Args:
@@ -55,7 +58,6 @@ class Ranks:
             if os.environ.get("RANK") != "0":
                 _leave()
             raise
-        backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
         if os.environ.get("RANK") != "0":
             logging.disable(logging.WARNING)
             warnings.simplefilter("ignore")
@@ -63,7 +65,7 @@ class Ranks:
         if is_own:
             if place.type == "cuda":
                 torch.cuda.set_device(place)
-            dist.init_process_group(backend)
+            make_default_group(_TIMEOUT, place.type)
         try:
             yield cls(dist.get_rank(), size, place)
         finally:

@@ -22,7 +22,7 @@ from mllama.checkpoints.stored_form import Item
 from mllama.text import MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer
 from mllama.vision import MllamaVisionEncoderLayer
 
-from .ranks import Ranks
+from .ranks import TrainingRanks
 
 _LAYERS = (
     MllamaSelfAttentionDecoderLayer,
@@ -32,7 +32,7 @@ _LAYERS = (
 _FILE_BYTES = 5 * 10**9
 
 
-def shard(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, ranks: TrainingRanks, dtype: torch.dtype | None) -> None:
     """Leave of each weight this rank's rows, in float32 on its device, in place.
 
     A layer at a time is made float32, moved and cut; until then the model may be on the host.
@@ -74,7 +74,7 @@ def save_whole(
     model: nn.Module,
     folder: Path,
     dtype: torch.dtype,
-    ranks: Ranks,
+    ranks: TrainingRanks,
     write_others: Callable[[Path], object],
 ) -> None:
     """Write a model as `save_pretrained` does, in a dtype: the first rank writes, and all give it their rows

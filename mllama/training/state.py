@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllama.checkpoints.durable import flush
+from mllama.checkpoints.durable import flush, save_file
 from mllama.checkpoints.safetensors_header import BadHeader, read_header
 from mllama.files import read_text
 from mllama.strict_json import parse_json
 from mllama.wording import reason, shown
 
-from .ranks import Ranks
+from .ranks import TrainingRanks
 from .sharding import local, made_like
 from .state_folders import half_written, remove_others
 
@@ -59,7 +58,7 @@ class Learned:
 
 
 def save_state(
-    folder: Path, step: int, counts: Mapping[str, int], learned: Learned, ranks: Ranks
+    folder: Path, step: int, counts: Mapping[str, int], learned: Learned, ranks: TrainingRanks
 ) -> None:
     """Write everything that the steps after the first ``step`` depend on. All ranks call this together.
 
@@ -85,7 +84,7 @@ def save_state(
         remove_others(folder, path)
 
 
-def _tensors(learned: Learned, ranks: Ranks) -> dict[str, Tensor]:
+def _tensors(learned: Learned, ranks: TrainingRanks) -> dict[str, Tensor]:
     tensors = {"rng": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         tensors["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
@@ -131,7 +130,7 @@ class State:
             raise ValueError(f"{self._where} is damaged: it has no file of its first rank")
         self.ranks = int(written[0][1])
 
-    def load(self, learned: Learned, ranks: Ranks) -> None:
+    def load(self, learned: Learned, ranks: TrainingRanks) -> None:
         """Put it in the place of the present one.
 
         Where other numbers of ranks have written it, random numbers go on as they are.
@@ -159,7 +158,7 @@ class State:
         if ranks.size == self.ranks:
             self._check_random(ranks)
 
-    def restore_random(self, ranks: Ranks) -> None:
+    def restore_random(self, ranks: TrainingRanks) -> None:
         """Let random numbers go on as they would have. Nothing happens with another number of ranks."""
         if ranks.size != self.ranks:
             return
@@ -199,7 +198,7 @@ class State:
         shaped: list[Callable[[Tensor], Tensor]] = [lambda t: t, *[made_like(parameter)] * 2]
         return {m: f(t) for m, f, t in zip(_MOMENTS, shaped, (step, first, second))}
 
-    def _check_random(self, ranks: Ranks) -> None:
+    def _check_random(self, ranks: TrainingRanks) -> None:
         """Raises: ValueError for random numbers that no run has.
 
         Torch checks the two numbers that make the place one by one, and reads past the words where their sum

@@ -31,7 +31,7 @@ from .folder import RunFolder
 from .log import Log
 from .optimizer import adamw
 from .options import TrainingOptions
-from .ranks import Ranks
+from .ranks import TrainingRanks
 from .state import Learned, State, save_state
 
 # What is overridden without being public: under another name it would never be called.
@@ -68,7 +68,7 @@ class FineTuner(transformers.Trainer):
         examples: Sequence[Example],
         held_out: Sequence[Example],
         options: TrainingOptions,
-        ranks: Ranks,
+        ranks: TrainingRanks,
         folder: RunFolder,
         *,
         autocast: torch.dtype | None = None,
@@ -288,7 +288,7 @@ class _Progress(transformers.TrainerCallback):
             self._bar.close()
 
 
-def _arguments(ranks: Ranks, **options: Any) -> transformers.TrainingArguments:
+def _arguments(ranks: TrainingRanks, **options: Any) -> transformers.TrainingArguments:
     """Those of the Trainer, for one device of this process, whatever else the machine has."""
     device = ranks.device
     chosen = {"ACCELERATE_TORCH_DEVICE": str(device)} if device.type == "cuda" else {}
