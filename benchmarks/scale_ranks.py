@@ -144,7 +144,8 @@ class _Rank:
             )
             # Within a CUDA graph no clock of Python's runs.
             kind = TimedRanks if self._device.type == "cpu" else Ranks
-            self._ranks = kind(dist.group.WORLD, rank, ways.ranks)
+            ranks = kind(dist.group.WORLD, rank, ways.ranks)
+            self._ranks = ranks.on_device(self._device)
         torch.manual_seed(task.seed)
         self._model = self._build()
         self._inputs = self._make_inputs()
