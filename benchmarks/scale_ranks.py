@@ -181,6 +181,12 @@ class _Rank:
         output = self._model(**self._inputs, logits_to_keep=1, use_cache=False)
         return output.logits[:, -1].float().cpu()
 
+    def exchange(self) -> str | None:
+        """What it goes through."""
+        if self._ranks is None:
+            return None
+        return "shared memory" if self._ranks.memory else dist.get_backend(self._ranks.group)
+
     def bytes_per_step(self) -> int:
         return bytes_per_step(self._model, self._task.scenario)
 

@@ -211,6 +211,35 @@ def test_a_rank_that_waits_can_be_interrupted() -> None:
     assert second[1].startswith("RuntimeError: rank 0 of 2 is gone: its process has ended, or it")
 
 
+def forked(ranks: Ranks) -> tuple[str, float]:
+    ranks = with_memory(ranks)
+    here, there = os.pipe()
+    if not os.fork():
+        os.write(there, error_of(lambda: ranks.summed(torch.ones(1))).encode())
+        os._exit(0)
+    return os.read(here, 1000).decode(), ranks.summed(torch.ones(1)).item()
+
+
+def test_a_child_is_no_rank() -> None:
+    for rank, (error, total) in enumerate(on_ranks(2, forked)):
+        assert error.startswith(f"RuntimeError: this is a child of rank {rank}") and total == 2
+
+
+def compiled(ranks: Ranks) -> list[float]:
+    ranks = with_memory(ranks)
+
+    def run(x: Tensor) -> Tensor:
+        return ranks.side_by_side(ranks.summed(x + 1) * 2, [3, 3])
+
+    whole = torch.compile(run, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        return whole(torch.full((3,), float(ranks.rank))).tolist()
+
+
+def test_a_compiled_graph_has_the_exchange_of_the_group() -> None:
+    assert on_ranks(2, compiled) == [[6.0] * 6] * 2
+
+
 def open_files() -> set[str]:
     return {os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1]}
 

@@ -84,6 +84,10 @@ class Ranks:
             )
         return _SideBySide.apply(x, self, tuple(sizes))
 
+    def memory_for(self, x: Tensor) -> SharedMemory | None:
+        """What x is exchanged through; None: the group, which a graph of `torch.compile` can have in it."""
+        return None if torch.compiler.is_compiling() or not x.is_cpu else self.memory
+
     def send(self, x: Tensor, rank: int) -> None:
         """Make x, contiguous and of one shape and dtype on all ranks, what it is on one of them."""
         dist.broadcast(x, src=dist.get_global_rank(self.group, rank), group=self.group)
@@ -153,8 +157,8 @@ _NO_GRADIENT = (
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        if ranks.memory is not None and x.is_cpu:
-            return ranks.memory.summed(x.detach())
+        if (memory := ranks.memory_for(x)) is not None:
+            return memory.summed(x.detach())
         total = x.detach().contiguous()
         dist.all_reduce(total, group=ranks.group)
         return total
@@ -167,8 +171,8 @@ class _Summed(torch.autograd.Function):
 class _SideBySide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks, sizes: tuple[int, ...]) -> Tensor:
-        if ranks.memory is not None and x.is_cpu:
-            return ranks.memory.side_by_side(x.detach(), sizes)
+        if (memory := ranks.memory_for(x)) is not None:
+            return memory.side_by_side(x.detach(), sizes)
         widest = max(sizes)  # all ranks give tensors of one size
         own = F.pad(x.detach(), (0, widest - x.shape[-1])).contiguous()
         every = own.new_empty(len(sizes), *own.shape)

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from mllama_kernels import _library
 
-CAPACITY = 1 << 19  # bytes of a piece: what is larger is exchanged in several
+CAPACITY = 1 << 21  # bytes of a piece: what is larger is exchanged in several
 _FOLDER = "/dev/shm"
-_FLAG = (
-    128  # bytes of a rank's flag, as csrc/cpu/shared_memory.cpp has it: the sequence, and two sizes
-)
+_FLAG = 128  # bytes of a rank's flag, as in csrc/cpu/shared_memory.cpp: the sequence, and two sizes
 _TOKEN = 16  # bytes, behind the flags, that no other file has there
 _PATIENCE = 0.1  # seconds without a look at signals and at who still runs
 _HALVES = (torch.bfloat16, torch.float16)
@@ -47,7 +45,7 @@ class SharedMemory:
         self._closing = weakref.finalize(self, os.close, file)
         self._put, self._wait = _functions()
         self._file, self._rank, self._size, self._seconds = file, rank, size, seconds
-        self._sequence = 0
+        self._sequence, self._process = 0, os.getpid()
         memory = torch.frombuffer(mmap.mmap(file, _bytes_of(size)), dtype=torch.uint8)
         self._flags = memory[: _FLAG * size].view(torch.int64).view(size, -1)
         # By the parity of an exchange and the rank: see the source of the library for why two are enough.
@@ -109,6 +107,10 @@ class SharedMemory:
     @contextmanager
     def _unbroken(self) -> Iterator[None]:
         """All pieces of what is exchanged, or this was the last."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this is a child of rank {self._rank}, and no rank of the model itself"
+            )
         if not self._closing.alive:
             raise RuntimeError(
                 f"rank {self._rank} has failed in an exchange with the others, or has broken one off: load "
@@ -163,9 +165,8 @@ class SharedMemory:
         if rank == self._rank:
             return False
         try:
-            fcntl.lockf(
-                self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, rank
-            )  # as others may just now
+            # Shared, as others may ask at the same time.
+            fcntl.lockf(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, rank)
         except OSError:
             return False
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
