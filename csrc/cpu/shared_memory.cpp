@@ -16,7 +16,9 @@
 // Waiting. Ranks compute equal parts and mostly come within microseconds: the flag is polled, at
 // first with the core kept, then with the core offered to others (there may be more ranks than
 // cores, and whoever is waited for may want this one), and after two milliseconds between sleeps,
-// of which one too many costs a tenth.
+// of which one too many costs a tenth. On two cores that a dozen other processes wanted as well,
+// nine exchanges with a millisecond of work before each took two ranks 47 ms and four 115; with the
+// core kept for 300 us 52 and 126, for a millisecond 53 and 150, and through gloo 60 and 177.
 #include <sched.h>
 #include <string.h>
 #include <time.h>
