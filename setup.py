@@ -26,7 +26,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch the library runs o
 MIN_TORCH, MIN_CUDA = (2, 11), (12, 8)
 X86 = platform.machine() in ("x86_64", "AMD64")
 # The CPU kernels are compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
-ANY_ISA = ("dispatch.cpp", "machine.cpp")
+ANY_ISA = ("dispatch.cpp", "machine.cpp", "shared_memory.cpp")
 # Ops that give the same bits on every instruction set and device: a product and a sum are rounded apart.
 SAME_BITS = ("quantize", "sample")
 ISA_FLAGS = {"generic": ""}

@@ -93,6 +93,7 @@ def measure(task: Task, ways: Sequence[Ways], rounds: int, budget: Budget) -> di
             record["threads"] = crew.ways.threads
             record["difference"] = significant(max(found), 3)
             record["bytes_per_step"] = crew.ask("bytes_per_step")
+            record["exchange"] = crew.ask("exchange")[0]
             records.append(record)
             crew.ask("generate")  # captures graphs, and touches what was allocated
         right = [r["difference"] <= TOLERANCE[task.dtype] for r in records]

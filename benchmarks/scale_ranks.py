@@ -144,7 +144,8 @@ class _Rank:
             )
             # Within a CUDA graph no clock of Python's runs.
             kind = TimedRanks if self._device.type == "cpu" else Ranks
-            self._ranks = kind(dist.group.WORLD, rank, ways.ranks)
+            ranks = kind(dist.group.WORLD, rank, ways.ranks)
+            self._ranks = ranks.on_device(self._device)
         torch.manual_seed(task.seed)
         self._model = self._build()
         self._inputs = self._make_inputs()
@@ -179,6 +180,12 @@ class _Rank:
         """After the prompt."""
         output = self._model(**self._inputs, logits_to_keep=1, use_cache=False)
         return output.logits[:, -1].float().cpu()
+
+    def exchange(self) -> str | None:
+        """What it goes through."""
+        if self._ranks is None:
+            return None
+        return "shared memory" if self._ranks.memory else dist.get_backend(self._ranks.group)
 
     def bytes_per_step(self) -> int:
         return bytes_per_step(self._model, self._task.scenario)

@@ -390,6 +390,7 @@ def memory(at: Place) -> Any:
         "parameters": model.num_parameters(),
         "own parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stored": (config.to_dict(), model.config.to_dict()),
+        "exchanges": model.share and type(model.share.ranks.memory).__name__,
         "of a copied configuration": mllama.MllamaCache(
             copy.deepcopy(config), 2, dtype=model.dtype, device="cpu", max_tokens=40
         ).nbytes,

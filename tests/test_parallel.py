@@ -18,6 +18,7 @@ from model_helpers import RATIOS, Prompt, Shape, batch_of, randomise
 from torch import Tensor
 
 import mllama
+from mllama_kernels import _library
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 259  # no multiple of a number of ranks; bytes, and an end
@@ -283,6 +284,8 @@ def test_each_rank_has_its_part_of_the_memory(folder: Path, ranks: list[dict[str
             assert found["weights"] == 4 * found["own parameters"] < alone["weights"]
             assert found["parameters"] == alone["parameters"] == alone["own parameters"]
             assert found["stored"] == alone["stored"]  # nothing of the split is
+            has_memory = Path("/dev/shm").is_dir() and not _library.missing
+            assert found["exchanges"] == ("SharedMemory" if has_memory else "NoneType")
 
 
 def test_what_cannot_be_shared_is_refused_before_it_is_read(

@@ -34,6 +34,7 @@ def test_one_and_two_ranks_are_timed() -> None:
     one, two = row["contenders"]
     assert (one["status"], two["status"]) == ("timed", "timed")
     assert two["difference"] < 1e-5 and one["difference"] == 0
+    assert (one["exchange"], two["exchange"]) == (None, "shared memory")
     # Two for each layer, and one for the logits.
     assert two["exchanges_per_step"] == 5 and "exchanges_per_step" not in one
     assert 0 < two["exchanging_ms"]["median"] <= two["exchanging_and_waiting_ms"]["median"]

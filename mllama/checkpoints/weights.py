@@ -115,7 +115,7 @@ def load_pretrained(
     """
     ranks = Ranks.of(tensor_parallel)
     if ranks is not None:
-        ranks.require_own_device(device)
+        ranks = ranks.on_device(device)
     wanted = quantization_of_call(options, quantization)
     if wanted.encoding in PLAIN:
         dtype, wanted = one_dtype(dtype, wanted.encoding, "quantization"), Wanted()

@@ -31,7 +31,7 @@ class Channel:
     """
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        timeout = ranks.group._get_backend(device).options._timeout
+        timeout = ranks.timeout(device)
         self.timeout_seconds = timeout.total_seconds()
         self._group = dist.new_group(
             dist.get_process_group_ranks(ranks.group),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mllama.parallel.group import make_default_group
+from mllama.parallel.shared_memory import SharedMemory
 from mllama.wording import quoted
 
 
@@ -25,11 +27,13 @@ class Ranks:
         group: of `torch.distributed`.
         rank: of this process within the group.
         size: how many they are.
+        memory: what they exchange tensors of the host through in place of the group; None: nothing.
     """
 
     group: Any
     rank: int
     size: int
+    memory: SharedMemory | None = None
 
     @classmethod
     def of(cls, tensor_parallel: Any) -> Ranks | None:
@@ -66,7 +70,7 @@ class Ranks:
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in its dtype; x may be overwritten."""
-        return _Summed.apply(x, self.group)
+        return _Summed.apply(x, self)
 
     def side_by_side(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """x (..., own size) of all ranks as (..., sum of sizes), in their order.
@@ -78,7 +82,11 @@ class Ranks:
                 f"a product of {x.shape[-1]} features instead of the {sizes[self.rank]} of rank {self.rank}: "
                 "a linear of a model that is split over ranks (tensor_parallel) has been replaced by another"
             )
-        return _SideBySide.apply(x, self.group, tuple(sizes))
+        return _SideBySide.apply(x, self, tuple(sizes))
+
+    def memory_for(self, x: Tensor) -> SharedMemory | None:
+        """What x is exchanged through; None: the group, which a graph of `torch.compile` can have in it."""
+        return None if torch.compiler.is_compiling() or not x.is_cpu else self.memory
 
     def send(self, x: Tensor, rank: int) -> None:
         """Make x, contiguous and of one shape and dtype on all ranks, what it is on one of them."""
@@ -97,8 +105,10 @@ class Ranks:
         dist.broadcast_object_list(box, src=source, group=self.group)
         return box[0]
 
-    def require_own_device(self, device: torch.device) -> None:
-        """Make the GPU of this rank the current one, as exchanging objects by NCCL needs.
+    def on_device(self, device: torch.device) -> Ranks:
+        """These ranks with what a model on such devices exchanges through: on the CPU of one machine that is
+        memory which they have in common. All of them call this together, each with its own device; a GPU is
+        made the current one of the process, as exchanging objects by NCCL needs.
 
         Raises: ValueError on all ranks where two have the same GPU, or not all the same kind of device.
         """
@@ -116,6 +126,15 @@ class Ranks:
                     f"ranks {first} and {rank} of a split model are both on {place[1]} of {place[0]}: give "
                     "each a GPU of its own"
                 )
+        if kinds != ["cpu"]:
+            return self
+        seconds = self.timeout(device).total_seconds()
+        memory = SharedMemory.of_ranks(self.rank, self.size, seconds, self.gathered)
+        return replace(self, memory=memory)
+
+    def timeout(self, device: torch.device) -> timedelta:
+        """How long a rank waits for the others in an exchange between such devices."""
+        return self.group._get_backend(device).options._timeout
 
     @property
     def can_be_captured(self) -> bool:
@@ -137,9 +156,11 @@ _NO_GRADIENT = (
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        if (memory := ranks.memory_for(x)) is not None:
+            return memory.summed(x.detach())
         total = x.detach().contiguous()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=ranks.group)
         return total
 
     @staticmethod
@@ -149,11 +170,13 @@ class _Summed(torch.autograd.Function):
 
 class _SideBySide(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, sizes: tuple[int, ...]) -> Tensor:
+        if (memory := ranks.memory_for(x)) is not None:
+            return memory.side_by_side(x.detach(), sizes)
         widest = max(sizes)  # all ranks give tensors of one size
         own = F.pad(x.detach(), (0, widest - x.shape[-1])).contiguous()
         every = own.new_empty(len(sizes), *own.shape)
-        dist.all_gather(list(every.unbind(0)), own, group=group)
+        dist.all_gather(list(every.unbind(0)), own, group=ranks.group)
         return torch.cat([part[..., :n] for part, n in zip(every, sizes, strict=True)], dim=-1)
 
     @staticmethod
