@@ -341,7 +341,7 @@ def test_a_rank_and_its_replica_end_together(cluster):
         eventually(lambda: rank not in ranks(cluster))
     finally:
         serve.shutdown()
-    eventually(lambda: not replicas(cluster) and not ranks(cluster), 60)
+    eventually(lambda: not replicas(cluster) and not ranks(cluster))
 
 
 # Files
