@@ -7,9 +7,9 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ import httpx2
 import ray
 import yaml
 from asked_pictures import MODEL, SEEDS, about, describes
+from free_ports import reserved
 from openai import APIStatusError, OpenAI
 from server_helpers import eventually
 from test_batches import asked, written
@@ -184,9 +185,7 @@ def replicas(token: str) -> set[int]:
 class Fleet:
     """`mllama ray serve` with two replicas of the demo model, in a process of its own."""
 
-    def __init__(self, folder: Path, token: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    def __init__(self, folder: Path, token: str, port: int) -> None:
         self.url, self._token = f"http://127.0.0.1:{port}", token
         self.log = folder / "log"
         words = ["--replicas", "2", "--port", str(port), "--api-key", KEY, "--max-batch-size", "4"]
@@ -211,15 +210,16 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    made = Fleet(tmp_path_factory.mktemp("fleet"), cluster)
-    try:
-        while "listening on" not in made.log.read_text():
-            assert made.process.poll() is None, made.log.read_text()
-            time.sleep(0.1)
-        yield made
-    finally:
-        made.process.kill()
-        made.process.wait()
+    with reserved() as port:
+        made = Fleet(tmp_path_factory.mktemp("fleet"), cluster, port)
+        try:
+            while "listening on" not in made.log.read_text():
+                assert made.process.poll() is None, made.log.read_text()
+                time.sleep(0.1)
+            yield made
+        finally:
+            made.process.kill()
+            made.process.wait()
 
 
 def test_a_cluster_that_is_started_has_a_token(cluster):
@@ -271,22 +271,29 @@ def test_a_client_that_goes_ends_its_request(fleet):
 def test_a_replica_that_is_killed_is_replaced_while_the_other_answers(fleet):
     client, before = fleet.client(), fleet.pids()
     assert len(before) == 2
-    end = time.monotonic() + 4
+    answered, ends = [0] * 8, threading.Event()
 
-    def ask(number: int) -> int:
-        count = 0
-        while time.monotonic() < end:
+    def ask(number: int) -> None:
+        while not ends.is_set():
             client.completions.create(
                 model=MODEL, prompt="a", max_tokens=60, extra_body={"ignore_eos": True}
             )
-            count += 1
-        return count
+            answered[number] += 1
+
+    def others_are_answered() -> None:
+        known = list(answered)
+        eventually(lambda: all(now > then for now, then in zip(answered, known)), 300)
 
     with ThreadPoolExecutor(8) as threads:
-        counts = [threads.submit(ask, number) for number in range(8)]
-        time.sleep(1)
-        os.kill(killed := min(before), signal.SIGKILL)
-        assert all(count.result() for count in counts)  # a request that failed raises here
+        asked = [threads.submit(ask, number) for number in range(8)]
+        try:
+            others_are_answered()
+            os.kill(killed := min(before), signal.SIGKILL)
+            others_are_answered()
+        finally:
+            ends.set()
+        for one in asked:
+            one.result()  # raises where a request has failed
     eventually(lambda: len(fleet.pids() - {killed}) == 2, 300)
     assert before - {killed} < fleet.pids()
 
@@ -315,11 +322,10 @@ def test_a_rank_and_its_replica_end_together(cluster):
     """A replica of two ranks answers as one process, and another takes its place where a rank is gone."""
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     made = serve_app(devices_per_replica=2, device="cpu", max_length=512, api_key=[KEY])
-    serve.run(made, name=NAME)
+    with reserved() as port:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(made, name=NAME)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=120)
         expected = generated(SEEDS[:2])
