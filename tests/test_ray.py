@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -213,18 +214,45 @@ class Fleet:
         return {name: float(value) for name, value in pairs}
 
 
-@pytest.fixture(scope="module")
-def fleet(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with reserved() as port:
-        made = Fleet(tmp_path_factory.mktemp("fleet"), cluster, port)
-        try:
+class Fleets:
+    """Fleets of a cluster, one at a time: the tests are asked in any order, and some end one."""
+
+    def __init__(self, token: str, paths: pytest.TempPathFactory) -> None:
+        self._token, self._paths, self._ports = token, paths, ExitStack()
+        self._last: Fleet | None = None
+
+    def running(self) -> Fleet:
+        """The one that runs, or another."""
+        if self._last is None or self._last.process.poll() is not None:
+            self.end()
+            port = self._ports.enter_context(reserved())
+            self._last = made = Fleet(self._paths.mktemp("fleet"), self._token, port)
             while "listening on" not in made.log.read_text():
                 assert made.process.poll() is None, made.log.read_text()
                 time.sleep(0.1)
-            yield made
-        finally:
-            made.process.kill()
-            made.process.wait()
+        return self._last
+
+    def end(self) -> None:
+        """Leave nothing of it in the cluster."""
+        from ray import serve
+
+        if self._last is not None:
+            self._last.process.kill()
+            self._last.process.wait()
+        serve.shutdown()
+        self._ports.close()
+
+
+@pytest.fixture(scope="module")
+def fleets(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
+    made = Fleets(cluster, tmp_path_factory)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def fleet(fleets: Fleets) -> Fleet:
+    return fleets.running()
 
 
 def test_a_cluster_that_is_started_has_a_token(cluster):
@@ -329,10 +357,11 @@ def ranks(token: str) -> set[int]:
     return processes(lambda command: b"spawn_main" in command, token)
 
 
-def test_a_rank_and_its_replica_end_together(cluster):
+def test_a_rank_and_its_replica_end_together(cluster, fleets):
     """A replica of two ranks answers as one process, and another takes its place where a rank is gone."""
     from ray import serve
 
+    fleets.end()
     made = serve_app(devices_per_replica=2, device="cpu", max_length=512, api_key=[KEY])
     with reserved() as port:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
