@@ -70,9 +70,10 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """`mllama serve` of the demo model, started once: a `server_process.Child`."""
-    from server_process import child
+    from server_process import child, steps_that_can_be_held
 
-    with child(tmp_path_factory.mktemp("demo_server") / "log") as made:
+    log = tmp_path_factory.mktemp("demo_server") / "log"
+    with child(log, sabotage=steps_that_can_be_held) as made:
         yield made
 
 

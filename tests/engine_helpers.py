@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -193,6 +194,14 @@ def put(engine: Engine, prompt: Prompt, options: Options, key: str) -> tuple[Job
     return job, client
 
 
+def put_together(
+    engine: Engine, asked: Iterable[tuple[Prompt, Options]]
+) -> list[tuple[Job, Client]]:
+    """As put(), under the keys 0, 1 and so on; no step is planned before all of them are there."""
+    with engine.loop._lock:  # which the engine needs to take the first
+        return [put(engine, *one, str(i)) for i, one in enumerate(asked)]
+
+
 def wait(holds, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
@@ -210,16 +219,56 @@ def check_given_back(engine: Engine) -> None:
     assert engine.loop._scheduler._pages.num_free == gauges["pages"]
 
 
-class Failing:
-    """Makes a runner fail at its next steps."""
+class Held:
+    """Holds an engine's next step until go().
 
-    def __init__(self, engine: Engine, times: int) -> None:
-        self._launch, self.left = engine.loop._runner.launch, times
+    Attributes:
+        is_held: set while it does.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._launch, self._go = engine.loop._runner.launch, threading.Event()
+        self.is_held = threading.Event()
+        engine.loop._runner.launch = self
+
+    def __call__(self, plan):
+        self.is_held.set()
+        assert self._go.wait(300)
+        return self._launch(plan)
+
+    def go(self) -> None:
+        self._go.set()
+
+
+class OnOrder:
+    """Lets an engine go on, after some steps, only when it is told something: what a test does to an answer
+    that runs comes before its end, however late the test is."""
+
+    def __init__(self, engine: Engine, steps: int = 100) -> None:
+        self._launch, self._orders = engine.loop._runner.launch, engine.loop._inbox
+        self._left = steps
+        engine.loop._runner.launch = self
+
+    def __call__(self, plan):
+        if self._left:
+            self._left -= 1
+        else:
+            wait(lambda: not self._orders.empty())
+        return self._launch(plan)
+
+
+class Failing:
+    """Makes a runner fail at its next steps, after some that go well."""
+
+    def __init__(self, engine: Engine, times: int, after: int = 0) -> None:
+        self._launch, self.left, self._after = engine.loop._runner.launch, times, after
         self.failed: list[int] = []
         engine.loop._runner.launch = self
 
     def __call__(self, plan):
-        if self.left:
+        if self._after:
+            self._after -= 1
+        elif self.left:
             self.left -= 1
             self.failed.append(plan.number)
             raise RuntimeError("no memory")

@@ -454,7 +454,7 @@ def places(folder: Path, rank: int = 0, group: Any = False) -> list[Place]:
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder / f'meeting of {size}'}"
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=300)
     dist.init_process_group(
         "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timeout
     )

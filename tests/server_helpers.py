@@ -9,8 +9,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 from grammar_helpers import demo_compiler, walk
 
 from mllama.demo import checkpoint_path
@@ -32,6 +35,16 @@ from mllama.server.settings import Settings
 PNG = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154"
     "78da6368000000820081da45083b0000000049454e44ae426082"
+)
+
+# Seconds for what takes a moment where the machine has nothing else to do.
+PATIENCE = 120.0
+# The functions of httpx2, which by themselves wait 5 seconds.
+web = SimpleNamespace(
+    **{
+        name: partial(getattr(httpx2, name), timeout=PATIENCE)
+        for name in ("get", "options", "post", "request", "stream")
+    }
 )
 
 
@@ -61,7 +74,7 @@ class Listener:
                 continue
             self.connections += 1
             with connection:
-                connection.settimeout(2)
+                connection.settimeout(PATIENCE)
                 try:
                     self.requests.append(connection.recv(65536))
                     self._end.wait(self._pause)
@@ -122,7 +135,7 @@ class EchoEngine:
         if command == "!hang-before":
             self.running.add(work.key)
             try:
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             finally:
                 self.running.discard(work.key)
         if work.constraint is not None:
@@ -144,7 +157,7 @@ class EchoEngine:
                         if command == "!short":
                             return
                     if j and command == "!hang":
-                        await asyncio.sleep(60)
+                        await asyncio.Event().wait()
                     while j and command == "!held" and not self.released.is_set():
                         await asyncio.sleep(0.01)
                     if j and command in ("!slow", "!fail", "!crash"):
@@ -245,7 +258,7 @@ def openai_client(url: str) -> Any:
     )
 
 
-def eventually(holds: Any, seconds: float = 10.0) -> None:
+def eventually(holds: Any, seconds: float = PATIENCE) -> None:
     """Waits until it does. Fails where it does not in time."""
     end = time.monotonic() + seconds
     while not holds():

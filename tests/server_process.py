@@ -9,17 +9,20 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from free_ports import reserved
 
 from mllama import cli
 from mllama.commands import serve
+from mllama.engine.runner import Runner
 
 CHAT = "/v1/chat/completions"
 
@@ -28,13 +31,15 @@ NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload([__name__, "mllama.server.app", "mllama.engine.engine"])
 
 
-def _ranks(size: int) -> list[dict[str, str]]:
-    """What the environment says to each rank, as torchrun would; of one process nothing."""
+def _ranks(size: int, port: int) -> list[dict[str, str]]:
+    """What the environment says to each rank, as torchrun would; of one process nothing.
+
+    Args:
+        port: where they meet.
+    """
     if size == 1:
         return [{}]
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = str(found.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [
         {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **meeting} for rank in range(size)
@@ -59,6 +64,31 @@ def _run(
     sys.exit(cli.main(["serve", "--device", "cpu", *arguments]))
 
 
+def steps_that_can_be_held() -> None:
+    """For `Child.held`."""
+    go, launch = threading.Event(), Runner.launch
+    go.set()
+    signal.signal(signal.SIGUSR1, lambda *_: go.clear())
+    signal.signal(signal.SIGUSR2, lambda *_: go.set())
+
+    def held(self: Runner, plan: Any) -> Any:
+        go.wait()
+        return launch(self, plan)
+
+    Runner.launch = held
+
+
+def slow_steps() -> None:
+    """An answer of some hundred tokens takes longer than a test needs to look at it."""
+    launch = Runner.launch
+
+    def slow(self: Runner, plan: Any) -> Any:
+        time.sleep(0.05)
+        return launch(self, plan)
+
+    Runner.launch = slow
+
+
 class Child:
     """A server that is ready.
 
@@ -80,9 +110,12 @@ class Child:
     ) -> None:
         self._log, self._start = log, log.stat().st_size if log.exists() else 0
         words = ["--port", str(port), *arguments]
+        size = ranks or int(os.environ.get("MLLAMA_TEST_RANKS", "1"))
+        self._kept = ExitStack()
+        meeting = self._kept.enter_context(reserved())
         self._ranks = [
             NURSERY.Process(target=_run, args=(words, log, rank, limits or {}, sabotage))
-            for rank in _ranks(ranks or int(os.environ.get("MLLAMA_TEST_RANKS", "1")))
+            for rank in _ranks(size, meeting)
         ]
         for process in self._ranks:
             process.start()
@@ -125,6 +158,16 @@ class Child:
         for process in self._ranks:
             process.kill()
             process.join()
+        self._kept.close()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No step is made meanwhile; of a server whose sabotage is `steps_that_can_be_held`."""
+        self.signal(signal.SIGUSR1)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGUSR2)
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -155,6 +198,11 @@ class Child:
         lines = httpx2.get(self.url + "/metrics", timeout=300).text.splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
         return {name.removeprefix("mllama_"): float(value) for name, value in pairs}
+
+    def open_answers(self) -> float:
+        """Answers that the engine makes or that wait for their turn."""
+        found = self.metrics()
+        return found["answers_running"] + found["answers_waiting"]
 
     def memory(self) -> int:
         """Bytes that it has in memory."""

@@ -17,12 +17,15 @@ from engine_helpers import (
     Client,
     Engines,
     Failing,
+    Held,
+    OnOrder,
     Recorder,
     alone,
     assert_same,
     byte_tokenizer,
     check_given_back,
     put,
+    put_together,
     random_picture,
     randomise,
     small_model,
@@ -151,8 +154,8 @@ def test_an_answer_that_gives_up_its_pages_goes_on(semantics, delay, engines, se
         replace(common, repetition_penalty=1.0, temperature=1.5, top_p=1.0, min_p=0.0),
     ]
     prompts = [ask(60, start=3), ask(58, pictures[0], start=9), ask(57, *pictures, start=5)]
-    asked = [(p, o, *put(engine, p, o, str(o))) for p, o in zip(prompts, wanted)]
-    for prompt, options, job, client in asked:
+    asked = [*zip(prompts, wanted)]
+    for (prompt, options), (job, client) in zip(asked, put_together(engine, asked)):
         wait(lambda client=client: client.has_ended)
         assert client.usage.completion_tokens == 100
         assert_same(job, *alone(model, prompt, options))
@@ -316,9 +319,8 @@ def test_a_step_that_fails_ends_its_requests_alone(delay, engines):
     engine = engines(model).start(**ROOMY, max_batch_size=2, max_batch_tokens=2)
     engine.loop._delay = delay
     options = Options(max_tokens=60, ignore_eos=True, seed=3, repetition_penalty=1.2)
+    Failing(engine, 1, after=20)  # two have begun, and none has ended
     clients = [put(engine, ask(4, start=10 * i + 3), options, str(i)) for i in range(4)]
-    wait(lambda: clients[0][1].pieces)
-    Failing(engine, 1)
     wait(lambda: all(client.has_ended for _, client in clients))
     failed = [any(isinstance(p, WorkFailed) for p in client.pieces) for _, client in clients]
     assert any(failed) and not all(failed)
@@ -349,8 +351,7 @@ def test_text_that_cannot_be_written_ends_its_request_alone(engines):
 def test_three_failures_one_after_another_are_the_end(engines):
     engine = engines(small_model()).start(**ROOMY, max_batch_size=1)
     Failing(engine, 3)
-    with engine.loop._lock:  # all four are there before the first fails
-        clients = [put(engine, ask(), Options(max_tokens=5), str(i))[1] for i in range(4)]
+    clients = [client for _, client in put_together(engine, [(ask(), Options(max_tokens=5))] * 4)]
     wait(lambda: all(client.has_ended for client in clients))
     assert all(isinstance(client.pieces[-1], WorkFailed) for client in clients)
     wait(lambda: engine.loop.state == "dead")
@@ -463,14 +464,16 @@ def test_the_answer_is_cut_to_what_the_context_has_left(engines):
 
 def test_a_queue_has_an_end(engines):
     engine = engines(shared_model()).start(**ROOMY, max_batch_size=1, max_queue=2)
-    clients = [put(engine, ask(), Options(max_tokens=400), "0")[1]]
-    wait(lambda: engine.loop.num_running)
+    held = Held(engine)
+    put(engine, ask(), Options(max_tokens=5), "0")
+    assert held.is_held.wait(300)
     for i in range(1, 3):
-        clients.append(put(engine, ask(), Options(max_tokens=400), str(i))[1])
+        put(engine, ask(), Options(max_tokens=5), str(i))
     with pytest.raises(Overloaded, match="2 requests wait already; at most 2 do"):
         engine.submit_prompt(ask())
     for i in range(3):
         engine.loop.cancel(str(i))
+    held.go()
     check_given_back(engine)
 
 
@@ -483,6 +486,7 @@ def test_closing_ends_what_runs_and_draining_does_not(engines):
     list(texts)
     assert texts.pieces[-1].usage.completion_tokens == 20
     engine = engines(shared_model()).start(**ROOMY)
+    OnOrder(engine)
     texts = engine.submit_prompt(ask(), Options(max_tokens=900, ignore_eos=True))
     next(texts)
     engine.close()
@@ -491,8 +495,9 @@ def test_closing_ends_what_runs_and_draining_does_not(engines):
 
 
 def test_a_reader_that_goes_away_ends_its_request(engines):
-    engine = engines(shared_model()).start(**ROOMY)
     for leave in (lambda texts: texts.close(), lambda texts: None):
+        engine = engines(shared_model()).start(**ROOMY)
+        OnOrder(engine)
         texts = engine.submit_prompt(ask(), Options(max_tokens=900, ignore_eos=True))
         next(texts)
         leave(texts)

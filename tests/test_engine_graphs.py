@@ -17,6 +17,7 @@ from engine_helpers import (
     alone,
     assert_same,
     put,
+    put_together,
     random_picture,
     small_model,
     wait,
@@ -67,9 +68,8 @@ def test_answers_are_those_of_each_request_alone(semantics, delay, recorded, see
             shown = tuple(rng.sample(pictures, rng.choice([0, 1, 2])))
             text = [rng.randrange(3, 256) for _ in range(rng.choice([4, 40, 70]))]
             prompt = Prompt((*[IMAGE] * len(shown), *text), shown)
-            options = wanted[i % len(wanted)]
-            asked.append((prompt, options, *put(engine, prompt, options, str(i))))
-        for prompt, options, job, client in asked:
+            asked.append((prompt, wanted[i % len(wanted)]))
+        for (prompt, options), (job, client) in zip(asked, put_together(engine, asked)):
             wait(lambda client=client: client.has_ended)
             assert_same(job, *alone(model, prompt, options))
         made, replays = len(recorded.made), sum(graph.replays for graph in recorded.made)
@@ -94,8 +94,8 @@ def test_rows_that_are_left_write_to_the_scratch_page_alone(recorded):
         store.page_values.fill_(7.0)  # once the steps are captured
         options = Options(max_tokens=12, ignore_eos=True)
         prompts = [Prompt(tuple(range(3 + i, 20 + i))) for i in range(3)]
-        clients = [put(engine, p, options, str(i))[1] for i, p in enumerate(prompts)]
-        wait(lambda: all(client.has_ended for client in clients))
+        asked = put_together(engine, [(prompt, options) for prompt in prompts])
+        wait(lambda: all(client.has_ended for _, client in asked))
         assert StepShape(4, 64, 0) in engine.loop._runner.forward.graphs.steps
     finally:
         engines.close()

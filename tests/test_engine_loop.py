@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from engine_helpers import (
     Client,
     Engines,
     Failing,
+    Held,
+    OnOrder,
     byte_tokenizer,
     check_given_back,
     engine_of,
@@ -24,7 +25,6 @@ from engine_helpers import (
 )
 from tokenizers import AddedToken
 
-from mllama.engine.engine import Engine
 from mllama.engine.interface import Options, Overloaded, Unavailable, WorkFailed
 from mllama.engine.prompts import Prompt
 
@@ -42,23 +42,6 @@ def engines(model):
     made = Engines(model)
     yield made
     made.close()
-
-
-class Held:
-    """Holds an engine's next step until go()."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._launch, self._go = engine.loop._runner.launch, threading.Event()
-        self.is_held = threading.Event()
-        engine.loop._runner.launch = self
-
-    def __call__(self, plan):
-        self.is_held.set()
-        assert self._go.wait(300)
-        return self._launch(plan)
-
-    def go(self) -> None:
-        self._go.set()
 
 
 def test_what_waits_is_counted_exactly_and_no_more_are_let_in_whoever_asks_at_once(engines):
@@ -90,10 +73,12 @@ def test_what_waits_is_counted_exactly_and_no_more_are_let_in_whoever_asks_at_on
 
 def test_a_key_names_one_request(engines):
     engine = engines.start(num_pages=20, num_slots=4)
+    held = Held(engine)
     _, client = put(engine, PROMPT, ENDLESS, "a")
     with pytest.raises(ValueError, match="a request with the key 'a' is being answered"):
         put(engine, PROMPT, ENDLESS, "a")
     engine.loop.cancel("a")
+    held.go()
     wait(lambda: not engine.loop._jobs)
     _, again = put(engine, PROMPT, Options(max_tokens=2), "a")
     wait(lambda: again.has_ended)
@@ -118,10 +103,10 @@ def test_requests_that_cannot_be_begun_again_after_a_failed_step_end_alone(engin
     engine = engines.start(
         num_pages=20, num_slots=4, max_batch_size=1, max_batch_tokens=4, prefix_reuse=False
     )
+    held = Held(engine)
     clients = [put(engine, PROMPT, ENDLESS, "0")[1]]
-    wait(lambda: clients[0].pieces)
+    assert held.is_held.wait(300)
     clients += [put(engine, PROMPT, Options(max_tokens=3, n=2), str(i))[1] for i in (1, 2)]
-    wait(lambda: engine.loop.num_waiting == 4)
     failing, add = Failing(engine, 1), engine.loop._runner.add
     refused = []
 
@@ -132,6 +117,7 @@ def test_requests_that_cannot_be_begun_again_after_a_failed_step_end_alone(engin
         add(sequence, *rest)
 
     engine.loop._runner.add = broken_add
+    held.go()
     wait(lambda: all(client.has_ended for client in clients))
     words = [str(client.pieces[-1]) for client in clients]
     assert "step that computed" in words[0] and "could not be begun" in words[1]
@@ -194,6 +180,7 @@ def test_parts_of_characters_are_told_as_bytes(model):
 
 def test_the_end_of_an_engine_is_not_taken_back(engines):
     engine = engines.start(num_pages=20, num_slots=4)
+    OnOrder(engine)
     texts = engine.submit_prompt(PROMPT, ENDLESS)
     next(texts)
     engine.close()

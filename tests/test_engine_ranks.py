@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from engine_helpers import (
     byte_tokenizer,
     check_given_back,
     put,
+    put_together,
     random_picture,
     small_model,
     wait,
@@ -109,16 +109,8 @@ def test_pages_are_given_up_and_pictures_shared_as_on_one_rank(delay, ranks, see
     options = replace(COMMON, max_tokens=90)
     prompts = [Prompt((IMAGE, *range(3 + 9 * i, 60 + 9 * i)), (picture,)) for i in range(3)]
     with started(ranks.split(model), delay, num_pages=5, num_slots=8, max_length=256) as engine:
-        launch, all_are_there = engine.loop._runner.launch, threading.Event()
-
-        def held(plan: Any) -> Any:
-            assert all_are_there.wait(60)
-            return launch(plan)
-
-        engine.loop._runner.launch = held
-        asked = [(p, *put(engine, p, options, str(i))) for i, p in enumerate(prompts)]
-        all_are_there.set()
-        for prompt, job, client in asked:
+        asked = put_together(engine, [(prompt, options) for prompt in prompts])
+        for prompt, (job, client) in zip(prompts, asked):
             wait(lambda client=client: client.has_ended)
             assert_same(job, *alone(model, prompt, options))
         counters = engine.stats().counters
@@ -178,7 +170,7 @@ def test_a_long_plan_is_told_in_parts(sent, ranks):
         "max_ce_batch_size": 34,
     }
     with started(ranks.split(model), **sizes) as engine:
-        asked = [put(engine, prompt, options, str(i)) for i, prompt in enumerate(prompts)]
+        asked = put_together(engine, [(prompt, options) for prompt in prompts])
         wait(lambda: all(client.has_ended for _, client in asked))
         for prompt, (job, _) in list(zip(prompts, asked))[-2:]:
             assert_same(job, *alone(model, prompt, options))

@@ -15,7 +15,7 @@ from mllama.engine.interface import Options, Unavailable, WorkFailed
 from mllama.engine.prompts import Prompt
 
 PROMPT, ENDLESS = Prompt((5, 6, 7)), Options(max_tokens=900, ignore_eos=True)
-SECONDS = 2.0  # that one rank waits for the other
+SECONDS = 4.0  # that one rank waits for the other
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import io
 import uuid
 
 import pytest
-from engine_helpers import engine_of, wait
+from engine_helpers import OnOrder, engine_of, wait
 
 import mllama
 from mllama.demo import checkpoint_path, is_right, questions_for, sample_picture
@@ -56,7 +56,9 @@ async def answer(served: AsyncEngine, request: Work) -> tuple[str, list[Piece]]:
 
 
 def test_questions_about_pictures_are_answered_together(engine):
-    asked_of = [(s, q) for s in range(4) for q in list(questions_for(sample_picture(s)[1], s))[:3]]
+    encoded = engine.stats().counters["encoded_pictures"]
+    seeds = range(40, 44)  # which no other test has shown to this engine
+    asked_of = [(s, q) for s in seeds for q in list(questions_for(sample_picture(s)[1], s))[:3]]
     texts = [
         engine.submit(asked(question), [sample_picture(seed)[0]], Options(max_tokens=60))
         for seed, (question, _) in asked_of
@@ -64,7 +66,7 @@ def test_questions_about_pictures_are_answered_together(engine):
     answers = ["".join(text) for text in texts]
     right = [is_right(said, expected) for said, (_, (_, expected)) in zip(answers, asked_of)]
     assert sum(right) >= len(right) - 1, answers
-    assert engine.stats().counters["encoded_pictures"] == 4
+    assert engine.stats().counters["encoded_pictures"] == encoded + 4
 
 
 @pytest.mark.parametrize(
@@ -111,11 +113,11 @@ def opened(monkeypatch) -> list[int]:
 
 def test_a_picture_that_was_seen_is_not_opened_again(engine, served, opened):
     async def run():
-        return [(await answer(served, work(seed=seed, max_tokens=8)))[0] for seed in (11, 12, 11)]
+        return [(await answer(served, work(seed=seed, max_tokens=8)))[0] for seed in (31, 32, 31)]
 
     encoded = engine.stats().counters["encoded_pictures"]
     texts = asyncio.run(run())
-    assert opened == [len(png(11)), len(png(12))] and texts[0] == texts[2]
+    assert opened == [len(png(31)), len(png(32))] and texts[0] == texts[2]
     counters = served.stats().counters
     assert counters["pictures"] == 3 and counters["picture_files_known"] == 1
     assert counters["encoded_pictures"] == encoded + 2
@@ -259,7 +261,7 @@ def test_readers_that_go_away_end_their_requests(engine, served):
     async def collected(pieces):
         return [piece async for piece in pieces]
 
-    asyncio.run(asyncio.wait_for(run(), 120))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_a_request_may_be_cancelled_before_it_is_queued(engine, served):
@@ -290,6 +292,7 @@ def test_the_end_of_an_engine_is_told():
     model = mllama.MllamaForConditionalGeneration.from_pretrained(checkpoint_path())
     processor = mllama.MllamaProcessor.from_pretrained(checkpoint_path())
     engine = engine_of(model, processor, num_pages=100, num_slots=16)
+    OnOrder(engine)
     served = AsyncEngine(engine)
 
     async def run():
@@ -303,5 +306,5 @@ def test_the_end_of_an_engine_is_told():
         with pytest.raises(Unavailable, match="dead"):
             await served.submit(work())
 
-    asyncio.run(asyncio.wait_for(run(), 120))
+    asyncio.run(asyncio.wait_for(run(), 300))
     served.close()

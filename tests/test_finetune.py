@@ -501,22 +501,30 @@ def test_sigkill_at_any_moment(data: Path) -> None:
     options = ["--max-steps", "5", "--save-every", "1"]
     whole, killed = data.parent / "whole", data.parent / "killed"
     assert finetune(data, whole, *options) == 0
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from mllama import cli; "
+    code = (  # it does not come to its end
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "from mllama import cli\n"
+        "from mllama.training.log import Log\n"
+        "write = Log.write\n"
+        "def held(self, **entry):\n"
+        "    entry['step'] < 5 or time.sleep(600)\n"
+        "    write(self, **entry)\n"
+        "Log.write = held\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     command = ["finetune", "--model", MODEL, "--data", str(data), "--output", str(killed)]
     command += ["--backend", "reference", "--device", "cpu", "--dtype", "float32"]
     command += ["--batch-size", "2", "--accumulate", "1", "--lora-rank", "2", *options]
     process = subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if len(read_log(killed / "log.jsonl")) >= 2:
-            process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
+    process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was to be killed on its way"
+    assert len(read_log(killed / "log.jsonl")) >= 2
     assert finetune(data, killed, *options, "--resume") == 0
     assert_same_run(whole, killed)
 

@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finetune_worker import own_script
+from free_ports import reserved
 from safetensors.torch import load_file
 
 from mllama import MllamaForConditionalGeneration, cli
@@ -259,14 +260,27 @@ def test_a_sharded_run_leaves_a_checkpoint(folder: Path, two: Any) -> None:
     assert model.dtype == torch.float32 and (output / "tokenizer.json").exists()
 
 
-def started(ranks: int, options: list[str]) -> list[subprocess.Popen[bytes]]:
-    """The command on so many ranks, as torchrun starts them, but for its own process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+# `mllama`, which does not come to the end of its 20 steps.
+ENDLESS = """
+import sys, time
+from mllama import cli
+from mllama.training.log import Log
+write = Log.write
+def held(self, **entry):
+    entry["step"] < 20 or time.sleep(600)
+    write(self, **entry)
+Log.write = held
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def started(
+    ranks: int, port: int, options: list[str], program: Sequence[str] = ("-m", "mllama")
+) -> list[subprocess.Popen[bytes]]:
+    """The command on so many ranks, which meet on a port, as torchrun starts them, but for its process."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mllama", "finetune", *options]
+    command = [sys.executable, *program, "finetune", *options]
     return [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)})
         for i in range(ranks)
@@ -276,15 +290,17 @@ def started(ranks: int, options: list[str]) -> list[subprocess.Popen[bytes]]:
 def test_sigkill_of_all_at_any_moment(folder: Path, two: Any) -> None:
     killed, more = folder / "killed for good", RESUMED["adapters"]
     asked = [*options(folder, "killed for good", 2, *more), "--resume"]
-    group, deadline = started(2, asked), time.monotonic() + 300
-    while group[0].poll() is None and time.monotonic() < deadline:
-        if sum("loss" in entry for entry in read_log(killed / "log.jsonl")) >= 3:
-            for process in group:
-                process.kill()
-            break
-        time.sleep(0.002)
-    assert [process.wait() for process in group] == [-signal.SIGKILL] * 2
-    assert [process.wait(timeout=300) for process in started(2, asked)] == [0, 0]
+    with reserved() as port:
+        group, deadline = started(2, port, asked, ("-c", ENDLESS)), time.monotonic() + 300
+        while group[0].poll() is None and time.monotonic() < deadline:
+            if sum("loss" in entry for entry in read_log(killed / "log.jsonl")) >= 3:
+                break
+            time.sleep(0.002)
+        for process in group:
+            process.kill()
+        assert [process.wait() for process in group] == [-signal.SIGKILL] * 2
+    with reserved() as port:
+        assert [process.wait(timeout=300) for process in started(2, port, asked)] == [0, 0]
     assert entries(killed) == entries(folder / "whole adapters")
     one, other = weights(killed), weights(folder / "whole adapters")
     assert all(one[name].equal(other[name]) for name in one)

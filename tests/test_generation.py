@@ -250,7 +250,7 @@ def test_streamers_get_what_those_of_transformers_get() -> None:
 
 def test_the_iterator_streamer_of_transformers_works(script: Script) -> None:
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=script.tokenizer)
-    streamer = transformers.TextIteratorStreamer(wrapped, skip_prompt=True, timeout=30)
+    streamer = transformers.TextIteratorStreamer(wrapped, skip_prompt=True, timeout=300)
     arguments = {**script.say("so schön ist es"), "streamer": streamer, "tokenizer": None}
     thread = threading.Thread(target=script.model.generate, kwargs=arguments)
     thread.start()

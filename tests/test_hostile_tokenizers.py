@@ -235,7 +235,7 @@ def test_hostile_files_are_errors_or_harmless(part, tmp_path):
             assert kind == "ValueError" and "of its own, within limits" in said, (name, said)
         named = "tokenizer.json" in said or "which the tokenizer does not have" in said
         assert kind == "done" or named, (name, said)
-        assert len(said) < 700 and seconds < 15 and peak < 700, (name, len(said), seconds, peak)
+        assert len(said) < 700 and seconds < 60 and peak < 700, (name, len(said), seconds, peak)
 
 
 def changed(**changes):

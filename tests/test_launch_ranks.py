@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 MODULE = ["-m", "mllama"]
 FATED = [str(ROOT / "tests" / "ranks_command.py")]
 ASK = ["--prompt", "What do you see?", "--greedy", "--max-new-tokens", "24"]
-WITHIN = 10.0  # seconds, in which nothing of a command is left when one of its ranks is gone
+# Seconds in which nothing of a command is left when one of its ranks is gone: 10, and more on a busy machine.
+WITHIN = 100.0
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -79,13 +80,28 @@ def image(tmp_path_factory) -> str:
 # What ranks without torch do, and what becomes of it: they start at once.
 
 
-def outcome(monkeypatch, script: str, timeout: float = 60.0, settle: float = 1.0) -> Outcome:
+def outcome(
+    monkeypatch, tmp_path: Path, script: str, timeout: float = 60.0, settle: float = 1.0
+) -> Outcome:
+    """Of two ranks that run a script.
+
+    Args:
+        settle: seconds that one has to end behind the other; it is ended then, and where it waits for ever
+            the test takes as long.
+    """
     monkeypatch.setattr(launching, "_SETTLE", settle)
     names = "import json, os, signal, subprocess, sys, time\nrank = int(os.environ['RANK'])\n"
     names += (
+        f"folder = {str(tmp_path)!r}\n"
+        "def tell(name):\n"
+        "    open(f'{folder}/{name}', 'w').close()\n"
+        "def hear(name):\n"
+        "    while not os.path.exists(f'{folder}/{name}'): time.sleep(0.05)\n"
+        "    time.sleep(0.05)\n"  # more than a step of the clock that files are dated by
         "def fail(text):\n"
         "    with open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w') as file:\n"
         "        json.dump({'message': {'message': text}}, file)\n"
+        "    tell(f'{rank} has failed')\n"
         "    os._exit(1)\n"
     )
     return launch([sys.executable, "-I", "-S", "-c", names + script], 2, timeout)
@@ -98,21 +114,30 @@ def outcome(monkeypatch, script: str, timeout: float = 60.0, settle: float = 1.0
         ("sys.exit(3)", Outcome(3)),  # as a command does that has said why
         ("rank or sys.exit(5)", Outcome(5)),
         ("fail('no such file')", Outcome(1, "no such file")),
-        ("rank and fail('NaN')\ntime.sleep(60)", Outcome(1, "rank 1: NaN")),
         (
-            "time.sleep(0 if rank else 0.3)\nfail(f'{rank} is lost')",
+            "rank or hear('1 has failed')\nfail(f'{rank} is lost')",
             Outcome(1, "rank 1: 1 is lost"),
         ),
-        ("rank and sys.exit(4)\ntime.sleep(60)", Outcome(4, "rank 1 ended with exit code 4")),
         (
-            "rank or fail('')\ntime.sleep(0.3)\nfail('lost')",
+            "rank or fail('')\nhear('0 has failed')\nfail('lost')",
             Outcome(1),
         ),  # the reader of stdout has gone
-        ("rank and time.sleep(60)", Outcome(0)),
         (
             "rank and os.kill(os.getpid(), signal.SIGSEGV)\nfail('lost')",
             Outcome(1, "rank 1 was ended by SIGSEGV"),
         ),
+    ],
+)
+def test_what_becomes_of_ranks_is_said_in_one_line(monkeypatch, tmp_path, script, expected):
+    assert outcome(monkeypatch, tmp_path, script, settle=300.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("rank and fail('NaN')\ntime.sleep(60)", Outcome(1, "rank 1: NaN")),
+        ("rank and sys.exit(4)\ntime.sleep(60)", Outcome(4, "rank 1 ended with exit code 4")),
+        ("rank and time.sleep(60)", Outcome(0)),
         (
             "rank and fail('Timed out waiting 3000ms for recv')\ntime.sleep(60)",
             Outcome(
@@ -122,33 +147,36 @@ def outcome(monkeypatch, script: str, timeout: float = 60.0, settle: float = 1.0
         ),
     ],
 )
-def test_what_becomes_of_ranks_is_said_in_one_line(monkeypatch, script, expected):
-    assert outcome(monkeypatch, script) == expected
+def test_a_rank_that_goes_on_is_ended(monkeypatch, tmp_path, script, expected):
+    assert outcome(monkeypatch, tmp_path, script) == expected
 
 
-def test_a_stopped_rank_is_noticed_and_ended(monkeypatch):
-    begin = time.monotonic()
-    script = "rank and os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)"
-    assert outcome(monkeypatch, script, timeout=0.5) == Outcome(1, "rank 1 is stopped for 0.5 s")
-    assert time.monotonic() - begin < WITHIN
+def test_what_is_waited_for_is_over_within_ten_seconds():
+    """The ranks to end by themselves or behind a second signal, and then for SIGTERM."""
+    assert max(launching._SETTLE, launching._AT_ONCE) + launching._TERMINATE < 10
+
+
+def test_a_stopped_rank_is_noticed_and_ended(monkeypatch, tmp_path):
+    script = "rank and os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(600)"
+    expected = Outcome(1, "rank 1 is stopped for 0.5 s")
+    assert outcome(monkeypatch, tmp_path, script, timeout=0.5) == expected
 
 
 def test_no_process_is_left(monkeypatch, tmp_path):
     """Not one that does not heed SIGTERM, nor one that was started by a rank that was killed."""
     script = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "own = [os.getpid(), os.posix_spawn('/bin/sleep', ['sleep', '60'], {})]\n"
-        f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(json.dumps(own))\n"
-        f"while len(os.listdir({str(tmp_path)!r})) < 2: time.sleep(0.01)\n"
+        "own = [os.getpid(), os.posix_spawn('/bin/sleep', ['sleep', '600'], {})]\n"
+        "open(f'{folder}/{rank}', 'w').write(json.dumps(own))\n"
+        "tell(f'{rank} is there')\n"
+        "hear('0 is there')\n"
         "rank and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
-    begin = time.monotonic()
-    found = outcome(monkeypatch, script)
+    found = outcome(monkeypatch, tmp_path, script)
     assert found.code == 1 and "rank 1 was ended by SIGKILL" in found.reason
-    assert time.monotonic() - begin < WITHIN
     pids = [pid for rank in "01" for pid in json.loads((tmp_path / rank).read_text())]
-    assert len(pids) == 4 and not any(map(is_running, pids))
+    assert len(pids) == 4 and until_gone(pids) < WITHIN
 
 
 @pytest.mark.parametrize(
@@ -157,46 +185,58 @@ def test_no_process_is_left(monkeypatch, tmp_path):
         ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))", ["SIGTERM"], Outcome(0)),
         ("", ["SIGTERM"], Outcome(-signal.SIGTERM)),
         ("signal.signal(signal.SIGINT, lambda *_: sys.exit(130))", ["SIGINT"], Outcome(130)),
-        ("signal.signal(signal.SIGTERM, lambda *_: None)", ["SIGTERM"] * 2, Outcome(143)),
+        ("signal.signal(signal.SIGTERM, lambda *_: tell('heard'))", ["SIGTERM"] * 2, Outcome(143)),
     ],
 )
 def test_signals_are_the_first_ranks(monkeypatch, tmp_path, first, signals, expected):
-    ready = tmp_path / "ready"
     script = (
-        f"if rank == 0:\n    {first or 'pass'}\n    open({str(ready)!r}, 'w').close()\n"
-        "while True: time.sleep(0.05)"
+        f"if rank == 0:\n    {first or 'pass'}\n    tell('ready')\nwhile True: time.sleep(0.05)"
     )
+    numbers = [signal.Signals[name] for name in signals]
+
+    def is_handed_on(number: int) -> bool:
+        return getattr(signal.getsignal(number), "__func__", None) is launching.Watch.note
 
     def send() -> None:
-        while not ready.exists():
-            time.sleep(0.05)
-        for name in signals:
-            os.kill(os.getpid(), signal.Signals[name])
-            time.sleep(0.3)
+        until(lambda: (tmp_path / "ready").exists() and is_handed_on(numbers[0]))
+        os.kill(os.getpid(), numbers[0])
+        for number in numbers[1:]:  # two at once would be one
+            until((tmp_path / "heard").exists)
+            os.kill(os.getpid(), number)
 
     threading.Thread(target=send).start()
-    handlers = [signal.getsignal(signal.Signals[name]) for name in signals]
-    assert outcome(monkeypatch, script) == expected
-    assert [signal.getsignal(signal.Signals[name]) for name in signals] == handlers
+    handlers = [signal.getsignal(number) for number in numbers]
+    assert outcome(monkeypatch, tmp_path, script) == expected
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def until(holds: Callable[[], Any]) -> None:
+    while not holds():
+        time.sleep(0.02)
 
 
 def test_the_port_is_of_loopback_and_free_afterwards(monkeypatch, tmp_path):
     path = tmp_path / "port"
-    script = f"rank or open({str(path)!r}, 'w').write(os.environ['MASTER_PORT'])\ntime.sleep(0.3)"
+    script = (
+        "rank or open(f'{folder}/port', 'w').write(os.environ['MASTER_PORT'])\n"
+        "rank or tell('told')\n"
+        "hear('seen')"
+    )
     seen: list[set[str]] = []
 
     def look() -> None:
-        while not path.exists() or not path.read_text():
-            time.sleep(0.02)
-        seen.append(listening([os.getpid()], int(path.read_text())))
+        until((tmp_path / "told").exists)
+        try:
+            seen.append(listening([os.getpid()], int(path.read_text())))
+        finally:
+            (tmp_path / "seen").touch()
 
     thread = threading.Thread(target=look)
     thread.start()
-    outcome(monkeypatch, script)
+    outcome(monkeypatch, tmp_path, script)
     thread.join()
     assert seen == [{"127.0.0.1"}]
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", int(path.read_text())), timeout=5)
+    assert listening([os.getpid()], int(path.read_text())) == set()
 
 
 def is_running(pid: int) -> bool:
@@ -236,7 +276,7 @@ def descendants(pid: int) -> list[int]:
 def until_gone(pids: list[int]) -> float:
     """Seconds until none is left, or as long as they may take."""
     begin = time.monotonic()
-    while any(map(is_running, pids)) and time.monotonic() - begin < 2 * WITHIN:
+    while any(map(is_running, pids)) and time.monotonic() - begin < WITHIN:
         time.sleep(0.05)
     return time.monotonic() - begin
 
@@ -255,7 +295,7 @@ def test_two_ranks_answer_as_one_process(capsys, image):
     assert cli.main([*asked, "--device", "cpu"]) == 0
     expected = json.loads(capsys.readouterr().out)
     for process in both:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         result = json.loads(out)  # of one rank, and nothing else
         assert {**result, "seconds": 0} == {**expected, "seconds": 0}
@@ -265,7 +305,7 @@ def test_two_ranks_answer_as_one_process(capsys, image):
 def test_wrong_arguments_are_told_once():
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = started(*run, *MODULE, "generate", "--max-new-tokens", "none")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("usage: mllama generate") == 1
     assert err.count("argument --max-new-tokens") == 1
 
@@ -276,10 +316,10 @@ def ended(image) -> dict[str, tuple[int, str, str]]:
     asked = ["generate", *ASK, "--image", image, "--devices", "cpu,cpu", "--collective-timeout"]
     processes = {
         fate: started(*FATED, *asked, timeout, fate=fate)
-        for fate, timeout in (("1:the logits are NaN", "60"), ("1:poor", "60"), ("0:sleep", "8"))
+        for fate, timeout in (("1:the logits are NaN", "300"), ("1:poor", "300"), ("0:sleep", "20"))
     }
     return {
-        fate: (process.wait(120), *process.communicate()) for fate, process in processes.items()
+        fate: (process.wait(300), *process.communicate()) for fate, process in processes.items()
     }
 
 
@@ -290,7 +330,7 @@ def test_a_rank_that_fails_is_named(ended):
 
 def test_a_rank_that_hangs_is_named(ended):
     code, _, err = ended["0:sleep"]
-    missed = "did not come to a collective within 8 s (--collective-timeout)"
+    missed = "did not come to a collective within 20 s (--collective-timeout)"
     assert code == 1 and told(err) == [f"mllama generate: rank 0 is running, but {missed}"]
 
 

@@ -7,12 +7,13 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import httpx2
 import ray
 import yaml
 from asked_pictures import MODEL, SEEDS, about, describes
+from free_ports import reserved
 from openai import APIStatusError, OpenAI
 from server_helpers import eventually
 from test_batches import asked, written
@@ -49,6 +51,11 @@ def cluster() -> Iterator[str]:
     token = secrets.token_hex(32)
     before = dict(os.environ)
     os.environ.update(RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
+    for check in (
+        "READY",
+        "HEALTH",
+    ):  # by itself Ray ends a proxy that does not start in 15 seconds
+        os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "120"
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     ray.init(
         "local",
@@ -184,9 +191,7 @@ def replicas(token: str) -> set[int]:
 class Fleet:
     """`mllama ray serve` with two replicas of the demo model, in a process of its own."""
 
-    def __init__(self, folder: Path, token: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+    def __init__(self, folder: Path, token: str, port: int) -> None:
         self.url, self._token = f"http://127.0.0.1:{port}", token
         self.log = folder / "log"
         words = ["--replicas", "2", "--port", str(port), "--api-key", KEY, "--max-batch-size", "4"]
@@ -209,17 +214,45 @@ class Fleet:
         return {name: float(value) for name, value in pairs}
 
 
+class Fleets:
+    """Fleets of a cluster, one at a time: the tests are asked in any order, and some end one."""
+
+    def __init__(self, token: str, paths: pytest.TempPathFactory) -> None:
+        self._token, self._paths, self._ports = token, paths, ExitStack()
+        self._last: Fleet | None = None
+
+    def running(self) -> Fleet:
+        """The one that runs, or another."""
+        if self._last is None or self._last.process.poll() is not None:
+            self.end()
+            port = self._ports.enter_context(reserved())
+            self._last = made = Fleet(self._paths.mktemp("fleet"), self._token, port)
+            while "listening on" not in made.log.read_text():
+                assert made.process.poll() is None, made.log.read_text()
+                time.sleep(0.1)
+        return self._last
+
+    def end(self) -> None:
+        """Leave nothing of it in the cluster."""
+        from ray import serve
+
+        if self._last is not None:
+            self._last.process.kill()
+            self._last.process.wait()
+        serve.shutdown()
+        self._ports.close()
+
+
 @pytest.fixture(scope="module")
-def fleet(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    made = Fleet(tmp_path_factory.mktemp("fleet"), cluster)
-    try:
-        while "listening on" not in made.log.read_text():
-            assert made.process.poll() is None, made.log.read_text()
-            time.sleep(0.1)
-        yield made
-    finally:
-        made.process.kill()
-        made.process.wait()
+def fleets(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
+    made = Fleets(cluster, tmp_path_factory)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def fleet(fleets: Fleets) -> Fleet:
+    return fleets.running()
 
 
 def test_a_cluster_that_is_started_has_a_token(cluster):
@@ -271,22 +304,35 @@ def test_a_client_that_goes_ends_its_request(fleet):
 def test_a_replica_that_is_killed_is_replaced_while_the_other_answers(fleet):
     client, before = fleet.client(), fleet.pids()
     assert len(before) == 2
-    end = time.monotonic() + 4
+    answered, ends = [0] * 8, threading.Event()
 
-    def ask(number: int) -> int:
-        count = 0
-        while time.monotonic() < end:
+    def ask(number: int) -> None:
+        while not ends.is_set():
             client.completions.create(
                 model=MODEL, prompt="a", max_tokens=60, extra_body={"ignore_eos": True}
             )
-            count += 1
-        return count
+            answered[number] += 1
+
+    def others_are_answered() -> None:
+        known = list(answered)
+        eventually(
+            lambda: (
+                any(one.done() for one in asked)  # which has failed
+                or all(now > then for now, then in zip(answered, known))
+            ),
+            300,
+        )
 
     with ThreadPoolExecutor(8) as threads:
-        counts = [threads.submit(ask, number) for number in range(8)]
-        time.sleep(1)
-        os.kill(killed := min(before), signal.SIGKILL)
-        assert all(count.result() for count in counts)  # a request that failed raises here
+        asked = [threads.submit(ask, number) for number in range(8)]
+        try:
+            others_are_answered()
+            os.kill(killed := min(before), signal.SIGKILL)
+            others_are_answered()
+        finally:
+            ends.set()
+        for one in asked:
+            one.result()  # raises where a request has failed
     eventually(lambda: len(fleet.pids() - {killed}) == 2, 300)
     assert before - {killed} < fleet.pids()
 
@@ -311,15 +357,15 @@ def ranks(token: str) -> set[int]:
     return processes(lambda command: b"spawn_main" in command, token)
 
 
-def test_a_rank_and_its_replica_end_together(cluster):
+def test_a_rank_and_its_replica_end_together(cluster, fleets):
     """A replica of two ranks answers as one process, and another takes its place where a rank is gone."""
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    fleets.end()
     made = serve_app(devices_per_replica=2, device="cpu", max_length=512, api_key=[KEY])
-    serve.run(made, name=NAME)
+    with reserved() as port:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(made, name=NAME)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, timeout=120)
         expected = generated(SEEDS[:2])
@@ -341,7 +387,7 @@ def test_a_rank_and_its_replica_end_together(cluster):
         eventually(lambda: rank not in ranks(cluster))
     finally:
         serve.shutdown()
-    eventually(lambda: not replicas(cluster) and not ranks(cluster), 60)
+    eventually(lambda: not replicas(cluster) and not ranks(cluster))
 
 
 # Files

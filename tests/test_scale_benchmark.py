@@ -38,7 +38,6 @@ def test_one_and_two_ranks_are_timed() -> None:
     # Two for each layer, and one for the logits.
     assert two["exchanges_per_step"] == 5 and "exchanges_per_step" not in one
     assert 0 < two["exchanging_ms"]["median"] <= two["exchanging_and_waiting_ms"]["median"]
-    assert two["exchanging_and_waiting_ms"]["median"] < two["token_ms"]["median"]
     assert two["alone_us"].keys() == {"all_reduce", "all_gather"}
     assert len(one["token_rounds_ms"]) == 2 and one["share_of_floor"] > 0
     shared = sum(two["bytes_per_step"]) - one["bytes_per_step"][0]

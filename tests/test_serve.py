@@ -23,9 +23,8 @@ pytest.importorskip("httpx2")
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
-import httpx2
 from asked_pictures import SEEDS, describes
-from server_helpers import EchoEngine, eventually
+from server_helpers import EchoEngine, eventually, web
 
 from mllama import cli
 from mllama.commands import common, serve
@@ -206,7 +205,7 @@ def test_an_engine_that_is_being_made_says_so():
     engine = EchoEngine()
 
     def make() -> EchoEngine:
-        go.wait(10)
+        go.wait(300)
         return engine
 
     found = Deferred(make, lambda: told.append("ready"))
@@ -239,9 +238,9 @@ def test_it_says_where_it_listens_and_what_runs(demo_server):
     memory = r"memory: weights \d\.\d MB, [\d,]+ pages of 64 tokens .* in all, .* free on cpu"
     assert re.search(memory, demo_server.log.partition("listening")[0])
     assert re.search(r"ready: (kernels|reference) on cpu", demo_server.log)
-    assert httpx2.get(demo_server.url + "/health").json() == {"status": "ready"}
-    assert httpx2.get(demo_server.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
-    assert "Talk about a picture" in httpx2.get(demo_server.url + "/").text
+    assert web.get(demo_server.url + "/health").json() == {"status": "ready"}
+    assert web.get(demo_server.url + "/v1/models").json()["data"][0]["id"] == "mllama-demo"
+    assert "Talk about a picture" in web.get(demo_server.url + "/").text
 
 
 def blocks(language: str) -> list[str]:
@@ -253,7 +252,7 @@ def test_the_example_in_python_runs(demo_server, tmp_path):
     (code,) = [block for block in blocks("python") if "import OpenAI" in block]
     code = code.replace("http://127.0.0.1:8000", demo_server.url)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert describes(done.stdout, SEEDS[0]), done.stdout
@@ -264,7 +263,7 @@ def test_the_example_with_curl_runs(demo_server, tmp_path):
     (code,) = [block for block in blocks("bash") if "curl" in block]
     code = code.replace("http://127.0.0.1:8000", demo_server.url)
     done = subprocess.run(
-        ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert describes(done.stdout, SEEDS[0]), done.stdout
@@ -304,10 +303,10 @@ def test_a_form_is_compiled_for_the_models_vocabulary(demo_server):
             "json_schema": {"name": "a", "schema": {"not": {}}},
         },
     }
-    found = httpx2.post(demo_server.url + "/v1/chat/completions", json=body, timeout=60)
+    found = web.post(demo_server.url + "/v1/chat/completions", json=body)
     assert found.status_code == 400 and "not" in found.json()["error"]["message"]
     del body["response_format"]["json_schema"]["schema"]["not"]
-    assert httpx2.post(demo_server.url + "/v1/chat/completions", json=body, timeout=60).is_success
+    assert web.post(demo_server.url + "/v1/chat/completions", json=body).is_success
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:

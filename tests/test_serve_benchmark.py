@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from server_helpers import Running, served  # noqa: E402
 
 from benchmarks import serve  # noqa: E402
 from benchmarks.budget import Budget  # noqa: E402
-from benchmarks.serving import agreement, goals, load, requests, servers, tables  # noqa: E402
+from benchmarks.serving import agreement, client, goals, load, requests, servers, tables  # noqa: E402
 from benchmarks.serving.client import Answer, RequestFailed, ask, together  # noqa: E402
 from benchmarks.serving.requests import LONGEST, Request, Source  # noqa: E402
 from benchmarks.serving.run import PARTS, Effort, Run  # noqa: E402
@@ -47,11 +49,42 @@ def body(text: str, **others: Any) -> dict[str, Any]:
 
 
 def test_the_client_notes_each_piece(echo):
-    answer = asyncio.run(ask(echo.port, body("!slow two words more")))
-    assert answer.text == "!slow two words more" and answer.tokens == 4
+    answer = asyncio.run(ask(echo.port, body("one two words more")))
+    assert answer.text == "one two words more" and answer.tokens == 4
     assert answer.finish_reason == "stop" and len(answer.arrivals) == 4
-    assert all(0.08 < gap < 5 for gap in answer.gaps) and len(answer.gaps) == 3
-    assert 0 < answer.first_token < answer.end - answer.begin
+    assert answer.begin < answer.arrivals[0] <= answer.arrivals[-1] < answer.end
+
+
+def test_the_client_notes_a_piece_when_it_comes(monkeypatch):
+    """A clock that moves by one at each look, and a server that sends the next piece after that."""
+    looked, now = asyncio.Queue(), itertools.count()
+
+    def clock() -> float:
+        looked.put_nowait(None)
+        return float(next(now))
+
+    def chunk(**fields: Any) -> bytes:
+        event = f"data: {json.dumps(fields)}\n\n".encode()
+        return b"%x\r\n%s\r\n" % (len(event), event)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await looked.get()
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for piece in ("one", " two", " three"):
+            writer.write(chunk(choices=[{"delta": {"content": piece}}]))
+            await looked.get()
+        last = {"delta": {}, "finish_reason": "stop"}
+        writer.write(chunk(choices=[last], usage={"completion_tokens": 3}) + b"0\r\n\r\n")
+        writer.close()
+
+    async def run() -> Answer:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            return await ask(server.sockets[0].getsockname()[1], {})
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(perf_counter=clock))
+    answer = asyncio.run(run())
+    assert answer.text == "one two three" and answer.arrivals == (1, 2, 3)
+    assert (answer.begin, answer.first_token, answer.gaps, answer.end) == (0, 1, [1, 1], 5)
 
 
 def test_requests_go_out_as_others_end(echo):

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ pytest.importorskip("llguidance")
 import httpx2
 from asked_pictures import SEEDS, about
 from server_helpers import eventually
-from server_process import CHAT, Child, child
+from server_process import CHAT, Child, child, slow_steps
 
 # Sums over ranks round otherwise, which in bfloat16 is seen in what is drawn.
 EXACT = ("--dtype", "float32")
@@ -93,7 +92,7 @@ def test_pictures_are_computed_once_and_everything_is_given_back(server):
         assert server.ask(content, temperature=0).status_code == 200
     with server.send("Hi", stream=True, **LONG) as connection:
         connection.recv(1000)  # and gone
-    eventually(lambda: server.metrics()["answers_running"] == 0, 60)
+    eventually(lambda: server.metrics()["answers_running"] == 0)
     after = server.metrics()
     assert after["encoded_pictures_total"] == before["encoded_pictures_total"] + 1
     assert after["picture_hits_total"] == before["picture_hits_total"] + 2
@@ -110,22 +109,21 @@ def read_until(connection: socket.socket, words: bytes) -> None:
 
 
 def test_a_rank_that_is_killed_ends_what_runs_and_the_process(tmp_path):
-    with child(tmp_path / "log", "--drain-timeout", "60", ranks=2) as server:
+    words = ("--drain-timeout", "600")
+    with child(tmp_path / "log", *words, ranks=2, sabotage=slow_steps) as server:
         with ThreadPoolExecutor(2) as threads:
             whole = threads.submit(server.ask, "Hi", **LONG)
             connection = server.send("Hello", stream=True, **LONG)
             read_until(connection, b"data: ")
-            eventually(lambda: server.metrics()["answers_running"] == 2, 60)
-            begin = time.monotonic()
+            eventually(lambda: server.metrics()["answers_running"] == 2)
             server.others[0].kill()
-            eventually(lambda: server.health() == 503, 10)
+            eventually(lambda: server.health() == 503)
             assert whole.result().status_code == 500
             rest = b""
             while data := connection.recv(100_000):
                 rest += data
             assert b"event: error" in rest or b'"error"' in rest, rest[-500:]
-        assert server.wait(20) == 1
-        assert time.monotonic() - begin < 10
+        assert server.wait() == 1  # long before the drain ends
         assert re.search(
             r"mllama serve: the ranks do not compute together any longer: .*", server.log
         )
@@ -134,6 +132,7 @@ def test_a_rank_that_is_killed_ends_what_runs_and_the_process(tmp_path):
 
 def test_it_is_started_on_several_devices_drains_and_leaves_nobody(tmp_path):
     command = [sys.executable, "-m", "mllama", "serve", "--port", "0", "--devices", "cpu,cpu"]
+    command += ["--drain-timeout", "300"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     log = tmp_path / "log"
     with log.open("w") as file:
@@ -146,16 +145,19 @@ def test_it_is_started_on_several_devices_drains_and_leaves_nobody(tmp_path):
         assert len(ranks) == 2
         body = {
             "messages": [{"role": "user", "content": "Hi"}],
-            "max_tokens": 60,
+            "max_tokens": 600,
             "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
-        with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(httpx2.post, found[1] + CHAT, json=body, timeout=300)
-            running = "mllama_answers_running 1.0"
-            eventually(lambda: running in httpx2.get(found[1] + "/metrics").text, 60)
+        with httpx2.stream("POST", found[1] + CHAT, json=body, timeout=300) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
-            assert answer.result().json()["usage"]["completion_tokens"] == 60
-        assert process.wait(30) == 0, log.read_text()
+            *_, usage, end = filter(None, lines)
+        assert end == "data: [DONE]"
+        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == 600
+        assert process.wait(120) == 0, log.read_text()
         assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     finally:
         process.kill()

@@ -15,11 +15,10 @@ pytest.importorskip("openai")
 pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
 
-import httpx2
 import jsonschema
 import openai
 from pydantic import BaseModel
-from server_helpers import Running, openai_client, served
+from server_helpers import Running, openai_client, served, web
 
 from mllama.demo import checkpoint_path
 from mllama.processing.processor import MllamaProcessor
@@ -367,12 +366,12 @@ def form(schema: dict[str, Any]) -> dict[str, Any]:
 )  # fmt: skip
 def test_what_no_answer_can_be_held_to_is_refused(server, fields, param, words):
     count = len(server.engine.works)
-    found = httpx2.post(server.url + CHAT, json=asked("x", **fields), timeout=60)
+    found = web.post(server.url + CHAT, json=asked("x", **fields))
     error = found.json()["error"]
     assert found.status_code == 400 and error["param"] == param
     assert any(word in error["message"] for word in words.split("|")), error
     assert len(error["message"]) < 400 and len(server.engine.works) == count
-    assert httpx2.post(server.url + CHAT, json=asked("x")).status_code == 200
+    assert web.post(server.url + CHAT, json=asked("x")).status_code == 200
 
 
 def test_a_schema_of_a_function_that_need_not_be_called_is_not_compiled(client):
@@ -398,6 +397,6 @@ def test_calls_and_their_results_are_sent_back(client, server):
 def test_functions_for_a_template_without_them():
     with served(template_writes_calls=False) as other:
         body = asked("hi", tools=TOOLS)
-        assert httpx2.post(other.url + CHAT, json=body).status_code == 200
+        assert web.post(other.url + CHAT, json=body).status_code == 200
         (work,) = other.engine.works
         assert work.tools == () and "Given the following functions" in work.messages[0]["content"]

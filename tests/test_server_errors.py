@@ -13,14 +13,14 @@ pytest.importorskip("httpx2")
 pytest.importorskip("fastapi")
 
 import httpx2
-from server_helpers import Running, served
+from server_helpers import Running, served, web
 
 from mllama.engine.interface import Refused
 from mllama.server.body import BodyBounds, parse_bounded
 from mllama.server.errors import RequestError, as_request_error, json_shown, path_shown
 
 CHAT = "/v1/chat/completions"
-BOUNDS = BodyBounds(max_bytes=100_000, max_seconds=0.5, max_depth=20, max_keys=500, max_values=5000)
+BOUNDS = BodyBounds(max_bytes=100_000, max_depth=20, max_keys=500, max_values=5000)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def error_of(response: httpx2.Response, status: int) -> dict[str, Any]:
 )
 def test_bodies_that_are_none(server, data, words):
     headers = {"Content-Type": "application/json"}
-    response = httpx2.post(server.url + CHAT, content=data, headers=headers)
+    response = web.post(server.url + CHAT, content=data, headers=headers)
     assert words in error_of(response, 413 if "bytes" in words else 400)["message"]
 
 
@@ -99,17 +99,17 @@ def test_the_form_of_a_body_has_to_be_named(server):
         ({"Content-Type": "text/plain"}, '"text/plain"'),
         ({"Content-Type": "application/x-www-form-urlencoded"}, "application/json"),
     ]:
-        response = httpx2.post(server.url + CHAT, content=data, headers=headers)
+        response = web.post(server.url + CHAT, content=data, headers=headers)
         assert words in error_of(response, 400)["message"]
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    response = httpx2.post(server.url + CHAT, content=gzip.compress(data), headers=headers)
+    response = web.post(server.url + CHAT, content=gzip.compress(data), headers=headers)
     assert "Content-Encoding" in error_of(response, 400)["message"]
     headers = {"Content-Type": "application/json; charset=utf-8"}
-    assert httpx2.post(server.url + CHAT, content=data, headers=headers).status_code == 200
+    assert web.post(server.url + CHAT, content=data, headers=headers).status_code == 200
 
 
 def test_a_wrong_parameter_is_named(server):
-    error = error_of(httpx2.post(server.url + CHAT, json=chat("a", temperature=3)), 400)
+    error = error_of(web.post(server.url + CHAT, json=chat("a", temperature=3)), 400)
     assert error == {
         "message": "temperature must be a number from 0 to 2, got 3",
         "type": "invalid_request_error",
@@ -120,21 +120,21 @@ def test_a_wrong_parameter_is_named(server):
 
 
 def test_routes_and_methods_that_are_none(server):
-    error = error_of(httpx2.get(server.url + "/v1/nothing"), 404)
+    error = error_of(web.get(server.url + "/v1/nothing"), 404)
     assert "/v1/nothing" in error["message"] and error["code"] == "not_found"
-    response = httpx2.get(server.url + CHAT)
+    response = web.get(server.url + CHAT)
     assert "POST" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
     for name in ("responses", "embeddings"):
-        error = error_of(httpx2.post(f"{server.url}/v1/{name}", json={}), 404)
+        error = error_of(web.post(f"{server.url}/v1/{name}", json={}), 404)
         assert CHAT in error["message"]
     for path in ("/docs", "/redoc", "/v1/models/../../etc/passwd", "/%00", "/static/../x"):
-        error_of(httpx2.get(server.url + path), 404)
+        error_of(web.get(server.url + path), 404)
 
 
 def test_models_that_are_none(server):
     for response in (
-        httpx2.get(server.url + "/v1/models/gpt-4o"),
-        httpx2.post(server.url + CHAT, json=chat("hi", model="gpt-4o")),
+        web.get(server.url + "/v1/models/gpt-4o"),
+        web.post(server.url + CHAT, json=chat("hi", model="gpt-4o")),
     ):
         error = error_of(response, 404)
         assert error["code"] == "model_not_found" and error["param"] == "model"
@@ -142,21 +142,21 @@ def test_models_that_are_none(server):
 
 
 def test_what_the_engine_says(server, caplog):
-    error = error_of(httpx2.post(server.url + CHAT, json=chat("!refuse")), 400)
+    error = error_of(web.post(server.url + CHAT, json=chat("!refuse")), 400)
     assert "9 tokens" in error["message"] and error["param"] == "messages"
     refused = as_request_error(Refused("too long", code="context_length_exceeded"))
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
-    response = httpx2.post(server.url + CHAT, json=chat("!full"))
+    response = web.post(server.url + CHAT, json=chat("!full"))
     assert error_of(response, 429)["code"] == "server_overloaded"
     assert response.headers["retry-after"] == "2"
-    error = error_of(httpx2.post(server.url + CHAT, json=chat("!fail a b")), 500)
+    error = error_of(web.post(server.url + CHAT, json=chat("!fail a b")), 500)
     assert "not finite" in error["message"] and error["type"] == "server_error"
-    error = error_of(httpx2.post(server.url + CHAT, json=chat("!crash a b")), 500)
+    error = error_of(web.post(server.url + CHAT, json=chat("!crash a b")), 500)
     assert "secret" not in error["message"] and error["code"] == "internal_error"
     assert "/secret/path" in caplog.text
     assert (
         "ended before"
-        in error_of(httpx2.post(server.url + CHAT, json=chat("!short a b")), 500)["message"]
+        in error_of(web.post(server.url + CHAT, json=chat("!short a b")), 500)["message"]
     )
 
 
@@ -164,13 +164,13 @@ def test_what_the_engine_says(server, caplog):
 def test_an_engine_that_is_not_ready(server, state):
     server.engine.state = state
     try:
-        error_of(httpx2.post(server.url + CHAT, json=chat("hi")), 503)
+        error_of(web.post(server.url + CHAT, json=chat("hi")), 503)
         for path in ("/health", "/v1/health"):
-            response = httpx2.get(server.url + path)
+            response = web.get(server.url + path)
             assert response.status_code == 503 and response.json() == {"status": state}
     finally:
         server.engine.state = "ready"
-    assert httpx2.get(server.url + "/health").status_code == 200
+    assert web.get(server.url + "/health").status_code == 200
 
 
 def test_values_in_words_of_json():

@@ -27,9 +27,10 @@ import httpx2
 import image_bombs
 import image_files
 import torch
+from free_ports import reserved
 from safetensors.torch import load_file, save_file
 from server_helpers import Listener, eventually, http_answer, listening
-from server_process import CHAT, Child, child
+from server_process import CHAT, Child, child, steps_that_can_be_held
 
 from mllama.demo import checkpoint_path, sample_picture
 from mllama.engine.runner import Runner
@@ -37,7 +38,7 @@ from mllama.processing.tokenizer import MllamaTokenizer
 from mllama.server.body import BodyBounds
 
 POISON = "~"  # whose embedding is no number
-LIMITS = {"head_seconds": 2.0, "reader_seconds": 2.0, "body": BodyBounds(max_seconds=2.0)}
+LIMITS = {"head_seconds": 4.0, "reader_seconds": 4.0, "body": BodyBounds(max_seconds=4.0)}
 HERE = ("127.0.0.1", "localhost", "[::1]", "2130706433", "127.1", "0")  # this machine, spelled
 
 
@@ -79,9 +80,10 @@ def model(tmp_path_factory) -> Path:
 
 
 def allow_few_files() -> None:
-    """As many systems do."""
+    """As many systems do; and steps can be held."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    steps_that_can_be_held()
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +95,12 @@ def listener() -> Iterator[Listener]:
 @pytest.fixture(scope="module")
 def server(model, listener, tmp_path_factory) -> Iterator[Child]:
     log = tmp_path_factory.mktemp("log") / "server"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    hosts = [f"{host}:{p}" for host in HERE for p in (port, listener.port)]
-    options = [word for host in hosts for word in ("--allow-image-host", host)]
-    options += ["--model", str(model), "--max-batch-size", "2", "--max-batch-tokens", "16"]
-    with child(log, *options, port=port, limits=LIMITS, sabotage=allow_few_files) as made:
-        yield made
+    with reserved() as port:
+        hosts = [f"{host}:{p}" for host in HERE for p in (port, listener.port)]
+        options = [word for host in hosts for word in ("--allow-image-host", host)]
+        options += ["--model", str(model), "--max-batch-size", "2", "--max-batch-tokens", "16"]
+        with child(log, *options, port=port, limits=LIMITS, sabotage=allow_few_files) as made:
+            yield made
 
 
 def is_idle(server: Child) -> bool:
@@ -210,15 +210,19 @@ def test_a_client_may_go_at_any_time(server):
     eventually(lambda: is_idle(server), 120)
 
     before = server.metrics()["steps_total"]
-    with server.send(picture_and("red " * 500), **LONG):  # while it is read: 30 steps or more
-        eventually(lambda: server.metrics()["answers_running"], 120)
+    with server.held():
+        with server.send(picture_and("red " * 500), **LONG):  # while it is read: 30 steps or more
+            eventually(lambda: server.metrics()["answers_running"], 120)
+        eventually(lambda: server.metrics()["requests_open"] == 0, 120)
     eventually(lambda: is_idle(server), 120)
-    assert server.metrics()["steps_total"] - before < 1000  # of some 1400 to its end
+    assert server.metrics()["steps_total"] - before < 10  # of some 1400 to its end
 
-    running = [server.send(picture_and("a", seed=i), stream=True, **LONG) for i in range(2)]
-    eventually(lambda: server.metrics()["answers_running"] == 2, 120)
-    with server.send("a", **LONG):  # while it waits
-        eventually(lambda: server.metrics()["answers_waiting"] == 1, 120)
+    with server.held():
+        running = [server.send(picture_and("a", seed=i), stream=True, **LONG) for i in range(2)]
+        eventually(lambda: server.open_answers() == 2, 120)
+        with server.send("a", **LONG):  # while it waits for the two
+            eventually(lambda: server.open_answers() == 3, 120)
+        eventually(lambda: server.metrics()["requests_open"] == 2, 120)
     eventually(lambda: server.metrics()["answers_waiting"] == 0, 120)
     for connection in running:  # in the stream
         read_until(connection, b"data: ")
@@ -228,11 +232,10 @@ def test_a_client_may_go_at_any_time(server):
 
 def test_slow_senders_are_left_and_others_answered(server):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    slow = [server.connect() for _ in range(20)]
-    for i, connection in enumerate(slow):
-        connection.sendall(head.encode())
-        if i % 2:
-            connection.sendall(b"Content-Length: 1000\r\n\r\n{")
+    slow = []
+    for i in range(20):
+        slow.append(server.connect())
+        slow[-1].sendall((head + "Content-Length: 1000\r\n\r\n{" * (i % 2)).encode())
     assert server.ask("Hi.", max_tokens=3).status_code == 200
     for i, connection in enumerate(slow):
         said = read_stream(connection)
@@ -314,26 +317,28 @@ def test_an_engine_that_fails_three_times_in_a_row_ends_the_process(tmp_path):
 
 
 def test_killed_it_starts_again_on_the_same_port_and_drains_under_load(tmp_path):
-    with child(tmp_path / "log") as first:
+    with reserved() as port, child(tmp_path / "log", port=port) as first:
         with first.send("Hi.", stream=True, **LONG) as lost:
             read_until(lost, b"data: ")
             first.signal(signal.SIGKILL)
             assert first.wait() == -signal.SIGKILL
-            options = ("--drain-timeout", "600")
-            with child(tmp_path / "log", *options, port=first.port) as second:
-                assert second.port == first.port
+            words = ("--drain-timeout", "600")
+            sabotage = steps_that_can_be_held
+            with child(tmp_path / "log", *words, port=port, sabotage=sabotage) as second:
+                assert second.port == first.port == port
                 assert second.ask("Hi.", max_tokens=3).status_code == 200
                 drained(second)
 
 
 def drained(server: Child) -> None:
     """Running answers are finished, nobody else is let in, and it ends with 0."""
-    options = {"max_tokens": 800, "ignore_eos": True, "stream": True}
-    streams = [server.send(picture_and("Hi.", seed=i), **options) for i in range(8)]
-    eventually(lambda: server.metrics()["answers_running"] == 8, 120)
-    server.signal(signal.SIGTERM)
-    eventually(lambda: server.health() == 503, 120)
-    assert error_of(server.ask("Hi."), 503)["code"] == "server_unavailable"
+    options = {"max_tokens": 200, "ignore_eos": True, "stream": True}
+    with server.held():
+        streams = [server.send(picture_and("Hi.", seed=i), **options) for i in range(8)]
+        eventually(lambda: server.open_answers() == 8, 120)
+        server.signal(signal.SIGTERM)
+        eventually(lambda: server.health() == 503, 120)
+        assert error_of(server.ask("Hi."), 503)["code"] == "server_unavailable"
     for connection in streams:
         read_until(connection, b"data: [DONE]")
         connection.close()

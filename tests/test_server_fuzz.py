@@ -89,7 +89,7 @@ def send_changed(client: httpx2.Client, server: Child, seed: int, count: int) ->
         except (AssertionError, httpx2.HTTPError) as error:
             raise AssertionError(f"body {i} of seed {seed}: {route} {data[:2000]!r}") from error
     assert answer(client) == before
-    eventually(lambda: server.metrics()["requests_open"] == 0, 60)
+    eventually(lambda: server.metrics()["requests_open"] == 0)
     assert server.metrics()["pages_used"] == 0
 
 

@@ -262,7 +262,7 @@ def test_a_stream_that_is_left_ends(client, demo_server):
     stream = client.chat.completions.create(**endless)
     assert next(stream) and next(stream) and demo_server.metrics()["requests_open"] == 1
     stream.close()
-    eventually(lambda: is_idle(demo_server), 60)
+    eventually(lambda: is_idle(demo_server))
     assert demo_server.metrics()["pages_used"] == 0
 
 
@@ -280,4 +280,4 @@ def test_a_task_that_is_cancelled_ends_its_answer(demo_server):
             assert task.cancelled()
 
     asyncio.run(run())
-    eventually(lambda: is_idle(demo_server), 60)
+    eventually(lambda: is_idle(demo_server))

@@ -33,9 +33,8 @@ if not browsing.FOLDER:
     pytest.importorskip("fastapi")
     pytest.importorskip("llguidance")
 
-import httpx2
 from PIL import Image
-from server_helpers import PNG, Running, eventually, served
+from server_helpers import PNG, Running, eventually, served, web
 
 import mllama.server.page
 
@@ -76,10 +75,10 @@ def desk(browser, server) -> Iterator[Any]:
 
 
 def test_the_page_is_small_and_loads_nothing_from_elsewhere(server):
-    pages = {"index.html": httpx2.get(server.url + "/")}
+    pages = {"index.html": web.get(server.url + "/")}
     for path in FILES.iterdir():
         if path.name != "index.html":
-            pages[path.name] = httpx2.get(f"{server.url}/static/{path.name}")
+            pages[path.name] = web.get(f"{server.url}/static/{path.name}")
     for name, found in pages.items():
         assert found.status_code == 200 and found.headers["x-content-type-options"] == "nosniff"
         policy = found.headers["content-security-policy"]
@@ -112,12 +111,12 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere(server):
     ],
 )
 def test_other_files_are_not_served(server, path):
-    found = httpx2.get(server.url + path)
+    found = web.get(server.url + path)
     assert found.status_code == 404 and found.json()["error"]["code"] == "not_found"
 
 
 def test_samples_are_pictures_of_the_demo(server):
-    found = [httpx2.get(f"{server.url}/static/samples/{i}.png").content for i in range(1, 5)]
+    found = [web.get(f"{server.url}/static/samples/{i}.png").content for i in range(1, 5)]
     assert len(set(found)) == 4
     for data in found:
         image = Image.open(io.BytesIO(data))
@@ -126,8 +125,8 @@ def test_samples_are_pictures_of_the_demo(server):
 
 def test_the_page_needs_no_key(keyed):
     for path in ("/", "/static/page.js", "/static/samples/1.png"):
-        assert httpx2.get(keyed.url + path).status_code == 200
-    assert httpx2.get(keyed.url + "/v1/models").status_code == 401
+        assert web.get(keyed.url + path).status_code == 200
+    assert web.get(keyed.url + "/v1/models").status_code == 401
 
 
 # In a browser
@@ -173,7 +172,7 @@ def test_pictures_are_chosen_pasted_dropped_drawn_and_taken_off(page, server):
     assert answers(page, 1) == ["<picture> <picture> <picture> three"]
     assert page.locator(".turn.user img").count() == 3
     sample, pasted, dropped = server.engine.works[-1].pictures
-    assert sample.data == httpx2.get(server.url + "/static/samples/2.png").content
+    assert sample.data == web.get(server.url + "/static/samples/2.png").content
     assert pasted.data == PNG and dropped.data == wide.getvalue()
     assert page.get_by_role("alert").count() == 0
 
@@ -215,12 +214,12 @@ def test_an_answer_is_stopped(page, server):
     page.keyboard.press("Escape")
     assert answers(page, 1) == ["!hang"]
     assert page.locator(".figures span").last.inner_text() == "stopped"
-    eventually(lambda: not server.engine.running, 60)
+    eventually(lambda: not server.engine.running)
     ask(page, "!hang-before a")  # nothing has come of it yet
-    eventually(lambda: server.engine.running, 60)
+    eventually(lambda: server.engine.running)
     page.get_by_role("button", name="Stop").click()
     assert answers(page, 2)[1] == ""
-    eventually(lambda: not server.engine.running, 60)
+    eventually(lambda: not server.engine.running)
     ask(page, "on")
     assert answers(page, 3)[2] == "on"
 

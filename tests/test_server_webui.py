@@ -44,7 +44,7 @@ def chat(messages: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 
 def lines(server: Any, body: dict[str, Any]) -> list[str]:
     url = f"{server.url}/v1/chat/completions"
-    with httpx2.stream("POST", url, json=body, headers=HEADERS, timeout=60) as found:
+    with httpx2.stream("POST", url, json=body, headers=HEADERS, timeout=300) as found:
         assert found.status_code == 200, found.read()
         assert "text/event-stream" in found.headers["content-type"]
         return [line for line in found.iter_lines() if line]
@@ -63,7 +63,7 @@ def test_the_list_of_models_comes_in_time_while_answers_run(demo_server):
     """It shows no model of a server that needs longer."""
     url = f"{demo_server.url}/v1/chat/completions"
     body = chat(about(SEEDS[0]), ignore_eos=True)
-    with httpx2.stream("POST", url, json=body, headers=HEADERS, timeout=60) as stream:
+    with httpx2.stream("POST", url, json=body, headers=HEADERS, timeout=300) as stream:
         next(stream.iter_lines())
         start = time.monotonic()
         found = httpx2.get(f"{demo_server.url}/v1/models", headers=HEADERS, timeout=LIST_SECONDS)
@@ -104,7 +104,7 @@ def test_a_title_is_asked_for_behind_the_first_answer(demo_server):
         "max_completion_tokens": 50,
     }
     url = f"{demo_server.url}/v1/chat/completions"
-    found = httpx2.post(url, json=body, headers=HEADERS, timeout=60)
+    found = httpx2.post(url, json=body, headers=HEADERS, timeout=300)
     assert found.status_code == 200
     assert isinstance(found.json()["choices"][0]["message"]["content"], str)
 
@@ -122,11 +122,11 @@ def test_an_abort_ends_the_answer(demo_server):
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     request = f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body
     for is_read in (True, False):
-        with demo_server.connect() as connection:
+        with demo_server.held(), demo_server.connect() as connection:
             connection.sendall(request)
-            eventually(lambda: demo_server.metrics()["requests_open"] == 1, 60)
+            eventually(lambda: demo_server.metrics()["requests_open"] == 1)
             if is_read:
                 assert b"200 OK" in connection.recv(100)
-        eventually(lambda: demo_server.metrics()["answers_running"] == 0, 60)
-        eventually(lambda: demo_server.metrics()["requests_open"] == 0, 60)
+        eventually(lambda: demo_server.metrics()["answers_running"] == 0)
+        eventually(lambda: demo_server.metrics()["requests_open"] == 0)
     assert demo_server.metrics()["pages_used"] == 0

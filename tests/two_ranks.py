@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import mllama
 
+_TO_MEET = 300.0  # seconds that ranks have to start
 # Forks a process that has imported torch, which alone takes seconds.
 _NURSERY = multiprocessing.get_context("forkserver")
 _NURSERY.set_forkserver_preload([__name__, "mllama.engine.following", "mllama.model"])
@@ -29,7 +30,7 @@ class Pair:
 
     Args:
         folder: for what they exchange.
-        seconds: that one waits for the other in a collective.
+        seconds: that one waits for the other in a collective of a model.
 
     Attributes:
         other: the process that is the second.
@@ -43,7 +44,7 @@ class Pair:
         self.other = _NURSERY.Process(target=_follow_all, args=(folder, seconds, theirs))
         self.other.start()
         theirs.close()
-        _join(folder, 0, seconds)
+        _join(folder, 0)
 
     def split(self, model: Any) -> Any:
         """A copy of a model that is split over both, the second rank following."""
@@ -85,13 +86,13 @@ def shared() -> Pair:
     return made
 
 
-def _join(folder: Path, rank: int, seconds: float) -> None:
+def _join(folder: Path, rank: int) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'meeting'}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(seconds=_TO_MEET),
     )
 
 
@@ -104,7 +105,7 @@ def _part(seconds: float, cls: _Class, folder: Path, options: dict[str, Any]) ->
 
 def _follow_all(folder: Path, seconds: float, pipe: Any) -> None:
     torch.set_num_threads(1)
-    _join(folder, 1, seconds)
+    _join(folder, 1)
 
     def run(made: threading.Event, *given: Any) -> None:
         try:

@@ -36,7 +36,8 @@ class Server:
     """
 
     def __init__(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
-        self.name, self.port = name, _free_port()
+        self.name, self._reserved = name, _reserved_port()
+        self.port: int = self._reserved.getsockname()[1]
         self.command = [word.format(port=self.port) for word in command]
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -67,6 +68,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 continue
         self._log.close()
+        self._reserved.close()
 
     def __enter__(self) -> Server:
         return self
@@ -138,7 +140,9 @@ def tree_cpu_seconds(pid: int) -> float:
     return total / _TICKS
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def _reserved_port() -> socket.socket:
+    """Bound to a port that the system gives nobody else meanwhile, and where a server may listen."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind(("127.0.0.1", 0))
+    return one
