@@ -75,8 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     number = f"rank {member.rank}: " if member is not None and member.rank else ""
     text = reason and f"mllama {options.command}: {number}{reason}"
-    if code == _INTERRUPTED and not number:
-        text = "interrupted"
+    if code == _INTERRUPTED and not reason:
+        # The first rank is told by a terminal; of another, told alone, the launcher speaks.
+        text, reason = ("", "interrupted") if number else ("interrupted", "")
     if member is None:
         if text:
             print(text, file=errors)

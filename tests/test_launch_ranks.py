@@ -316,7 +316,12 @@ def ended(image) -> dict[str, tuple[int, str, str]]:
     asked = ["generate", *ASK, "--image", image, "--devices", "cpu,cpu", "--collective-timeout"]
     processes = {
         fate: started(*FATED, *asked, timeout, fate=fate)
-        for fate, timeout in (("1:the logits are NaN", "300"), ("1:poor", "300"), ("0:sleep", "20"))
+        for fate, timeout in (
+            ("1:the logits are NaN", "300"),
+            ("1:poor", "300"),
+            ("1:SIGINT", "300"),
+            ("0:sleep", "20"),
+        )
     }
     return {
         fate: (process.wait(300), *process.communicate()) for fate, process in processes.items()
@@ -326,6 +331,11 @@ def ended(image) -> dict[str, tuple[int, str, str]]:
 def test_a_rank_that_fails_is_named(ended):
     code, out, err = ended["1:the logits are NaN"]
     assert code == 1 and out == "" and told(err) == ["mllama generate: rank 1: the logits are NaN"]
+
+
+def test_a_rank_that_is_interrupted_alone_is_named(ended):
+    code, _, err = ended["1:SIGINT"]
+    assert code == 130 and told(err) == ["mllama generate: rank 1: interrupted"]
 
 
 def test_a_rank_that_hangs_is_named(ended):

@@ -18,6 +18,7 @@ from model_helpers import Shape
 import mllama
 from mllama import cli
 from mllama.checkpoints import planning
+from mllama.commands import plan as planning_command
 from mllama.demo import checkpoint_path
 from mllama.quantization.plan import (
     MemoryPlan,
@@ -426,3 +427,13 @@ def test_the_table_names_the_encodings_that_ranks_cannot_share(
     assert lines["bfloat16"].endswith("2,048") and lines["q8_0"].endswith("2,048")
     assert cli.main(["plan", "--model", model, "--tensor-parallel", "3", "--memory", "1GB"]) == 1
     assert "3 ranks cannot share the 2 heads" in capsys.readouterr().err
+
+
+def test_ranks_on_the_host_have_equal_parts_of_its_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_command, "free_bytes", lambda device: 8 * 10**9)
+    model = ("--model", str(checkpoint_path()), "--json", "--tensor-parallel", "2")
+    for more, free in ((("--device", "cpu"), 4 * 10**9), (("--memory", "8GB"), usable(8 * GIB))):
+        code, out = run(capsys, *model, *more)
+        assert code == 0 and json.loads(out)["free"] == free

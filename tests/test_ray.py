@@ -51,10 +51,7 @@ def cluster() -> Iterator[str]:
     token = secrets.token_hex(32)
     before = dict(os.environ)
     os.environ.update(RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
-    for check in (
-        "READY",
-        "HEALTH",
-    ):  # by itself Ray ends a proxy that does not start in 15 seconds
+    for check in ("READY", "HEALTH"):  # a proxy that has not started in 15 seconds is ended
         os.environ[f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S"] = "120"
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     ray.init(

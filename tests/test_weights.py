@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mllama
-from mllama.checkpoints import saving
+from mllama.checkpoints import safetensors_files, saving
 from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.key_layout import canonical_name
 from mllama.kinds import Asked
@@ -449,6 +449,24 @@ def test_faults_of_the_files_in_one_error(theirs, folder):
     assert "the entry of entry4 is not a safetensors file (pickle files are never loaded)" in text
     assert "the entry of entry5 is not a file name: 7" in text
     assert "missing:" not in text  # the tensors of unreadable files are reported with the file
+
+
+@pytest.mark.parametrize(("openings", "said"), [(0, "cannot be mapped"), (1, "cannot be read")])
+def test_a_file_that_there_is_no_memory_for_is_not_called_damaged(
+    folder, monkeypatch, openings, said
+):
+    """As under a limit of address space: the library raises MemoryError, with the words of the system."""
+    opened, safe_open = [], safetensors_files.safe_open
+
+    def limited(*arguments, **options):
+        if len(opened) == openings:
+            raise MemoryError("Cannot allocate memory (os error 12)")
+        opened.append(arguments)
+        return safe_open(*arguments, **options)
+
+    monkeypatch.setattr(safetensors_files, "safe_open", limited)
+    expected = f"model.safetensors {said}: Cannot allocate memory (os error 12)"
+    assert _problems(folder) == [expected]
 
 
 def test_index_that_points_outside_reads_nothing_there(theirs, folder, tmp_path):

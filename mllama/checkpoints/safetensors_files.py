@@ -126,6 +126,8 @@ class SafetensorsCheckpoint:
         try:  # the library has the last word on what it will be asked to map
             with safe_open(path, framework="pt"):
                 pass
+        except (MemoryError, OSError) as error:  # says nothing of the file
+            self.problems.append(f"{shown(path.name)} cannot be mapped: {reason(error)}")
         except Exception as error:
             self.problems.append(f"{shown(path.name)} is damaged: {reason(error)}")
 
@@ -161,7 +163,7 @@ class SafetensorsCheckpoint:
                 with safe_open(self.folder / file, framework="pt", device="cpu") as handle:
                     for name in members:
                         yield name, handle.get_tensor(self.tensors[name].stored_name)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, MemoryError) as error:
                 problem = f"{shown(file)} cannot be read: {reason(error)}"
                 raise CheckpointError(self.folder, [problem]) from None
 

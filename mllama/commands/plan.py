@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="devices that share the model, each with such a memory; the sizes are those of one",
+        help="devices that share the model, each with such a memory, or on the CPU with its part of what is "
+        "free; the sizes are those of one",
     )
     add_device_argument(group, "whose free memory counts (default: cuda if there is one)")
     group.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
@@ -157,7 +158,7 @@ def _free(options: argparse.Namespace) -> int:
     free = free_bytes(device)
     if free is None:
         raise ValueError(f"{device} does not tell what is free: give --memory")
-    return free
+    return free // options.ranks if device.type == "cpu" else free  # ranks share the host's memory
 
 
 def _device(options: argparse.Namespace) -> torch.device:
