@@ -57,7 +57,7 @@ RESUMED = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With `data.jsonl`."""
+    """With `data.jsonl`, and all but its first line as `less.jsonl`."""
     folder = tmp_path_factory.mktemp("ranks")
     lines = []
     for i, (answer, with_image) in enumerate(zip(ANSWERS, WITH_IMAGE)):
@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns}) + "\n")
     (folder / "data.jsonl").write_text("".join(lines))
+    (folder / "less.jsonl").write_text("".join(lines[1:]))
     return folder
 
 
@@ -120,6 +121,7 @@ def two(folder: Path) -> dict[str, list[list[Any]]]:
     plain = options(folder, "refused", 2, "--lora-rank", "2")
     runs["both wrong"] = {"options": [*plain, "--warmup", "2"]}
     runs["one wrong"] = {"options": [*plain], "on_last": ["--data", str(folder / "gone.jsonl")]}
+    runs["other data"] = {"options": [*plain], "on_last": ["--data", str(folder / "less.jsonl")]}
     plain[plain.index("cpu")] = "cuda:1"
     runs["a device for all"] = {"options": plain}
     data, output = str(folder / "data.jsonl"), str(folder / "script")
@@ -244,6 +246,7 @@ def test_what_is_wrong_is_said_once(folder: Path, two: Any) -> None:
     for name, said in {
         "both wrong": "warmup must be at least 0 and below 1",
         "one wrong": "rank 1: ",
+        "other data": "rank 1: data here, and something else on rank 0",
         "a device for all": "every rank has a device of its own, 'cuda:1' is one for all",
     }.items():
         (code, first), (other, second) = two[name]

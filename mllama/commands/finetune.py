@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from mllama.training.packing import packed
 from mllama.training.ranks import TrainingRanks
 from mllama.training.reporting import check_report_to, require_trainer
 from mllama.training.state_folders import remove_others
+from mllama.wording import listed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The fields of TrainingOptions, in the order a reader needs them.
@@ -184,10 +186,14 @@ def _run(options: argparse.Namespace, training: TrainingOptions, ranks: Training
             examples = packed(examples, limit)
         if not options.force:
             _require_fit(options, training, source, examples, ranks)
+    with ranks.together():
+        asked = _asked(options, training)
+    first = ranks.from_first(asked)
+    with ranks.together():
+        _require_same(asked, first)
     opened: RunFolder | None = None
     with ranks.together():
         if ranks.is_first:
-            asked = _asked(options, training)
             opened = RunFolder(options.output, asked, options.resume, ranks.size)
     folder = ranks.from_first(opened)
     with ranks.together():
@@ -338,6 +344,17 @@ def _asked(options: argparse.Namespace, training: TrainingOptions) -> dict[str, 
     asked["data"] = fingerprint(options.data)
     asked["eval_data"] = fingerprint(options.eval_data) if options.eval_data else None
     return asked
+
+
+def _require_same(asked: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises: ValueError where this rank was asked for something else than the first. Where the files of the
+    model are may differ between machines."""
+    names = (asked.keys() | first.keys()) - {"model", "projector"}
+    if differ := sorted(name for name in names if asked.get(name) != first.get(name)):
+        raise ValueError(
+            f"{listed(differ)} here, and something else on rank 0: all ranks train on the same data, with "
+            "the same options"
+        )
 
 
 def _load(
