@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mllama
-from mllama.checkpoints import safetensors_files, saving
+from mllama.checkpoints import durable, safetensors_files, saving
 from mllama.checkpoints.checkpoint import CheckpointError
 from mllama.checkpoints.key_layout import canonical_name
 from mllama.kinds import Asked
@@ -350,11 +350,11 @@ def test_a_save_that_fails_early_leaves_the_old_folder(folder, tmp_path, monkeyp
     before = {p.name: p.read_bytes() for p in target.iterdir()}
     calls = []
 
-    def full_disk(tensors, path, metadata):
+    def full_disk(tensors, path):
         calls.append(path)
         if len(calls) == 2:
             raise OSError("no space left")
-        save_file(tensors, path, metadata)
+        durable.save_file(tensors, path)
 
     monkeypatch.setattr(saving, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
