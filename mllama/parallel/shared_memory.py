@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import secrets
@@ -18,6 +17,9 @@ import torch
 from torch import Tensor
 
 from mllama_kernels import _library
+
+if sys.platform == "linux":  # elsewhere no memory is made
+    import fcntl
 
 CAPACITY = 1 << 21  # bytes of a piece: what is larger is exchanged in several
 _FOLDER = "/dev/shm"
