@@ -66,6 +66,9 @@ class _Alone(Ranks):
         """The others are like it."""
         return [value] * self.size
 
+    def on_device(self, device: torch.device) -> Ranks:
+        return self
+
 
 def alone(rank: int, size: int) -> Ranks:
     """One of so many ranks, of which the others do not run: files are read without them."""
