@@ -389,15 +389,17 @@ class QuantizedProductWeight {
     }
   }
 
-  // The table in 16 bits, scaled by a power of two as integers are, twice by twice.
+  // The table in 16 bits, scaled by a power of two as integers are, twice by twice. In float16 it
+  // is made large, so that values far below the largest are normal numbers too: the second term of
+  // others would be up to 2^-24 wrong, more than their rounding in that dtype.
   __device__ __forceinline__ void make_pairs() {
     const float own = share_.p.w.table[lane() % 16], largest = warp_max<16>(fabsf(own));
     // Neither zero nor infinity, nor a number whose reciprocal is none.
-    const uint32_t exponent = __float_as_uint(largest) >> 23;
-    const bool usual = exponent > 7 && exponent < 247;
-    constexpr uint32_t kBelow = std::is_same_v<T, __half> ? 0 : 6;
-    const float shrink = usual ? __uint_as_float((254 - kBelow - exponent) << 23) : 1.0f;
-    finish_ = usual ? __uint_as_float((exponent + kBelow) << 23) : 1.0f;
+    const int exponent = __float_as_uint(largest) >> 23;
+    const bool usual = exponent > 10 && exponent < 247;
+    constexpr int kUp = std::is_same_v<T, __half> ? 10 : -6;
+    const float shrink = usual ? __uint_as_float((254 + kUp - exponent) << 23) : 1.0f;
+    finish_ = usual ? __uint_as_float((exponent - kUp) << 23) : 1.0f;
     const float2 terms = two_terms<T>(own * shrink);
     const auto value = [](float of_lane, int code) { return __shfl_sync(~0u, of_lane, code); };
 #pragma unroll 1
