@@ -11,7 +11,7 @@ read -ra releases <<<"${RELEASES:-4.57.* 5.23.*}"
 # All at once: one waits for the network while another unpacks. Bytecode only of what is imported.
 running=()
 for release in "${releases[@]}"; do
-  "$python" -m pip install -q --no-cache-dir --no-compile --target "$work/$release" "transformers==$release" &
+  "$python" -m pip install -q --no-cache-dir --no-compile --target "$work/$release" "transformers==$release" datasets &
   running+=($!)
 done
 for process in "${running[@]}"; do wait "$process"; done
